@@ -1,0 +1,210 @@
+"""Where it runs: Ascend NPU, CUDA GPU or CPU; autocast, loss scaling, seeding, synchronizing, memory, and workers.
+
+Decided once, above the loop, by `open_device`; nothing else in the project asks which device it is.
+"""
+
+import contextlib
+import glob
+import os
+import platform
+import warnings
+from dataclasses import dataclass, fields, replace
+
+# torch_npu hooks itself into `import torch`, and where its driver is missing that import fails; asking for it by name
+# below is enough. Must stand before the first import of torch.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
+from config import InputError, option  # noqa: E402
+
+BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+FIRST_LOSS_SCALE, LOWEST_LOSS_SCALE, GROWTH_UPDATES = 128.0, 1e-4, 2**14  # fairseq's
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    device: str = option("auto", "where to run", choices=("auto", "npu", "cuda", "cpu"))
+    amp: str = option(
+        "auto", "mixed precision; auto: bf16 where the device has it, else fp16, off on the CPU",
+        choices=("auto", "off", "fp16", "bf16"),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Device:
+    """One worker's device. amp is autocast's type, or None for float32 throughout."""
+
+    torch_device: torch.device
+    name: str
+    amp: torch.dtype | None
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def type(self) -> str:
+        return self.torch_device.type
+
+    @property
+    def amp_name(self) -> str:
+        return {None: "off", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.amp]
+
+    @property
+    def _module(self):
+        return getattr(torch, self.type)  # torch.npu, torch.cuda, torch.cpu
+
+    def autocast(self):
+        return torch.autocast(self.type, self.amp) if self.amp else contextlib.nullcontext()
+
+    def scaler(self, update_freq: int):
+        """The loss scaler: a real one under fp16, one that does nothing otherwise."""
+        enabled = self.amp is torch.float16
+        rules = dict(
+            init_scale=FIRST_LOSS_SCALE,
+            growth_interval=max(1, GROWTH_UPDATES // (self.world_size * update_freq)),
+            enabled=enabled,
+        )
+        if enabled and self.type == "npu" and not _has_inf_nan():
+            # A first-generation chip saturates instead of overflowing: only a hardware flag tells, which torch_npu's own
+            # scaler clears before each forward and adds up over the workers.
+            return torch.npu.amp.GradScaler(**rules)
+        return torch.amp.GradScaler(self.type, **rules)
+
+    def gelu(self):
+        """The exact (erf) GELU."""
+        if self.type == "npu":
+            import torch_npu
+
+            # F.gelu is the tanh approximation there, whatever it is asked for
+            return lambda x: torch_npu.npu_gelu(x, approximate="none")
+        return F.gelu
+
+    def adamw_is_fused(self) -> bool:
+        """Whether torch.optim.AdamW(fused=True) is right here: on an NPU it ignores the loss scaler."""
+        return self.type != "npu"
+
+    def seed(self, seed: int):
+        torch.manual_seed(seed)  # seeds the accelerator's generator too
+
+    def synchronize(self):
+        if self.type != "cpu":
+            self._module.synchronize()
+
+    def peak_memory(self) -> int:
+        """Bytes: the allocator's peak on an accelerator, the process's peak resident size on a CPU."""
+        if self.type != "cpu":
+            return self._module.max_memory_allocated()
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def rng_state(self) -> dict:
+        state = {"cpu": torch.get_rng_state()}
+        if self.type != "cpu":
+            state[self.type] = self._module.get_rng_state()
+        return state
+
+    def set_rng_state(self, state: dict):
+        torch.set_rng_state(state["cpu"])
+        if self.type != "cpu" and self.type in state:  # a checkpoint may have been written on another device
+            self._module.set_rng_state(state[self.type])
+
+    def upload(self, batch):
+        """The batch with its arrays as tensors here; block ids stay on the host."""
+        arrays = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "ids"}
+        return replace(batch, **{k: self.tensor(v) for k, v in arrays.items() if isinstance(v, np.ndarray)})
+
+    def tensor(self, array: np.ndarray) -> torch.Tensor:
+        """The array here, without waiting for what the device is doing."""
+        host = torch.from_numpy(array)
+        return host if self.type == "cpu" else host.pin_memory().to(self.torch_device, non_blocking=True)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the workers, in place."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def barrier(self):
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def close(self):
+        if self.world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def open_device(cfg: DeviceConfig, distributed: bool = True) -> Device:
+    """Choose the device and the precision; under torchrun, join the other workers. Raises InputError."""
+    kind = cfg.device
+    if kind == "auto":
+        kind = "npu" if _npu_is_there() else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "npu":
+        _import_npu()
+    if kind == "cuda" and not torch.cuda.is_available():
+        built = "this torch is built for the CPU only" if torch.version.cuda is None else "no GPU or no driver is found"
+        raise InputError(f"--device cuda: {built}")
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if not distributed:
+        rank, world_size, local_rank = 0, 1, 0
+    if kind == "cpu":
+        device, name = torch.device("cpu"), platform.processor() or platform.machine()
+    else:
+        module = getattr(torch, kind)
+        if local_rank >= module.device_count():
+            raise InputError(f"worker {local_rank} has no {kind} of its own: this machine shows {module.device_count()}")
+        module.set_device(local_rank)
+        device, name = torch.device(kind, local_rank), module.get_device_name(local_rank)
+    if world_size > 1:
+        torch.distributed.init_process_group(BACKENDS[kind])
+    return Device(device, name, _amp_type(cfg.amp, kind, name), rank, world_size)
+
+
+def _amp_type(amp: str, kind: str, name: str) -> torch.dtype | None:
+    has_bf16 = {
+        "cpu": lambda: True,
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        "npu": lambda: torch.npu.is_bf16_supported(),
+    }[kind]()
+    if amp == "auto":
+        amp = "off" if kind == "cpu" else "bf16" if has_bf16 else "fp16"
+    if amp == "bf16" and not has_bf16:
+        # autocast would only warn there and train in float32
+        raise InputError(f"--amp bf16: {name} has no bfloat16; use --amp fp16")
+    return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[amp]
+
+
+def _npu_is_there() -> bool:
+    """Whether --device auto should take an NPU; looks for the driver's device files before it imports anything."""
+    if not glob.glob("/dev/davinci[0-9]*"):
+        return False
+    try:
+        _import_npu()
+    except InputError as e:
+        warnings.warn(f"an Ascend card is there but cannot be used, so another device is: {e}", stacklevel=2)
+        return False
+    return True
+
+
+def _import_npu():
+    try:
+        import torch_npu  # noqa: F401
+    except Exception as e:  # a missing CANN library surfaces as ImportError, OSError or RuntimeError
+        what = "is not installed" if isinstance(e, ModuleNotFoundError) else f"cannot be loaded ({' '.join(str(e).split())})"
+        raise InputError(
+            f"--device npu: torch_npu {what}; pip install -r requirements-npu.txt, and source CANN's set_env.sh"
+        ) from None
+    if not torch.npu.is_available():
+        raise InputError("--device npu: torch_npu is there, but it finds no card (npu-smi info, ASCEND_RT_VISIBLE_DEVICES)")
+    # kernels compiled ahead of time: the first generation otherwise compiles for every new batch shape
+    torch.npu.set_compile_mode(jit_compile=False)
+
+
+def _has_inf_nan() -> bool:
+    import torch_npu
+
+    return torch_npu.npu.utils.is_support_inf_nan()

@@ -1,0 +1,47 @@
+"""How the teacher moves: an exponential moving average of the student's encoder, in float32 (paper, section 3.2)."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+
+from config import option
+from model import Encoder
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    ema_decay: float = option(0.999, "decay of the teacher at the start", low=0, high=1)
+    ema_end_decay: float = option(0.9999, "decay from ema_anneal_end_step on", low=0, high=1)
+    ema_anneal_end_step: int = option(300000, "updates over which the decay goes from one to the other", low=0)
+    ema_transformer_layers_only: bool = option(True, "copy the embeddings and their LayerNorm instead of averaging them")
+
+
+def decay_at(update: int, cfg: EmaConfig) -> float:
+    """Decay of the step that follows update number `update` (from 1)."""
+    if update >= cfg.ema_anneal_end_step:
+        return cfg.ema_end_decay
+    return cfg.ema_decay + (cfg.ema_end_decay - cfg.ema_decay) * update / cfg.ema_anneal_end_step
+
+
+def make_teacher(student: Encoder) -> Encoder:
+    """A float32 copy of the student's encoder that takes no gradient and never drops out."""
+    teacher = copy.deepcopy(student).float().requires_grad_(False)
+    return teacher.eval()
+
+
+@torch.no_grad()
+def step(teacher: Encoder, student: Encoder, decay: float, cfg: EmaConfig):
+    """teacher = decay * teacher + (1 - decay) * student; a decay of 1 leaves all of it alone, as in the reference."""
+    if decay == 1:
+        return
+    averaged, copied = ([], []), ([], [])
+    for (name, old), new in zip(teacher.named_parameters(), student.parameters(), strict=True):
+        copy_it = cfg.ema_transformer_layers_only and name.startswith(("embed_", "layernorm_embedding"))
+        pair = copied if copy_it else averaged
+        pair[0].append(old)
+        pair[1].append(new)
+    if averaged[0]:
+        torch._foreach_lerp_(*averaged, 1 - decay)
+    if copied[0]:
+        torch._foreach_copy_(*copied)

@@ -1,0 +1,235 @@
+"""What is computed: data2vec for text. A student encoder reads masked text; at the masked places a small head predicts
+what an EMA teacher, reading the unmasked text, computes inside its upper layers.
+
+Source: Baevski et al. 2022, 'data2vec', sections 3.3 and 4.3 (arXiv 2202.03555); details, names and defaults as in
+fairseq's examples/data2vec/models/data2vec_text.py.
+
+Shapes: B blocks, T tokens (padding included), C width, H heads, M masked places.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import InputError, option
+
+PAD = 1
+LAYER_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    layers: int = option(12, "encoder layers", low=1)
+    embed_dim: int = option(768, "width", low=1)
+    ffn_embed_dim: int = option(3072, "inner width of the feed-forward part", low=1)
+    attention_heads: int = option(12, "attention heads", low=1)
+    max_source_positions: int = option(512, "rows of the position table", low=1)
+    normalize_before: bool = option(False, "LayerNorm before attention and feed-forward (pre-norm) instead of after")
+    activation_fn: str = option("gelu", "between the feed-forward's two matrices", choices=("gelu", "relu"))
+    dropout: float = option(0.1, "after embedding, attention and feed-forward", low=0, below=1)
+    attention_dropout: float = option(0.1, "on the attention weights", low=0, below=1)
+    activation_dropout: float = option(0.0, "after the activation", low=0, below=1)
+    head_layers: int = option(2, "linear layers of the regression head", low=1)
+    average_top_k_layers: int = option(10, "how many of the teacher's last layers make the target", low=1)
+    batch_norm_target_layer: bool = option(False, "normalize each layer's target per channel over the batch")
+    instance_norm_target_layer: bool = option(False, "normalize each layer's target per channel over a block")
+    layer_norm_target_layer: bool = option(True, "normalize each layer's target per token over the channels")
+    layer_norm_targets: bool = option(False, "normalize the averaged target per token")
+    instance_norm_targets: bool = option(False, "normalize the averaged target per channel over a block")
+    loss_beta: float = option(4.0, "where smooth L1 turns from square to linear (0: squared error)", low=0)
+    loss_scale: float = option(1.0, "factor of the loss (0 or less: 1 / sqrt(width))")
+
+    def check(self):
+        if self.embed_dim % self.attention_heads:
+            raise InputError(f"--attention_heads {self.attention_heads} does not divide --embed_dim {self.embed_dim}")
+        if self.average_top_k_layers > self.layers:
+            raise InputError(f"--average_top_k_layers {self.average_top_k_layers}: there are only {self.layers} layers")
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.heads, self.dropout = cfg.attention_heads, cfg.attention_dropout
+        self.qkv = nn.Linear(cfg.embed_dim, 3 * cfg.embed_dim)  # rows: q, k, v
+        self.out_proj = nn.Linear(cfg.embed_dim, cfg.embed_dim)
+
+    def forward(self, x: Tensor, attend: Tensor | None) -> Tensor:
+        """x (B, T, C); attend (B, 1, T, T) bool, True where a query may look, or None if it may look everywhere."""
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, C/H)
+        x = F.scaled_dot_product_attention(q, k, v, attend, self.dropout if self.training else 0.0)
+        return self.out_proj(x.transpose(1, 2).reshape(B, T, C))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, cfg: ModelConfig, activation):
+        super().__init__()
+        self.self_attn = SelfAttention(cfg)
+        self.self_attn_layer_norm = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS)
+        self.fc1 = nn.Linear(cfg.embed_dim, cfg.ffn_embed_dim)
+        self.fc2 = nn.Linear(cfg.ffn_embed_dim, cfg.embed_dim)
+        self.final_layer_norm = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS)
+        self.activation, self.normalize_before = activation, cfg.normalize_before
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.activation_dropout = nn.Dropout(cfg.activation_dropout)
+
+    def forward(self, x: Tensor, attend: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, T, C) -> the layer's output, and its target, both (B, T, C)."""
+        if self.normalize_before:
+            x = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x), attend))
+            target = self.feed_forward(self.final_layer_norm(x))
+            return x + self.dropout(target), target
+        x = self.self_attn_layer_norm(x + self.dropout(self.self_attn(x, attend)))
+        # fc2's output before dropout and residual: what the paper predicts (section 3.3; fairseq calls it fc_results)
+        target = self.feed_forward(x)
+        return self.final_layer_norm(x + self.dropout(target)), target
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation_dropout(self.activation(self.fc1(x))))
+
+
+class Encoder(nn.Module):
+    """Token ids to hidden states. Student and teacher are two of these."""
+
+    def __init__(self, cfg: ModelConfig, vocabulary_size: int, gelu=F.gelu):
+        """gelu: the exact (erf) GELU of the device; some devices' F.gelu is another function."""
+        super().__init__()
+        cfg.check()
+        activation = gelu if cfg.activation_fn == "gelu" else F.relu
+        self.embed_tokens = nn.Embedding(vocabulary_size, cfg.embed_dim, PAD)
+        # positions count from PAD + 1, so that PAD itself has a row, of zeros
+        self.embed_positions = nn.Embedding(cfg.max_source_positions + PAD + 1, cfg.embed_dim, PAD)
+        self.layernorm_embedding = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS)
+        self.dropout = nn.Dropout(cfg.dropout)
+        self.layers = nn.ModuleList(EncoderLayer(cfg, activation) for _ in range(cfg.layers))
+        self.layer_norm = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS) if cfg.normalize_before else None
+
+    def forward(self, tokens: Tensor, padded: bool = True, targets: int = 0) -> tuple[Tensor, list[Tensor]]:
+        """tokens (B, T) int64. padded: whether PAD may occur in them. targets: from how many last layers to keep targets.
+
+        Returns the last hidden states (B, T, C), whose padded places mean nothing, and the layer targets in order,
+        each (B, T, C). Raises InputError if a block is longer than the position table.
+        """
+        B, T = tokens.shape
+        if T > self.embed_positions.num_embeddings - PAD - 1:
+            raise InputError(f"a block of {T} tokens: --max_source_positions is {self.embed_positions.num_embeddings - 2}")
+        attend = None
+        if padded:
+            real = tokens != PAD  # (B, T), True at text
+            positions = real.cumsum(1) * real + PAD  # pads are not counted, wherever they stand
+            attend = real[:, None, None, :].expand(B, 1, T, T)  # the shape that every device's fused kernel takes
+        else:
+            positions = torch.arange(PAD + 1, PAD + 1 + T, device=tokens.device)
+        x = self.dropout(self.layernorm_embedding(self.embed_tokens(tokens) + self.embed_positions(positions)))
+        if padded:
+            x = x * real[:, :, None]
+        kept = []
+        for i, layer in enumerate(self.layers):
+            x, target = layer(x, attend)
+            if i >= len(self.layers) - targets:
+                kept.append(target)
+        return x if self.layer_norm is None else self.layer_norm(x), kept
+
+
+class RegressionHead(nn.Sequential):
+    """`head_layers` Linears with GELU between, widths C, 2C, 2C, ..., C; numbered as in the reference (0, 2, 4, ...)."""
+
+    def __init__(self, cfg: ModelConfig, gelu=F.gelu):
+        widths = [cfg.embed_dim] + [2 * cfg.embed_dim] * (cfg.head_layers - 1) + [cfg.embed_dim]
+        parts = []
+        for i in range(cfg.head_layers):
+            parts += [nn.Linear(widths[i], widths[i + 1]), _Function(gelu)]
+        super().__init__(*parts[:-1])
+
+
+class _Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+class Data2VecText(nn.Module):
+    """The student: encoder and regression head. The teacher is an `Encoder` of its own, made by `ema.make_teacher`."""
+
+    def __init__(self, cfg: ModelConfig, vocabulary_size: int, gelu=F.gelu):
+        super().__init__()
+        self.encoder = Encoder(cfg, vocabulary_size, gelu)
+        self.regression_head = RegressionHead(cfg, gelu)
+        self.apply(init_weights)
+
+    def forward(self, source: Tensor, masked: Tensor, padded: bool = True) -> Tensor:
+        """source (B, T) with `<mask>` at the flat places masked (M,) -> predictions (M, C), in the autocast type."""
+        x, _ = self.encoder(source, padded)
+        return self.regression_head(x.flatten(0, 1).index_select(0, masked))  # (M, C)
+
+
+def init_weights(module: nn.Module):
+    """N(0, 0.02) for Linear and Embedding weights, zero for biases and the row of PAD."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding):
+        with torch.no_grad():
+            module.weight[module.padding_idx].zero_()
+
+
+@torch.no_grad()
+def teacher_targets(teacher: Encoder, cfg: ModelConfig, target: Tensor, places: Tensor, padded: bool, width: int) -> Tensor:
+    """What the student shall predict: the mean of the teacher's last layer targets, each normalized (paper, section 3.3).
+
+    target (B, U): the teacher's tokens; places (M,): the masked tokens' flat places in B x U; width: T of the student's
+    batch, above U where the teacher reads only the masked tokens. Returns (M, C) float32.
+    """
+    over_places = cfg.batch_norm_target_layer or cfg.instance_norm_target_layer or cfg.instance_norm_targets
+    weight = None
+    if over_places:
+        # These statistics run over the whole padded batch, as in the reference. Where the teacher's input is squeezed,
+        # one padded place stands for all that the reference has, since pads of a block are all alike.
+        B, U = target.shape
+        if U < width:
+            target, padded = F.pad(target, (0, 1), value=PAD), True
+            places = places + places // U
+        pads = target == PAD
+        repeats = (width - (~pads).sum(1, keepdim=True)) / pads.sum(1, keepdim=True).clamp(min=1)
+        weight = torch.where(pads, repeats, torch.ones_like(repeats))[:, :, None]  # (B, U or U + 1, 1)
+    _, layers = teacher(target, padded, cfg.average_top_k_layers)
+    if not over_places:
+        layers = [y.flatten(0, 1).index_select(0, places) for y in layers]  # each (M, C)
+    mean = 0.0
+    for y in layers:
+        y = y.float()
+        if cfg.batch_norm_target_layer:
+            y = standardize(y, weight, (0, 1))
+        if cfg.instance_norm_target_layer:
+            y = standardize(y, weight, (1,))
+        if cfg.layer_norm_target_layer:
+            y = F.layer_norm(y, y.shape[-1:])
+        mean = mean + y
+    y = mean / len(layers)
+    if cfg.layer_norm_targets:
+        y = F.layer_norm(y, y.shape[-1:])
+    if cfg.instance_norm_targets:
+        y = standardize(y, weight, (1,))
+    return y.flatten(0, 1).index_select(0, places) if over_places else y
+
+
+def standardize(y: Tensor, weight: Tensor, dims: tuple) -> Tensor:
+    """Zero mean and unit (biased) variance over the places `dims` of y (B, T, C), place (b, t) counted weight[b, t] times."""
+    count = weight.sum(dims, keepdim=True)
+    mean = (y * weight).sum(dims, keepdim=True) / count
+    variance = ((y - mean).square() * weight).sum(dims, keepdim=True) / count
+    return (y - mean) * torch.rsqrt(variance + 1e-5)
+
+
+def data2vec_loss(prediction: Tensor, target: Tensor, cfg: ModelConfig) -> Tensor:
+    """Smooth L1 (squared error for loss_beta 0) summed over masked places and channels, scaled; float32, ()."""
+    # mean of nothing would be NaN; the sum of nothing is 0, with gradients of 0
+    if cfg.loss_beta == 0:
+        loss = F.mse_loss(prediction.float(), target, reduction="sum")
+    else:
+        loss = F.smooth_l1_loss(prediction.float(), target, reduction="sum", beta=cfg.loss_beta)
+    return loss * (cfg.loss_scale if cfg.loss_scale > 0 else 1 / math.sqrt(prediction.shape[-1]))
