@@ -395,9 +395,8 @@ def resume(run: Run, corpus: Corpus, fingerprint: dict, path):
     run.epoch, run.batches_done, run.best_loss = progress["epoch"], progress["batches"], progress["best_loss"]
 
 
-def init_from(run: Run, corpus: Corpus, path):
+def init_from(run: Run, corpus: Corpus, loaded: checkpoint.Loaded, path):
     """Take the weights and the teacher of any readable checkpoint; the optimizer and the schedule begin anew."""
-    loaded = checkpoint.load(path)
     check_dictionary(loaded, corpus, path)
     if not any(name.startswith("regression_head.") for name in loaded.student):
         print(f"warning: {path} has no regression head; it starts from random weights", file=sys.stderr)
@@ -468,7 +467,7 @@ def train(cfg: Config, device: Device, args) -> dict:
     if last:
         resume(run, corpus, fingerprint, last)
     elif t.init_from:
-        init_from(run, corpus, t.init_from)
+        init_from(run, corpus, checkpoint.load(t.init_from), t.init_from)
     device.barrier()  # nobody reads the directory any more
     if not last and device.rank == 0:
         for old in [*folder.glob("checkpoint_*.pt"), *folder.glob("train.jsonl")]:

@@ -1,0 +1,71 @@
+"""Is it any good: validation loss of a checkpoint, and what the loss alone cannot tell.
+
+    python eval.py --ckpt checkpoints/checkpoint_best.pt --data_path DIR [--split valid] [--untrained] [--json]
+
+FILE may be a checkpoint of this project, one of fairseq's data2vec_text (which is then evaluated as fairseq does), or a bare
+state dict under fairseq's names (whose shape comes from flags). Settings come from the checkpoint; flags override them.
+A low loss alone proves little, since a teacher that answers the same everywhere is easy to predict: variances near 0, or a
+cosine no better than that of always predicting the mean, show it.
+"""
+
+import json
+
+from device import open_device  # first: it has a word with torch before torch is imported
+
+import checkpoint
+import config
+from config import InputError
+from data import Corpus
+from train import PARTS, Config, Run, evaluate, init_from
+
+
+def saved_settings(loaded: checkpoint.Loaded, path) -> dict:
+    """The settings a checkpoint brings along; where it runs is a matter of this command, not of its run."""
+    values = loaded.config
+    if loaded.kind == "fairseq":
+        fields = {name: field for part in PARTS for name, field in part.__dataclass_fields__.items()}
+        values = checkpoint.reference_settings(loaded.config, fields, path)
+    return {k: v for k, v in values.items() if k not in ("device", "amp", "init_from")}
+
+
+def table(result: dict) -> str:
+    names = ("loss", "target_var", "pred_var", "cosine", "cosine_constant")
+    rows = [("trained", result)] + ([("untrained", result["untrained"])] if "untrained" in result else [])
+    lines = [f"{result['ckpt']}, {result['split']}: {result['sample_size']:,} masked tokens in {result['batches']} batches"]
+    lines += [f"{'':10}" + "".join(f"{name:>16}" for name in names)]
+    lines += [f"{label:10}" + "".join(f"{figures[name]:16.4f}" for name in names) for label, figures in rows]
+    lines += ["cosine: of prediction and target; cosine_constant: what always predicting the mean target gets"]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    def extra(parser):
+        parser.add_argument("--ckpt", metavar="FILE", help="the checkpoint; --init_from is another name for it")
+        parser.add_argument("--split", default="valid")
+        parser.add_argument("--untrained", action="store_true", help="evaluate the same model before training, too")
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+    parts, args = config.parse(PARTS, __doc__, extra=extra)
+    path = args.ckpt or parts[-1].init_from
+    if not path:
+        raise InputError("--ckpt is missing: the checkpoint to evaluate")
+    loaded = checkpoint.load(path)
+    parts, args = config.parse(PARTS, __doc__, extra=extra, base=saved_settings(loaded, path))
+    cfg = Config(*parts)
+    device = open_device(cfg.device)
+    try:
+        corpus = Corpus(cfg.data)
+        dataset = corpus.split(args.split)
+        run = Run(cfg, device, len(corpus.dictionary))
+        untrained = {"untrained": evaluate(run, dataset)} if args.untrained else {}
+        init_from(run, corpus, loaded, path)
+        result = dict(ckpt=str(path), split=args.split, amp=device.amp_name, **evaluate(run, dataset), **untrained)
+    finally:
+        device.close()
+    if device.rank == 0:
+        print(json.dumps(result) if args.json else table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    config.program(main)
