@@ -127,13 +127,13 @@ def measure(run: Run, dataset, warmup: int, updates: int) -> dict:
     )
 
 
-def main() -> int:
+def main(argv: list | None = None) -> int:
     def extra(parser):
         parser.add_argument("--updates", type=int, default=20, help="updates to measure [20]")
         parser.add_argument("--warmup", type=int, default=3, help="updates before that [3]")
         parser.add_argument("--vocabulary", type=int, default=50264, help="words of the synthetic corpus [50264]")
 
-    parts, args = config.parse(PARTS, __doc__, extra=extra)
+    parts, args = config.parse(PARTS, __doc__, argv, extra=extra)
     if args.updates < 1 or args.warmup < 0 or args.vocabulary < 8:
         raise InputError("--updates must be at least 1, --warmup at least 0, --vocabulary at least 8")
     data, rest = parts[0], parts[1:]

@@ -22,8 +22,8 @@ PRESETS = {
     # learns something visible on a laptop's CPU in a minute or two
     "tiny": dict(
         tokens_per_sample=128, max_tokens=2048, embed_dim=128, ffn_embed_dim=512, layers=4, attention_heads=4,
-        average_top_k_layers=3, dropout=0.0, attention_dropout=0.0, lr=1e-3, warmup_updates=60, max_update=600,
-        ema_anneal_end_step=300, ema_decay=0.99, ema_end_decay=0.999, log_interval=20, validate_interval_updates=200,
+        average_top_k_layers=3, dropout=0.0, attention_dropout=0.0, lr=1e-3, warmup_updates=40, max_update=400,
+        ema_anneal_end_step=200, ema_decay=0.99, ema_end_decay=0.999, log_interval=20, validate_interval_updates=200,
         validate_interval=0, save_interval=0,
     ),
 }  # fmt: skip

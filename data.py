@@ -639,7 +639,7 @@ def make_demo(folder, words: int = 4000):
     except OSError as e:
         raise InputError(f"{folder}: {e.strerror}") from None
     names = sorted(topics)
-    splits = {"valid": names[4::10], "test": names[9::10]}
+    splits = {"valid": names[3::8], "test": names[7::8]}
     splits["train"] = [name for name in names if name not in splits["valid"] + splits["test"]]
     documents = {
         split: [
@@ -663,7 +663,7 @@ def make_demo(folder, words: int = 4000):
         print(f"{folder / split}: {count:,} sentences, {tokens:,} tokens, {len(members)} documents")
 
 
-def main() -> int:
+def main(argv: list | None = None) -> int:
     def extra(parser):
         parser.add_argument("--split", default="train")
         parser.add_argument("--epoch", type=int, default=1)
@@ -672,7 +672,7 @@ def main() -> int:
         parser.add_argument("--json", action="store_true", help="print one JSON object")
         parser.add_argument("--make_demo", metavar="DIR", help="write a demo corpus and stop")
 
-    (cfg,), args = config.parse([DataConfig], __doc__, extra=extra)
+    (cfg,), args = config.parse([DataConfig], __doc__, argv, extra=extra)
     if args.make_demo:
         make_demo(args.make_demo)
         return 0

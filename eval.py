@@ -35,22 +35,29 @@ def table(result: dict) -> str:
     lines += [f"{'':10}" + "".join(f"{name:>16}" for name in names)]
     lines += [f"{label:10}" + "".join(f"{figures[name]:16.4f}" for name in names) for label, figures in rows]
     lines += ["cosine: of prediction and target; cosine_constant: what always predicting the mean target gets"]
+    if "untrained" in result:
+        before = result["untrained"]
+        better = result["cosine"] > max(before["cosine"], result["cosine_constant"]) + 0.1 and result["loss"] < before["loss"]
+        lines += [
+            f"{'learned' if better else 'NOT learned'}: loss {before['loss']:.4f} -> {result['loss']:.4f},"
+            f" cosine {before['cosine']:.4f} -> {result['cosine']:.4f} (constant {result['cosine_constant']:.4f})"
+        ]
     return "\n".join(lines)
 
 
-def main() -> int:
+def main(argv: list | None = None) -> int:
     def extra(parser):
         parser.add_argument("--ckpt", metavar="FILE", help="the checkpoint; --init_from is another name for it")
         parser.add_argument("--split", default="valid")
         parser.add_argument("--untrained", action="store_true", help="evaluate the same model before training, too")
         parser.add_argument("--json", action="store_true", help="print one JSON object")
 
-    parts, args = config.parse(PARTS, __doc__, extra=extra)
+    parts, args = config.parse(PARTS, __doc__, argv, extra=extra)
     path = args.ckpt or parts[-1].init_from
     if not path:
         raise InputError("--ckpt is missing: the checkpoint to evaluate")
     loaded = checkpoint.load(path)
-    parts, args = config.parse(PARTS, __doc__, extra=extra, base=saved_settings(loaded, path))
+    parts, args = config.parse(PARTS, __doc__, argv, extra=extra, base=saved_settings(loaded, path))
     cfg = Config(*parts)
     device = open_device(cfg.device)
     try:

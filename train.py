@@ -317,8 +317,8 @@ class Log:
                                      f" ema {row['ema_decay']:.4f} var {row['target_var']:.2f}/{row['pred_var']:.2f}"
                                      f" fps {row['fps']:.0f} wps {row['wps']:.0f}")  # fmt: skip
         else:
-            names = dict(num_updates="update", sample_size=None, nsentences=None, ntokens=None, wall=None)
-            shown = {names.get(k, k): v for k, v in row.items() if names.get(k, k)}
+            hidden = ("num_updates", "sample_size", "nsentences", "ntokens", "wall")
+            shown = dict(update=row["num_updates"], **{k: v for k, v in row.items() if k not in hidden})
             self.say(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()))
 
     def say(self, text: str):
@@ -527,13 +527,13 @@ def train(cfg: Config, device: Device, args) -> dict:
     return figures
 
 
-def main() -> int:
+def main(argv: list | None = None) -> int:
     def extra(parser):
         parser.add_argument("--no_resume", action="store_true", help="start over; --save_dir must be empty")
         parser.add_argument("--overwrite", action="store_true", help="with --no_resume: remove the old run in --save_dir")
         parser.add_argument("--distributed_world_size", type=int, help="workers; must agree with torchrun's")
 
-    parts, args = config.parse(PARTS, __doc__, extra=extra)
+    parts, args = config.parse(PARTS, __doc__, argv, extra=extra)
     cfg = Config(*parts)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if args.distributed_world_size not in (None, world_size):

@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# Set-up and the one-device runs of the Ascend ModelZoo:
+#
+#   bash run_1p.sh                                              demo corpus, tiny model, a minute or two on two CPU cores
+#   bash run_1p.sh full --data_path=DIR [train.py flags]        pretrain; the same command again continues
+#   bash run_1p.sh performance --data_path=DIR [flags]          5,000 updates from the start, for the throughput
+#   bash run_1p.sh eval --data_path=DIR --checkpoint_path=FILE  validation in float32 on the CPU
+#   bash run_1p.sh test [pytest arguments]                      the tests
+#
+# full and performance take the npu_1p preset (--config_name base for fairseq's lengths); --checkpoint_path=FILE there
+# starts from that file's weights. Everything lands in output/$ASCEND_DEVICE_ID (default 0).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+here=$PWD
+
+mode=full
+if [ $# -eq 0 ]; then
+    mode=demo
+elif [[ $1 != -* ]]; then
+    mode=$1
+    shift
+fi
+case $mode in
+demo | full | performance | eval | test) ;;
+*)
+    echo "run_1p.sh: no mode '$mode'; one of full, performance, eval, test" >&2
+    exit 2
+    ;;
+esac
+
+data_path="" checkpoint_path="" save_dir="" flags=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --data_path=*) data_path=${1#*=} ;;
+    --checkpoint_path=*) checkpoint_path=${1#*=} ;;
+    --save_dir=*) save_dir=${1#*=} ;;
+    --data_path | --checkpoint_path | --save_dir)
+        [ $# -gt 1 ] || { echo "run_1p.sh: $1 needs a value" >&2; exit 2; }
+        printf -v "${1#--}" %s "$2"
+        shift
+        ;;
+    *) flags+=("$1") ;;
+    esac
+    shift
+done
+if [[ $mode =~ ^(full|performance|eval)$ && -z $data_path && ${flags[*]-} != *help* ]]; then
+    echo "run_1p.sh: --data_path=DIR is missing: the folder with dict.txt, train.bin and train.idx" >&2
+    exit 2
+fi
+
+# ---- the Python that runs it
+requirements=requirements.txt
+if compgen -G "/dev/davinci[0-9]*" >/dev/null; then
+    requirements=requirements-npu.txt
+    for env in "${ASCEND_TOOLKIT_HOME:-/usr/local/Ascend/ascend-toolkit}/set_env.sh" \
+        "${ASCEND_TOOLKIT_HOME:-/usr/local/Ascend/ascend-toolkit}/../set_env.sh"; do
+        if [ -f "$env" ]; then
+            set +u # CANN's script reads variables that may be unset
+            # shellcheck disable=SC1090
+            source "$env"
+            set -u
+            break
+        fi
+    done
+fi
+needed="torch, numpy, tqdm"
+[ $requirements = requirements.txt ] || needed="$needed, torch_npu"
+python=python3
+if ! TORCH_DEVICE_BACKEND_AUTOLOAD=0 $python -c "import $needed" 2>/dev/null; then
+    [ -x .venv/bin/python ] || $python -m venv .venv || {
+        echo "run_1p.sh: $python cannot make a virtual environment (on Debian: install python3-venv)" >&2
+        exit 1
+    }
+    python=$here/.venv/bin/python
+    if ! TORCH_DEVICE_BACKEND_AUTOLOAD=0 $python -c "import $needed" 2>/dev/null; then
+        echo "installing $requirements into .venv ..."
+        $python -m pip install --quiet --disable-pip-version-check -r $requirements
+    fi
+fi
+
+if [ $mode = test ]; then
+    if ! $python -c "import pytest" 2>/dev/null; then
+        $python -m pip install --quiet --disable-pip-version-check pytest || {
+            echo "run_1p.sh: the tests need pytest: $python -m pip install pytest" >&2
+            exit 1
+        }
+    fi
+    exec "$python" -m pytest -q ${flags[@]+"${flags[@]}"}
+fi
+
+device_id=${ASCEND_DEVICE_ID:-0}
+output=output/$device_id
+log=$output/train_$device_id.log
+mkdir -p "$output"
+
+if [ $mode = eval ]; then
+    exec "$python" eval.py --device cpu --amp off --data_path "$data_path" \
+        --ckpt "${checkpoint_path:-$output/full/checkpoint_best.pt}" ${flags[@]+"${flags[@]}"}
+fi
+
+# ---- train, log, report
+save_dir=${save_dir:-$output/$mode}
+preset=npu_1p extra=()
+case $mode in
+demo)
+    preset=tiny data_path=$output/demo-bin extra=(--no_resume --overwrite)
+    "$python" data.py --make_demo "$data_path"
+    ;;
+performance)
+    extra=(--no_resume --overwrite --max_update 5000 --save_interval 0 --validate_interval 0)
+    ;;
+esac
+[ -z "$checkpoint_path" ] || extra+=(--init_from "$checkpoint_path")
+
+begin=$(date +%s)
+"$python" train.py --config_name $preset --data_path "$data_path" --save_dir "$save_dir" \
+    ${extra[@]+"${extra[@]}"} ${flags[@]+"${flags[@]}"} 2>&1 | tee "$log"
+duration=$(($(date +%s) - begin))
+
+if [ $mode = demo ]; then
+    echo
+    echo "---- the trained model against the same model before training"
+    "$python" eval.py --ckpt "$save_dir/checkpoint_best.pt" --data_path "$data_path" --untrained | tee -a "$log"
+fi
+echo
+"$python" - "$save_dir" "$output" "$device_id" "$duration" "$log" <<'REPORT' | tee -a "$log"
+import json, re, statistics, sys
+from importlib.metadata import version
+from pathlib import Path
+
+save_dir, output, device_id, duration, log = sys.argv[1:]
+rows = [json.loads(line) for line in (Path(save_dir) / "train.jsonl").read_text().splitlines()]
+train = [row for row in rows if "loss" in row]
+valid = [row for row in rows if "valid_loss" in row]
+timed = train[1:] or train  # the first interval holds the start-up
+ups, fps = (statistics.median(row[key] for row in timed) for key in ("ups", "fps"))
+best = f"{valid[-1]['valid_best_loss']:.4f}" if valid else "-"
+amp, kind = re.findall(r"^\d+ x (\w+) .*, amp (\w+) \|", Path(log).read_text(), re.M)[-1][::-1]
+
+name, output = "data2vec_for_PyTorch_1p", Path(output)
+(output / f"train_{name}_loss.txt").write_text("".join(f"{row['loss']}\n" for row in train))
+(output / f"{name}.log").write_text(
+    f"Network = data2vec_for_PyTorch\nRankSize = 1\nDeviceType = {kind}\nCaseName = {name}\n"
+    f"ActualUPS = {ups}\nActualFPS = {fps}\nE2ETrainingTime = {duration}\n"
+)
+# The first three are the ModelZoo's own lines; its images/sec is updates per second.
+print(f"Final Performance images/sec : {ups:.4f}")
+print(f"Final Valid Best Loss: {best}")
+print(f"E2E Training Duration sec : {duration}")
+print(f"UPS (updates/s) : {ups:.4f}")
+print(f"FPS (blocks/s) : {fps:.2f}")
+print(f"Loss, first and last logged : {train[0]['loss']:.4f} -> {train[-1]['loss']:.4f}")
+print()
+print("| Name | wer | FPS | Epochs | AMP_Type | Torch_Version | Valid_Loss |")
+print("| --- | --- | --- | --- | --- | --- | --- |")
+print(f"| 1p-{kind} | - | {fps:.2f} | {train[-1]['epoch']} | {amp} | {version('torch')} | {best} |")
+REPORT
