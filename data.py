@@ -673,11 +673,11 @@ def main(argv: list | None = None) -> int:
         parser.add_argument("--make_demo", metavar="DIR", help="write a demo corpus and stop")
 
     (cfg,), args = config.parse([DataConfig], __doc__, argv, extra=extra)
+    if args.epoch < 1 or args.world_size < 1 or not 0 <= args.rank < args.world_size:
+        raise InputError("--epoch and --world_size must be at least 1, and --rank from 0 to world_size - 1")
     if args.make_demo:
         make_demo(args.make_demo)
         return 0
-    if args.epoch < 1 or args.world_size < 1 or not 0 <= args.rank < args.world_size:
-        raise InputError("--epoch and --world_size must be at least 1, and --rank from 0 to world_size - 1")
     corpus = Corpus(cfg)
     facts = describe(corpus, args.split, args.epoch, args.rank, args.world_size)
     if args.json:

@@ -160,6 +160,8 @@ def update(run: Run, batches: list, mark=lambda part: None) -> Update | None:
         loss += part.detach()
         pair = prediction.detach(), target
 
+    if not batches:
+        run.scaler.scale(loss)  # a scaler that has scaled nothing refuses to go on
     for p in run.parameters:  # a worker without a batch still takes part
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     run.scaler.unscale_(run.optimizer)
