@@ -3,11 +3,17 @@
 The file is a dict: `format`, `config` (every setting, flat), `dictionary` (size, digest, mask_id), `student` and `teacher`
 (state dicts under this project's names), `optimizer`, `scaler`, `rng`, and `progress` (num_updates, teacher_updates, epoch,
 batches done in it, world_size, best_loss, data fingerprint). It holds tensors and plain Python values only, so it is loaded
-with `weights_only=True`.
+with `weights_only=True`. It is a zip file, as torch writes them, whose comment is a sha256 of all that stands before.
 """
 
+import collections
+import errno
+import hashlib
 import os
+import pickle
 import re
+import shutil
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,29 +42,83 @@ class Loaded:
     content: dict  # the whole file, for a resume
 
 
+SEAL = b"data2vec-text sha256 "
+SEAL_BYTES = len(SEAL) + hashlib.sha256().digest_size
+
+
+class _Sealed:
+    """A file for torch.save that ends in the zip comment SEAL + sha256 of everything before it."""
+
+    def __init__(self, path):
+        self.file, self.hash, self.kept = open(path, "wb"), hashlib.sha256(), b""
+
+    def write(self, data) -> int:
+        data = memoryview(data).cast("B")
+        # the last two bytes of a zip file are the length of its comment: they wait until more comes or `seal`
+        if len(data) < 2:
+            self._put(data := memoryview(self.kept + bytes(data)), keep=2)
+        else:
+            self._put(self.kept)
+            self._put(data, keep=2)
+        return len(data)
+
+    def _put(self, data, keep: int = 0):
+        body = data[: max(0, len(data) - keep)]
+        self.kept = bytes(data[len(body) :])
+        self.file.write(body)
+        self.hash.update(body)
+
+    def flush(self):
+        self.file.flush()
+
+    def seal(self):
+        if self.kept != b"\0\0":
+            raise OSError(errno.EIO, "torch.save wrote no plain zip file")
+        self._put(SEAL_BYTES.to_bytes(2, "little"))
+        self.file.write(SEAL + self.hash.digest())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self):
+        self.file.close()
+
+
 def save(content: dict, path, *also):
-    """Write the file so that a crash at any moment leaves the old one or the new one; `also`: further names for it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".tmp")
-    with open(part, "wb") as f:
-        torch.save({"format": FORMAT, **content}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    for other in map(Path, also):
-        link = other.with_name(other.name + ".tmp")
-        link.unlink(missing_ok=True)
+    """Write the file so that a crash at any moment leaves the old one or the new one; `also`: further files like it.
+
+    Raises OSError if it cannot be written; then nothing has changed.
+    """
+    paths = [Path(path), *map(Path, also)]
+    parts = [p.with_name(p.name + ".tmp") for p in paths]
+    try:
+        file = _Sealed(parts[0])
         try:
-            os.link(part, link)  # the same bytes under another name: no second write
-        except OSError:  # a file system without hard links
-            link.write_bytes(part.read_bytes())
-        os.replace(link, other)
-    os.replace(part, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+            torch.save({"format": FORMAT, **content}, file)
+            file.seal()
+        finally:
+            file.close()
+        for part in parts[1:]:  # copies, not links: damage to one file leaves the others
+            shutil.copyfile(parts[0], part)
+            with open(part, "rb") as f:
+                os.fsync(f.fileno())
+        for part, final in zip(reversed(parts), reversed(paths)):  # `path` last: it is the one that counts
+            os.replace(part, final)
+    except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into a RuntimeError
+        for part in parts:
+            part.unlink(missing_ok=True)
+        cause = e if isinstance(e, OSError) else e.__context__
+        raise cause if isinstance(cause, OSError) else OSError(errno.EIO, str(e).splitlines()[0]) from None
+    folder = os.open(paths[0].parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the renames themselves
     finally:
         os.close(folder)
+
+
+def candidates(folder) -> list[Path]:
+    """The checkpoints in a save directory in the order in which a resume tries them: the last, then from new to old."""
+    found = sorted(Path(folder).glob("checkpoint_*.pt"), key=lambda p: -p.stat().st_mtime_ns)
+    return sorted(found, key=lambda p: p.name != "checkpoint_last.pt")
 
 
 def write_text(path, text: str):
@@ -81,7 +141,10 @@ def load(path) -> Loaded:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        sealed = _check_seal(path)
+        content = _read(path)
+    except InputError:
+        raise
     except Exception as e:  # torch raises many kinds for a damaged or foreign file
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise InputError(f"{path}: cannot be read as a checkpoint: {first[:200]}") from None
@@ -90,6 +153,8 @@ def load(path) -> Loaded:
     if "format" in content:
         if content["format"] != FORMAT:
             raise InputError(f"{path}: format {content['format']!r}; this version reads {FORMAT!r}")
+        if not sealed:
+            raise InputError(f"{path}: damaged: its checksum is gone")
         return Loaded("ours", content["config"], content["student"], content["teacher"], content)
     state = content.get("model", content)
     if not isinstance(state, dict) or not any(str(k).startswith("encoder.sentence_encoder.") for k in state):
@@ -102,6 +167,84 @@ def load(path) -> Loaded:
             raise InputError(f"{path}: has weights but no config; give its shape by flags and the weights as a bare state dict")
         settings = {group: tree[group] for group in ("task", "dataset", "model", "common") if isinstance(tree.get(group), dict)}
     return Loaded(kind, settings, student, teacher, content)
+
+
+def _check_seal(path: Path) -> bool:
+    """True if the file ends in its checksum, False if it has none. Raises InputError if it has one that does not fit."""
+    left = path.stat().st_size - SEAL_BYTES
+    with open(path, "rb") as f:
+        f.seek(max(0, left))
+        seal = f.read()
+        if left < 0 or not seal.startswith(SEAL):
+            return False
+        f.seek(0)
+        digest = hashlib.sha256()
+        while left:
+            part = f.read(min(left, 1 << 22))
+            if not part:
+                break
+            digest.update(part)
+            left -= len(part)
+    if digest.digest() != seal[len(SEAL) :]:
+        raise InputError(f"{path}: damaged: its content does not fit its checksum")
+    return True
+
+
+def _read(path: Path):
+    """torch.load that never runs code from the file: first as weights only, then, for files of older fairseq releases,
+    with every class but tensors and containers replaced by an inert one."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_INERT_PICKLE)
+
+
+class _Inert:
+    """Stands for an object of a class that is not to be run: swallows whatever a pickle does to it."""
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+    def __call__(self, *args, **kwargs):
+        return self
+
+    def append(self, value):
+        pass
+
+    def extend(self, values):
+        pass
+
+    def add(self, value):
+        pass
+
+
+class _InertUnpickler(pickle.Unpickler):
+    ALLOWED = {
+        ("collections", "OrderedDict"): collections.OrderedDict,
+        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+        ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+        **{("torch", f"{kind}Storage"): getattr(torch, f"{kind}Storage")
+           for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")},
+    }  # fmt: skip
+
+    def find_class(self, module, name):
+        return self.ALLOWED.get((module, name)) or type(name.rpartition(".")[2] or "Inert", (_Inert,), {})
+
+
+_INERT_PICKLE = types.SimpleNamespace(
+    __name__="inert_pickle",
+    Unpickler=_InertUnpickler,
+    load=lambda file, **options: _InertUnpickler(file, **options).load(),
+)
 
 
 def reference_settings(settings: dict, fields, path) -> dict:

@@ -29,7 +29,7 @@ PRESETS = {
 }  # fmt: skip
 
 # The released code's behaviour where it differs from the paper, or loses text.
-FAIRSEQ_EXACT = dict(teacher_input="masked", long_sentences="skip", drop_remainder=True)
+FAIRSEQ_EXACT = dict(teacher_input="masked", long_sentences="skip", drop_remainder=True, min_target_var=0.0, min_pred_var=0.0)
 
 # The reference's leaf name -> ours, where they differ.
 RENAMED = {"data": "data_path"}
@@ -52,6 +52,11 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run cannot go on; the text is one line that says why and what to do."""
+
+
+def printable(text: str) -> str:
+    """The text on one line, with control characters written out: symbols and paths may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def option(default, help, low=None, high=None, above=None, below=None, choices=None):
@@ -288,10 +293,10 @@ def program(main):
     try:
         code = main()
     except InputError as e:
-        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {printable(str(e))}", file=sys.stderr)
         code = 2
     except RunError as e:
-        print(f"{Path(sys.argv[0]).name}: stopped: {e}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: stopped: {printable(str(e))}", file=sys.stderr)
         code = 1
     except BrokenPipeError:  # `... | head`
         sys.stderr.close()

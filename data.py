@@ -160,6 +160,8 @@ class TokenFile:
                 f"{idx}: sentence {i} has {self.sizes[i]} tokens at byte {offsets[i]}, outside {bin_.name}"
                 f" ({bin_bytes} bytes); a file is cut or does not belong to the other"
             )
+        if int(self.sizes.sum()) * width > bin_bytes:
+            raise InputError(f"{idx}: its sentences overlap: {self.sizes.sum()} tokens in {bin_bytes} bytes; {REBUILD}")
         self.offsets = offsets // width
         items = bin_bytes // width
         self.items = np.memmap(bin_, self.dtype, "r", shape=(items,)) if items else np.zeros(0, self.dtype)
@@ -213,6 +215,14 @@ class TokenStream:
             parts.append(part)
             start, i = start + len(part), i + 1
         return np.concatenate(parts)
+
+    def digest(self) -> str:
+        """sha256 over all sizes and 64 samples of the tokens: tells another corpus without reading all of this one."""
+        digest = hashlib.sha256(self.sizes.tobytes())
+        for start in np.linspace(0, max(0, self.tokens - 1024), 64).astype(np.int64).tolist():
+            end = min(start + 1024, self.tokens)
+            digest.update(self.read(start, end).astype(np.int64).tobytes() if end > start else b"")
+        return digest.hexdigest()
 
     def sentence_at(self, position: int) -> int:
         return int(np.searchsorted(self.starts, position, side="right")) - 1
@@ -598,7 +608,7 @@ def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int)
 
 
 def print_description(facts: dict, dataset: BlockDataset):
-    first = dataset.dictionary.decode(dataset.read_block(0)) if facts["blocks"] else ""
+    first = config.printable(dataset.dictionary.decode(dataset.read_block(0))) if facts["blocks"] else ""
     first = first if len(first) <= 600 else first[:600] + " ..."
     share = 100 / max(1, facts["tokens"])
     for name, text in (

@@ -127,6 +127,22 @@ class Device:
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def agree(self, values: list[int]) -> list[int]:
+        """The largest of each over the workers; on the host, without waiting for the device."""
+        if self.world_size == 1:
+            return values
+        values = torch.tensor(values)
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+        return values.tolist()
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in str(error) or "can't allocate" in str(error)
+
+    def is_lost_worker(self, error: Exception) -> bool:
+        """Whether a collective failed because another worker is gone."""
+        words = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "HCCL", "gloo", "Timed out waiting")
+        return self.world_size > 1 and any(word in str(error) for word in words)
+
     def barrier(self):
         if self.world_size > 1:
             torch.distributed.barrier()
@@ -160,7 +176,8 @@ def open_device(cfg: DeviceConfig, distributed: bool = True) -> Device:
         module.set_device(local_rank)
         device, name = torch.device(kind, local_rank), module.get_device_name(local_rank)
     if world_size > 1:
-        torch.distributed.init_process_group(BACKENDS[kind])
+        backend = BACKENDS[kind] if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
+        torch.distributed.init_process_group(backend)
     return Device(device, name, _amp_type(cfg.amp, kind, name), rank, world_size)
 
 

@@ -7,6 +7,7 @@
 The same command again continues from checkpoint_last.pt in --save_dir. Figures go to train.jsonl there.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,8 +20,6 @@ from pathlib import Path
 from device import LOWEST_LOSS_SCALE, Device, DeviceConfig, open_device  # first: it has a word with torch before torch is imported
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 import checkpoint
 import config
@@ -28,6 +27,8 @@ import ema
 from config import InputError, RunError, option
 from data import BlockDataset, Corpus, DataConfig
 from ema import EmaConfig
+from guard import GuardConfig, Health, Lock, Signals
+from log import Log, moments, quality
 from model import Data2VecText, ModelConfig, data2vec_loss, teacher_targets
 
 
@@ -66,6 +67,7 @@ class Config:
     model: ModelConfig
     ema: EmaConfig
     device: DeviceConfig
+    guard: GuardConfig
     train: TrainConfig
 
     def __post_init__(self):
@@ -109,6 +111,7 @@ class Run:
         self.num_updates = self.teacher_updates = 0  # updates of the student, and those the teacher has taken in
         self.epoch, self.batches_done = 1, 0  # the data position: this worker's batches done in this epoch
         self.best_loss = None
+        self.skipped = 0  # updates known to have left the weights alone
 
     def move_teacher(self):
         """Bring the teacher up to the student's updates, once for each."""
@@ -121,18 +124,24 @@ class Run:
 class Update:
     """What one update did. Tensors stay on the device until a log line asks for them."""
 
+    number: int  # from 1
+    epoch: int
+    blocks: list  # this worker's block numbers
     loss: torch.Tensor  # sum over the masked places, all workers'
     gnorm: torch.Tensor  # before clipping
+    skipped: torch.Tensor  # bool: loss or gradient was not finite, and the weights were left alone
     counts: torch.Tensor  # int64 (sample_size, nsentences, ntokens), all workers'
+    pair: tuple  # the last batch's (prediction, target)
     lr: float
     ema_decay: float  # of the step that made this update's teacher
-    pair: tuple | None  # the last batch's (prediction, target)
+    loss_scale: float
 
 
 def update(run: Run, batches: list, mark=lambda part: None) -> Update | None:
     """One optimizer step over this worker's `batches` (host batches; none for a worker that has run out).
 
-    Returns None if the loss scaler skipped the step. mark(name) is called behind each part, for the benchmark.
+    Returns None if the loss scaler skipped the step: then it was no update. mark(name) is called behind each part, for the
+    benchmark.
     """
     cfg, device = run.cfg, run.device
     lr, decay = lr_at(run.num_updates, cfg.train), ema.decay_at(run.num_updates, cfg.ema)
@@ -142,7 +151,9 @@ def update(run: Run, batches: list, mark=lambda part: None) -> Update | None:
     run.move_teacher()  # does nothing, unless fairseq_exact left it one update behind
     mark("ema")
 
-    loss, counts, pair = torch.zeros((), device=device.torch_device), [0, 0, 0], None
+    loss, counts = torch.zeros((), device=device.torch_device), [0, 0, 0]
+    pair = (torch.zeros(0, cfg.model.embed_dim, device=device.torch_device),) * 2
+    blocks = [int(i) for batch in batches for i in batch.ids]
     for batch in batches:
         counts = [a + b for a, b in zip(counts, (batch.sample_size, batch.nsentences, batch.ntokens))]
         batch = device.upload(batch)
@@ -174,23 +185,35 @@ def update(run: Run, batches: list, mark=lambda part: None) -> Update | None:
         loss, flat = flat[0], flat[1:].split([g.numel() for g in grads])
         torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(flat, grads)])
     gnorm = normalize_and_clip(grads, sample_size, cfg.train.clip_norm)
+    skipped = ~torch.isfinite(gnorm + loss)
 
-    group = run.optimizer.param_groups[0]
+    group, steps = run.optimizer.param_groups[0], run.num_updates + 1 - run.skipped
     group["lr"] = lr
     # fairseq adds eps to the uncorrected second moment's root, torch to the corrected one's
-    group["eps"] = cfg.train.adam_eps / math.sqrt(1 - cfg.train.adam_betas[1] ** (run.num_updates + 1))
+    group["eps"] = cfg.train.adam_eps / math.sqrt(1 - cfg.train.adam_betas[1] ** steps)
     scale = run.scaler.get_scale()
+    if not run.scaler.is_enabled():  # a scaler sees to it itself
+        skip_step(run.optimizer, grads, skipped)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     mark("optimizer")
-    if run.scaler.get_scale() < scale:  # gradients overflowed in float16: not an update
+    if run.scaler.get_scale() < scale:  # gradients overflowed in float16
         return None
     run.num_updates += 1
     if not cfg.train.fairseq_exact:  # there the teacher waits for the next update, also while validating and saving
         run.move_teacher()
     mark("ema")
-    return Update(loss, gnorm, counts, lr, decay, pair)
+    return Update(run.num_updates, run.epoch, blocks, loss, gnorm, skipped, counts, pair, lr, decay, scale)
+
+
+def skip_step(optimizer: torch.optim.AdamW, grads: list, skipped: torch.Tensor):
+    """Make the coming step leave everything alone where `skipped` is true, without asking the device."""
+    if optimizer.param_groups[0]["fused"]:
+        optimizer.grad_scale, optimizer.found_inf = None, skipped.float()  # the kernel's own way, made for loss scalers
+    else:  # no such way there: the gradient counts as zero, and only the moments' memory moves the weights
+        for g in grads:
+            g.copy_(torch.where(skipped, 0.0, g))
 
 
 def normalize_and_clip(grads: list, sample_size, clip_norm: float) -> torch.Tensor:
@@ -205,32 +228,6 @@ def normalize_and_clip(grads: list, sample_size, clip_norm: float) -> torch.Tens
         factor = factor * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(grads, factor)
     return norm
-
-
-# ---------------------------------------------------------------------------------------------- figures
-
-
-def moments(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Sums over the M places from which `quality` makes its figures, (6, C) float32; sums of several batches add up."""
-    p, t = prediction.float(), target.float()
-    unit = F.normalize(t, dim=-1)
-    cosine = F.normalize(p, dim=-1) * unit
-    return torch.stack([x.sum(0) for x in (p, p.square(), t, t.square(), unit, cosine)])
-
-
-def quality(sums: torch.Tensor, count: int) -> dict:
-    """What the loss cannot tell. Variances are over the masked places, averaged over channels: near 0 is a collapse.
-
-    cosine: mean cosine of prediction and target; cosine_constant: what always predicting the mean target would get.
-    """
-    p, p2, t, t2, unit, cosine = (sums.double().cpu() / max(1, count)).unbind()
-    constant = float((F.normalize(t, dim=0) * unit).sum())
-    return dict(
-        target_var=float((t2 - t.square()).clamp(min=0).mean()),
-        pred_var=float((p2 - p.square()).clamp(min=0).mean()),
-        cosine=float(cosine.sum()),
-        cosine_constant=constant,
-    )
 
 
 @torch.no_grad()
@@ -264,77 +261,6 @@ def evaluate(run: Run, dataset: BlockDataset) -> dict:
     return dict(loss=float(loss) / sample_size, sample_size=sample_size, batches=batches, **quality(sums, sample_size))
 
 
-class Log:
-    """Averages over a log interval; train.jsonl, and a line or a progress bar for a person. Only rank 0 writes."""
-
-    def __init__(self, run: Run, path: Path):
-        self.run, self.path, self.begin = run, path, time.perf_counter()
-        if path.exists():  # what an interrupted run logged after its last checkpoint will be logged again
-            rows = [row for row in path.read_text().splitlines() if _updates_of(row) <= run.num_updates]
-            checkpoint.write_text(path, "".join(row + "\n" for row in rows))
-        self.bar = None
-        if run.device.rank == 0 and sys.stderr.isatty():
-            self.bar = tqdm(total=run.cfg.train.max_update, initial=run.num_updates, unit="update", dynamic_ncols=True)
-        self.reset()
-
-    def reset(self):
-        self.loss = self.gnorm = self.counts = 0
-        self.updates, self.since = 0, time.perf_counter()
-
-    def add(self, done: Update):
-        self.loss, self.gnorm, self.counts = self.loss + done.loss, self.gnorm + done.gnorm, self.counts + done.counts
-        self.updates += 1
-        if self.bar is not None:
-            self.bar.update()
-
-    def write(self, done: Update, epoch: int):
-        """One row: means per update over the interval (the loss per masked place), lr and the like of the last one."""
-        run = self.run
-        sample_size, nsentences, ntokens = self.counts.tolist()
-        pred = done.pair or (torch.zeros(0, run.cfg.model.embed_dim, device=run.device.torch_device),) * 2
-        sums = torch.cat([moments(*pred).flatten(), torch.tensor([float(len(pred[0]))], device=run.device.torch_device)])
-        run.device.all_reduce(sums)
-        figures = quality(sums[:-1].view(6, -1), int(sums[-1]))
-        loss, gnorm = float(self.loss), float(self.gnorm)  # the interval's first wait for the device
-        seconds = time.perf_counter() - self.since
-        row = dict(
-            loss=loss / max(1, sample_size), sample_size=sample_size / self.updates, nsentences=nsentences / self.updates,
-            ntokens=ntokens / self.updates, gnorm=gnorm / self.updates, lr=done.lr, ema_decay=done.ema_decay,
-            loss_scale=run.scaler.get_scale(), target_var=figures["target_var"], pred_var=figures["pred_var"],
-            num_updates=run.num_updates, epoch=epoch, fps=nsentences / seconds, ups=self.updates / seconds,
-            wps=ntokens / seconds, wall=time.perf_counter() - self.begin,
-        )  # fmt: skip
-        self.row(row)
-        if not math.isfinite(row["loss"]):
-            raise RunError(f"the loss is {row['loss']} at update {run.num_updates}; lower --lr or --clip_norm, or use bf16")
-        self.reset()
-
-    def row(self, row: dict):
-        if self.run.device.rank:
-            return
-        with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
-        if self.bar is not None and "loss" in row:
-            self.bar.set_postfix_str(f"epoch {row['epoch']} loss {row['loss']:.3f} gnorm {row['gnorm']:.2f} lr {row['lr']:.2e}"
-                                     f" ema {row['ema_decay']:.4f} var {row['target_var']:.2f}/{row['pred_var']:.2f}"
-                                     f" fps {row['fps']:.0f} wps {row['wps']:.0f}")  # fmt: skip
-        else:
-            hidden = ("num_updates", "sample_size", "nsentences", "ntokens", "wall")
-            shown = dict(update=row["num_updates"], **{k: v for k, v in row.items() if k not in hidden})
-            self.say(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()))
-
-    def say(self, text: str):
-        if self.run.device.rank == 0:
-            tqdm.write(text) if self.bar is not None else print(text, flush=True)
-
-
-def _updates_of(row: str) -> float:
-    try:
-        return json.loads(row)["num_updates"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a row that a crash cut short
-
-
 # ---------------------------------------------------------------------------------------------- start and stop
 
 
@@ -349,8 +275,8 @@ def contents(run: Run, corpus: Corpus, fingerprint: dict) -> dict:
         scaler=run.scaler.state_dict(),
         rng=run.device.rng_state(),
         progress=dict(
-            num_updates=run.num_updates, teacher_updates=run.teacher_updates, epoch=run.epoch, batches=run.batches_done,
-            world_size=run.device.world_size, best_loss=run.best_loss, data=fingerprint,
+            num_updates=run.num_updates, teacher_updates=run.teacher_updates, skipped=run.skipped, epoch=run.epoch,
+            batches=run.batches_done, world_size=run.device.world_size, best_loss=run.best_loss, data=fingerprint,
         ),
     )  # fmt: skip
 
@@ -364,37 +290,69 @@ def check_dictionary(loaded: checkpoint.Loaded, corpus: Corpus, path):
         )
 
 
-# Settings that may change when a run goes on: they decide neither the model nor which batch comes next.
-FREE_TO_CHANGE = {
-    "data_path", "device", "amp", "lr", "warmup_updates", "max_update", "max_epoch", "clip_norm", "weight_decay",
-    "log_interval", "disable_validation", "validate_interval", "validate_interval_updates", "save_interval",
-    "save_interval_updates", "keep_interval_updates", "save_dir", "init_from",
-}  # fmt: skip
+# What a run that goes on may not change: the model, and, unless --reset_data_position, what decides which batch is next.
+ARCHITECTURE = [f.name for f in dataclasses.fields(ModelConfig) if "dropout" not in f.name]
+POSITION = ["sample_break_mode", "tokens_per_sample", "long_sentences", "max_tokens", "batch_size", "seed",
+            "required_batch_size_multiple", "drop_remainder"]  # fmt: skip
 
 
-def resume(run: Run, corpus: Corpus, fingerprint: dict, path):
+def find_checkpoint(folder: Path, say) -> tuple[Path, checkpoint.Loaded] | None:
+    """The newest checkpoint of a save directory that can be read, if it holds any. Raises InputError if none is whole."""
+    found = checkpoint.candidates(folder)
+    if found and found[0].name != "checkpoint_last.pt":
+        say(f"warning: {folder} has no checkpoint_last.pt; trying {found[0].name}")
+    for path in found:
+        try:
+            return path, checkpoint.load(path)
+        except InputError as e:
+            say(f"warning: {e}; trying the next older checkpoint")
+            failure = e
+    if found:
+        raise InputError(f"none of the {len(found)} checkpoints in {folder} can be read; the last error: {failure}")
+    return None
+
+
+def resume(run: Run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoint.Loaded, reset_position: bool, say):
     """Continue from a checkpoint of this project. Raises InputError if it belongs to another run."""
-    loaded = checkpoint.load(path)
     if loaded.kind != "ours":
-        raise InputError(f"{path}: a fairseq file; start from it with --init_from")
+        raise InputError(f"{path}: a fairseq file; start from it with --init_from and another --save_dir")
     check_dictionary(loaded, corpus, path)
-    progress, now = loaded.content["progress"], run.cfg.flat()
-    saved = {**loaded.config, "world_size": progress["world_size"], **progress["data"]}
-    now = {**now, "world_size": run.device.world_size, **fingerprint}
-    changed = [k for k in saved if k not in FREE_TO_CHANGE and saved[k] != now.get(k)]
-    if changed:
-        raise InputError(
-            f"{path} belongs to another run: " + ", ".join(f"{k} was {saved[k]}, is {now.get(k)}" for k in changed)
-            + "; use the old settings, another --save_dir, or --init_from"
-        )  # fmt: skip
+    progress, world_size = loaded.content["progress"], run.device.world_size
+    saved, now = {**loaded.config, **progress["data"]}, {**run.cfg.flat(), **fingerprint}
+
+    def differing(names):
+        return [k for k in names if k in saved and saved[k] != now[k]]
+
+    def refuse(names, advice):
+        shown = ", ".join(f"{k} was {saved[k]}, is {now[k]}" for k in names)
+        raise InputError(f"{path} belongs to another run: {shown}; {advice}")
+
+    if differing(ARCHITECTURE):
+        refuse(differing(ARCHITECTURE), "use the old settings, or --init_from with another --save_dir")
+    batches = progress["batches"] * progress["world_size"]  # of all workers
+    moved = differing([*POSITION, *fingerprint])
+    if batches % world_size:  # this many workers never stand at that batch
+        saved["world_size"], now["world_size"] = progress["world_size"], world_size
+        moved.append("world_size")
+    if moved and not reset_position:
+        refuse(moved, "use the old settings, or --reset_data_position to go on from the next epoch")
+    unimportant = ("data_path", "init_from", "device", "log_", "validate_", "save_", "keep_", "disable_")
+    other = [k for k in differing(set(loaded.config) - set(moved)) if not k.startswith(unimportant)]
+    if other:
+        say("note: changed since the checkpoint: " + ", ".join(f"{k} {saved[k]} -> {now[k]}" for k in sorted(other)))
+
     checkpoint.put(loaded.student, run.student, "the student", path)
     checkpoint.put(loaded.teacher, run.teacher, "the teacher", path)
-    run.optimizer.load_state_dict(loaded.content["optimizer"])
+    ours = run.optimizer.state_dict()["param_groups"]  # settings are this command's; only the moments are the file's
+    run.optimizer.load_state_dict({"state": loaded.content["optimizer"]["state"], "param_groups": ours})
     if run.scaler.is_enabled() and loaded.content["scaler"]:
         run.scaler.load_state_dict({**run.scaler.state_dict(), **loaded.content["scaler"]})
     run.device.set_rng_state(loaded.content["rng"])
     run.num_updates, run.teacher_updates = progress["num_updates"], progress["teacher_updates"]
-    run.epoch, run.batches_done, run.best_loss = progress["epoch"], progress["batches"], progress["best_loss"]
+    run.skipped, run.best_loss = progress["skipped"], progress["best_loss"]
+    run.epoch, run.batches_done = progress["epoch"], batches // world_size
+    if reset_position and run.batches_done:
+        run.epoch, run.batches_done = run.epoch + 1, 0
 
 
 def init_from(run: Run, corpus: Corpus, loaded: checkpoint.Loaded, path):
@@ -409,23 +367,25 @@ def init_from(run: Run, corpus: Corpus, loaded: checkpoint.Loaded, path):
     )
 
 
-def prepare_save_dir(folder: Path, args) -> Path | None:
-    """Make the directory; the checkpoint to resume from, if there is one. Raises InputError."""
+def prepare_save_dir(folder: Path, args):
+    """Make the directory and check that a fresh start in it loses nothing. Raises InputError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"--save_dir {folder}: {e.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise InputError(f"--save_dir {folder}: not writable")
-    last = folder / "checkpoint_last.pt"
-    old = sorted(p.name for p in folder.iterdir() if p.name.startswith("checkpoint_") or p.name == "train.jsonl")
-    if args.no_resume:
-        if old and not args.overwrite:
-            raise InputError(f"--no_resume: {folder} holds {old[0]}; add --overwrite to lose it, or choose another --save_dir")
-        return None
-    if not last.exists() and any(name.endswith(".pt") for name in old):
-        raise InputError(f"{folder} holds {old[0]} but no checkpoint_last.pt; use --init_from, another --save_dir or --overwrite")
-    return last if last.exists() else None
+    held = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
+    if args.no_resume and held and not args.overwrite:
+        raise InputError(f"--no_resume: {folder} holds {held[0]}; add --overwrite to start over there, or choose another --save_dir")
+
+
+def clean_save_dir(folder: Path, everything: bool):
+    """Remove what a broken save left behind; with `everything` the old run, too."""
+    patterns = ["checkpoint_*.pt.tmp", "train.jsonl.tmp"] + (["checkpoint_*.pt", "train.jsonl"] if everything else [])
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def describe_start(run: Run, train: BlockDataset, log: Log):
@@ -457,82 +417,145 @@ def epoch_updates(run: Run, dataset: BlockDataset):
         yield [dataset.batch(ids, run.epoch) for ids in part if len(ids)], len(part), first + freq >= len(todo)
 
 
-def train(cfg: Config, device: Device, args) -> dict:
-    """The run from start, or from where it was interrupted, to its end. Returns the last validation's figures."""
+def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
+    """The run from start, or from where it was interrupted, to its end or a signal.
+
+    Returns the last validation's figures and the exit code.
+    """
     t, folder = cfg.train, Path(cfg.train.save_dir)
-    corpus = Corpus(cfg.data)
-    dataset = corpus.split("train", 1)
-    valid = None if t.disable_validation else corpus.split("valid")
-    fingerprint = dict(sentences=len(dataset.stream.sizes), tokens=dataset.stream.tokens, batches=len(dataset.batch_ends))
-    last = prepare_save_dir(folder, args)
-    run = Run(cfg, device, len(corpus.dictionary))
-    if last:
-        resume(run, corpus, fingerprint, last)
-    elif t.init_from:
-        init_from(run, corpus, checkpoint.load(t.init_from), t.init_from)
-    device.barrier()  # nobody reads the directory any more
-    if not last and device.rank == 0:
-        for old in [*folder.glob("checkpoint_*.pt"), *folder.glob("train.jsonl")]:
-            old.unlink()
-    log = Log(run, folder / "train.jsonl")
-    describe_start(run, dataset, log)
-    if last:
-        log.say(f"continuing {last} behind update {run.num_updates}, epoch {run.epoch}")
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(Signals())
+        if device.rank == 0:
+            prepare_save_dir(folder, args)
+            stack.callback(Lock(folder).release)
+            clean_save_dir(folder, everything=args.no_resume)
+        device.barrier()  # the directory is as it shall be
+        say = (lambda text: print(config.printable(text))) if device.rank == 0 else lambda text: None
+        corpus = Corpus(cfg.data)
+        dataset = corpus.split("train", 1)
+        valid = None if t.disable_validation else corpus.split("valid")
+        fingerprint = dict(folders=len(corpus.folders), sentences=len(dataset.stream.sizes), tokens=dataset.stream.tokens,
+                           batches=len(dataset.batch_ends), dataset=dataset.stream.digest())  # fmt: skip
+        run = Run(cfg, device, len(corpus.dictionary))
+        found = find_checkpoint(folder, say)
+        if found:
+            resume(run, corpus, fingerprint, *found, args.reset_data_position, say)
+        elif t.init_from:
+            init_from(run, corpus, checkpoint.load(t.init_from), t.init_from)
+        device.barrier()  # every worker has read what it needs
+        log = Log(device, folder / "train.jsonl", run.num_updates, t.max_update)
+        stack.callback(log.close)
+        describe_start(run, dataset, log)
+        if found:
+            log.say(f"continuing {found[0]} behind update {run.num_updates}, epoch {run.epoch}")
+        return loop(run, corpus, valid, fingerprint, log, signals)
+
+
+def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict, log: Log, signals: Signals):
+    """Update, log, validate, save, until the end or a signal. Returns (figures, exit code); raises RunError."""
+    t, device, folder = run.cfg.train, run.device, Path(run.cfg.train.save_dir)
+    health, figures, unsaved = Health(run.cfg.guard, t.warmup_updates), {}, None
 
     def finished():
         return run.num_updates >= t.max_update or 0 < t.max_epoch < run.epoch
 
-    figures = {}
+    def save(*also):
+        """Write checkpoint_last.pt and the like. A failure loses nothing, and the next save tries again."""
+        nonlocal unsaved
+        unsaved = None
+        if device.rank:
+            return
+        try:
+            checkpoint.save(contents(run, corpus, fingerprint), folder / "checkpoint_last.pt", *also)
+        except OSError as e:
+            unsaved = f"update {run.num_updates} could not be saved in {folder}: {e.strerror or e}"
+            log.say(f"warning: {unsaved}; what was saved before is untouched, the next save tries again")
+        else:
+            checkpoint.prune(folder, t.keep_interval_updates)
 
-    def validate_and_save(epoch: int, epoch_end: bool, fresh: bool):
+    def stop(reason):
+        if all(bool(p.isfinite().all()) for p in run.parameters):
+            save()
+            kept = unsaved or f"saved update {run.num_updates}"
+        else:
+            kept = "its weights are not finite, so the last checkpoint stays as it is"
+        raise RunError(f"update {run.num_updates}: {reason} ({kept})")
+
+    def validate_and_save(epoch: int, epoch_end: bool, counted: bool):
         nonlocal figures
-        begin = time.perf_counter()
 
         def due(updates, epochs):
-            by_updates = fresh and updates and run.num_updates % updates == 0
+            by_updates = counted and updates and run.num_updates % updates == 0
             return by_updates or finished() or (epoch_end and epochs and epoch % epochs == 0)
 
-        save_now, keep = due(t.save_interval_updates, t.save_interval), t.save_interval_updates
-        best = False
+        save_now, also, best_before = due(t.save_interval_updates, t.save_interval), [], run.best_loss
         if valid and (save_now or due(t.validate_interval_updates, t.validate_interval)):
             figures = evaluate(run, valid)
-            best = run.best_loss is None or figures["loss"] < run.best_loss
-            run.best_loss = figures["loss"] if best else run.best_loss
+            if run.best_loss is None or figures["loss"] < run.best_loss:
+                run.best_loss = figures["loss"]
+                also.append(folder / "checkpoint_best.pt")
             log.row(dict(valid_loss=figures["loss"], valid_best_loss=run.best_loss,
                          **{f"valid_{k}": figures[k] for k in ("target_var", "pred_var", "cosine", "cosine_constant")},
                          num_updates=run.num_updates, epoch=epoch))  # fmt: skip
-            save_now = save_now or best
-        if save_now and device.rank == 0:
-            also = [folder / "checkpoint_best.pt"] if best else []
-            if keep and run.num_updates % keep == 0 and fresh:
-                also.append(folder / f"checkpoint_{epoch}_{run.num_updates}.pt")
-            checkpoint.save(contents(run, corpus, fingerprint), folder / "checkpoint_last.pt", *also)
-            checkpoint.prune(folder, t.keep_interval_updates)
-        log.since += time.perf_counter() - begin  # not training time
+        if counted and t.save_interval_updates and run.num_updates % t.save_interval_updates == 0:
+            also.append(folder / f"checkpoint_{epoch}_{run.num_updates}.pt")
+        if save_now or also:
+            save(*also)
+            if unsaved:
+                run.best_loss = best_before  # its file was not written
 
-    while not finished():
+    while not finished() and not device.agree([signals.stop])[0]:
         dataset, epoch = corpus.split("train", run.epoch), run.epoch
         for batches, taken, epoch_end in epoch_updates(run, dataset):
-            done = update(run, batches)
+            try:
+                done = update(run, batches)
+            except (RuntimeError, MemoryError) as e:
+                if not device.is_out_of_memory(e):
+                    raise
+                shapes = ", ".join(f"{b.source.shape[0]} x {b.source.shape[1]}" for b in batches)
+                raise RunError(
+                    f"out of memory at update {run.num_updates + 1}: batch of {shapes} tokens, peak"
+                    f" {device.peak_memory() / 2**30:.1f} GiB; lower --max_tokens (and raise --update_freq), use --amp bf16"
+                ) from None
             run.epoch, run.batches_done = (epoch + 1, 0) if epoch_end else (epoch, run.batches_done + taken)
-            if done is not None:
+            begin = time.perf_counter()
+            if done is None:
+                log.row(dict(overflow=True, loss_scale=run.scaler.get_scale(), num_updates=run.num_updates, epoch=epoch,
+                             blocks=[int(i) for b in batches for i in b.ids]))  # fmt: skip
+                if run.scaler.get_scale() < LOWEST_LOSS_SCALE:
+                    stop("gradients overflow float16 at any loss scale; lower --lr, or use --amp bf16")
+            else:
                 log.add(done)
-                if run.num_updates % t.log_interval == 0 or finished():
-                    log.write(done, epoch)
-            elif run.scaler.get_scale() < LOWEST_LOSS_SCALE:
-                raise RunError("gradients overflow float16 at any loss scale; lower --lr, or use --amp bf16")
-            validate_and_save(epoch, epoch_end, fresh=done is not None)
-            if finished():
+                log_now = run.num_updates % t.log_interval == 0 or finished()
+                if log_now or device.type == "cpu":  # where asking costs nothing
+                    flags = log.read_skipped()
+                    run.skipped += sum(flags)
+                    if reason := health.skipped(flags):
+                        stop(reason)
+                if log_now:
+                    row = log.write()
+                    if reason := health.collapsed(row, log.say):
+                        stop(reason)
+                    begin = time.perf_counter()
+            validate_and_save(epoch, epoch_end, counted=done is not None)
+            wanted_stop, wanted_save = device.agree([signals.stop, signals.save])
+            signals.save = 0
+            if wanted_save or (wanted_stop and not finished()):
+                save()
+                log.say(f"update {run.num_updates}: saved, as the signal asked" if not unsaved else unsaved)
+            log.since += time.perf_counter() - begin  # not training time
+            if finished() or wanted_stop:
                 break
-    if log.bar is not None:
-        log.bar.close()
-    return figures
+    if unsaved:
+        raise RunError(unsaved)
+    return figures, 0 if finished() else 128 + device.agree([signals.stop])[0]
 
 
 def main(argv: list | None = None) -> int:
     def extra(parser):
         parser.add_argument("--no_resume", action="store_true", help="start over; --save_dir must be empty")
         parser.add_argument("--overwrite", action="store_true", help="with --no_resume: remove the old run in --save_dir")
+        parser.add_argument("--reset_data_position", action="store_true", help="resume from the next epoch's start, on changed data")
         parser.add_argument("--distributed_world_size", type=int, help="workers; must agree with torchrun's")
 
     parts, args = config.parse(PARTS, __doc__, argv, extra=extra)
@@ -545,13 +568,17 @@ def main(argv: list | None = None) -> int:
         )
     device = open_device(cfg.device)
     try:
-        figures = train(cfg, device, args)
+        figures, code = train(cfg, device, args)
+    except RuntimeError as e:
+        if isinstance(e, RunError) or not device.is_lost_worker(e):
+            raise
+        raise RunError(f"worker {device.rank}: another worker ended; its own message says why") from None
     finally:
         device.close()
-    if device.rank == 0 and figures:
+    if device.rank == 0 and figures and code == 0:
         print(f"valid loss {figures['loss']:.4f}, cosine of prediction and target {figures['cosine']:.4f}"
               f" (always predicting the mean: {figures['cosine_constant']:.4f}) | {cfg.train.save_dir}/checkpoint_last.pt")  # fmt: skip
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,218 @@
+"""What a run survives, over and over: prints its figures as one JSON object.
+
+    python soak.py kills [--kills 30]                           SIGKILL a run that saves every update, at random moments
+    python soak.py fuzz [--datasets 20000] [--checkpoints 5000] mutate files; each must load or give a one-line error
+    python soak.py memory [--updates 2000]                      resident memory early and late in a run
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from device import Device  # first: it has a word with torch before torch is imported
+
+import numpy as np
+import torch
+
+import checkpoint
+import data
+from config import InputError
+from data import EOS
+
+HERE = Path(__file__).parent
+TINY = ["--config_name", "tiny", "--device", "cpu", "--layers", "2", "--embed_dim", "16", "--ffn_embed_dim", "32", "--attention_heads",
+        "2", "--average_top_k_layers", "2", "--tokens_per_sample", "32", "--max_tokens", "256", "--max_source_positions", "64",
+        "--validate_interval_updates", "0", "--min_target_var", "0", "--min_pred_var", "0"]  # fmt: skip
+
+
+def small_corpus(folder: Path) -> Path:
+    """A few hundred sentences of random words."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "valid"):
+        sentences = [[EOS] if i % 6 == 5 else [*rng.integers(4, 60, rng.integers(1, 40)), EOS] for i in range(200)]
+        data.write_dataset(folder / split, sentences, 60)
+    (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(56)))
+    return folder
+
+
+def last_update(folder: Path) -> int:
+    return checkpoint.load(folder / "checkpoint_last.pt").content["progress"]["num_updates"]
+
+
+def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
+    """Start, kill, look, start again. After each kill checkpoint_last.pt must load and be at most one save old."""
+    corpus, save_dir = corpus or small_corpus(folder / "corpus"), folder / "killed"
+    command = [sys.executable, HERE / "train.py", *TINY, "--data_path", corpus, "--save_dir", save_dir, "--max_update", "1000000",
+               "--save_interval_updates", "1", "--keep_interval_updates", "2", "--disable_validation", "--log_interval", "1"]  # fmt: skip
+    rng = random.Random(0)
+    lost = leftovers = 0
+    repeated, reached = [], 0
+    for i in range(count):
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        logged = 0
+        for line in process.stdout:
+            if match := re.match(r"update (\d+) \| loss", line):
+                logged = int(match[1])
+                if logged >= reached + 3:
+                    break
+        else:
+            raise RuntimeError(f"the run ended by itself after kill {i}")
+        if i % 2:  # half of the kills wait for a save to be under way
+            deadline = time.monotonic() + 5
+            while not list(save_dir.glob("*.tmp")) and time.monotonic() < deadline:
+                pass
+        time.sleep(rng.random() * (0.002 if i % 2 else 0.05))
+        process.send_signal(signal.SIGKILL)
+        rest = process.stdout.read()
+        logged = max([logged, *map(int, re.findall(r"update (\d+) \| loss", rest))])
+        process.wait()
+        leftovers += bool(list(save_dir.glob("*.tmp")))
+        try:
+            at = last_update(save_dir)
+        except InputError as e:
+            lost += 1
+            print(f"kill {i}: {e}", file=sys.stderr)
+            continue
+        lost += at < logged - 1  # update `logged` is written to the log before it is saved
+        repeated.append(logged - at)
+        reached = at
+    numbers = [json.loads(line)["num_updates"] for line in (save_dir / "train.jsonl").read_text().splitlines()[:-1]]
+    return dict(kills=count, lost=lost, found_mid_save=leftovers, updates=reached, most_updates_repeated=max(repeated, default=0),
+                rows_in_order=numbers == sorted(set(numbers)))  # fmt: skip
+
+
+def mutate(raw: bytes, rng: random.Random) -> bytes:
+    """One to three random damages: flipped bits, cuts, insertions, and numbers that no honest file holds."""
+    raw = bytearray(raw)
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(raw) + 1) if rng.random() < 0.5 else rng.randrange(min(len(raw), 80) + 1)
+        kind = rng.randrange(6)
+        if kind == 0 and at < len(raw):
+            raw[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del raw[at:]
+        elif kind == 2:
+            raw[at:at] = rng.randbytes(rng.randint(1, 16))
+        elif kind == 3:
+            del raw[at : at + rng.randint(1, 16)]
+        else:
+            number = rng.choice([0, 1, -1, 2**31 - 1, -(2**31), 2**62, 2**63 - 1, -(2**63), rng.randrange(2**40), 77])
+            raw[at : at + (8 if kind == 4 else 4)] = struct.pack("<q", number)[: 8 if kind == 4 else 4]
+    return bytes(raw)
+
+
+def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0) -> dict:
+    """Every mutated file loads to a valid state or raises InputError, with no more memory than its size justifies."""
+    rng = random.Random(seed)
+    source, target = small_corpus(folder / "source"), folder / "mutated"
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    originals = {name: (source / name).read_bytes() for name in ("train.idx", "train.bin", "dict.txt")}
+    cfg = data.DataConfig(data_path=str(target), tokens_per_sample=32, max_tokens=256)
+    errors, other = dict(dataset=0, checkpoint=0), []
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    slowest = 0.0
+
+    def attempt(kind, what, load):
+        nonlocal slowest
+        begin = time.perf_counter()
+        try:
+            load()
+        except InputError as e:
+            errors[kind] += 1
+            if "\n" in str(e):
+                other.append(f"{what}: two lines")
+        except Exception as e:  # what the fuzzing looks for
+            other.append(f"{what}: {type(e).__name__}: {e}"[:300])
+        slowest = max(slowest, time.perf_counter() - begin)
+
+    def read_all():
+        dataset = data.Corpus(cfg).split("train")
+        for ids in dataset.epoch_batches(1):
+            dataset.batch(ids, 1)
+        dataset.stream.check_all(dataset.dictionary)
+
+    for i in range(datasets):
+        name = rng.choice(["train.idx"] * 3 + ["train.bin", "dict.txt"])
+        (target / name).write_bytes(mutate(originals[name], rng))
+        attempt("dataset", f"dataset {i} ({name})", read_all)
+        (target / name).write_bytes(originals[name])
+
+    state = {f"encoder.sentence_encoder.layers.0.self_attn.{p}_proj.weight": torch.randn(8, 8) for p in "qkv"}
+    fairseq = {"model": {**state, "encoder._ema": {}}, "cfg": {"model": {"layers": 1}}, "extra_state": {"loss": 1.0}}
+    checkpoint.save(dict(config={}, student=state, teacher=state, optimizer={}, progress={}), folder / "ours.pt")
+    torch.save(fairseq, folder / "fairseq.pt")
+    torch.save(fairseq, folder / "old.pt", _use_new_zipfile_serialization=False)
+    files = [(folder / name).read_bytes() for name in ("ours.pt", "fairseq.pt", "old.pt")]
+    for i in range(checkpoints):
+        (folder / "mutated.pt").write_bytes(mutate(files[i % 3], rng))
+        attempt("checkpoint", f"checkpoint {i}", lambda: checkpoint.load(folder / "mutated.pt"))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return dict(datasets=datasets, dataset_errors=errors["dataset"], checkpoints=checkpoints,
+                checkpoint_errors=errors["checkpoint"], other_errors=other, slowest_seconds=round(slowest, 3),
+                memory_grown_mib=grown // 1024)  # fmt: skip
+
+
+def memory(updates: int, folder: Path) -> dict:
+    """Resident memory of a run after a tenth of its updates and at their end, with a checkpoint every 100."""
+    import config
+    import train
+
+    corpus = small_corpus(folder / "corpus")
+    parts, _ = config.parse(train.PARTS, "", [*TINY, "--data_path", str(corpus), "--save_dir", str(folder / "run"), "--max_update",
+                                              str(updates), "--save_interval_updates", "100", "--log_interval", "50"])  # fmt: skip
+    seen, update = {}, train.update
+
+    def watched(run, *rest):
+        if run.num_updates in (updates // 10, updates - 1):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            seen[run.num_updates] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return update(run, *rest)
+
+    train.update = watched
+    args = argparse.Namespace(no_resume=False, overwrite=False, reset_data_position=False)
+    with open(os.devnull, "w") as nothing:
+        out, sys.stdout = sys.stdout, nothing
+        try:
+            train.train(train.Config(*parts), Device(torch.device("cpu"), "cpu", None), args)
+        finally:
+            sys.stdout, train.update = out, update
+    early, late = seen[updates // 10], seen[updates - 1]
+    files = sum(p.stat().st_size for p in (folder / "run").iterdir())
+    return dict(updates=updates, early_mib=round(early, 1), late_mib=round(late, 1), grown_percent=round(100 * (late / early - 1), 2),
+                save_dir_mib=round(files / 2**20, 2))  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("kills", "fuzz", "memory"))
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--datasets", type=int, default=20000)
+    parser.add_argument("--checkpoints", type=int, default=5000)
+    parser.add_argument("--updates", type=int, default=2000)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        result = {
+            "kills": lambda: kills(args.kills, folder),
+            "fuzz": lambda: fuzz(args.datasets, args.checkpoints, folder),
+            "memory": lambda: memory(args.updates, folder),
+        }[args.what]()
+    print(json.dumps(result))
+    if result.get("lost") or result.get("other_errors"):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
