@@ -2,13 +2,13 @@
 
     python bench.py [--config_name base] [--data_path DIR] [--device ...] [--amp ...] [--updates 20]
 
-Without --data_path the blocks are synthetic and full. Prints a table, then one JSON line. Throughput is the median over the
-updates behind the warm-up, each from one synchronization to the next, data included; the split into parts is measured
-in further updates, since synchronizing behind every part costs time.
+Without --data_path the blocks are synthetic and full. Prints a table, then one JSON line. Throughput is the median over
+the updates behind the warm-up, each from one synchronization to the next, data included; the split into parts is
+measured in further updates, since synchronizing behind every part costs time.
 
 Model FLOPs, per block of n tokens, C wide, F the feed-forward's inner width, L layers:
     encoder(n) = L * (n * (8 C^2 + 4 C F) + 4 n^2 C)            projections, feed-forward, attention; 2 per multiply-add
-    update     = 3 * (encoder(student's n) + head) + encoder(teacher's n)     forward and backward; the teacher only forward
+    update     = 3 * (encoder(student's n) + head) + encoder(teacher's n)     forward and backward; the teacher forward
 over real tokens only: padding is work, but not useful work. head = 2 * (its weights) per masked token.
 """
 
@@ -19,14 +19,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from device import Device, open_device  # first: it has a word with torch before torch is imported
-
 import numpy as np
 import torch
 
 import config
 from config import InputError
 from data import EOS, PAD, Batch, Corpus, write_dataset
+from device import Device, open_device  # first: it has a word with torch before torch is imported
 from model import ModelConfig
 from train import PARTS, Config, Run, epoch_updates, update
 
@@ -153,13 +152,24 @@ def main(argv: list | None = None) -> int:
         finally:
             device.close()
     result.update(
-        matmul_peak_tflops=peak, peak_share=result["model_tflops"] / peak, peak_memory_bytes=device.peak_memory(),
-        device=device.name, device_type=device.type, amp=device.amp_name, world_size=device.world_size, torch=torch.__version__,
-        threads=torch.get_num_threads() if device.type == "cpu" else None, teacher_input=cfg.data.teacher_input,
-        fairseq_exact=cfg.train.fairseq_exact, tokens_per_sample=cfg.data.tokens_per_sample, max_tokens=cfg.data.max_tokens,
-        parameters=sum(p.numel() for p in run.parameters), updates=args.updates, warmup=args.warmup,
+        matmul_peak_tflops=peak,
+        peak_share=result["model_tflops"] / peak,
+        peak_memory_bytes=device.peak_memory(),
+        device=device.name,
+        device_type=device.type,
+        amp=device.amp_name,
+        world_size=device.world_size,
+        torch=torch.__version__,
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
+        teacher_input=cfg.data.teacher_input,
+        fairseq_exact=cfg.train.fairseq_exact,
+        tokens_per_sample=cfg.data.tokens_per_sample,
+        max_tokens=cfg.data.max_tokens,
+        parameters=sum(p.numel() for p in run.parameters),
+        updates=args.updates,
+        warmup=args.warmup,
         data="synthetic" if data.data_path == folder else data.data_path,
-    )  # fmt: skip
+    )
     if device.rank == 0:
         print_table(result)
         print(json.dumps(result))

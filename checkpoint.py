@@ -1,9 +1,10 @@
 """What survives: one file with everything a resume needs, and the reader of the reference's files.
 
-The file is a dict: `format`, `config` (every setting, flat), `dictionary` (size, digest, mask_id), `student` and `teacher`
-(state dicts under this project's names), `optimizer`, `scaler`, `rng`, and `progress` (num_updates, teacher_updates, epoch,
-batches done in it, world_size, best_loss, data fingerprint). It holds tensors and plain Python values only, so it is loaded
-with `weights_only=True`. It is a zip file, as torch writes them, whose comment is a sha256 of all that stands before.
+The file is a dict: `format`, `config` (every setting, flat), `dictionary` (size, digest, mask_id), `student` and
+`teacher` (state dicts under this project's names), `optimizer`, `scaler`, `rng`, and `progress` (num_updates,
+teacher_updates, epoch, batches done in it, world_size, best_loss, data fingerprint). It holds tensors and plain Python
+values only, so it is loaded with `weights_only=True`. It is a zip file, as torch writes them, whose comment is a sha256
+of all that stands before.
 """
 
 import collections
@@ -24,8 +25,8 @@ from config import InputError
 
 FORMAT = "data2vec-text 1"
 
-# The one table of names: ours on the left, fairseq's on the right; everything else is called the same. The teacher's are
-# the encoder's without the first part, in the dict `encoder._ema`.
+# The one table of names: ours on the left, fairseq's on the right; everything else is called the same. The teacher's
+# are the encoder's without the first part, in the dict `encoder._ema`.
 PREFIXES = {"encoder.": "encoder.sentence_encoder.", "regression_head.": "encoder.regression_head."}
 QKV = {"self_attn.qkv.": ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")}
 TEACHER = "encoder._ema"
@@ -33,7 +34,7 @@ TEACHER = "encoder._ema"
 
 @dataclass
 class Loaded:
-    """A checkpoint file read. kind: 'ours', 'fairseq' (a checkpoint of the reference) or 'state_dict' (weights alone)."""
+    """A checkpoint file read. kind: 'ours', 'fairseq' (a checkpoint of the reference) or 'state_dict' (weights)."""
 
     kind: str
     config: dict  # our field names; empty for weights alone
@@ -136,7 +137,7 @@ def prune(folder, keep: int):
 
 
 def load(path) -> Loaded:
-    """Read a checkpoint of this project or of fairseq, or a bare state dict under fairseq's names. Raises InputError."""
+    """Read a checkpoint of this project or of fairseq, or a bare state dict under its names. Raises InputError."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
@@ -164,13 +165,17 @@ def load(path) -> Loaded:
     if "model" in content:
         kind, tree = "fairseq", content.get("cfg")
         if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
-            raise InputError(f"{path}: has weights but no config; give its shape by flags and the weights as a bare state dict")
-        settings = {group: tree[group] for group in ("task", "dataset", "model", "common") if isinstance(tree.get(group), dict)}
+            raise InputError(
+                f"{path}: has weights but no config; give its shape by flags and the weights as a bare state dict"
+            )
+        settings = {
+            group: tree[group] for group in ("task", "dataset", "model", "common") if isinstance(tree.get(group), dict)
+        }
     return Loaded(kind, settings, student, teacher, content)
 
 
 def _check_seal(path: Path) -> bool:
-    """True if the file ends in its checksum, False if it has none. Raises InputError if it has one that does not fit."""
+    """True if the file ends in its checksum, False if it has none. Raises InputError if it does not fit."""
     left = path.stat().st_size - SEAL_BYTES
     with open(path, "rb") as f:
         f.seek(max(0, left))
@@ -227,14 +232,16 @@ class _Inert:
         pass
 
 
-class _InertUnpickler(pickle.Unpickler):
+class _InertUnpickler(pickle._Unpickler):  # the one in C allocates whatever a damaged file asks for
     ALLOWED = {
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
         ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-        **{("torch", f"{kind}Storage"): getattr(torch, f"{kind}Storage")
-           for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")},
-    }  # fmt: skip
+        **{
+            ("torch", f"{kind}Storage"): getattr(torch, f"{kind}Storage")
+            for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+        },
+    }
 
     def find_class(self, module, name):
         return self.ALLOWED.get((module, name)) or type(name.rpartition(".")[2] or "Inert", (_Inert,), {})
@@ -307,7 +314,9 @@ def put(state: dict, module: torch.nn.Module, what: str, path):
     expected = module.state_dict()
     for name, tensor in expected.items():
         if not isinstance(state.get(name), torch.Tensor):
-            raise InputError(f"{path}: {what} has no {name}; was it trained with other --layers or another architecture?")
+            raise InputError(
+                f"{path}: {what} has no {name}; was it trained with other --layers or another architecture?"
+            )
         if state[name].shape != tensor.shape:
             raise InputError(
                 f"{path}: {what} {name} is {tuple(state[name].shape)}, this model's is {tuple(tensor.shape)};"

@@ -21,29 +21,64 @@ PRESETS = {
     "npu_1p": dict(tokens_per_sample=64, max_tokens=1280),
     # learns something visible on a laptop's CPU in a minute or two
     "tiny": dict(
-        tokens_per_sample=128, max_tokens=2048, embed_dim=128, ffn_embed_dim=512, layers=4, attention_heads=4,
-        average_top_k_layers=3, dropout=0.0, attention_dropout=0.0, lr=1e-3, warmup_updates=40, max_update=400,
-        ema_anneal_end_step=200, ema_decay=0.99, ema_end_decay=0.999, log_interval=20, validate_interval_updates=200,
-        validate_interval=0, save_interval=0,
+        tokens_per_sample=128,
+        max_tokens=2048,
+        embed_dim=128,
+        ffn_embed_dim=512,
+        layers=4,
+        attention_heads=4,
+        average_top_k_layers=3,
+        dropout=0.0,
+        attention_dropout=0.0,
+        lr=1e-3,
+        warmup_updates=40,
+        max_update=400,
+        ema_anneal_end_step=200,
+        ema_decay=0.99,
+        ema_end_decay=0.999,
+        log_interval=20,
+        validate_interval_updates=200,
+        validate_interval=0,
+        save_interval=0,
     ),
-}  # fmt: skip
+}
 
 # The released code's behaviour where it differs from the paper, or loses text.
-FAIRSEQ_EXACT = dict(teacher_input="masked", long_sentences="skip", drop_remainder=True, min_target_var=0.0, min_pred_var=0.0)
+FAIRSEQ_EXACT = dict(
+    teacher_input="masked", long_sentences="skip", drop_remainder=True, min_target_var=0.0, min_pred_var=0.0
+)
 
 # The reference's leaf name -> ours, where they differ.
 RENAMED = {"data": "data_path"}
 
 # What the reference can switch and this project cannot: accepted at the one value that is built in, refused at others.
 BUILT_IN = dict(
-    layerdrop=0, learned_pos=True, layernorm_embedding=True, no_scale_embedding=True, no_token_positional_embeddings=False,
-    checkpoint_activations=False, freq_weighted_replacement=False, mask_whole_words=False, shorten_method="none",
-    include_target_tokens=True, skip_masking=False, d2v2_multi=False, share_all_embeddings=False, min_lr=0,
-    t_mult=1, warmup_init_lr=-1, lr_period_updates=-1, sentence_avg=False, curriculum=0, num_shards=1,
-)  # fmt: skip
+    layerdrop=0,
+    learned_pos=True,
+    layernorm_embedding=True,
+    no_scale_embedding=True,
+    no_token_positional_embeddings=False,
+    checkpoint_activations=False,
+    freq_weighted_replacement=False,
+    mask_whole_words=False,
+    shorten_method="none",
+    include_target_tokens=True,
+    skip_masking=False,
+    d2v2_multi=False,
+    share_all_embeddings=False,
+    min_lr=0,
+    t_mult=1,
+    warmup_init_lr=-1,
+    lr_period_updates=-1,
+    sentence_avg=False,
+    curriculum=0,
+    num_shards=1,
+)
 
 # Groups of the reference's YAML that say which class to build; anything else would be another model.
-BUILT_IN_NAMES = dict(task="masked_lm", criterion="model", optimizer="adam", lr_scheduler="cosine", model="data2vec_text")
+BUILT_IN_NAMES = dict(
+    task="masked_lm", criterion="model", optimizer="adam", lr_scheduler="cosine", model="data2vec_text"
+)
 
 
 class InputError(ValueError):
@@ -60,7 +95,7 @@ def printable(text: str) -> str:
 
 
 def option(default, help, low=None, high=None, above=None, below=None, choices=None):
-    """A dataclass field that is a command-line flag. Bounds: low and high belong to the range, above and below do not."""
+    """A dataclass field that is a command-line flag. low and high belong to the range, above and below do not."""
     bounds = dict(low=low, high=high, above=above, below=below)
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, bounds=bounds))
 
@@ -133,14 +168,24 @@ def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: d
     parser.add_argument("--config_name", help=f"preset: {', '.join(PRESETS)}; or with --config_dir a YAML's name")
     parser.add_argument("--config_dir", help="folder of a fairseq YAML that --config_name then names")
     parser.add_argument(
-        "--fairseq_exact", nargs="?", const=True, default=None, type=boolean, metavar="true|false",
-        help="the released code bug for bug: " + ", ".join(f"{k}={v}" for k, v in FAIRSEQ_EXACT.items())
+        "--fairseq_exact",
+        nargs="?",
+        const=True,
+        default=None,
+        type=boolean,
+        metavar="true|false",
+        help="the released code bug for bug: "
+        + ", ".join(f"{k}={v}" for k, v in FAIRSEQ_EXACT.items())
         + ", and a teacher one update behind at validation",
-    )  # fmt: skip
+    )
     for name, field in fields.items():
         if name == "fairseq_exact":
             continue
-        flag = dict(nargs="?", const=True, metavar="true|false") if field.type is bool else dict(metavar=field.type.__name__)
+        flag = (
+            dict(nargs="?", const=True, metavar="true|false")
+            if field.type is bool
+            else dict(metavar=field.type.__name__)
+        )
         text = field.metadata["help"].replace("%", "%%")
         if field.metadata["choices"]:
             text += f" ({'|'.join(map(str, field.metadata['choices']))})"
@@ -187,7 +232,7 @@ def _leaf(dotted: str) -> str:
 
 
 def _check_built_in(dotted: str, value) -> bool:
-    """True if the reference's option `dotted` is one whose only value here is the given one; raises at another value."""
+    """True if the reference's option `dotted` is built in with the value given; raises at another value."""
     leaf = _leaf(dotted)
     if leaf == "_name":
         built_in = BUILT_IN_NAMES.get(dotted.split(".", 1)[0])
@@ -222,7 +267,11 @@ def _plain_spelling(argv: list, names: set) -> list:
             out.append(word)
             # the value of a flag is never a spelling of another flag, even if it looks like one
             if word.startswith("--") and "=" not in word and rest and not rest[0].startswith("--"):
-                if not re.match(r"[A-Za-z_]\w*(\.\w+)+=", rest[0]) or word[2:] in ("data_path", "save_dir", "init_from"):
+                if not re.match(r"[A-Za-z_]\w*(\.\w+)+=", rest[0]) or word[2:] in (
+                    "data_path",
+                    "save_dir",
+                    "init_from",
+                ):
                     out.append(rest.pop(0))
             continue
         dotted, value = match[2].replace("-", "_"), match[3]
@@ -266,6 +315,7 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
 
     Raises InputError for a value that cannot be read, or that this project cannot do.
     """
+
     def leaves(node, prefix=""):
         for key, value in node.items():
             if isinstance(value, dict):

@@ -10,7 +10,6 @@ and batch sampler at commit 3f6ba43f; where the default differs, the place says 
 """
 
 import bisect
-import dataclasses
 import hashlib
 import json
 import os
@@ -53,9 +52,10 @@ class DataConfig:
     leave_unmasked_prob: float = option(0.0, "share of the masked tokens left as they are", low=0, high=1)
     fixed_masks: bool = option(False, "the masks of epoch 1 in every epoch, as fairseq with its default num_workers=1")
     teacher_input: str = option(
-        "full", "what the teacher reads: the block (the paper), or its masked tokens alone (fairseq)",
+        "full",
+        "what the teacher reads: the block (the paper), or its masked tokens alone (fairseq)",
         choices=("full", "masked"),
-    )  # fmt: skip
+    )
     seed: int = option(1, "seed of order, masks, initial weights and dropout", low=0, high=2**32 - 1 - 10**6)
 
     def check(self):
@@ -81,7 +81,9 @@ class Dictionary:
         try:
             lines = path.read_text(encoding="utf-8").split("\n")
         except FileNotFoundError:
-            raise InputError(f"no dict.txt in {path.parent}: it is written beside the .bin files by preprocessing") from None
+            raise InputError(
+                f"no dict.txt in {path.parent}: it is written beside the .bin files by preprocessing"
+            ) from None
         except UnicodeDecodeError as e:
             raise InputError(f"{path}: not UTF-8 at byte {e.start}") from None
         except OSError as e:
@@ -145,7 +147,11 @@ class TokenFile:
             what = "floating point" if code in (6, 7) else "unknown"
             raise InputError(f"{idx}: dtype code {code} ({what}), expected an integer type; {REBUILD}")
         if len(raw) != HEADER + 12 * count:
-            hint = "Megatron's variant, or a cut or damaged file" if len(raw) > HEADER + 12 * count else "a cut or damaged file"
+            hint = (
+                "Megatron's variant, or a cut or damaged file"
+                if len(raw) > HEADER + 12 * count
+                else "a cut or damaged file"
+            )
             raise InputError(
                 f"{idx}: {len(raw)} bytes, but {count} sentences need {HEADER + 12 * count}: {hint}; {REBUILD}"
             )
@@ -238,7 +244,9 @@ class TokenStream:
         where = f"{self.folder / self.split}: sentence {sentence}"
         if token == dictionary.mask_id:
             raise InputError(f"{where} holds <mask> (id {token}), which no text may; remove it and rebuild the dataset")
-        raise InputError(f"{where} holds token id {token}, but dict.txt has {len(dictionary)} symbols; wrong dictionary?")
+        raise InputError(
+            f"{where} holds token id {token}, but dict.txt has {len(dictionary)} symbols; wrong dictionary?"
+        )
 
     def check_all(self, dictionary: Dictionary, chunk: int = 1 << 22):
         """check_tokens over the whole split, a chunk at a time."""
@@ -328,19 +336,22 @@ def cut_batches(lengths: np.ndarray, max_tokens: int, batch_size: int, multiple:
     """Cut blocks in ascending order of length into batches; returns the end of each batch, int64.
 
     The rule walks the blocks and keeps a *batch*, the longest prefix so far whose size is a multiple of `multiple` or
-    below it, and a *tail*, the blocks since. A block that makes batch + tail too large (blocks x longest > max_tokens, or
-    more than batch_size blocks) closes the batch, and the tail with that block begins the next one; if the tail is too
-    large by itself, it becomes a batch of its own without that block. What is left at the end is a batch and a tail.
-    Since lengths ascend, 'too large' is monotone, and each batch takes one binary search instead of a walk.
+    below it, and a *tail*, the blocks since. A block that makes batch + tail too large (blocks x longest > max_tokens,
+    or more than batch_size blocks) closes the batch, and the tail with that block begins the next one; if the tail is
+    too large by itself, it becomes a batch of its own without that block. What is left at the end is a batch and a
+    tail. Since lengths ascend, 'too large' is monotone, and each batch takes one binary search instead of a walk.
     """
     longest = lengths.tolist()
     ends, start, n = [], 0, len(longest)
     while start < n:
         most = min(n - start, batch_size or n, max(1, max_tokens // max(1, longest[start])))
         # the first block that no longer fits behind `start`
-        stop = bisect.bisect_left(
-            range(start, start + most), True, key=lambda i: (i + 1 - start) * longest[i] > max_tokens
-        ) + start  # fmt: skip
+        stop = (
+            bisect.bisect_left(
+                range(start, start + most), True, key=lambda i: (i + 1 - start) * longest[i] > max_tokens
+            )
+            + start
+        )
         stop = max(stop, start + 1)
         size = stop - start
         batch_end = stop if size < multiple else start + size // multiple * multiple
@@ -372,7 +383,9 @@ def mask_block(length: int, dictionary: Dictionary, cfg: DataConfig, epoch: int,
     count = int(cfg.mask_prob * length / cfg.mask_multiple_length + rng.random())
     places = rng.choice(length, count, replace=False)
     if cfg.mask_stdev > 0:
-        spans = np.maximum(np.rint(rng.normal(cfg.mask_multiple_length, cfg.mask_stdev, size=count)), 0).astype(np.int64)
+        spans = np.maximum(np.rint(rng.normal(cfg.mask_multiple_length, cfg.mask_stdev, size=count)), 0).astype(
+            np.int64
+        )
         within = np.arange(spans.sum()) - np.repeat(np.cumsum(spans) - spans, spans)
         places = np.repeat(places, spans) + within
     else:
@@ -456,7 +469,8 @@ class BlockDataset:
         order = order[fits]
         if not self.training and len(order) and self.lengths[order[-1]] > cfg.max_tokens:
             raise InputError(
-                f"{folder}: {split} has a block of {self.lengths[order[-1]]} tokens, above --max_tokens {cfg.max_tokens}"
+                f"{folder}: {split} has a block of {self.lengths[order[-1]]} tokens, above --max_tokens"
+                f" {cfg.max_tokens}"
             )
         ends = cut_batches(self.lengths[order], cfg.max_tokens, cfg.batch_size, cfg.required_batch_size_multiple)
         last = int(ends[-1] - (ends[-2] if len(ends) > 1 else 0)) if len(ends) else 0
@@ -530,9 +544,15 @@ class BlockDataset:
             place = np.cumsum(hidden, axis=1) - 1 + width * np.arange(len(ids))[:, None]
             target_places = place.ravel()[masked]
         return Batch(
-            source, target, masked, target_places, ids, ntokens=int(self.lengths[ids].sum()),
-            source_padded=bool((source == PAD).any()), target_padded=bool((target == PAD).any()),
-        )  # fmt: skip
+            source,
+            target,
+            masked,
+            target_places,
+            ids,
+            ntokens=int(self.lengths[ids].sum()),
+            source_padded=bool((source == PAD).any()),
+            target_padded=bool((target == PAD).any()),
+        )
 
 
 class Corpus:
@@ -616,17 +636,29 @@ def print_description(facts: dict, dataset: BlockDataset):
         ("tokens", f"{facts['tokens']:,}"),
         ("dictionary", f"{facts['dictionary_size']:,} symbols, <mask> is {facts['mask_id']}"),
         ("blocks", f"{facts['blocks']:,}"),
-        ("block length", "min 10% 25% 50% 75% 90% max: " + " ".join(f"{q:.0f}" for q in facts["block_length_quantiles"])),
-        ("lost, too long", f"{facts['tokens_too_long']:,} tokens ({facts['tokens_too_long'] * share:.2f}%)"
-                           f" in {facts['blocks_too_long']:,} blocks"),
-        ("lost, remainder", f"{facts['tokens_in_remainder']:,} tokens ({facts['tokens_in_remainder'] * share:.2f}%)"
-                            f" in {facts['blocks_in_remainder']:,} blocks"),
-        (f"epoch {facts['epoch']}", f"{facts['batches']:,} batches, {facts['empty_batches']} empty;"
-                                    f" {facts['sentences_used']:,} blocks, {facts['tokens_used']:,} tokens with <s>"),
+        (
+            "block length",
+            "min 10% 25% 50% 75% 90% max: " + " ".join(f"{q:.0f}" for q in facts["block_length_quantiles"]),
+        ),
+        (
+            "lost, too long",
+            f"{facts['tokens_too_long']:,} tokens ({facts['tokens_too_long'] * share:.2f}%)"
+            f" in {facts['blocks_too_long']:,} blocks",
+        ),
+        (
+            "lost, remainder",
+            f"{facts['tokens_in_remainder']:,} tokens ({facts['tokens_in_remainder'] * share:.2f}%)"
+            f" in {facts['blocks_in_remainder']:,} blocks",
+        ),
+        (
+            f"epoch {facts['epoch']}",
+            f"{facts['batches']:,} batches, {facts['empty_batches']} empty;"
+            f" {facts['sentences_used']:,} blocks, {facts['tokens_used']:,} tokens with <s>",
+        ),
         ("padding", f"{facts['padding_percent']:.2f}%"),
         ("masked", f"{facts['masked_percent']:.2f}% ({facts['masked']:,} tokens)"),
         ("first block", first),
-    ):  # fmt: skip
+    ):
         print(f"{name:16} {text}")
 
 
@@ -653,7 +685,11 @@ def make_demo(folder, words: int = 4000):
     splits["train"] = [name for name in names if name not in splits["valid"] + splits["test"]]
     documents = {
         split: [
-            [re.findall(r"\w+|[^\w\s]+", paragraph) for paragraph in re.split(r"\n\s*\n", topics[name]) if paragraph.strip()]
+            [
+                re.findall(r"\w+|[^\w\s]+", paragraph)
+                for paragraph in re.split(r"\n\s*\n", topics[name])
+                if paragraph.strip()
+            ]
             for name in members
         ]
         for split, members in splits.items()

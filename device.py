@@ -28,9 +28,10 @@ FIRST_LOSS_SCALE, LOWEST_LOSS_SCALE, GROWTH_UPDATES = 128.0, 1e-4, 2**14  # fair
 class DeviceConfig:
     device: str = option("auto", "where to run", choices=("auto", "npu", "cuda", "cpu"))
     amp: str = option(
-        "auto", "mixed precision; auto: bf16 where the device has it, else fp16, off on the CPU",
+        "auto",
+        "mixed precision; auto: bf16 where the device has it, else fp16, off on the CPU",
         choices=("auto", "off", "fp16", "bf16"),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Device:
             enabled=enabled,
         )
         if enabled and self.type == "npu" and not _has_inf_nan():
-            # A first-generation chip saturates instead of overflowing: only a hardware flag tells, which torch_npu's own
-            # scaler clears before each forward and adds up over the workers.
+            # A first-generation chip saturates instead of overflowing: only a hardware flag tells, which torch_npu's
+            # own scaler clears before each forward and adds up over the workers.
             return torch.npu.amp.GradScaler(**rules)
         return torch.amp.GradScaler(self.type, **rules)
 
@@ -136,7 +137,11 @@ class Device:
         return values.tolist()
 
     def is_out_of_memory(self, error: Exception) -> bool:
-        return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in str(error) or "can't allocate" in str(error)
+        return (
+            isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "out of memory" in str(error)
+            or "can't allocate" in str(error)
+        )
 
     def is_lost_worker(self, error: Exception) -> bool:
         """Whether a collective failed because another worker is gone."""
@@ -172,7 +177,9 @@ def open_device(cfg: DeviceConfig, distributed: bool = True) -> Device:
     else:
         module = getattr(torch, kind)
         if local_rank >= module.device_count():
-            raise InputError(f"worker {local_rank} has no {kind} of its own: this machine shows {module.device_count()}")
+            raise InputError(
+                f"worker {local_rank} has no {kind} of its own: this machine shows {module.device_count()}"
+            )
         module.set_device(local_rank)
         device, name = torch.device(kind, local_rank), module.get_device_name(local_rank)
     if world_size > 1:
@@ -211,12 +218,18 @@ def _import_npu():
     try:
         import torch_npu  # noqa: F401
     except Exception as e:  # a missing CANN library surfaces as ImportError, OSError or RuntimeError
-        what = "is not installed" if isinstance(e, ModuleNotFoundError) else f"cannot be loaded ({' '.join(str(e).split())})"
+        what = (
+            "is not installed"
+            if isinstance(e, ModuleNotFoundError)
+            else f"cannot be loaded ({' '.join(str(e).split())})"
+        )
         raise InputError(
             f"--device npu: torch_npu {what}; pip install -r requirements-npu.txt, and source CANN's set_env.sh"
         ) from None
     if not torch.npu.is_available():
-        raise InputError("--device npu: torch_npu is there, but it finds no card (npu-smi info, ASCEND_RT_VISIBLE_DEVICES)")
+        raise InputError(
+            "--device npu: torch_npu is there, but it finds no card (npu-smi info, ASCEND_RT_VISIBLE_DEVICES)"
+        )
     # kernels compiled ahead of time: the first generation otherwise compiles for every new batch shape
     torch.npu.set_compile_mode(jit_compile=False)
 

@@ -14,7 +14,9 @@ class EmaConfig:
     ema_decay: float = option(0.999, "decay of the teacher at the start", low=0, high=1)
     ema_end_decay: float = option(0.9999, "decay from ema_anneal_end_step on", low=0, high=1)
     ema_anneal_end_step: int = option(300000, "updates over which the decay goes from one to the other", low=0)
-    ema_transformer_layers_only: bool = option(True, "copy the embeddings and their LayerNorm instead of averaging them")
+    ema_transformer_layers_only: bool = option(
+        True, "copy the embeddings and their LayerNorm instead of averaging them"
+    )
 
 
 def decay_at(update: int, cfg: EmaConfig) -> float:

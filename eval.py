@@ -2,20 +2,19 @@
 
     python eval.py --ckpt checkpoints/checkpoint_best.pt --data_path DIR [--split valid] [--untrained] [--json]
 
-FILE may be a checkpoint of this project, one of fairseq's data2vec_text (which is then evaluated as fairseq does), or a bare
-state dict under fairseq's names (whose shape comes from flags). Settings come from the checkpoint; flags override them.
-A low loss alone proves little, since a teacher that answers the same everywhere is easy to predict: variances near 0, or a
-cosine no better than that of always predicting the mean, show it.
+FILE may be a checkpoint of this project, one of fairseq's data2vec_text (which is then evaluated as fairseq does), or a
+bare state dict under fairseq's names (whose shape comes from flags). Settings come from the checkpoint; flags override
+them. A low loss alone proves little, since a teacher that answers the same everywhere is easy to predict: variances
+near 0, or a cosine no better than that of always predicting the mean, show it.
 """
 
 import json
-
-from device import open_device  # first: it has a word with torch before torch is imported
 
 import checkpoint
 import config
 from config import InputError
 from data import Corpus
+from device import open_device  # first: it has a word with torch before torch is imported
 from train import PARTS, Config, Run, evaluate, init_from
 
 
@@ -31,13 +30,18 @@ def saved_settings(loaded: checkpoint.Loaded, path) -> dict:
 def table(result: dict) -> str:
     names = ("loss", "target_var", "pred_var", "cosine", "cosine_constant")
     rows = [("trained", result)] + ([("untrained", result["untrained"])] if "untrained" in result else [])
-    lines = [f"{result['ckpt']}, {result['split']}: {result['sample_size']:,} masked tokens in {result['batches']} batches"]
+    lines = [
+        f"{result['ckpt']}, {result['split']}: {result['sample_size']:,} masked tokens in {result['batches']} batches"
+    ]
     lines += [f"{'':10}" + "".join(f"{name:>16}" for name in names)]
     lines += [f"{label:10}" + "".join(f"{figures[name]:16.4f}" for name in names) for label, figures in rows]
     lines += ["cosine: of prediction and target; cosine_constant: what always predicting the mean target gets"]
     if "untrained" in result:
         before = result["untrained"]
-        better = result["cosine"] > max(before["cosine"], result["cosine_constant"]) + 0.1 and result["loss"] < before["loss"]
+        better = (
+            result["cosine"] > max(before["cosine"], result["cosine_constant"]) + 0.1
+            and result["loss"] < before["loss"]
+        )
         lines += [
             f"{'learned' if better else 'NOT learned'}: loss {before['loss']:.4f} -> {result['loss']:.4f},"
             f" cosine {before['cosine']:.4f} -> {result['cosine']:.4f} (constant {result['cosine_constant']:.4f})"

@@ -16,12 +16,14 @@ UNHEALTHY_INTERVALS = 10  # log intervals in a row with a collapsed variance bef
 class GuardConfig:
     max_skipped: int = option(50, "updates in a row with a non-finite loss or gradient before the run stops", low=1)
     min_target_var: float = option(0.01, "variance of the targets under which they have collapsed (0: no guard)", low=0)
-    min_pred_var: float = option(1e-6, "variance of the predictions under which they have collapsed (0: no guard)", low=0)
+    min_pred_var: float = option(
+        1e-6, "variance of the predictions under which they have collapsed (0: no guard)", low=0
+    )
 
 
 class Signals:
-    """While in use: SIGTERM and SIGINT ask for an end behind the current update, a second one ends at once; SIGUSR1 asks
-    for a checkpoint. `stop` is the signal's number or 0, `save` whether one is wanted."""
+    """While in use: SIGTERM and SIGINT ask for an end behind the current update, a second one ends at once; SIGUSR1
+    asks for a checkpoint. `stop` is the signal's number or 0, `save` whether one is wanted."""
 
     def __enter__(self):
         self.stop, self.save = 0, 0
@@ -38,7 +40,9 @@ class Signals:
             os._exit(128 + number)
         self.stop = number
         # not print: a signal may come in the middle of one
-        os.write(2, f"\n{signal.Signals(number).name}: finishing this update, then saving; again: exit at once\n".encode())
+        os.write(
+            2, f"\n{signal.Signals(number).name}: finishing this update, then saving; again: exit at once\n".encode()
+        )
 
     def _save(self, *_):
         self.save = 1
@@ -55,7 +59,9 @@ class Lock:
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"
             self.file.close()
-            raise InputError(f"--save_dir {folder} is in use by {holder}; choose another, or wait for its end") from None
+            raise InputError(
+                f"--save_dir {folder} is in use by {holder}; choose another, or wait for its end"
+            ) from None
         except OSError:  # a file system without locks; better to run than to refuse
             return
         self.file.truncate(0)
@@ -80,8 +86,8 @@ class Health:
             if self.skipped_in_row > self.cfg.max_skipped:
                 return (
                     f"{self.skipped_in_row} updates in a row had a non-finite loss or gradient (--max_skipped"
-                    f" {self.cfg.max_skipped}); go on from an older checkpoint with a lower --lr, a longer --warmup_updates or"
-                    " a smaller --clip_norm"
+                    f" {self.cfg.max_skipped}); go on from an older checkpoint with a lower --lr, a longer"
+                    " --warmup_updates or a smaller --clip_norm"
                 )
         return None
 

@@ -41,7 +41,8 @@ def quality(sums: torch.Tensor, count: int) -> dict:
 class Log:
     """Figures of the updates since the last row. Everything stays on the device until a row is due; only rank 0 writes.
 
-    After a crash `path` holds rows beyond the checkpoint at `num_updates`; they are dropped, since they will come again.
+    After a crash `path` holds rows beyond the checkpoint at `num_updates`; they are dropped, since they will come
+    again.
     """
 
     def __init__(self, device: Device, path: Path, num_updates: int, max_update: int):
@@ -79,7 +80,9 @@ class Log:
         device, last = self.device, self.done[-1]
         self.read_skipped()
         good = [done for done, skipped in zip(self.done, self.skipped) if not skipped]
-        loss, gnorm = (sum(torch.stack([getattr(d, k) for d in good]).tolist()) if good else 0.0 for k in ("loss", "gnorm"))
+        loss, gnorm = (
+            sum(torch.stack([getattr(d, k) for d in good]).tolist()) if good else 0.0 for k in ("loss", "gnorm")
+        )
         sample_size, nsentences, ntokens = torch.stack([d.counts for d in self.done]).sum(0).tolist()
         seen = sum(torch.stack([d.counts[0] for d in good]).tolist()) if good else 0
         sums, places = torch.zeros_like(moments(*last.pair)), 0
@@ -89,13 +92,23 @@ class Log:
         figures = quality(sums[:-1].view(6, -1), int(sums[-1]))
         n, seconds = len(self.done), time.perf_counter() - self.since
         row = dict(
-            loss=loss / max(1, seen) if good else None, sample_size=sample_size / n, nsentences=nsentences / n,
-            ntokens=ntokens / n, gnorm=gnorm / len(good) if good else None, lr=last.lr, ema_decay=last.ema_decay,
-            loss_scale=last.loss_scale, target_var=figures["target_var"] if sums[-1] else None,
+            loss=loss / max(1, seen) if good else None,
+            sample_size=sample_size / n,
+            nsentences=nsentences / n,
+            ntokens=ntokens / n,
+            gnorm=gnorm / len(good) if good else None,
+            lr=last.lr,
+            ema_decay=last.ema_decay,
+            loss_scale=last.loss_scale,
+            target_var=figures["target_var"] if sums[-1] else None,
             pred_var=figures["pred_var"] if sums[-1] else None,
-            num_updates=last.number, epoch=last.epoch, fps=nsentences / seconds, ups=n / seconds, wps=ntokens / seconds,
+            num_updates=last.number,
+            epoch=last.epoch,
+            fps=nsentences / seconds,
+            ups=n / seconds,
+            wps=ntokens / seconds,
             wall=time.perf_counter() - self.begin,
-        )  # fmt: skip
+        )
         self.row(row)
         self.reset()
         return row
@@ -112,9 +125,11 @@ class Log:
             self._torn = True
             self.say(f"warning: {self.path}: {e.strerror}; update {row['num_updates']} is not in it")
         if self.bar is not None and None not in (row.get("loss"), row.get("target_var")):
-            self.bar.set_postfix_str(f"epoch {row['epoch']} loss {row['loss']:.3f} gnorm {row['gnorm']:.2f} lr {row['lr']:.2e}"
-                                     f" ema {row['ema_decay']:.4f} var {row['target_var']:.2f}/{row['pred_var']:.2f}"
-                                     f" fps {row['fps']:.0f} wps {row['wps']:.0f}")  # fmt: skip
+            self.bar.set_postfix_str(
+                f"epoch {row['epoch']} loss {row['loss']:.3f} gnorm {row['gnorm']:.2f} lr {row['lr']:.2e}"
+                f" ema {row['ema_decay']:.4f} var {row['target_var']:.2f}/{row['pred_var']:.2f}"
+                f" fps {row['fps']:.0f} wps {row['wps']:.0f}"
+            )
         else:
             hidden = ("num_updates", "sample_size", "nsentences", "ntokens", "wall")
             shown = dict(update=row["num_updates"], **{k: v for k, v in row.items() if k not in hidden})

@@ -108,14 +108,17 @@ class Encoder(nn.Module):
         self.layer_norm = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS) if cfg.normalize_before else None
 
     def forward(self, tokens: Tensor, padded: bool = True, targets: int = 0) -> tuple[Tensor, list[Tensor]]:
-        """tokens (B, T) int64. padded: whether PAD may occur in them. targets: from how many last layers to keep targets.
+        """tokens (B, T) int64. padded: whether PAD may occur in them. targets: from how many last layers to keep
+        targets.
 
         Returns the last hidden states (B, T, C), whose padded places mean nothing, and the layer targets in order,
         each (B, T, C). Raises InputError if a block is longer than the position table.
         """
         B, T = tokens.shape
         if T > self.embed_positions.num_embeddings - PAD - 1:
-            raise InputError(f"a block of {T} tokens: --max_source_positions is {self.embed_positions.num_embeddings - 2}")
+            raise InputError(
+                f"a block of {T} tokens: --max_source_positions is {self.embed_positions.num_embeddings - 2}"
+            )
         attend = None
         if padded:
             real = tokens != PAD  # (B, T), True at text
@@ -135,7 +138,7 @@ class Encoder(nn.Module):
 
 
 class RegressionHead(nn.Sequential):
-    """`head_layers` Linears with GELU between, widths C, 2C, 2C, ..., C; numbered as in the reference (0, 2, 4, ...)."""
+    """`head_layers` Linears with GELU between, widths C, 2C, 2C, ..., C; numbered 0, 2, 4, ... as in the reference."""
 
     def __init__(self, cfg: ModelConfig, gelu=F.gelu):
         widths = [cfg.embed_dim] + [2 * cfg.embed_dim] * (cfg.head_layers - 1) + [cfg.embed_dim]
@@ -178,8 +181,10 @@ def init_weights(module: nn.Module):
 
 
 @torch.no_grad()
-def teacher_targets(teacher: Encoder, cfg: ModelConfig, target: Tensor, places: Tensor, padded: bool, width: int) -> Tensor:
-    """What the student shall predict: the mean of the teacher's last layer targets, each normalized (paper, section 3.3).
+def teacher_targets(
+    teacher: Encoder, cfg: ModelConfig, target: Tensor, places: Tensor, padded: bool, width: int
+) -> Tensor:
+    """What the student shall predict: the mean of the teacher's last layer targets, each normalized (paper, 3.3).
 
     target (B, U): the teacher's tokens; places (M,): the masked tokens' flat places in B x U; width: T of the student's
     batch, above U where the teacher reads only the masked tokens. Returns (M, C) float32.
@@ -218,7 +223,7 @@ def teacher_targets(teacher: Encoder, cfg: ModelConfig, target: Tensor, places: 
 
 
 def standardize(y: Tensor, weight: Tensor, dims: tuple) -> Tensor:
-    """Zero mean and unit (biased) variance over the places `dims` of y (B, T, C), place (b, t) counted weight[b, t] times."""
+    """Zero mean, unit (biased) variance over the places `dims` of y (B, T, C), each counted weight (B, T, 1) times."""
     count = weight.sum(dims, keepdim=True)
     mean = (y * weight).sum(dims, keepdim=True) / count
     variance = ((y - mean).square() * weight).sum(dims, keepdim=True) / count

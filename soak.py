@@ -1,8 +1,8 @@
 """What a run survives, over and over: prints its figures as one JSON object.
 
-    python soak.py kills [--kills 30]                           SIGKILL a run that saves every update, at random moments
-    python soak.py fuzz [--datasets 20000] [--checkpoints 5000] mutate files; each must load or give a one-line error
-    python soak.py memory [--updates 2000]                      resident memory early and late in a run
+python soak.py kills [--kills 30]                           SIGKILL a run that saves every update, at random moments
+python soak.py fuzz [--datasets 20000] [--checkpoints 5000] mutate files; each must load or give a one-line error
+python soak.py memory [--updates 2000]                      resident memory early and late in a run
 """
 
 import argparse
@@ -20,8 +20,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from device import Device  # first: it has a word with torch before torch is imported
-
 import numpy as np
 import torch
 
@@ -29,11 +27,37 @@ import checkpoint
 import data
 from config import InputError
 from data import EOS
+from device import Device  # first: it has a word with torch before torch is imported
 
 HERE = Path(__file__).parent
-TINY = ["--config_name", "tiny", "--device", "cpu", "--layers", "2", "--embed_dim", "16", "--ffn_embed_dim", "32", "--attention_heads",
-        "2", "--average_top_k_layers", "2", "--tokens_per_sample", "32", "--max_tokens", "256", "--max_source_positions", "64",
-        "--validate_interval_updates", "0", "--min_target_var", "0", "--min_pred_var", "0"]  # fmt: skip
+TINY = [
+    "--config_name",
+    "tiny",
+    "--device",
+    "cpu",
+    "--layers",
+    "2",
+    "--embed_dim",
+    "16",
+    "--ffn_embed_dim",
+    "32",
+    "--attention_heads",
+    "2",
+    "--average_top_k_layers",
+    "2",
+    "--tokens_per_sample",
+    "32",
+    "--max_tokens",
+    "256",
+    "--max_source_positions",
+    "64",
+    "--validate_interval_updates",
+    "0",
+    "--min_target_var",
+    "0",
+    "--min_pred_var",
+    "0",
+]
 
 
 def small_corpus(folder: Path) -> Path:
@@ -54,8 +78,24 @@ def last_update(folder: Path) -> int:
 def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
     """Start, kill, look, start again. After each kill checkpoint_last.pt must load and be at most one save old."""
     corpus, save_dir = corpus or small_corpus(folder / "corpus"), folder / "killed"
-    command = [sys.executable, HERE / "train.py", *TINY, "--data_path", corpus, "--save_dir", save_dir, "--max_update", "1000000",
-               "--save_interval_updates", "1", "--keep_interval_updates", "2", "--disable_validation", "--log_interval", "1"]  # fmt: skip
+    command = [
+        sys.executable,
+        HERE / "train.py",
+        *TINY,
+        "--data_path",
+        corpus,
+        "--save_dir",
+        save_dir,
+        "--max_update",
+        "1000000",
+        "--save_interval_updates",
+        "1",
+        "--keep_interval_updates",
+        "2",
+        "--disable_validation",
+        "--log_interval",
+        "1",
+    ]
     rng = random.Random(0)
     lost = leftovers = 0
     repeated, reached = [], 0
@@ -89,8 +129,14 @@ def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
         repeated.append(logged - at)
         reached = at
     numbers = [json.loads(line)["num_updates"] for line in (save_dir / "train.jsonl").read_text().splitlines()[:-1]]
-    return dict(kills=count, lost=lost, found_mid_save=leftovers, updates=reached, most_updates_repeated=max(repeated, default=0),
-                rows_in_order=numbers == sorted(set(numbers)))  # fmt: skip
+    return dict(
+        kills=count,
+        lost=lost,
+        found_mid_save=leftovers,
+        updates=reached,
+        most_updates_repeated=max(repeated, default=0),
+        rows_in_order=numbers == sorted(set(numbers)),
+    )
 
 
 def mutate(raw: bytes, rng: random.Random) -> bytes:
@@ -121,12 +167,14 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0) -> dict:
     originals = {name: (source / name).read_bytes() for name in ("train.idx", "train.bin", "dict.txt")}
     cfg = data.DataConfig(data_path=str(target), tokens_per_sample=32, max_tokens=256)
     errors, other = dict(dataset=0, checkpoint=0), []
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    slowest = 0.0
+    slowest = peak = 0.0
+
+    def peak_mib():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def attempt(kind, what, load):
-        nonlocal slowest
-        begin = time.perf_counter()
+        nonlocal slowest, peak
+        begin, peak = time.perf_counter(), peak_mib()
         try:
             load()
         except InputError as e:
@@ -136,6 +184,8 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0) -> dict:
         except Exception as e:  # what the fuzzing looks for
             other.append(f"{what}: {type(e).__name__}: {e}"[:300])
         slowest = max(slowest, time.perf_counter() - begin)
+        if peak_mib() > peak + 50:  # every file here is far below a megabyte
+            other.append(f"{what}: took {peak_mib() - peak:.0f} MiB")
 
     def read_all():
         dataset = data.Corpus(cfg).split("train")
@@ -143,6 +193,8 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0) -> dict:
             dataset.batch(ids, 1)
         dataset.stream.check_all(dataset.dictionary)
 
+    read_all()  # what the libraries take at their first use is not the files' doing
+    began_with = peak_mib()
     for i in range(datasets):
         name = rng.choice(["train.idx"] * 3 + ["train.bin", "dict.txt"])
         (target / name).write_bytes(mutate(originals[name], rng))
@@ -155,13 +207,19 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0) -> dict:
     torch.save(fairseq, folder / "fairseq.pt")
     torch.save(fairseq, folder / "old.pt", _use_new_zipfile_serialization=False)
     files = [(folder / name).read_bytes() for name in ("ours.pt", "fairseq.pt", "old.pt")]
+    checkpoint.load(folder / "ours.pt")
     for i in range(checkpoints):
         (folder / "mutated.pt").write_bytes(mutate(files[i % 3], rng))
         attempt("checkpoint", f"checkpoint {i}", lambda: checkpoint.load(folder / "mutated.pt"))
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return dict(datasets=datasets, dataset_errors=errors["dataset"], checkpoints=checkpoints,
-                checkpoint_errors=errors["checkpoint"], other_errors=other, slowest_seconds=round(slowest, 3),
-                memory_grown_mib=grown // 1024)  # fmt: skip
+    return dict(
+        datasets=datasets,
+        dataset_errors=errors["dataset"],
+        checkpoints=checkpoints,
+        checkpoint_errors=errors["checkpoint"],
+        other_errors=other,
+        slowest_seconds=round(slowest, 3),
+        memory_grown_mib=round(peak_mib() - began_with),
+    )
 
 
 def memory(updates: int, folder: Path) -> dict:
@@ -170,8 +228,23 @@ def memory(updates: int, folder: Path) -> dict:
     import train
 
     corpus = small_corpus(folder / "corpus")
-    parts, _ = config.parse(train.PARTS, "", [*TINY, "--data_path", str(corpus), "--save_dir", str(folder / "run"), "--max_update",
-                                              str(updates), "--save_interval_updates", "100", "--log_interval", "50"])  # fmt: skip
+    parts, _ = config.parse(
+        train.PARTS,
+        "",
+        [
+            *TINY,
+            "--data_path",
+            str(corpus),
+            "--save_dir",
+            str(folder / "run"),
+            "--max_update",
+            str(updates),
+            "--save_interval_updates",
+            "100",
+            "--log_interval",
+            "50",
+        ],
+    )
     seen, update = {}, train.update
 
     def watched(run, *rest):
@@ -190,8 +263,13 @@ def memory(updates: int, folder: Path) -> dict:
             sys.stdout, train.update = out, update
     early, late = seen[updates // 10], seen[updates - 1]
     files = sum(p.stat().st_size for p in (folder / "run").iterdir())
-    return dict(updates=updates, early_mib=round(early, 1), late_mib=round(late, 1), grown_percent=round(100 * (late / early - 1), 2),
-                save_dir_mib=round(files / 2**20, 2))  # fmt: skip
+    return dict(
+        updates=updates,
+        early_mib=round(early, 1),
+        late_mib=round(late, 1),
+        grown_percent=round(100 * (late / early - 1), 2),
+        save_dir_mib=round(files / 2**20, 2),
+    )
 
 
 def main():

@@ -1,4 +1,5 @@
-"""How do we know: the tests of the core, in the order of the files. CPU, no network, a few minutes: `bash run_1p.sh test`.
+"""How do we know: the tests of the core, in the order of the files. CPU, no network, a few minutes: `bash run_1p.sh
+test`.
 
 Tests against numbers recorded from the reference need its golden data beside the project and skip where it is not.
 """
@@ -16,8 +17,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from device import Device, DeviceConfig, open_device  # first: it has a word with torch before torch is imported
-
 import numpy as np
 import pytest
 import torch
@@ -32,18 +31,40 @@ import eval as evaluation
 import train
 from config import InputError
 from data import BOS, EOS, PAD, Corpus, DataConfig, Dictionary, TokenStream, cut_batches, cut_blocks, mask_block
+from device import Device, DeviceConfig, open_device  # first: it has a word with torch before torch is imported
 from ema import EmaConfig
-from model import Data2VecText, Encoder, ModelConfig, RegressionHead, data2vec_loss, teacher_targets
+from model import Data2VecText, ModelConfig, RegressionHead, data2vec_loss, teacher_targets
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "shared" / "golden"
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference's recorded numbers are not beside the project")
 CPU = Device(torch.device("cpu"), "test", None)
-SMALL = dict(layers=2, embed_dim=16, ffn_embed_dim=32, attention_heads=2, average_top_k_layers=2, dropout=0.0,
-             attention_dropout=0.0, max_source_positions=64)  # fmt: skip
-FEW = ["--config_name", "tiny", "--device", "cpu", "--log_interval", "1", "--tokens_per_sample", "32", "--max_tokens", "256",
-       "--warmup_updates", "2", "--validate_interval_updates", "0"] + [
-    str(part) for k, v in SMALL.items() for part in (f"--{k}", v)]  # fmt: skip
+SMALL = dict(
+    layers=2,
+    embed_dim=16,
+    ffn_embed_dim=32,
+    attention_heads=2,
+    average_top_k_layers=2,
+    dropout=0.0,
+    attention_dropout=0.0,
+    max_source_positions=64,
+)
+FEW = [
+    "--config_name",
+    "tiny",
+    "--device",
+    "cpu",
+    "--log_interval",
+    "1",
+    "--tokens_per_sample",
+    "32",
+    "--max_tokens",
+    "256",
+    "--warmup_updates",
+    "2",
+    "--validate_interval_updates",
+    "0",
+] + [str(part) for k, v in SMALL.items() for part in (f"--{k}", v)]
 
 
 def call(main, *argv) -> str:
@@ -65,7 +86,9 @@ def make_dataset(folder, sentences=None, words=60, splits=("train", "valid"), se
     if sentences is None:
         sentences = []
         for _ in range(30):
-            sentences += [[*rng.integers(4, words, rng.integers(1, 40)).tolist(), EOS] for _ in range(rng.integers(1, 8))]
+            sentences += [
+                [*rng.integers(4, words, rng.integers(1, 40)).tolist(), EOS] for _ in range(rng.integers(1, 8))
+            ]
             sentences.append([EOS])
     for split in splits:
         data.write_dataset(folder / split, sentences, words)
@@ -81,7 +104,9 @@ def corpus_dir(tmp_path_factory):
 @pytest.fixture
 def block_dataset(corpus_dir):
     def make(split="train", **options):
-        return Corpus(DataConfig(data_path=str(corpus_dir), tokens_per_sample=32, max_tokens=256, **options)).split(split)
+        return Corpus(DataConfig(data_path=str(corpus_dir), tokens_per_sample=32, max_tokens=256, **options)).split(
+            split
+        )
 
     return make
 
@@ -110,33 +135,77 @@ def test_presets_hold_only_fields_and_pass_the_checks():
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--mask_prob", "1.5"), ("--mask_prob", "nan"), ("--dropout", "-0.1"), ("--layers", "0"), ("--lr", "inf"), ("--lr", "x"),
-     ("--update_freq", "1.5"), ("--sample_break_mode", "words"), ("--fixed_masks", "maybe"), ("--no_such_flag", "1"),
-     ("--max_toke", "5"), ("--config_name", "huge"), ("--seed", "-1")],
-)  # fmt: skip
+    [
+        ("--mask_prob", "1.5"),
+        ("--mask_prob", "nan"),
+        ("--dropout", "-0.1"),
+        ("--layers", "0"),
+        ("--lr", "inf"),
+        ("--lr", "x"),
+        ("--update_freq", "1.5"),
+        ("--sample_break_mode", "words"),
+        ("--fixed_masks", "maybe"),
+        ("--no_such_flag", "1"),
+        ("--max_toke", "5"),
+        ("--config_name", "huge"),
+        ("--seed", "-1"),
+    ],
+)
 def test_a_wrong_flag_or_value_is_named(flag, value):
     with pytest.raises(InputError, match=flag.lstrip("-")):
         config.parse(train.PARTS, "", [flag, value])
 
 
 def test_the_reference_s_dotted_names_are_spellings_of_ours():
-    argv = ["--task.data", "DIR", "task.tokens_per_sample=64", "--optimization.max_update=7", "optimization.lr=[0.0005]",
-            "--model.transformer.encoder.embed_dim", "48", "optimizer.adam_betas=(0.9,0.95)", "optimization.update_freq=[4]",
-            "model.transformer.encoder.layerdrop=0", "--max-tokens", "640", "--dataset.batch_size", "3",
-            "--distributed_training.distributed_world_size", "1", "task._name=masked_lm"]  # fmt: skip
+    argv = [
+        "--task.data",
+        "DIR",
+        "task.tokens_per_sample=64",
+        "--optimization.max_update=7",
+        "optimization.lr=[0.0005]",
+        "--model.transformer.encoder.embed_dim",
+        "48",
+        "optimizer.adam_betas=(0.9,0.95)",
+        "optimization.update_freq=[4]",
+        "model.transformer.encoder.layerdrop=0",
+        "--max-tokens",
+        "640",
+        "--dataset.batch_size",
+        "3",
+        "--distributed_training.distributed_world_size",
+        "1",
+        "task._name=masked_lm",
+    ]
     extra = lambda parser: parser.add_argument("--distributed_world_size", type=int)  # noqa: E731
     parts, args = config.parse(train.PARTS, "", argv, extra=extra)
     flat = {k: v for part in parts for k, v in vars(part).items()}
-    expected = dict(data_path="DIR", tokens_per_sample=64, max_update=7, lr=5e-4, embed_dim=48, adam_betas=(0.9, 0.95),
-                    update_freq=4, max_tokens=640, batch_size=3)  # fmt: skip
+    expected = dict(
+        data_path="DIR",
+        tokens_per_sample=64,
+        max_update=7,
+        lr=5e-4,
+        embed_dim=48,
+        adam_betas=(0.9, 0.95),
+        update_freq=4,
+        max_tokens=640,
+        batch_size=3,
+    )
     assert {k: flat[k] for k in expected} == expected
     assert args.distributed_world_size == 1
 
 
 @pytest.mark.parametrize(
-    "word", ["common.log_format=json", "model.foo=3", "common.fp16=true", "model.transformer.encoder.layerdrop=0.1",
-             "model.transformer.decoder.layers=3", "task._name=translation", "--task.shorten_method=truncate"],
-)  # fmt: skip
+    "word",
+    [
+        "common.log_format=json",
+        "model.foo=3",
+        "common.fp16=true",
+        "model.transformer.encoder.layerdrop=0.1",
+        "model.transformer.decoder.layers=3",
+        "task._name=translation",
+        "--task.shorten_method=truncate",
+    ],
+)
 def test_a_dotted_name_that_is_none_of_ours_is_an_error_naming_it(word):
     with pytest.raises(InputError, match=re.escape(word.lstrip("-").split("=")[0])):
         config.parse(train.PARTS, "", [word])
@@ -151,14 +220,18 @@ def test_a_fairseq_yaml_is_mapped_and_what_has_no_meaning_is_printed(tmp_path, c
     pytest.importorskip("yaml", reason="PyYAML is optional")
     (tmp_path / "mine.yaml").write_text(
         "# @package _group_\ncommon:\n  fp16: true\n  log_interval: 7\ntask:\n  _name: masked_lm\n  data: ???\n"
-        "  mask_prob: 0.2\nmodel:\n  _name: data2vec_text\n  ema_decay: 0.5\n  max_positions: ${task.tokens_per_sample}\n"
-        "  transformer:\n    encoder: {layers: 3, learned_pos: true}\noptimization:\n  lr: [0.003]\n  update_freq: [2]\n"
+        "  mask_prob: 0.2\nmodel:\n  _name: data2vec_text\n"
+        "  ema_decay: 0.5\n  max_positions: ${task.tokens_per_sample}\n"
+        "  transformer:\n    encoder: {layers: 3, learned_pos: true}\n"
+        "optimization:\n  lr: [0.003]\n  update_freq: [2]\n"
         "optimizer:\n  adam_betas: (0.9,0.9)\ndistributed_training:\n  distributed_world_size: 16\n"
     )
     argv = ["--config-dir", str(tmp_path), "--config-name", "mine", "--mask_prob", "0.3"]
     parts, _ = config.parse(train.PARTS, "", argv)
     flat = {k: v for part in parts for k, v in vars(part).items()}
-    expected = dict(mask_prob=0.3, log_interval=7, ema_decay=0.5, layers=3, lr=3e-3, update_freq=2, adam_betas=(0.9, 0.9))
+    expected = dict(
+        mask_prob=0.3, log_interval=7, ema_decay=0.5, layers=3, lr=3e-3, update_freq=2, adam_betas=(0.9, 0.9)
+    )
     assert {k: flat[k] for k in expected} == expected
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == 3 and all(
@@ -189,12 +262,23 @@ def test_batches_equal_the_reference_s_recorded_ones(name):
         number, rank, world_size = re.match(r"epoch(\d+)_shard(\d+)of(\d+)", key).groups()
         facts = json.loads(call(data.main, *argv, "--epoch", number, "--rank", rank, "--world_size", world_size))
         for ours, theirs in (
-            ("batches", "batches"), ("empty_batches", "empty"), ("sentences_used", "sentences"), ("tokens_used", "tokens"),
-            ("masked", "masked"), ("sha256_source", "sha_src"), ("sha256_target", "sha_tgt"), ("sha256_ids", "sha_ids"),
-        ):  # fmt: skip
+            ("batches", "batches"),
+            ("empty_batches", "empty"),
+            ("sentences_used", "sentences"),
+            ("tokens_used", "tokens"),
+            ("masked", "masked"),
+            ("sha256_source", "sha_src"),
+            ("sha256_target", "sha_tgt"),
+            ("sha256_ids", "sha_ids"),
+        ):
             assert facts[ours] == epoch[theirs], (key, ours)
-        for ours, theirs in (("dictionary_size", "dictionary_size"), ("mask_id", "mask_id"), ("sentences", "sentences"),
-                             ("tokens", "tokens"), ("blocks", "n_blocks")):  # fmt: skip
+        for ours, theirs in (
+            ("dictionary_size", "dictionary_size"),
+            ("mask_id", "mask_id"),
+            ("sentences", "sentences"),
+            ("tokens", "tokens"),
+            ("blocks", "n_blocks"),
+        ):
             assert facts[ours] == recorded[theirs], (key, ours)
 
 
@@ -218,10 +302,13 @@ def write_index(prefix, sentences, code, order=None):
         blob += np.asarray(sentences[i], dtype).tobytes()
     Path(f"{prefix}.bin").write_bytes(blob)
     Path(f"{prefix}.idx").write_bytes(
-        data.MAGIC + (1).to_bytes(8, "little") + bytes([code]) + len(sentences).to_bytes(8, "little")
+        data.MAGIC
+        + (1).to_bytes(8, "little")
+        + bytes([code])
+        + len(sentences).to_bytes(8, "little")
         + np.asarray([len(s) for s in sentences], "<i4").tobytes()
         + np.asarray([offsets[i] for i in range(len(sentences))], "<i8").tobytes()
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("code", sorted(data.DTYPES))
@@ -298,17 +385,36 @@ def damage(folder: Path, what: str):
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("no folder", "no such folder"), ("no idx", r"no train\.idx in"), ("no bin", r"no train\.bin in"),
-     ("no dict", r"no dict\.txt"), ("raw", "raw text.*fairseq-preprocess"), ("empty idx", "not an mmap index"),
-     ("cut header", "cut off after 20"), ("cut idx", "cut or damaged"), ("cut bin", r"outside train\.bin"),
-     ("legacy", "cached/lazy.*fairseq-preprocess --dataset-impl mmap"), ("huffman", "huffman"), ("magic", "wrong magic"),
-     ("version", "version 2"), ("float", "code 6.*floating"), ("dtype", "code 77"), ("megatron", "Megatron"),
-     ("huge count", "4611686018427387904 sentences"), ("negative size", "sentence 0 has -5"),
-     ("huge size", "sentence 0 has 2147483647"), ("negative offset", "byte -8"), ("odd offset", "byte 1,"),
-     ("token", "sentence 0 holds token id 999, but dict.txt has 61"), ("mask", "sentence 0 holds <mask>"),
-     ("malformed dict", "line 2"), ("no sentences", "gives no batch"), ("only separators", "gives no batch"),
-     ("one long", "1 longer than 512")],
-)  # fmt: skip
+    [
+        ("no folder", "no such folder"),
+        ("no idx", r"no train\.idx in"),
+        ("no bin", r"no train\.bin in"),
+        ("no dict", r"no dict\.txt"),
+        ("raw", "raw text.*fairseq-preprocess"),
+        ("empty idx", "not an mmap index"),
+        ("cut header", "cut off after 20"),
+        ("cut idx", "cut or damaged"),
+        ("cut bin", r"outside train\.bin"),
+        ("legacy", "cached/lazy.*fairseq-preprocess --dataset-impl mmap"),
+        ("huffman", "huffman"),
+        ("magic", "wrong magic"),
+        ("version", "version 2"),
+        ("float", "code 6.*floating"),
+        ("dtype", "code 77"),
+        ("megatron", "Megatron"),
+        ("huge count", "4611686018427387904 sentences"),
+        ("negative size", "sentence 0 has -5"),
+        ("huge size", "sentence 0 has 2147483647"),
+        ("negative offset", "byte -8"),
+        ("odd offset", "byte 1,"),
+        ("token", "sentence 0 holds token id 999, but dict.txt has 61"),
+        ("mask", "sentence 0 holds <mask>"),
+        ("malformed dict", "line 2"),
+        ("no sentences", "gives no batch"),
+        ("only separators", "gives no batch"),
+        ("one long", "1 longer than 512"),
+    ],
+)
 def test_a_broken_dataset_gets_one_line_that_says_what_and_where(tmp_path, what, message):
     folder, _ = make_dataset(tmp_path / "set", [[5, 6, 7, 8, 9, 2], [2], [10, 11, 2]] * 20)
     damage(folder, what)
@@ -316,17 +422,37 @@ def test_a_broken_dataset_gets_one_line_that_says_what_and_where(tmp_path, what,
         call(data.main, "--data_path", folder, "--json", "--fairseq_exact", "--mask_prob", "0.9")
     assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=message):  # and training meets it before its first update, or on the batch
-        call(train.main, *FEW, "--fairseq_exact", "--mask_prob", "0.9", "--tokens_per_sample", "512", "--max_tokens", "8192",
-             "--max_source_positions", "512", "--data_path", folder, "--save_dir", tmp_path / "run")  # fmt: skip
+        call(
+            train.main,
+            *FEW,
+            "--fairseq_exact",
+            "--mask_prob",
+            "0.9",
+            "--tokens_per_sample",
+            "512",
+            "--max_tokens",
+            "8192",
+            "--max_source_positions",
+            "512",
+            "--data_path",
+            folder,
+            "--save_dir",
+            tmp_path / "run",
+        )
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
-    [(["--attention_heads", "3"], "attention_heads 3 does not divide"), (["--tokens_per_sample", "100"], "position"),
-     (["--average_top_k_layers", "5"], "only 2 layers"), (["--random_token_prob", "0.6", "--leave_unmasked_prob", "0.6"], "sum"),
-     (["--init_from", "nowhere.pt"], "nowhere.pt: no such"), (["--adam_betas", "0.9"], "two numbers"),
-     (["--mask_prob", "1e-9"], "nothing masked")],
-)  # fmt: skip
+    [
+        (["--attention_heads", "3"], "attention_heads 3 does not divide"),
+        (["--tokens_per_sample", "100"], "position"),
+        (["--average_top_k_layers", "5"], "only 2 layers"),
+        (["--random_token_prob", "0.6", "--leave_unmasked_prob", "0.6"], "sum"),
+        (["--init_from", "nowhere.pt"], "nowhere.pt: no such"),
+        (["--adam_betas", "0.9"], "two numbers"),
+        (["--mask_prob", "1e-9"], "nothing masked"),
+    ],
+)
 def test_settings_that_cannot_work_are_refused_by_train(tmp_path, corpus_dir, argv, message):
     with pytest.raises(InputError, match=message):
         call(train.main, *FEW, "--max_update", "1", "--data_path", corpus_dir, "--save_dir", tmp_path / "run", *argv)
@@ -334,8 +460,18 @@ def test_settings_that_cannot_work_are_refused_by_train(tmp_path, corpus_dir, ar
 
 def test_programs_end_with_one_line_and_code_2(tmp_path):
     for program in ("train.py", "data.py", "eval.py", "bench.py"):
-        result = subprocess.run([sys.executable, HERE / program, "--data_path", tmp_path / "none", "--lr" if program != "data.py"
-                                 else "--seed", "x"], capture_output=True, text=True)  # fmt: skip
+        result = subprocess.run(
+            [
+                sys.executable,
+                HERE / program,
+                "--data_path",
+                tmp_path / "none",
+                "--lr" if program != "data.py" else "--seed",
+                "x",
+            ],
+            capture_output=True,
+            text=True,
+        )
         assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
         assert result.stderr.startswith(f"{program}: error: ")
 
@@ -350,7 +486,8 @@ def test_the_demo_corpus_is_deterministic_and_its_splits_share_no_topic(tmp_path
     assert facts["tokens"] > 50_000 and facts["documents"] > 40 and facts["dropped_percent"] == 0
 
 
-# ---------------------------------------------------------------------------------------------- data: blocks and batches
+# ---------------------------------------------------------------------------------------------- data: blocks and
+# batches
 
 
 def blocks_by_walking(sizes, mode, block_size):
@@ -414,7 +551,7 @@ def test_an_epoch_holds_every_token_of_the_corpus_once(block_dataset, corpus_dir
 
 
 def batches_by_walking(lengths, max_tokens, batch_size, multiple):
-    """The rule for cutting batches, block by block: a batch, the longest valid prefix, and a tail. True if a tail overflowed."""
+    """The rule for cutting batches, block by block: a batch, and a tail. Also whether a tail overflowed."""
     done, batch, tail, overflowed = [], [], [], False
 
     def too_large(blocks):
@@ -505,7 +642,9 @@ def test_masks_follow_the_rule_step_by_step(corpus_dir, stdev, random, leave):
         if drawn is None:
             assert not places
         else:
-            assert np.flatnonzero(drawn[0]).tolist() == places and drawn[1].min() >= 4 and drawn[1].max() < len(dictionary)
+            assert (
+                np.flatnonzero(drawn[0]).tolist() == places and drawn[1].min() >= 4 and drawn[1].max() < len(dictionary)
+            )
 
 
 def test_masks_change_each_epoch_unless_fixed_and_validation_s_never(block_dataset):
@@ -636,8 +775,13 @@ def targets_as_the_reference_pads(teacher, cfg, padded_target, places):
     return y.flatten(0, 1)[places]
 
 
-NORMS = ["batch_norm_target_layer", "instance_norm_target_layer", "layer_norm_target_layer", "layer_norm_targets",
-         "instance_norm_targets"]  # fmt: skip
+NORMS = [
+    "batch_norm_target_layer",
+    "instance_norm_target_layer",
+    "layer_norm_target_layer",
+    "layer_norm_targets",
+    "instance_norm_targets",
+]
 
 
 @pytest.mark.parametrize("on", [[], *[[name] for name in NORMS], NORMS, NORMS[:3]])
@@ -651,7 +795,9 @@ def test_all_target_normalizations_squeezed_or_padded(block_dataset, on, teacher
         if teacher_input == "masked":
             tokens = np.where(hidden, tokens, PAD)
         batch = CPU.upload(dataset.batch(ids, 1))
-        got = teacher_targets(model.encoder, cfg, batch.target, batch.target_places, batch.target_padded, batch.source.shape[1])
+        got = teacher_targets(
+            model.encoder, cfg, batch.target, batch.target_places, batch.target_padded, batch.source.shape[1]
+        )
         expected = targets_as_the_reference_pads(model.encoder, cfg, torch.from_numpy(tokens), batch.masked)
         assert torch.allclose(got, expected, atol=3e-5, rtol=1e-4)
 
@@ -699,7 +845,9 @@ def test_initial_weights():
             assert (p == 1).all()
         else:
             assert float(p.detach().std()) == pytest.approx(0.02, rel=0.1) and abs(float(p.detach().mean())) < 2e-3
-    assert (model.encoder.embed_tokens.weight[PAD] == 0).all() and (model.encoder.embed_positions.weight[PAD] == 0).all()
+    assert (model.encoder.embed_tokens.weight[PAD] == 0).all() and (
+        model.encoder.embed_positions.weight[PAD] == 0
+    ).all()
     assert model.encoder.embed_positions.num_embeddings == SMALL["max_source_positions"] + 2
 
 
@@ -707,9 +855,13 @@ def test_initial_weights():
 def test_dropout_stands_where_the_reference_has_it(monkeypatch, before):
     model, cfg = random_encoder(dropout=0.25, attention_dropout=0.4, activation_dropout=0.125, normalize_before=before)
     encoder, events = model.encoder.train(), []
-    monkeypatch.setattr(F, "dropout", lambda x, p, training, inplace=False: (events.append((p, x.clone())), x)[1] if training else x)
+    monkeypatch.setattr(
+        F, "dropout", lambda x, p, training, inplace=False: (events.append((p, x.clone())), x)[1] if training else x
+    )
     plain = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, m, p: (events.append((p, None)), plain(q, k, v, m))[1])
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, k, v, m, p: (events.append((p, None)), plain(q, k, v, m))[1]
+    )
     outputs = {}
     for name, module in encoder.named_modules():
         module.register_forward_hook(lambda m, i, out, name=name: outputs.setdefault(name, out))
@@ -759,17 +911,22 @@ def test_the_teacher_moves_by_the_formula(layers_only):
         copied = layers_only and not name.startswith("layers.")
         expected = student.state_dict()[name] if copied else 0.75 * before[name] + 0.25 * student.state_dict()[name]
         assert torch.allclose(new, expected, atol=1e-7), name
-    assert new.dtype == torch.float32 and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    assert (
+        new.dtype == torch.float32 and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    )
 
 
 # ---------------------------------------------------------------------------------------------- device
 
 
 def test_programs_import_without_torch_npu_and_keep_it_from_loading_itself():
-    code = "import sys, os; import {0}; assert 'torch_npu' not in sys.modules; print(os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'])"
-    env = {k: v for k, v in os.environ.items() if k != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    variable = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+    code = f"import sys, os, {{0}}; assert 'torch_npu' not in sys.modules; print(os.environ['{variable}'])"
+    env = {k: v for k, v in os.environ.items() if k != variable}
     for name in ("train", "eval", "bench"):
-        run = subprocess.run([sys.executable, "-c", code.format(name)], cwd=HERE, env=env, capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-c", code.format(name)], cwd=HERE, env=env, capture_output=True, text=True
+        )
         assert run.stdout.strip() == "0", run.stderr
 
 
@@ -794,7 +951,9 @@ def test_the_loss_scaler_has_the_reference_s_rules():
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_trains_and_the_teacher_stays_in_float32(tmp_path, corpus_dir, amp):
     for name in ("off", amp):
-        call(train.main, *FEW, "--max_update", 8, "--data_path", corpus_dir, "--save_dir", tmp_path / name, "--amp", name)
+        call(
+            train.main, *FEW, "--max_update", 8, "--data_path", corpus_dir, "--save_dir", tmp_path / name, "--amp", name
+        )
     plain, mixed = rows_of(tmp_path / "off"), rows_of(tmp_path / amp)
     assert [r["loss"] for r in mixed] == pytest.approx([r["loss"] for r in plain], rel=0.02)
     assert mixed[0]["loss"] != plain[0]["loss"] and mixed[0]["loss_scale"] == (128 if amp == "fp16" else 1)
@@ -809,7 +968,10 @@ def test_names_map_one_to_one_to_the_reference_s():
     student, cfg = random_encoder(1, normalize_before=True)
     teacher = ema.make_teacher(random_encoder(2, normalize_before=True)[0].encoder)
     theirs = checkpoint.to_reference(student.state_dict(), teacher.state_dict())
-    assert "encoder.sentence_encoder.layers.1.self_attn.k_proj.bias" in theirs and "encoder.regression_head.2.weight" in theirs
+    assert (
+        "encoder.sentence_encoder.layers.1.self_attn.k_proj.bias" in theirs
+        and "encoder.regression_head.2.weight" in theirs
+    )
     back_student, back_teacher = checkpoint.from_reference(theirs)
     for back, module in ((back_student, student), (back_teacher, teacher)):
         assert set(back) == set(module.state_dict())
@@ -833,9 +995,39 @@ def test_a_fairseq_checkpoint_evaluates_to_its_own_validation_loss(tmp_path):
         result = json.loads(call(evaluation.main, flag, file, "--data_path", words, "--device", "cpu", "--json"))
         assert result["loss"] == pytest.approx(recorded["loss"], rel=5e-6)
         assert (result["sample_size"], result["batches"]) == (recorded["sample_size"], recorded["batches"])
-    argv = ["--init_from", file, "--data_path", words, "--save_dir", tmp_path, "--embed_dim", 64, "--ffn_embed_dim", 256, "--layers",
-            4, "--attention_heads", 4, "--tokens_per_sample", 128, "--average_top_k_layers", 3, "--max_tokens", 1024, "--max_update",
-            2, "--device", "cpu", "--log_interval", 1, "--disable_validation", "--dropout", 0, "--attention_dropout", 0]  # fmt: skip
+    argv = [
+        "--init_from",
+        file,
+        "--data_path",
+        words,
+        "--save_dir",
+        tmp_path,
+        "--embed_dim",
+        64,
+        "--ffn_embed_dim",
+        256,
+        "--layers",
+        4,
+        "--attention_heads",
+        4,
+        "--tokens_per_sample",
+        128,
+        "--average_top_k_layers",
+        3,
+        "--max_tokens",
+        1024,
+        "--max_update",
+        2,
+        "--device",
+        "cpu",
+        "--log_interval",
+        1,
+        "--disable_validation",
+        "--dropout",
+        0,
+        "--attention_dropout",
+        0,
+    ]
     call(train.main, *argv, "--fairseq_exact")
     assert rows_of(tmp_path)[0]["loss"] < 2.2  # an untrained model begins at 2.6 here
 
@@ -848,7 +1040,12 @@ def test_foreign_and_misfitting_checkpoints_are_refused(tmp_path, corpus_dir):
     (tmp_path / "cut.pt").write_bytes(file.read_bytes()[:5000])
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
     torch.save([1], tmp_path / "list.pt")
-    for name, message in (("text", "cannot be read"), ("cut", "cannot be read"), ("other", "neither"), ("list", "holds a list")):
+    for name, message in (
+        ("text", "cannot be read"),
+        ("cut", "cannot be read"),
+        ("other", "neither"),
+        ("list", "holds a list"),
+    ):
         with pytest.raises(InputError, match=message):
             checkpoint.load(tmp_path / f"{name}.pt")
     bigger = make_dataset(tmp_path / "bigger", words=80)[0]
@@ -866,8 +1063,20 @@ def test_foreign_and_misfitting_checkpoints_are_refused(tmp_path, corpus_dir):
 
 
 def test_interval_checkpoints_are_pruned_and_share_the_bytes_of_the_last(tmp_path, corpus_dir):
-    call(train.main, *FEW, "--max_update", 6, "--data_path", corpus_dir, "--save_dir", tmp_path,
-         "--save_interval_updates", 2, "--keep_interval_updates", 2)  # fmt: skip
+    call(
+        train.main,
+        *FEW,
+        "--max_update",
+        6,
+        "--data_path",
+        corpus_dir,
+        "--save_dir",
+        tmp_path,
+        "--save_interval_updates",
+        2,
+        "--keep_interval_updates",
+        2,
+    )
     names = sorted(p.name for p in tmp_path.glob("*.pt*"))
     assert names == ["checkpoint_1_4.pt", "checkpoint_1_6.pt", "checkpoint_best.pt", "checkpoint_last.pt"]
     assert checkpoint.load(tmp_path / "checkpoint_1_4.pt").content["progress"]["num_updates"] == 4
@@ -884,17 +1093,35 @@ def test_a_whole_run_equals_the_reference_s_recorded_one(tmp_path, name):
     options = {**recorded["config"], "data_path": GOLDEN / "corpora" / recorded["config"]["data"]}
     options.pop("data")
     argv = [part for k, v in options.items() for part in (f"--{k}", v)]
-    call(train.main, "--config_name", "base", "--fairseq_exact", "--device", "cpu", "--log_interval", 1, *argv,
-         "--save_dir", tmp_path, "--init_from", folder / "init.pt")  # fmt: skip
+    call(
+        train.main,
+        "--config_name",
+        "base",
+        "--fairseq_exact",
+        "--device",
+        "cpu",
+        "--log_interval",
+        1,
+        *argv,
+        "--save_dir",
+        tmp_path,
+        "--init_from",
+        folder / "init.pt",
+    )
     expected = [json.loads(line) for line in (folder / "trajectory.jsonl").read_text().splitlines()]
     for mine, theirs in zip(rows_of(tmp_path), expected, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=5e-6)
         assert mine["gnorm"] == pytest.approx(theirs["gnorm"], rel=5e-5)
-        assert mine["lr"] == pytest.approx(theirs["lr"], abs=1e-12) and mine["ema_decay"] == pytest.approx(theirs["ema_decay"], abs=1e-12)
+        assert mine["lr"] == pytest.approx(theirs["lr"], abs=1e-12) and mine["ema_decay"] == pytest.approx(
+            theirs["ema_decay"], abs=1e-12
+        )
         assert (mine["sample_size"], mine["nsentences"]) == (theirs["sample_size"], theirs["nsentences"])
     assert rows_of(tmp_path, "valid_loss")[-1]["valid_loss"] == pytest.approx(recorded["final_valid"]["loss"], rel=5e-6)
     saved = checkpoint.load(tmp_path / "checkpoint_last.pt")
-    mine, final = checkpoint.to_reference(saved.student, saved.teacher), torch.load(folder / "final.pt", weights_only=True)
+    mine, final = (
+        checkpoint.to_reference(saved.student, saved.teacher),
+        torch.load(folder / "final.pt", weights_only=True),
+    )
     for a, b in ((mine, final), (mine["encoder._ema"], final["encoder._ema"])):
         assert set(a) == set(b)
         assert all((a[k] - b[k]).abs().max() < 2e-5 for k in b if k != "encoder._ema")
@@ -909,7 +1136,9 @@ def test_the_learning_rate_warms_up_and_falls_as_the_formula_says():
 
 
 def make_run(corpus_dir, seed=1, device=CPU, **options):
-    defaults = dict(SMALL, tokens_per_sample=32, max_tokens=256, data_path=str(corpus_dir), lr=1e-3, warmup_updates=0, seed=seed)
+    defaults = dict(
+        SMALL, tokens_per_sample=32, max_tokens=256, data_path=str(corpus_dir), lr=1e-3, warmup_updates=0, seed=seed
+    )
     argv = [part for k, v in {**defaults, **options}.items() for part in (f"--{k}", str(v))]
     cfg = train.Config(*config.parse(train.PARTS, "", argv)[0])
     corpus = Corpus(cfg.data)
@@ -919,12 +1148,16 @@ def make_run(corpus_dir, seed=1, device=CPU, **options):
 @pytest.mark.parametrize("clip_norm", [0.0, 0.05])
 def test_an_update_is_the_reference_s_adam_with_eps_beside_the_uncorrected_root(corpus_dir, clip_norm):
     betas, eps, decay = (0.8, 0.9), 0.03, 0.1  # large, so that their places show
-    run, dataset = make_run(corpus_dir, adam_betas="0.8,0.9", adam_eps=eps, weight_decay=decay, clip_norm=clip_norm, lr=0.01)
+    run, dataset = make_run(
+        corpus_dir, adam_betas="0.8,0.9", adam_eps=eps, weight_decay=decay, clip_norm=clip_norm, lr=0.01
+    )
     state = {n: (p.detach().double().clone(), 0.0, 0.0) for n, p in run.student.named_parameters()}
     for t, ids in enumerate(dataset.epoch_batches(1)[:5], 1):
         batch = dataset.batch(ids, 1)
         here = CPU.upload(batch)
-        target = teacher_targets(run.teacher, run.cfg.model, here.target, here.target_places, here.target_padded, here.source.shape[1])
+        target = teacher_targets(
+            run.teacher, run.cfg.model, here.target, here.target_places, here.target_padded, here.source.shape[1]
+        )
         loss = data2vec_loss(run.student(here.source, here.masked), target, run.cfg.model) / batch.sample_size
         grads = dict(zip(state, torch.autograd.grad(loss, list(run.student.parameters()))))
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
@@ -953,7 +1186,9 @@ def test_the_teacher_begins_as_a_copy_steps_once_an_update_and_takes_no_gradient
         decay, student = ema.decay_at(u, run.cfg.ema), run.student.encoder.state_dict()
         for name, new in run.teacher.state_dict().items():
             old = expected[name]
-            expected[name] = decay * old + (1 - decay) * student[name] if name.startswith("layers.") else student[name].clone()
+            expected[name] = (
+                decay * old + (1 - decay) * student[name] if name.startswith("layers.") else student[name].clone()
+            )
             assert torch.allclose(new, expected[name], atol=1e-6)
     assert all(p.grad is None and not p.requires_grad for p in run.teacher.parameters())
 
@@ -978,7 +1213,9 @@ def test_update_freq_2_equals_one_batch_of_twice_the_size(corpus_dir):
         one = train.update(runs[0], [dataset.batch(ids, 1)])
         two = train.update(runs[1], [dataset.batch(part, 1) for part in (ids[: len(ids) // 3], ids[len(ids) // 3 :])])
         assert float(two.loss) == pytest.approx(float(one.loss), rel=1e-5)
-        assert float(two.gnorm) == pytest.approx(float(one.gnorm), rel=1e-5) and two.counts.tolist() == one.counts.tolist()
+        assert (
+            float(two.gnorm) == pytest.approx(float(one.gnorm), rel=1e-5) and two.counts.tolist() == one.counts.tolist()
+        )
     for a, b in zip(runs[0].parameters, runs[1].parameters):
         assert torch.allclose(a, b, atol=2e-6)
 
@@ -1007,20 +1244,37 @@ def test_an_fp16_overflow_skips_the_update_and_is_not_counted(corpus_dir):
 
 def compare_checkpoints(a, b, exactly=True):
     a, b = checkpoint.load(a).content, checkpoint.load(b).content
-    flat = lambda c: [*c["student"].values(), *c["teacher"].values(),  # noqa: E731
-                      *(t for s in c["optimizer"]["state"].values() for t in s.values())]  # fmt: skip
+    flat = lambda c: [
+        *c["student"].values(),
+        *c["teacher"].values(),  # noqa: E731
+        *(t for s in c["optimizer"]["state"].values() for t in s.values()),
+    ]
     assert len(flat(a)) == len(flat(b)) > 50
     for x, y in zip(flat(a), flat(b)):
         assert torch.equal(x, y) if exactly else torch.allclose(x, y, atol=2e-6)
-    progress = [{k: v for k, v in c["progress"].items() if k not in ("world_size", "batches", "best_loss")} for c in (a, b)]
+    progress = [
+        {k: v for k, v in c["progress"].items() if k not in ("world_size", "batches", "best_loss")} for c in (a, b)
+    ]
     assert progress[0] == progress[1]
 
 
 @pytest.mark.parametrize("extra", [[], ["--fairseq_exact"], ["--update_freq", "3"], ["--amp", "bf16"]])
 def test_an_interrupted_run_continues_bit_for_bit(tmp_path, corpus_dir, monkeypatch, extra):
     # dropout on; about 20 batches an epoch (7 updates under update_freq 3): the interruptions lie within epochs
-    argv = [*FEW, "--data_path", corpus_dir, "--max_update", 30, "--save_interval_updates", 4, "--dropout", 0.1,
-            "--attention_dropout", 0.1, *extra]  # fmt: skip
+    argv = [
+        *FEW,
+        "--data_path",
+        corpus_dir,
+        "--max_update",
+        30,
+        "--save_interval_updates",
+        4,
+        "--dropout",
+        0.1,
+        "--attention_dropout",
+        0.1,
+        *extra,
+    ]
     call(train.main, *argv, "--save_dir", tmp_path / "whole")
     real, calls = train.update, []
 
@@ -1058,7 +1312,15 @@ def test_a_finished_run_goes_on_when_max_update_is_raised_and_a_used_directory_i
 
 
 def torchrun(workers, *argv):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(workers), HERE / "train.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(workers),
+        HERE / "train.py",
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*map(str, command), *map(str, argv)], capture_output=True, text=True, env=env, timeout=200)
 
@@ -1079,7 +1341,9 @@ def test_two_workers_equal_one_with_update_freq_2(tmp_path, corpus_dir):
 
 
 def test_train_warns_of_text_that_is_never_seen(tmp_path, corpus_dir):
-    printed = call(train.main, *FEW, "--data_path", corpus_dir, "--max_update", 1, "--save_dir", tmp_path / "a", "--fairseq_exact")
+    printed = call(
+        train.main, *FEW, "--data_path", corpus_dir, "--max_update", 1, "--save_dir", tmp_path / "a", "--fairseq_exact"
+    )
     assert re.search(r"^warning: \d+\.\d\d% of the training tokens are never seen", printed, re.M)
     printed = call(train.main, *FEW, "--data_path", corpus_dir, "--max_update", 1, "--save_dir", tmp_path / "b")
     assert re.search(r"^0\.00% of the training tokens are never seen", printed, re.M)
@@ -1087,16 +1351,38 @@ def test_train_warns_of_text_that_is_never_seen(tmp_path, corpus_dir):
 
 def test_the_small_model_learns_more_than_to_predict_the_mean(tmp_path):
     call(data.main, "--make_demo", tmp_path / "demo")
-    call(train.main, "--config_name", "tiny", "--data_path", tmp_path / "demo", "--save_dir", tmp_path / "run", "--max_update", 100,
-         "--tokens_per_sample", 64, "--max_tokens", 1024, "--embed_dim", 64, "--ffn_embed_dim", 256, "--device", "cpu")  # fmt: skip
-    result = json.loads(call(evaluation.main, "--ckpt", tmp_path / "run" / "checkpoint_best.pt", "--untrained", "--json"))
+    call(
+        train.main,
+        "--config_name",
+        "tiny",
+        "--data_path",
+        tmp_path / "demo",
+        "--save_dir",
+        tmp_path / "run",
+        "--max_update",
+        100,
+        "--tokens_per_sample",
+        64,
+        "--max_tokens",
+        1024,
+        "--embed_dim",
+        64,
+        "--ffn_embed_dim",
+        256,
+        "--device",
+        "cpu",
+    )
+    result = json.loads(
+        call(evaluation.main, "--ckpt", tmp_path / "run" / "checkpoint_best.pt", "--untrained", "--json")
+    )
     before = result["untrained"]
     assert result["loss"] < 0.8 * before["loss"]
     assert result["cosine"] > result["cosine_constant"] + 0.1 and result["cosine"] > before["cosine"] + 0.3
     assert result["pred_var"] > 0.05 and result["target_var"] > 0.05
 
 
-# ---------------------------------------------------------------------------------------------- bench, run_1p.sh, README
+# ---------------------------------------------------------------------------------------------- bench, run_1p.sh,
+# README
 
 
 def test_bench_prints_a_table_and_one_json_line_and_counts_flops_as_torch_does(corpus_dir):
@@ -1105,7 +1391,9 @@ def test_bench_prints_a_table_and_one_json_line_and_counts_flops_as_torch_does(c
     small = [*FEW, "--updates", "2", "--warmup", "1"]
     for argv in (["--vocabulary", "100"], ["--data_path", corpus_dir]):
         result = json.loads(call(bench.main, *small, *argv).splitlines()[-1])
-        assert all(result[k] > 0 for k in ("fps", "wps", "ups", "model_tflops", "matmul_peak_tflops", "peak_memory_bytes"))
+        assert all(
+            result[k] > 0 for k in ("fps", "wps", "ups", "model_tflops", "matmul_peak_tflops", "peak_memory_bytes")
+        )
         assert set(result["ms_parts"]) == {"data", "teacher", "student", "backward", "optimizer", "ema"}
     run, dataset = make_run(corpus_dir)
     index = int(dataset.lengths.argmax())
@@ -1157,7 +1445,11 @@ def test_the_files_named_in_the_readme_exist():
 
 
 def test_run_1p_refuses_what_it_cannot_do():
-    for argv, message in (([["fly"]], "no mode 'fly'"), ([["full"]], "--data_path=DIR is missing"), ([["eval", "--data_path"]], "needs a value")):
+    for argv, message in (
+        ([["fly"]], "no mode 'fly'"),
+        ([["full"]], "--data_path=DIR is missing"),
+        ([["eval", "--data_path"]], "needs a value"),
+    ):
         result = subprocess.run(["bash", HERE / "run_1p.sh", *argv[0]], capture_output=True, text=True)
         assert result.returncode == 2 and message in result.stderr
 
@@ -1168,19 +1460,35 @@ def test_run_1p_passes_the_exit_code_and_writes_the_modelzoo_s_files(tmp_path, c
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "ASCEND_DEVICE_ID": "3"}
     if shutil.which("python3", path=env["PATH"]) is None:
         pytest.skip("no python3 beside this Python")
-    run = lambda *argv: subprocess.run(["bash", tmp_path / "run_1p.sh", *map(str, argv)], capture_output=True, text=True, env=env)  # noqa: E731
+    run = lambda *argv: subprocess.run(
+        ["bash", tmp_path / "run_1p.sh", *map(str, argv)], capture_output=True, text=True, env=env
+    )  # noqa: E731
     few = [*FEW, "--max_update", "4"]
     failed = run("full", "--data_path", tmp_path / "none", *few)
     assert failed.returncode == 2 and "no such folder" in failed.stdout
     done = run("full", f"--data_path={corpus_dir}", *few)
     assert done.returncode == 0, done.stdout + done.stderr
-    for line in (r"Final Performance images/sec : [\d.]+", r"Final Valid Best Loss: [\d.]+", r"E2E Training Duration sec : \d+",
-                 r"UPS \(updates/s\) : [\d.]+", r"FPS \(blocks/s\) : [\d.]+", r"\| 1p-cpu \| - \| [\d.]+ \| 1 \| off \| 2\."):  # fmt: skip
+    for line in (
+        r"Final Performance images/sec : [\d.]+",
+        r"Final Valid Best Loss: [\d.]+",
+        r"E2E Training Duration sec : \d+",
+        r"UPS \(updates/s\) : [\d.]+",
+        r"FPS \(blocks/s\) : [\d.]+",
+        r"\| 1p-cpu \| - \| [\d.]+ \| 1 \| off \| 2\.",
+    ):
         assert re.search(f"^{line}", done.stdout, re.M), (line, done.stdout)
     output = tmp_path / "output" / "3"
     assert len((output / "train_data2vec_for_PyTorch_1p_loss.txt").read_text().split()) == 4
     log = (output / "data2vec_for_PyTorch_1p.log").read_text()
-    assert re.findall(r"^(\w+) = ", log, re.M) == ["Network", "RankSize", "DeviceType", "CaseName", "ActualUPS", "ActualFPS", "E2ETrainingTime"]
+    assert re.findall(r"^(\w+) = ", log, re.M) == [
+        "Network",
+        "RankSize",
+        "DeviceType",
+        "CaseName",
+        "ActualUPS",
+        "ActualFPS",
+        "E2ETrainingTime",
+    ]
     assert "update 4" in (output / "train_3.log").read_text()
     checked = run("eval", "--data_path", corpus_dir, "--checkpoint_path", output / "full" / "checkpoint_best.pt")
     assert checked.returncode == 0 and "cosine" in checked.stdout

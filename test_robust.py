@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,19 @@ import guard
 import soak
 import train
 from config import InputError, RunError
-from test_core import CPU, FEW, GOLDEN, HERE, call, compare_checkpoints, golden, make_dataset, make_run, rows_of, torchrun
+from test_core import (
+    CPU,
+    FEW,
+    GOLDEN,
+    HERE,
+    call,
+    compare_checkpoints,
+    golden,
+    make_dataset,
+    make_run,
+    rows_of,
+    torchrun,
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +50,20 @@ def corpus_dir(tmp_path_factory):
 def saved(tmp_path_factory, corpus_dir):
     """A finished run of four updates with its interval checkpoints."""
     folder = tmp_path_factory.mktemp("saved")
-    call(train.main, *FEW, "--data_path", corpus_dir, "--save_dir", folder, "--max_update", 4, "--save_interval_updates", 1,
-         "--keep_interval_updates", 3)  # fmt: skip
+    call(
+        train.main,
+        *FEW,
+        "--data_path",
+        corpus_dir,
+        "--save_dir",
+        folder,
+        "--max_update",
+        4,
+        "--save_interval_updates",
+        1,
+        "--keep_interval_updates",
+        3,
+    )
     return folder
 
 
@@ -168,6 +193,15 @@ def test_loading_never_runs_code_from_a_file(tmp_path):
         assert mark.exists()  # the payload is a working one
 
 
+def test_a_pickle_cannot_ask_for_memory_that_its_size_does_not_justify(tmp_path):
+    # LONG_BINPUT stores an object under a number of the file's choice; C's unpickler makes a table that long
+    (tmp_path / "bomb.pt").write_bytes(b"\x80\x02}r\xff\xff\xff\x7f.")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError):
+        checkpoint.load(tmp_path / "bomb.pt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
 @golden
 @pytest.mark.parametrize("zipped", [True, False])
 def test_older_fairseq_files_load_with_their_foreign_objects_left_out(tmp_path, corpus_dir, zipped):
@@ -179,7 +213,9 @@ def test_older_fairseq_files_load_with_their_foreign_objects_left_out(tmp_path, 
     content["args"] = argparse.Namespace(arch="roberta", lr=[0.1])
     content["extra_state"]["best"] = np.float64(1.9)
     content["extra_state"]["meters"] = {"loss": np.arange(3.0), "other": collections.Counter("abc")}
-    content["task_state"] = {"what": dataclasses.make_dataclass("DictConfig", ["x"], namespace={"__module__": "test_robust"})}
+    content["task_state"] = {
+        "what": dataclasses.make_dataclass("DictConfig", ["x"], namespace={"__module__": "test_robust"})
+    }
     globals()["DictConfig"] = content["task_state"]["what"]  # so that it can be pickled
     content["task_state"]["what"] = content["task_state"]["what"](1)
     torch.save(content, tmp_path / "old.pt", _use_new_zipfile_serialization=zipped)
@@ -201,7 +237,9 @@ def test_odd_characters_neither_break_a_line_nor_leave_the_save_directory(tmp_pa
     where = tmp_path / "o\nut" / "run"
     printed = call(train.main, *few(folder, where, "--max_update", 1))
     assert "\x1b" not in printed and all(p.parent == where for p in tmp_path.rglob("*.pt"))
-    result = subprocess.run([sys.executable, HERE / "data.py", "--data_path", f"{folder}\nx"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, HERE / "data.py", "--data_path", f"{folder}\nx"], capture_output=True, text=True
+    )
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "\x1b" not in result.stderr
 
 
@@ -222,7 +260,10 @@ def test_a_changed_position_is_refused_by_name_or_reset(saved, corpus_dir, tmp_p
             call(train.main, *few(corpus_dir, folder, "--max_update", 6, *argv))
     with pytest.raises(InputError, match="embed_dim was 16, is 32"):
         call(train.main, *few(corpus_dir, folder, "--max_update", 6, "--embed_dim", 32, "--reset_data_position"))
-    printed = call(train.main, *few(corpus_dir, folder, "--max_update", 6, "--max_tokens", 128, "--lr", 0.01, "--reset_data_position"))
+    printed = call(
+        train.main,
+        *few(corpus_dir, folder, "--max_update", 6, "--max_tokens", 128, "--lr", 0.01, "--reset_data_position"),
+    )
     assert "note: changed since the checkpoint: lr" in printed
     assert [(row["num_updates"], row["epoch"]) for row in rows_of(folder)][-3:] == [(4, 1), (5, 2), (6, 2)]
 
@@ -285,13 +326,19 @@ def test_sigusr1_saves_and_the_run_goes_on(monkeypatch, corpus_dir, tmp_path, ca
     signal_at(monkeypatch, {2: [signal.SIGUSR1]})
     seen = []
     save = checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda content, *paths: (seen.append(content["progress"]["num_updates"]), save(content, *paths))[1])
+    monkeypatch.setattr(
+        checkpoint,
+        "save",
+        lambda content, *paths: (seen.append(content["progress"]["num_updates"]), save(content, *paths))[1],
+    )
     assert train.main(few(corpus_dir, tmp_path, "--max_update", 4)) == 0
     assert seen == [2, 4]
 
 
 def start(*argv):
-    return subprocess.Popen([sys.executable, HERE / "train.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, HERE / "train.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def wait_for(process, text):
@@ -316,7 +363,9 @@ def test_a_second_signal_ends_at_once_and_a_second_run_is_kept_out(corpus_dir, t
     finally:
         process.kill()
         process.stdout.close()
-    call(train.main, *few(corpus_dir, tmp_path, "--max_update", 1, "--no_resume", "--overwrite"))  # the lock went with it
+    call(
+        train.main, *few(corpus_dir, tmp_path, "--max_update", 1, "--no_resume", "--overwrite")
+    )  # the lock went with it
 
 
 # ---------------------------------------------------------------------------------------------- numbers
@@ -326,21 +375,41 @@ def poison(monkeypatch, numbers):
     """Make the loss of certain updates NaN, gradients included."""
     plain, current = train.data2vec_loss, []
     update = train.update
-    monkeypatch.setattr(train, "update", lambda run, *rest: (current.append(run.num_updates + 1), update(run, *rest))[1])
-    monkeypatch.setattr(train, "data2vec_loss", lambda *a: plain(*a) * (float("nan") if current and current[-1] in numbers else 1.0))
+    monkeypatch.setattr(
+        train, "update", lambda run, *rest: (current.append(run.num_updates + 1), update(run, *rest))[1]
+    )
+    monkeypatch.setattr(
+        train, "data2vec_loss", lambda *a: plain(*a) * (float("nan") if current and current[-1] in numbers else 1.0)
+    )
 
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_non_finite_update_leaves_the_weights_alone_and_is_logged(monkeypatch, corpus_dir, tmp_path, fused):
     monkeypatch.setattr(type(CPU), "adamw_is_fused", lambda self: fused)
     poison(monkeypatch, {1, 3})
-    call(train.main, *few(corpus_dir, tmp_path, "--max_update", 5, "--disable_validation", "--warmup_updates", 0,
-                          "--save_interval_updates", 1, "--keep_interval_updates", -1))  # fmt: skip
+    call(
+        train.main,
+        *few(
+            corpus_dir,
+            tmp_path,
+            "--max_update",
+            5,
+            "--disable_validation",
+            "--warmup_updates",
+            0,
+            "--save_interval_updates",
+            1,
+            "--keep_interval_updates",
+            -1,
+        ),
+    )
     assert [row["num_updates"] for row in rows_of(tmp_path, "skipped")] == [1, 3]
     assert all(len(row["blocks"]) > 0 for row in rows_of(tmp_path, "skipped"))
     assert [row["loss"] is None for row in rows_of(tmp_path)] == [True, False, True, False, False]
     states = [checkpoint.load(tmp_path / f"checkpoint_1_{u}.pt").content for u in (2, 3, 4)]
-    same = [all(torch.equal(a["student"][k], b["student"][k]) for k in a["student"]) for a, b in zip(states, states[1:])]
+    same = [
+        all(torch.equal(a["student"][k], b["student"][k]) for k in a["student"]) for a, b in zip(states, states[1:])
+    ]
     assert same == [fused, False]  # without the fused kernel the moments still move the weights
     assert all(t.isfinite().all() for t in states[-1]["student"].values())
     assert states[-1]["progress"]["skipped"] == 2
@@ -355,15 +424,34 @@ def test_too_many_skipped_updates_in_a_row_save_and_stop_with_advice(monkeypatch
 
 def test_an_exploding_run_stops_and_keeps_the_last_good_checkpoint(corpus_dir, tmp_path):
     with pytest.raises(RunError, match="the last checkpoint stays|saved update"):
-        call(train.main, *few(corpus_dir, tmp_path, "--max_update", 300, "--lr", 1e36, "--warmup_updates", 0, "--max_skipped", 3,
-                              "--save_interval_updates", 1, "--clip_norm", 0))  # fmt: skip
+        call(
+            train.main,
+            *few(
+                corpus_dir,
+                tmp_path,
+                "--max_update",
+                300,
+                "--lr",
+                1e36,
+                "--warmup_updates",
+                0,
+                "--max_skipped",
+                3,
+                "--save_interval_updates",
+                1,
+                "--clip_norm",
+                0,
+            ),
+        )
     good = checkpoint.load(tmp_path / "checkpoint_last.pt")
     assert good.content["progress"]["num_updates"] >= 1
 
 
 def test_a_collapse_warns_and_after_ten_intervals_stops_with_a_checkpoint(corpus_dir, tmp_path, capsys):
     argv = few(corpus_dir, tmp_path, "--max_update", 40, "--min_target_var", 1e6, "--warmup_updates", 5)
-    with pytest.raises(RunError, match="collapse: target_var .* under --min_target_var .* for 10 log intervals.*saved update 15"):
+    with pytest.raises(
+        RunError, match="collapse: target_var .* under --min_target_var .* for 10 log intervals.*saved update 15"
+    ):
         train.main(argv)
     assert capsys.readouterr().out.count("may be collapsing") == 9
     assert checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"] == 15
@@ -376,7 +464,9 @@ def test_out_of_memory_says_what_was_tried_and_what_helps(monkeypatch, corpus_di
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
 
     monkeypatch.setattr(train, "teacher_targets", full)
-    with pytest.raises(RunError, match=r"out of memory at update 1: batch of \d+ x \d+ tokens, peak [\d.]+ GiB; lower --max_tokens"):
+    with pytest.raises(
+        RunError, match=r"out of memory at update 1: batch of \d+ x \d+ tokens, peak [\d.]+ GiB; lower --max_tokens"
+    ):
         call(train.main, *few(corpus_dir, tmp_path, "--max_update", 2))
 
 
@@ -395,7 +485,9 @@ def test_three_workers_with_uneven_shards_equal_one_over_the_same_batches(corpus
     for a, b in zip(one, three):
         assert all(a[k] == b[k] for k in ("sample_size", "nsentences", "ntokens", "num_updates"))
         assert all(a[k] == pytest.approx(b[k], rel=2e-5) for k in ("loss", "gnorm"))
-    compare_checkpoints(tmp_path / "one" / "checkpoint_last.pt", tmp_path / "three" / "checkpoint_last.pt", exactly=False)
+    compare_checkpoints(
+        tmp_path / "one" / "checkpoint_last.pt", tmp_path / "three" / "checkpoint_last.pt", exactly=False
+    )
 
 
 def test_one_worker_s_error_ends_all_within_seconds(corpus_dir, tmp_path):
@@ -411,9 +503,22 @@ def test_one_worker_s_error_ends_all_within_seconds(corpus_dir, tmp_path):
 
 
 def test_sigterm_to_torchrun_stops_all_workers_at_one_update_with_a_checkpoint(corpus_dir, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", HERE / "train.py"]
-    process = subprocess.Popen([*map(str, command), *few(corpus_dir, tmp_path, "--max_update", 100000)], stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        HERE / "train.py",
+    ]
+    process = subprocess.Popen(
+        [*map(str, command), *few(corpus_dir, tmp_path, "--max_update", 100000)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     try:
         wait_for(process, "update 3 ")
         process.terminate()

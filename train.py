@@ -17,8 +17,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from device import LOWEST_LOSS_SCALE, Device, DeviceConfig, open_device  # first: it has a word with torch before torch is imported
-
 import torch
 
 import checkpoint
@@ -26,6 +24,12 @@ import config
 import ema
 from config import InputError, RunError, option
 from data import BlockDataset, Corpus, DataConfig
+from device import (
+    LOWEST_LOSS_SCALE,
+    Device,
+    DeviceConfig,
+    open_device,
+)  # first: it has a word with torch before torch is imported
 from ema import EmaConfig
 from guard import GuardConfig, Health, Lock, Signals
 from log import Log, moments, quality
@@ -49,7 +53,9 @@ class TrainConfig:
     validate_interval: int = option(1, "epochs between two validations (0: not at epoch ends)", low=0)
     validate_interval_updates: int = option(0, "updates between two validations (0: not by updates)", low=0)
     save_interval: int = option(1, "epochs between two checkpoints (0: not at epoch ends)", low=0)
-    save_interval_updates: int = option(50000, "updates between two kept checkpoints, with a validation (0: none)", low=0)
+    save_interval_updates: int = option(
+        50000, "updates between two kept checkpoints, with a validation (0: none)", low=0
+    )
     keep_interval_updates: int = option(1, "how many of those to keep (-1: all)", low=-1)
     save_dir: str = option("checkpoints", "where checkpoints and train.jsonl go")
     init_from: str = option("", "start from the weights and teacher of this checkpoint, ours or fairseq's")
@@ -104,9 +110,11 @@ class Run:
         self.teacher = ema.make_teacher(self.student.encoder)
         self.parameters = list(self.student.parameters())
         self.optimizer = torch.optim.AdamW(
-            self.parameters, betas=cfg.train.adam_betas, weight_decay=cfg.train.weight_decay,
+            self.parameters,
+            betas=cfg.train.adam_betas,
+            weight_decay=cfg.train.weight_decay,
             fused=device.adamw_is_fused(),
-        )  # fmt: skip
+        )
         self.scaler = device.scaler(cfg.train.update_freq)
         self.num_updates = self.teacher_updates = 0  # updates of the student, and those the teacher has taken in
         self.epoch, self.batches_done = 1, 0  # the data position: this worker's batches done in this epoch
@@ -140,8 +148,8 @@ class Update:
 def update(run: Run, batches: list, mark=lambda part: None) -> Update | None:
     """One optimizer step over this worker's `batches` (host batches; none for a worker that has run out).
 
-    Returns None if the loss scaler skipped the step: then it was no update. mark(name) is called behind each part, for the
-    benchmark.
+    Returns None if the loss scaler skipped the step: then it was no update. mark(name) is called behind each part, for
+    the benchmark.
     """
     cfg, device = run.cfg, run.device
     lr, decay = lr_at(run.num_updates, cfg.train), ema.decay_at(run.num_updates, cfg.ema)
@@ -217,7 +225,7 @@ def skip_step(optimizer: torch.optim.AdamW, grads: list, skipped: torch.Tensor):
 
 
 def normalize_and_clip(grads: list, sample_size, clip_norm: float) -> torch.Tensor:
-    """Divide summed gradients by the number of masked places (int or tensor ()) and clip them, in place and without asking the device.
+    """Divide summed gradients by the number of masked places (int or tensor) and clip them, without asking the device.
 
     Returns the global norm before clipping.
     """
@@ -232,7 +240,7 @@ def normalize_and_clip(grads: list, sample_size, clip_norm: float) -> torch.Tens
 
 @torch.no_grad()
 def evaluate(run: Run, dataset: BlockDataset) -> dict:
-    """Validation loss per masked place and the figures of `quality`, over all workers. Dropout is off, masks are fixed."""
+    """Validation loss per masked place and the figures of `quality`, over all workers; without dropout."""
     device, cfg = run.device, run.cfg.model
     run.student.eval()
     loss = torch.zeros((), device=device.torch_device)
@@ -268,17 +276,25 @@ def contents(run: Run, corpus: Corpus, fingerprint: dict) -> dict:
     """Everything that a resume needs."""
     return dict(
         config=run.cfg.flat(),
-        dictionary=dict(size=len(corpus.dictionary), digest=corpus.dictionary.digest(), mask_id=corpus.dictionary.mask_id),
+        dictionary=dict(
+            size=len(corpus.dictionary), digest=corpus.dictionary.digest(), mask_id=corpus.dictionary.mask_id
+        ),
         student=run.student.state_dict(),
         teacher=run.teacher.state_dict(),
         optimizer=run.optimizer.state_dict(),
         scaler=run.scaler.state_dict(),
         rng=run.device.rng_state(),
         progress=dict(
-            num_updates=run.num_updates, teacher_updates=run.teacher_updates, skipped=run.skipped, epoch=run.epoch,
-            batches=run.batches_done, world_size=run.device.world_size, best_loss=run.best_loss, data=fingerprint,
+            num_updates=run.num_updates,
+            teacher_updates=run.teacher_updates,
+            skipped=run.skipped,
+            epoch=run.epoch,
+            batches=run.batches_done,
+            world_size=run.device.world_size,
+            best_loss=run.best_loss,
+            data=fingerprint,
         ),
-    )  # fmt: skip
+    )
 
 
 def check_dictionary(loaded: checkpoint.Loaded, corpus: Corpus, path):
@@ -290,14 +306,23 @@ def check_dictionary(loaded: checkpoint.Loaded, corpus: Corpus, path):
         )
 
 
-# What a run that goes on may not change: the model, and, unless --reset_data_position, what decides which batch is next.
+# What a run that goes on may not change: the model, and, unless --reset_data_position, what decides which batch is
+# next.
 ARCHITECTURE = [f.name for f in dataclasses.fields(ModelConfig) if "dropout" not in f.name]
-POSITION = ["sample_break_mode", "tokens_per_sample", "long_sentences", "max_tokens", "batch_size", "seed",
-            "required_batch_size_multiple", "drop_remainder"]  # fmt: skip
+POSITION = [
+    "sample_break_mode",
+    "tokens_per_sample",
+    "long_sentences",
+    "max_tokens",
+    "batch_size",
+    "seed",
+    "required_batch_size_multiple",
+    "drop_remainder",
+]
 
 
 def find_checkpoint(folder: Path, say) -> tuple[Path, checkpoint.Loaded] | None:
-    """The newest checkpoint of a save directory that can be read, if it holds any. Raises InputError if none is whole."""
+    """The newest checkpoint of a save directory that can be read, if it holds any. Raises InputError if none can."""
     found = checkpoint.candidates(folder)
     if found and found[0].name != "checkpoint_last.pt":
         say(f"warning: {folder} has no checkpoint_last.pt; trying {found[0].name}")
@@ -312,7 +337,9 @@ def find_checkpoint(folder: Path, say) -> tuple[Path, checkpoint.Loaded] | None:
     return None
 
 
-def resume(run: Run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoint.Loaded, reset_position: bool, say):
+def resume(
+    run: Run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoint.Loaded, reset_position: bool, say
+):
     """Continue from a checkpoint of this project. Raises InputError if it belongs to another run."""
     if loaded.kind != "ours":
         raise InputError(f"{path}: a fairseq file; start from it with --init_from and another --save_dir")
@@ -363,7 +390,10 @@ def init_from(run: Run, corpus: Corpus, loaded: checkpoint.Loaded, path):
         loaded.student.update({k: v for k, v in run.student.state_dict().items() if k.startswith("regression_head.")})
     checkpoint.put(loaded.student, run.student, "the student", path)
     checkpoint.put(
-        loaded.teacher if loaded.teacher is not None else run.student.encoder.state_dict(), run.teacher, "the teacher", path
+        loaded.teacher if loaded.teacher is not None else run.student.encoder.state_dict(),
+        run.teacher,
+        "the teacher",
+        path,
     )
 
 
@@ -377,7 +407,9 @@ def prepare_save_dir(folder: Path, args):
         raise InputError(f"--save_dir {folder}: not writable")
     held = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
     if args.no_resume and held and not args.overwrite:
-        raise InputError(f"--no_resume: {folder} holds {held[0]}; add --overwrite to start over there, or choose another --save_dir")
+        raise InputError(
+            f"--no_resume: {folder} holds {held[0]}; add --overwrite to start over there, or choose another --save_dir"
+        )
 
 
 def clean_save_dir(folder: Path, everything: bool):
@@ -408,8 +440,8 @@ def describe_start(run: Run, train: BlockDataset, log: Log):
 
 
 def epoch_updates(run: Run, dataset: BlockDataset):
-    """The rest of the current epoch, an update at a time: (this worker's host batches, how many batches that took, whether
-    it is the epoch's last). An update never crosses an epoch's end."""
+    """The rest of the current epoch, an update at a time: (this worker's host batches, how many batches that took,
+    whether it is the epoch's last). An update never crosses an epoch's end."""
     device, freq = run.device, run.cfg.train.update_freq
     todo = dataset.epoch_batches(run.epoch, device.rank, device.world_size)[run.batches_done :]
     for first in range(0, len(todo), freq):
@@ -434,8 +466,13 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         corpus = Corpus(cfg.data)
         dataset = corpus.split("train", 1)
         valid = None if t.disable_validation else corpus.split("valid")
-        fingerprint = dict(folders=len(corpus.folders), sentences=len(dataset.stream.sizes), tokens=dataset.stream.tokens,
-                           batches=len(dataset.batch_ends), dataset=dataset.stream.digest())  # fmt: skip
+        fingerprint = dict(
+            folders=len(corpus.folders),
+            sentences=len(dataset.stream.sizes),
+            tokens=dataset.stream.tokens,
+            batches=len(dataset.batch_ends),
+            dataset=dataset.stream.digest(),
+        )
         run = Run(cfg, device, len(corpus.dictionary))
         found = find_checkpoint(folder, say)
         if found:
@@ -494,9 +531,15 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
             if run.best_loss is None or figures["loss"] < run.best_loss:
                 run.best_loss = figures["loss"]
                 also.append(folder / "checkpoint_best.pt")
-            log.row(dict(valid_loss=figures["loss"], valid_best_loss=run.best_loss,
-                         **{f"valid_{k}": figures[k] for k in ("target_var", "pred_var", "cosine", "cosine_constant")},
-                         num_updates=run.num_updates, epoch=epoch))  # fmt: skip
+            log.row(
+                dict(
+                    valid_loss=figures["loss"],
+                    valid_best_loss=run.best_loss,
+                    **{f"valid_{k}": figures[k] for k in ("target_var", "pred_var", "cosine", "cosine_constant")},
+                    num_updates=run.num_updates,
+                    epoch=epoch,
+                )
+            )
         if counted and t.save_interval_updates and run.num_updates % t.save_interval_updates == 0:
             also.append(folder / f"checkpoint_{epoch}_{run.num_updates}.pt")
         if save_now or also:
@@ -515,13 +558,20 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
                 shapes = ", ".join(f"{b.source.shape[0]} x {b.source.shape[1]}" for b in batches)
                 raise RunError(
                     f"out of memory at update {run.num_updates + 1}: batch of {shapes} tokens, peak"
-                    f" {device.peak_memory() / 2**30:.1f} GiB; lower --max_tokens (and raise --update_freq), use --amp bf16"
+                    f" {device.peak_memory() / 2**30:.1f} GiB; lower --max_tokens (and raise --update_freq), use --amp"
                 ) from None
             run.epoch, run.batches_done = (epoch + 1, 0) if epoch_end else (epoch, run.batches_done + taken)
             begin = time.perf_counter()
             if done is None:
-                log.row(dict(overflow=True, loss_scale=run.scaler.get_scale(), num_updates=run.num_updates, epoch=epoch,
-                             blocks=[int(i) for b in batches for i in b.ids]))  # fmt: skip
+                log.row(
+                    dict(
+                        overflow=True,
+                        loss_scale=run.scaler.get_scale(),
+                        num_updates=run.num_updates,
+                        epoch=epoch,
+                        blocks=[int(i) for b in batches for i in b.ids],
+                    )
+                )
                 if run.scaler.get_scale() < LOWEST_LOSS_SCALE:
                     stop("gradients overflow float16 at any loss scale; lower --lr, or use --amp bf16")
             else:
@@ -554,8 +604,12 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
 def main(argv: list | None = None) -> int:
     def extra(parser):
         parser.add_argument("--no_resume", action="store_true", help="start over; --save_dir must be empty")
-        parser.add_argument("--overwrite", action="store_true", help="with --no_resume: remove the old run in --save_dir")
-        parser.add_argument("--reset_data_position", action="store_true", help="resume from the next epoch's start, on changed data")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="with --no_resume: remove the old run in --save_dir"
+        )
+        parser.add_argument(
+            "--reset_data_position", action="store_true", help="resume from the next epoch's start, on changed data"
+        )
         parser.add_argument("--distributed_world_size", type=int, help="workers; must agree with torchrun's")
 
     parts, args = config.parse(PARTS, __doc__, argv, extra=extra)
@@ -576,8 +630,10 @@ def main(argv: list | None = None) -> int:
     finally:
         device.close()
     if device.rank == 0 and figures and code == 0:
-        print(f"valid loss {figures['loss']:.4f}, cosine of prediction and target {figures['cosine']:.4f}"
-              f" (always predicting the mean: {figures['cosine_constant']:.4f}) | {cfg.train.save_dir}/checkpoint_last.pt")  # fmt: skip
+        print(
+            f"valid loss {figures['loss']:.4f}, cosine of prediction and target {figures['cosine']:.4f}"
+            f" (always predicting the mean: {figures['cosine_constant']:.4f}) | {cfg.train.save_dir}/checkpoint_last.pt"
+        )
     return code
 
 
