@@ -4,6 +4,7 @@ import fcntl
 import os
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +24,17 @@ class GuardConfig:
 
 class Signals:
     """While in use: SIGTERM and SIGINT ask for an end behind the current update, a second one ends at once; SIGUSR1
-    asks for a checkpoint. `stop` is the signal's number or 0, `save` whether one is wanted."""
+    asks for a checkpoint. `stop` is the signal's number or 0, `save` whether one is wanted.
+
+    echo: seconds in which the same signal again is no second one. A scheduler's signal reaches a worker twice, once
+    directly and once from torchrun.
+    """
+
+    def __init__(self, echo: float = 0.0):
+        self.echo = echo
 
     def __enter__(self):
-        self.stop, self.save = 0, 0
+        self.stop, self.save, self._at = 0, 0, 0.0
         handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGUSR1: self._save}
         self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
@@ -36,9 +44,11 @@ class Signals:
             signal.signal(number, handler)
 
     def _stop(self, number, _):
+        if self.stop == number and time.monotonic() < self._at + self.echo:
+            return
         if self.stop:
             os._exit(128 + number)
-        self.stop = number
+        self.stop, self._at = number, time.monotonic()
         # not print: a signal may come in the middle of one
         os.write(
             2, f"\n{signal.Signals(number).name}: finishing this update, then saving; again: exit at once\n".encode()

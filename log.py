@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -39,21 +40,21 @@ def quality(sums: torch.Tensor, count: int) -> dict:
 
 
 class Log:
-    """Figures of the updates since the last row. Everything stays on the device until a row is due; only rank 0 writes.
+    """Figures of the updates since the last row. Everything stays on the device until a row is due; only rank 0
+    writes."""
 
-    After a crash `path` holds rows beyond the checkpoint at `num_updates`; they are dropped, since they will come
-    again.
-    """
+    def __init__(self, device: Device, path: Path):
+        self.device, self.path, self.bar = device, path, None
+        self._began, self._torn = time.perf_counter(), False
+        self.reset()
 
-    def __init__(self, device: Device, path: Path, num_updates: int, max_update: int):
-        self.device, self.path, self.begin = device, path, time.perf_counter()
-        if device.rank == 0 and path.exists():
-            rows = [row for row in path.read_text().splitlines() if _updates_of(row) <= num_updates]
-            write_text(path, "".join(row + "\n" for row in rows))
-        self.bar = None
-        if device.rank == 0 and sys.stderr.isatty():
+    def begin(self, num_updates: int, max_update: int):
+        """Open the bar, and drop the rows that a crashed run wrote behind its last checkpoint: they will come again."""
+        if self.device.rank == 0 and self.path.exists():
+            rows = [row for row in self.path.read_text().splitlines() if _updates_of(row) <= num_updates]
+            write_text(self.path, "".join(row + "\n" for row in rows))
+        if self.device.rank == 0 and sys.stderr.isatty():
             self.bar = tqdm(total=max_update, initial=num_updates, unit="update", dynamic_ncols=True)
-        self._torn = False
         self.reset()
 
     def reset(self):
@@ -107,7 +108,7 @@ class Log:
             fps=nsentences / seconds,
             ups=n / seconds,
             wps=ntokens / seconds,
-            wall=time.perf_counter() - self.begin,
+            wall=time.perf_counter() - self._began,
         )
         self.row(row)
         self.reset()
@@ -137,8 +138,10 @@ class Log:
 
     def say(self, text: str):
         if self.device.rank == 0:
-            text = printable(text)
-            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+            try:
+                tqdm.write(printable(text)) if self.bar is not None else print(printable(text), flush=True)
+            except OSError:  # whoever read this is gone, as `| tee` is at Ctrl-C; that shall not end the run
+                sys.stdout = open(os.devnull, "w")
 
     def close(self):
         if self.bar is not None:

@@ -114,7 +114,23 @@ esac
 
 begin=$(date +%s)
 "$python" train.py --config_name $preset --data_path "$data_path" --save_dir "$save_dir" \
-    ${extra[@]+"${extra[@]}"} ${flags[@]+"${flags[@]}"} 2>&1 | tee "$log"
+    ${extra[@]+"${extra[@]}"} ${flags[@]+"${flags[@]}"} >"$log" 2>&1 &
+train=$!
+tail -n +1 -s 0.2 -f --pid=$train "$log" &
+# A terminal's Ctrl-C reaches train.py by itself; what is sent to this script alone is passed on. The loop is for wait,
+# which returns at every signal.
+trap : INT
+trap 'kill -TERM $train' TERM
+trap 'kill -USR1 $train' USR1
+code=0
+wait $train || code=$?
+while kill -0 $train 2>/dev/null; do
+    code=0
+    wait $train || code=$?
+done
+wait
+trap - INT TERM USR1
+[ $code -eq 0 ] || exit $code
 duration=$(($(date +%s) - begin))
 
 if [ $mode = demo ]; then

@@ -335,6 +335,39 @@ def test_sigusr1_saves_and_the_run_goes_on(monkeypatch, corpus_dir, tmp_path, ca
     assert seen == [2, 4]
 
 
+def test_an_echo_of_a_signal_is_not_a_second_one():
+    with guard.Signals(echo=30.0) as signals:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.stop == signal.SIGTERM
+
+
+def test_run_1p_passes_signals_on_and_the_run_saves(corpus_dir, tmp_path):
+    for name in [p.name for p in HERE.glob("*.py")] + ["run_1p.sh", "requirements.txt"]:
+        shutil.copy(HERE / name, tmp_path)
+    env = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    argv = few(corpus_dir, tmp_path / "run", "--max_update", 100000)
+    process = subprocess.Popen(
+        ["bash", tmp_path / "run_1p.sh", "full", *argv], stdout=subprocess.PIPE, text=True, env=env
+    )
+    try:
+        wait_for(process, "update 3 ")
+        process.terminate()
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert checkpoint.load(tmp_path / "run" / "checkpoint_last.pt").content["progress"]["num_updates"] >= 3
+
+
+def test_output_that_nobody_reads_does_not_end_a_run(corpus_dir, tmp_path):
+    process = start(*few(corpus_dir, tmp_path, "--max_update", 60))
+    wait_for(process, "update 2 ")
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"] == 60
+
+
 def start(*argv):
     return subprocess.Popen(
         [sys.executable, HERE / "train.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -488,6 +521,20 @@ def test_three_workers_with_uneven_shards_equal_one_over_the_same_batches(corpus
     compare_checkpoints(
         tmp_path / "one" / "checkpoint_last.pt", tmp_path / "three" / "checkpoint_last.pt", exactly=False
     )
+
+
+def test_two_workers_resume_bit_for_bit(corpus_dir, tmp_path):
+    argv = ["--max_update", 12, "--save_interval_updates", 3, "--keep_interval_updates", -1, "--dropout", 0.1]
+    for name in ("whole", "parts"):  # about eight updates an epoch
+        result = torchrun(2, *few(corpus_dir, tmp_path / name, *argv))
+        assert result.returncode == 0, result.stderr
+    folder = tmp_path / "parts"
+    for path in [*folder.glob("checkpoint_[bl]*"), folder / "checkpoint_2_9.pt", folder / "checkpoint_2_12.pt"]:
+        path.unlink()
+    result = torchrun(2, *few(corpus_dir, folder, *argv))
+    assert result.returncode == 0 and "behind update 6, epoch 1" in result.stdout, result.stdout
+    compare_checkpoints(tmp_path / "whole" / "checkpoint_last.pt", folder / "checkpoint_last.pt")
+    assert speed_aside(rows_of(tmp_path / "whole")) == speed_aside(rows_of(folder))
 
 
 def test_one_worker_s_error_ends_all_within_seconds(corpus_dir, tmp_path):

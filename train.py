@@ -456,13 +456,12 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
     """
     t, folder = cfg.train, Path(cfg.train.save_dir)
     with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(Signals())
+        signals = stack.enter_context(Signals(echo=1.0 if device.world_size > 1 else 0.0))
         if device.rank == 0:
             prepare_save_dir(folder, args)
             stack.callback(Lock(folder).release)
             clean_save_dir(folder, everything=args.no_resume)
         device.barrier()  # the directory is as it shall be
-        say = (lambda text: print(config.printable(text))) if device.rank == 0 else lambda text: None
         corpus = Corpus(cfg.data)
         dataset = corpus.split("train", 1)
         valid = None if t.disable_validation else corpus.split("valid")
@@ -474,14 +473,15 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
             dataset=dataset.stream.digest(),
         )
         run = Run(cfg, device, len(corpus.dictionary))
-        found = find_checkpoint(folder, say)
+        log = Log(device, folder / "train.jsonl")
+        stack.callback(log.close)
+        found = find_checkpoint(folder, log.say)
         if found:
-            resume(run, corpus, fingerprint, *found, args.reset_data_position, say)
+            resume(run, corpus, fingerprint, *found, args.reset_data_position, log.say)
         elif t.init_from:
             init_from(run, corpus, checkpoint.load(t.init_from), t.init_from)
         device.barrier()  # every worker has read what it needs
-        log = Log(device, folder / "train.jsonl", run.num_updates, t.max_update)
-        stack.callback(log.close)
+        log.begin(run.num_updates, t.max_update)
         describe_start(run, dataset, log)
         if found:
             log.say(f"continuing {found[0]} behind update {run.num_updates}, epoch {run.epoch}")
