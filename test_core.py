@@ -1307,6 +1307,9 @@ def test_a_finished_run_goes_on_when_max_update_is_raised_and_a_used_directory_i
         call(train.main, *argv, "--max_update", 6, "--seed", 2)
     with pytest.raises(InputError, match="--overwrite"):
         call(train.main, *argv, "--max_update", 2, "--no_resume")
+    with pytest.raises(InputError, match="no such folder"):  # and nothing is removed before all else is in order
+        call(train.main, *argv, "--no_resume", "--overwrite", "--data_path", tmp_path / "none")
+    assert checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"] == 5
     call(train.main, *argv, "--max_update", 2, "--no_resume", "--overwrite")
     assert [row["num_updates"] for row in rows_of(tmp_path)] == [1, 2]
 

@@ -412,9 +412,7 @@ def prepare_save_dir(folder: Path, args):
         )
 
 
-def clean_save_dir(folder: Path, everything: bool):
-    """Remove what a broken save left behind; with `everything` the old run, too."""
-    patterns = ["checkpoint_*.pt.tmp", "train.jsonl.tmp"] + (["checkpoint_*.pt", "train.jsonl"] if everything else [])
+def remove(folder: Path, *patterns: str):
     for pattern in patterns:
         for path in folder.glob(pattern):
             path.unlink()
@@ -457,11 +455,6 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
     t, folder = cfg.train, Path(cfg.train.save_dir)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals(echo=1.0 if device.world_size > 1 else 0.0))
-        if device.rank == 0:
-            prepare_save_dir(folder, args)
-            stack.callback(Lock(folder).release)
-            clean_save_dir(folder, everything=args.no_resume)
-        device.barrier()  # the directory is as it shall be
         corpus = Corpus(cfg.data)
         dataset = corpus.split("train", 1)
         valid = None if t.disable_validation else corpus.split("valid")
@@ -472,15 +465,22 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
             batches=len(dataset.batch_ends),
             dataset=dataset.stream.digest(),
         )
+        if device.rank == 0:
+            prepare_save_dir(folder, args)
+            stack.callback(Lock(folder).release)
+            remove(folder, "checkpoint_*.pt.tmp", "train.jsonl.tmp")  # what a broken save left behind
+        device.barrier()  # the directory is as it shall be
         run = Run(cfg, device, len(corpus.dictionary))
         log = Log(device, folder / "train.jsonl")
         stack.callback(log.close)
-        found = find_checkpoint(folder, log.say)
+        found = None if args.no_resume else find_checkpoint(folder, log.say)
         if found:
             resume(run, corpus, fingerprint, *found, args.reset_data_position, log.say)
         elif t.init_from:
             init_from(run, corpus, checkpoint.load(t.init_from), t.init_from)
         device.barrier()  # every worker has read what it needs
+        if device.rank == 0 and args.no_resume:
+            remove(folder, "checkpoint_*.pt", "train.jsonl")  # not before everything else has been found in order
         log.begin(run.num_updates, t.max_update)
         describe_start(run, dataset, log)
         if found:
