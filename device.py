@@ -20,6 +20,8 @@ import torch.nn.functional as F  # noqa: E402
 
 from config import InputError, option  # noqa: E402
 
+# SoC names of the first Ascend 910: float16 alone, and it saturates where the others overflow to infinity
+FIRST_GENERATION = {"Ascend910A", "Ascend910ProA", "Ascend910PremiumA", "Ascend910ProB", "Ascend910B"}
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 FIRST_LOSS_SCALE, LOWEST_LOSS_SCALE, GROWTH_UPDATES = 128.0, 1e-4, 2**14  # fairseq's
 
@@ -67,7 +69,7 @@ class Device:
             growth_interval=max(1, GROWTH_UPDATES // (self.world_size * update_freq)),
             enabled=enabled,
         )
-        if enabled and self.type == "npu" and not _has_inf_nan():
+        if enabled and self.type == "npu" and self.name in FIRST_GENERATION:
             # A first-generation chip saturates instead of overflowing: only a hardware flag tells, which torch_npu's
             # own scaler clears before each forward and adds up over the workers.
             return torch.npu.amp.GradScaler(**rules)
@@ -78,8 +80,9 @@ class Device:
         if self.type == "npu":
             import torch_npu
 
-            # F.gelu is the tanh approximation there, whatever it is asked for
-            return lambda x: torch_npu.npu_gelu(x, approximate="none")
+            # F.gelu is the tanh approximation there, whatever it is asked for; an emulated device has only F.gelu
+            if hasattr(torch_npu, "npu_gelu"):
+                return lambda x: torch_npu.npu_gelu(x, approximate="none")
         return F.gelu
 
     def adamw_is_fused(self) -> bool:
@@ -231,10 +234,5 @@ def _import_npu():
             "--device npu: torch_npu is there, but it finds no card (npu-smi info, ASCEND_RT_VISIBLE_DEVICES)"
         )
     # kernels compiled ahead of time: the first generation otherwise compiles for every new batch shape
-    torch.npu.set_compile_mode(jit_compile=False)
-
-
-def _has_inf_nan() -> bool:
-    import torch_npu
-
-    return torch_npu.npu.utils.is_support_inf_nan()
+    if hasattr(torch.npu, "set_compile_mode"):  # an emulated device has no compiler
+        torch.npu.set_compile_mode(jit_compile=False)

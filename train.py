@@ -558,7 +558,8 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
                 shapes = ", ".join(f"{b.source.shape[0]} x {b.source.shape[1]}" for b in batches)
                 raise RunError(
                     f"out of memory at update {run.num_updates + 1}: batch of {shapes} tokens, peak"
-                    f" {device.peak_memory() / 2**30:.1f} GiB; lower --max_tokens (and raise --update_freq), use --amp"
+                    f" {device.peak_memory() / 2**30:.1f} GiB; lower --max_tokens (and raise --update_freq), use --amp;"
+                    f" the device said: {' '.join(str(e).split())[:200]}"
                 ) from None
             run.epoch, run.batches_done = (epoch + 1, 0) if epoch_end else (epoch, run.batches_done + taken)
             begin = time.perf_counter()
