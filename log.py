@@ -58,10 +58,11 @@ class Log:
         self.reset()
 
     def reset(self):
-        self.done, self.skipped, self.since = [], [], time.perf_counter()
+        self.done, self.skipped, self.pair, self.since = [], [], None, time.perf_counter()
 
     def add(self, done):
         """Take in a train.Update."""
+        self.pair, done.pair = done.pair, None  # large, and only the last one is looked at
         self.done.append(done)
         if self.bar is not None:
             self.bar.update()
@@ -86,9 +87,9 @@ class Log:
         )
         sample_size, nsentences, ntokens = torch.stack([d.counts for d in self.done]).sum(0).tolist()
         seen = sum(torch.stack([d.counts[0] for d in good]).tolist()) if good else 0
-        sums, places = torch.zeros_like(moments(*last.pair)), 0
-        if not self.skipped[-1]:
-            sums, places = moments(*last.pair), len(last.pair[0])
+        sums, places = moments(*self.pair), len(self.pair[0])
+        if self.skipped[-1]:
+            sums, places = torch.zeros_like(sums), 0
         sums = device.all_reduce(torch.cat([sums.flatten(), torch.full((1,), float(places), device=sums.device)]))
         figures = quality(sums[:-1].view(6, -1), int(sums[-1]))
         n, seconds = len(self.done), time.perf_counter() - self.since

@@ -448,6 +448,28 @@ def test_a_non_finite_update_leaves_the_weights_alone_and_is_logged(monkeypatch,
     assert states[-1]["progress"]["skipped"] == 2
 
 
+def test_an_overflow_on_another_worker_skips_the_update_here_too(monkeypatch, corpus_dir):
+    device = dataclasses.replace(CPU, amp=torch.float16, world_size=2)
+
+    def all_reduce(self, tensor):  # the other worker's sums: an infinite gradient
+        return tensor.index_fill_(0, torch.tensor([5]), float("inf")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(type(device), "all_reduce", all_reduce)
+    run, dataset = make_run(corpus_dir, device=device)
+    before = [p.detach().clone() for p in run.parameters]
+    assert train.update(run, [dataset.batch(dataset.epoch_batches(1)[0], 1)]) is None
+    assert run.num_updates == 0 and all(torch.equal(a, b) for a, b in zip(before, run.parameters))
+
+
+def test_a_log_interval_keeps_no_predictions_but_the_last(corpus_dir, tmp_path):
+    run, dataset = make_run(corpus_dir)
+    log = train.Log(CPU, tmp_path / "train.jsonl")
+    for ids in dataset.epoch_batches(1)[:3]:
+        log.add(train.update(run, [dataset.batch(ids, 1)]))
+    assert all(done.pair is None for done in log.done) and len(log.pair[0]) > 0
+    assert log.write()["num_updates"] == 3
+
+
 def test_too_many_skipped_updates_in_a_row_save_and_stop_with_advice(monkeypatch, corpus_dir, tmp_path):
     poison(monkeypatch, set(range(3, 100)))
     with pytest.raises(RunError, match=r"6 updates in a row.*--max_skipped 5.*lower --lr.*saved update 8"):

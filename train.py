@@ -22,7 +22,7 @@ import torch
 import checkpoint
 import config
 import ema
-from config import InputError, RunError, option
+from config import InputError, RunError, option, printable
 from data import BlockDataset, Corpus, DataConfig
 from device import (
     LOWEST_LOSS_SCALE,
@@ -139,7 +139,7 @@ class Update:
     gnorm: torch.Tensor  # before clipping
     skipped: torch.Tensor  # bool: loss or gradient was not finite, and the weights were left alone
     counts: torch.Tensor  # int64 (sample_size, nsentences, ntokens), all workers'
-    pair: tuple  # the last batch's (prediction, target)
+    pair: tuple | None  # the last batch's (prediction, target); the log lets go of it
     lr: float
     ema_decay: float  # of the step that made this update's teacher
     loss_scale: float
@@ -183,7 +183,6 @@ def update(run: Run, batches: list, mark=lambda part: None) -> Update | None:
         run.scaler.scale(loss)  # a scaler that has scaled nothing refuses to go on
     for p in run.parameters:  # a worker without a batch still takes part
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    run.scaler.unscale_(run.optimizer)
     grads = [p.grad for p in run.parameters]
     sample_size, counts = counts[0], torch.tensor(counts)
     if device.world_size > 1:
@@ -192,11 +191,12 @@ def update(run: Run, batches: list, mark=lambda part: None) -> Update | None:
         flat = device.all_reduce(torch.cat([loss.view(1), *(g.flatten() for g in grads)]))
         loss, flat = flat[0], flat[1:].split([g.numel() for g in grads])
         torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(flat, grads)])
+    run.scaler.unscale_(run.optimizer)  # behind the sum, so that all workers see the same overflow
     gnorm = normalize_and_clip(grads, sample_size, cfg.train.clip_norm)
     skipped = ~torch.isfinite(gnorm + loss)
 
-    group, steps = run.optimizer.param_groups[0], run.num_updates + 1 - run.skipped
-    group["lr"] = lr
+    group = run.optimizer.param_groups[0]
+    group["lr"], steps = lr, run.num_updates + 1 - (run.skipped if group["fused"] else 0)
     # fairseq adds eps to the uncorrected second moment's root, torch to the corrected one's
     group["eps"] = cfg.train.adam_eps / math.sqrt(1 - cfg.train.adam_betas[1] ** steps)
     scale = run.scaler.get_scale()
@@ -348,7 +348,7 @@ def resume(
     saved, now = {**loaded.config, **progress["data"]}, {**run.cfg.flat(), **fingerprint}
 
     def differing(names):
-        return [k for k in names if k in saved and saved[k] != now[k]]
+        return [k for k in names if k in saved and saved[k] != now.get(k)]
 
     def refuse(names, advice):
         shown = ", ".join(f"{k} was {saved[k]}, is {now[k]}" for k in names)
@@ -366,7 +366,9 @@ def resume(
     unimportant = ("data_path", "init_from", "device", "log_", "validate_", "save_", "keep_", "disable_")
     other = [k for k in differing(set(loaded.config) - set(moved)) if not k.startswith(unimportant)]
     if other:
-        say("note: changed since the checkpoint: " + ", ".join(f"{k} {saved[k]} -> {now[k]}" for k in sorted(other)))
+        say(
+            "note: changed since the checkpoint: " + ", ".join(f"{k} {saved[k]} -> {now.get(k)}" for k in sorted(other))
+        )
 
     checkpoint.put(loaded.student, run.student, "the student", path)
     checkpoint.put(loaded.teacher, run.teacher, "the teacher", path)
@@ -386,7 +388,7 @@ def init_from(run: Run, corpus: Corpus, loaded: checkpoint.Loaded, path):
     """Take the weights and the teacher of any readable checkpoint; the optimizer and the schedule begin anew."""
     check_dictionary(loaded, corpus, path)
     if not any(name.startswith("regression_head.") for name in loaded.student):
-        print(f"warning: {path} has no regression head; it starts from random weights", file=sys.stderr)
+        print(f"warning: {printable(str(path))} has no regression head; it starts from random weights", file=sys.stderr)
         loaded.student.update({k: v for k, v in run.student.state_dict().items() if k.startswith("regression_head.")})
     checkpoint.put(loaded.student, run.student, "the student", path)
     checkpoint.put(
