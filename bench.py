@@ -19,13 +19,15 @@ import tempfile
 import time
 from pathlib import Path
 
+# first: device has a word with torch before torch is imported
+from device import Device, open_device  # isort: split
+
 import numpy as np
 import torch
 
 import config
 from config import InputError
 from data import EOS, PAD, Batch, Corpus, write_dataset
-from device import Device, open_device  # first: it has a word with torch before torch is imported
 from model import ModelConfig
 from train import PARTS, Config, Run, epoch_updates, update
 
@@ -148,13 +150,14 @@ def main(argv: list | None = None) -> int:
             dataset = corpus.split("train")
             run = Run(cfg, device, len(corpus.dictionary))
             result = measure(run, dataset, args.warmup, args.updates)
+            peak_memory = device.peak_memory()  # before the matmuls below take theirs
             peak = matmul_peak(device) / 1e12
         finally:
             device.close()
     result.update(
         matmul_peak_tflops=peak,
         peak_share=result["model_tflops"] / peak,
-        peak_memory_bytes=device.peak_memory(),
+        peak_memory_bytes=peak_memory,
         device=device.name,
         device_type=device.type,
         amp=device.amp_name,

@@ -2,7 +2,8 @@
 
 The file is a dict: `format`, `config` (every setting, flat), `dictionary` (size, digest, mask_id), `student` and
 `teacher` (state dicts under this project's names), `optimizer`, `scaler`, `rng`, and `progress` (num_updates,
-teacher_updates, epoch, batches done in it, world_size, best_loss, data fingerprint). It holds tensors and plain Python
+teacher_updates, epoch, batches done in it, world_size,
+best_loss, data fingerprint) and `log` (the log interval so far). It holds tensors and plain Python
 values only, so it is loaded with `weights_only=True`. It is a zip file, as torch writes them, whose comment is a sha256
 of all that stands before.
 """
@@ -15,6 +16,7 @@ import pickle
 import re
 import shutil
 import types
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +45,9 @@ class Loaded:
     content: dict  # the whole file, for a resume
 
 
+REQUIRED = dict.fromkeys(
+    ("config", "dictionary", "student", "teacher", "optimizer", "scaler", "rng", "progress", "log"), dict
+)
 SEAL = b"data2vec-text sha256 "
 SEAL_BYTES = len(SEAL) + hashlib.sha256().digest_size
 
@@ -143,19 +148,36 @@ def load(path) -> Loaded:
         raise InputError(f"{path}: no such checkpoint file")
     try:
         sealed = _check_seal(path)
-        content = _read(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of what becomes an error below
+            content = _read(path)
     except InputError:
         raise
     except Exception as e:  # torch raises many kinds for a damaged or foreign file
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise InputError(f"{path}: cannot be read as a checkpoint: {first[:200]}") from None
+        first = "a pickle, but not torch's" if isinstance(e, pickle.UnpicklingError) else first[:200]
+        raise InputError(f"{path}: cannot be read as a checkpoint: {first}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    try:
+        return _interpret(path, content, sealed)
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as e:
+        raise InputError(
+            f"{path}: not a complete checkpoint: {type(e).__name__} {' '.join(str(e).split())[:200]}"
+        ) from None
+
+
+def _interpret(path: Path, content: dict, sealed: bool) -> Loaded:
     if "format" in content:
         if content["format"] != FORMAT:
             raise InputError(f"{path}: format {content['format']!r}; this version reads {FORMAT!r}")
         if not sealed:
             raise InputError(f"{path}: damaged: its checksum is gone")
+        for key, kind in REQUIRED.items():
+            if not isinstance(content.get(key), kind):
+                raise InputError(f"{path}: not a complete checkpoint: no {key} in it")
         return Loaded("ours", content["config"], content["student"], content["teacher"], content)
     state = content.get("model", content)
     if not isinstance(state, dict) or not any(str(k).startswith("encoder.sentence_encoder.") for k in state):

@@ -75,6 +75,9 @@ BUILT_IN = dict(
     num_shards=1,
 )
 
+# Flags whose values may look like a dotted spelling, such as run.1=a/b.
+PATHS = ("data_path", "save_dir", "init_from", "ckpt")
+
 # Groups of the reference's YAML that say which class to build; anything else would be another model.
 BUILT_IN_NAMES = dict(
     task="masked_lm", criterion="model", optimizer="adam", lr_scheduler="cosine", model="data2vec_text"
@@ -96,6 +99,8 @@ def printable(text: str) -> str:
 
 def option(default, help, low=None, high=None, above=None, below=None, choices=None):
     """A dataclass field that is a command-line flag. low and high belong to the range, above and below do not."""
+    if type(default) is int and high is None:
+        high = 2**31 - 1
     bounds = dict(low=low, high=high, above=above, below=below)
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, bounds=bounds))
 
@@ -110,7 +115,7 @@ def check_ranges(config):
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, str):
                 continue
-            if not math.isfinite(part):
+            if isinstance(part, float) and not math.isfinite(part):
                 raise InputError(f"--{field.name} {value}: must be a finite number")
             for text, limit, outside in (
                 ("at least", bound["low"], lambda limit: part < limit),
@@ -201,7 +206,9 @@ def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: d
     if config_dir:
         if not config_name:
             raise InputError("--config_dir needs --config_name, the YAML's name without .yaml")
-        values.update(_read_yaml(Path(config_dir) / f"{config_name.removesuffix('.yaml')}.yaml", fields))
+        values.update(
+            _read_yaml(Path(config_dir) / f"{config_name.removesuffix('.yaml')}.yaml", fields, explain=len(configs) > 1)
+        )
     elif config_name:
         if config_name not in PRESETS:
             raise InputError(f"--config_name {config_name}: no such preset; choose from {', '.join(PRESETS)}")
@@ -228,11 +235,15 @@ OTHER_GROUPS = {"ema", "bmuf", "generation", "decoder", "eval_lm", "interactive"
 def _leaf(dotted: str) -> str:
     """Our name for the reference's option `group.name`, or the whole of it if its group means another thing."""
     *groups, leaf = dotted.split(".")
-    return dotted if OTHER_GROUPS & set(groups) else RENAMED.get(leaf, leaf)
+    if OTHER_GROUPS & set(groups) or dotted in ("common.amp", "common.device"):
+        return dotted
+    return RENAMED.get(leaf, leaf)
 
 
 def _check_built_in(dotted: str, value) -> bool:
     """True if the reference's option `dotted` is built in with the value given; raises at another value."""
+    if dotted in BUILT_IN_NAMES:  # `criterion: model` is short for `criterion: {_name: model}`
+        dotted += "._name"
     leaf = _leaf(dotted)
     if leaf == "_name":
         built_in = BUILT_IN_NAMES.get(dotted.split(".", 1)[0])
@@ -265,14 +276,12 @@ def _plain_spelling(argv: list, names: set) -> list:
                 flag, equals, value = word.partition("=")
                 word = "--" + flag[2:].replace("-", "_") + equals + value
             out.append(word)
-            # the value of a flag is never a spelling of another flag, even if it looks like one
+            # the value of a flag is no spelling of another one, unless the flag is a switch without a value
             if word.startswith("--") and "=" not in word and rest and not rest[0].startswith("--"):
-                if not re.match(r"[A-Za-z_]\w*(\.\w+)+=", rest[0]) or word[2:] in (
-                    "data_path",
-                    "save_dir",
-                    "init_from",
-                ):
-                    out.append(rest.pop(0))
+                if word[2:] in PATHS or not re.match(r"[A-Za-z_]\w*(\.\w+)+=", rest[0]):
+                    value = rest.pop(0)
+                    negative = re.match(r"-\.?\d", value)  # argparse takes -1e-3 for a flag
+                    out[-1:] = [f"{word}={value}"] if negative else [word, value]
             continue
         dotted, value = match[2].replace("-", "_"), match[3]
         if value is None:
@@ -281,13 +290,13 @@ def _plain_spelling(argv: list, names: set) -> list:
         if leaf == "distributed_world_size" or leaf in names:
             out.append(f"--{leaf}={value}")
         elif not _check_built_in(dotted, value):
-            hint = "; the precision is --amp auto|off|fp16|bf16" if leaf in ("fp16", "bf16", "amp") else ""
+            hint = "; the precision is --amp auto|off|fp16|bf16" if leaf in ("fp16", "bf16", "common.amp") else ""
             raise InputError(f"{dotted}: no option of that name here{hint}")
     return out
 
 
-def _read_yaml(path: Path, fields: dict) -> dict:
-    """Values of our fields in a fairseq YAML; prints a line for each entry that has no meaning here."""
+def _read_yaml(path: Path, fields: dict, explain: bool) -> dict:
+    """Values of our fields in a fairseq YAML; with `explain` prints a line for each entry that has no meaning here."""
     if not path.is_file():
         raise InputError(f"{path}: no such file (from --config_dir and --config_name)")
     try:
@@ -302,10 +311,10 @@ def _read_yaml(path: Path, fields: dict) -> dict:
         raise InputError(f"{path}: not a fairseq config: the top level is not a mapping")
 
     values, others = from_reference(tree, fields, str(path))
-    for dotted, text in others.items():
+    for dotted, text in others.items() if explain else ():
         leaf = _leaf(dotted)
         why = {"distributed_world_size": "torchrun sets the number of workers"}.get(leaf, "it has no meaning here")
-        why = "--amp sets the precision" if leaf in ("fp16", "bf16") else why
+        why = "--amp sets the precision" if leaf in ("fp16", "bf16", "common.amp") else why
         print(f"{path.name}: {dotted}={text} ignored: {why}", file=sys.stderr)
     return values
 
@@ -324,11 +333,16 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
                 yield f"{prefix}{key}", value
 
     values, others = {}, {}
-    for dotted, value in leaves(tree):
+    flat = dict(leaves(tree))
+    for dotted, value in flat.items():
         leaf, text = _leaf(dotted), str(value)
         if value is None or text == "???":  # OmegaConf's 'must be given'
             continue
-        if leaf in fields and not text.startswith("${"):
+        if leaf in fields and (reference := re.fullmatch(r"\$\{([\w.]+)\}", text)):
+            text = str(flat.get(reference[1], text))
+        if leaf in fields and text.startswith("${"):
+            raise InputError(f"{where}: {dotted}={text} cannot be resolved; write the value")
+        if leaf in fields:
             try:
                 values[leaf] = _READERS[fields[leaf].type](text)
             except (ValueError, argparse.ArgumentTypeError) as e:
@@ -348,7 +362,14 @@ def program(main):
     except RunError as e:
         print(f"{Path(sys.argv[0]).name}: stopped: {printable(str(e))}", file=sys.stderr)
         code = 1
+    except MemoryError as e:
+        print(f"{Path(sys.argv[0]).name}: stopped: out of memory: {printable(str(e))[:300]}", file=sys.stderr)
+        code = 1
     except BrokenPipeError:  # `... | head`
         sys.stderr.close()
         code = 141
+    except OSError as e:
+        where = f"{e.filename}: " if e.filename else ""
+        print(f"{Path(sys.argv[0]).name}: error: {printable(where + (e.strerror or str(e)))}", file=sys.stderr)
+        code = 2
     sys.exit(code)

@@ -46,8 +46,8 @@ class DataConfig:
     required_batch_size_multiple: int = option(8, "a batch holds a multiple of this, or fewer", low=1)
     drop_remainder: bool = option(False, "drop the last batch if its size is not such a multiple, as fairseq does")
     mask_prob: float = option(0.35, "share of tokens to mask, before overlaps", above=0, below=1)
-    mask_multiple_length: int = option(4, "tokens masked in a row", low=1)
-    mask_stdev: float = option(0.0, "standard deviation of that length", low=0)
+    mask_multiple_length: int = option(4, "tokens masked in a row", low=1, high=10_000)
+    mask_stdev: float = option(0.0, "standard deviation of that length", low=0, high=10_000)
     random_token_prob: float = option(0.0, "share of the masked tokens replaced by a random one", low=0, high=1)
     leave_unmasked_prob: float = option(0.0, "share of the masked tokens left as they are", low=0, high=1)
     fixed_masks: bool = option(False, "the masks of epoch 1 in every epoch, as fairseq with its default num_workers=1")
@@ -129,8 +129,12 @@ class TokenFile:
         try:
             raw = np.memmap(idx, np.uint8, "r") if idx.stat().st_size else np.zeros(0, np.uint8)
             bin_bytes = bin_.stat().st_size
+            if not bin_.is_file():
+                raise InputError(f"{bin_}: not a file")
         except FileNotFoundError as e:
             raise InputError(_no_dataset(idx, e.filename)) from None
+        except InputError:
+            raise
         except (OSError, ValueError) as e:
             raise InputError(f"{idx}: cannot be read: {e}") from None
         head = raw[:HEADER].tobytes()
@@ -562,6 +566,8 @@ class Corpus:
         cfg.check()
         self.cfg = cfg
         self.folders = [Path(folder) for folder in cfg.data_path.split(":") if folder]
+        if not self.folders:
+            raise InputError(f"--data_path {cfg.data_path}: names no folder")
         for folder in self.folders:
             if not folder.is_dir():
                 raise InputError(f"{folder}: no such folder (--data_path)")
@@ -721,7 +727,9 @@ def main(argv: list | None = None) -> int:
     (cfg,), args = config.parse([DataConfig], __doc__, argv, extra=extra)
     if args.epoch < 1 or args.world_size < 1 or not 0 <= args.rank < args.world_size:
         raise InputError("--epoch and --world_size must be at least 1, and --rank from 0 to world_size - 1")
-    if args.make_demo:
+    if args.make_demo is not None:
+        if not args.make_demo:
+            raise InputError("--make_demo: names no folder")
         make_demo(args.make_demo)
         return 0
     corpus = Corpus(cfg)

@@ -7,7 +7,7 @@ import contextlib
 import glob
 import os
 import platform
-import warnings
+import sys
 from dataclasses import dataclass, fields, replace
 
 # torch_npu hooks itself into `import torch`, and where its driver is missing that import fails; asking for it by name
@@ -160,7 +160,7 @@ class Device:
             torch.distributed.destroy_process_group()
 
 
-def open_device(cfg: DeviceConfig, distributed: bool = True) -> Device:
+def open_device(cfg: DeviceConfig) -> Device:
     """Choose the device and the precision; under torchrun, join the other workers. Raises InputError."""
     kind = cfg.device
     if kind == "auto":
@@ -170,11 +170,7 @@ def open_device(cfg: DeviceConfig, distributed: bool = True) -> Device:
     if kind == "cuda" and not torch.cuda.is_available():
         built = "this torch is built for the CPU only" if torch.version.cuda is None else "no GPU or no driver is found"
         raise InputError(f"--device cuda: {built}")
-    rank, world_size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    if not distributed:
-        rank, world_size, local_rank = 0, 1, 0
+    rank, world_size, local_rank = worker()
     if kind == "cpu":
         device, name = torch.device("cpu"), platform.processor() or platform.machine()
     else:
@@ -189,6 +185,21 @@ def open_device(cfg: DeviceConfig, distributed: bool = True) -> Device:
         backend = BACKENDS[kind] if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
         torch.distributed.init_process_group(backend)
     return Device(device, name, _amp_type(cfg.amp, kind, name), rank, world_size)
+
+
+def worker() -> tuple[int, int, int]:
+    """(rank, world size, rank on this machine), as torchrun sets them in the environment."""
+    try:
+        rank, world_size, local_rank = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
+    except ValueError as e:
+        raise InputError(f"RANK, WORLD_SIZE or LOCAL_RANK in the environment: {e}") from None
+    if not (0 <= rank < world_size and local_rank >= 0):
+        raise InputError(f"RANK={rank} and WORLD_SIZE={world_size} in the environment do not fit; start with torchrun")
+    if world_size > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
+        raise InputError(f"WORLD_SIZE={world_size} without RANK, MASTER_ADDR and MASTER_PORT; start with torchrun")
+    return rank, world_size, local_rank
 
 
 def _amp_type(amp: str, kind: str, name: str) -> torch.dtype | None:
@@ -212,7 +223,7 @@ def _npu_is_there() -> bool:
     try:
         _import_npu()
     except InputError as e:
-        warnings.warn(f"an Ascend card is there but cannot be used, so another device is: {e}", stacklevel=2)
+        print(f"warning: an Ascend card is there, but {e}; running without it", file=sys.stderr)
         return False
     return True
 

@@ -10,11 +10,13 @@ near 0, or a cosine no better than that of always predicting the mean, show it.
 
 import json
 
+# first: device has a word with torch before torch is imported
+from device import open_device  # isort: split
+
 import checkpoint
 import config
 from config import InputError
 from data import Corpus
-from device import open_device  # first: it has a word with torch before torch is imported
 from train import PARTS, Config, Run, evaluate, init_from
 
 

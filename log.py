@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -48,14 +49,35 @@ class Log:
         self._began, self._torn = time.perf_counter(), False
         self.reset()
 
-    def begin(self, num_updates: int, max_update: int):
+    def open(self, num_updates: int, max_update: int):
         """Open the bar, and drop the rows that a crashed run wrote behind its last checkpoint: they will come again."""
         if self.device.rank == 0 and self.path.exists():
-            rows = [row for row in self.path.read_text().splitlines() if _updates_of(row) <= num_updates]
+            rows = [
+                row for row in self.path.read_text(errors="replace").splitlines() if _updates_of(row) <= num_updates
+            ]
             write_text(self.path, "".join(row + "\n" for row in rows))
         if self.device.rank == 0 and sys.stderr.isatty():
             self.bar = tqdm(total=max_update, initial=num_updates, unit="update", dynamic_ncols=True)
-        self.reset()
+
+    def state(self) -> dict:
+        """The interval so far, as plain values; all its flags must have been read."""
+        return dict(
+            updates=[
+                dict(loss=float(d.loss), gnorm=float(d.gnorm), counts=d.counts.tolist(), number=d.number)
+                for d in self.done
+            ],
+            skipped=list(self.skipped),
+            seconds=time.perf_counter() - self.since,
+        )
+
+    def restore(self, state: dict):
+        """Go on in the middle of an interval: its row is then that of a run that was never interrupted."""
+        where = self.device.torch_device
+        for values in state["updates"]:
+            tensors = {key: torch.tensor(values[key], device=where) for key in ("loss", "gnorm")}
+            counts = torch.tensor(values["counts"], device=where if self.device.world_size > 1 else "cpu")
+            self.done.append(types.SimpleNamespace(number=values["number"], counts=counts, **tensors))
+        self.skipped, self.since = list(state["skipped"]), time.perf_counter() - state["seconds"]
 
     def reset(self):
         self.done, self.skipped, self.pair, self.since = [], [], None, time.perf_counter()
@@ -120,7 +142,7 @@ class Log:
             return
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         try:
-            with open(self.path, "a") as f:
+            with self.path.open("a") as f:
                 f.write("\n" * self._torn + json.dumps(row) + "\n")
             self._torn = False
         except OSError as e:  # a full disk shall not end a run; the row may have been written in part
@@ -142,7 +164,7 @@ class Log:
             try:
                 tqdm.write(printable(text)) if self.bar is not None else print(printable(text), flush=True)
             except OSError:  # whoever read this is gone, as `| tee` is at Ctrl-C; that shall not end the run
-                sys.stdout = open(os.devnull, "w")
+                sys.stdout = Path(os.devnull).open("w")
 
     def close(self):
         if self.bar is not None:

@@ -10,6 +10,7 @@
 # full and performance take the npu_1p preset (--config_name base for fairseq's lengths); --checkpoint_path=FILE there
 # starts from that file's weights. Everything lands in output/$ASCEND_DEVICE_ID (default 0).
 set -euo pipefail
+start=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
 here=$PWD
 
@@ -28,6 +29,17 @@ demo | full | performance | eval | test) ;;
     ;;
 esac
 
+# A relative path is one of the caller's folder. Several, joined by ':', are taken one by one.
+absolute() {
+    local part parts out=()
+    IFS=: read -ra parts <<<"$1"
+    for part in "${parts[@]}"; do
+        [[ $part == /* ]] || part=$start/$part
+        out+=("$part")
+    done
+    (IFS=: && echo "${out[*]}")
+}
+
 data_path="" checkpoint_path="" save_dir="" flags=()
 while [ $# -gt 0 ]; do
     case $1 in
@@ -39,11 +51,18 @@ while [ $# -gt 0 ]; do
         printf -v "${1#--}" %s "$2"
         shift
         ;;
+    -h | --help)
+        sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$here/run_1p.sh"
+        exit
+        ;;
     *) flags+=("$1") ;;
     esac
     shift
 done
-if [[ $mode =~ ^(full|performance|eval)$ && -z $data_path && ${flags[*]-} != *help* ]]; then
+[ -z "$data_path" ] || data_path=$(absolute "$data_path")
+[ -z "$checkpoint_path" ] || checkpoint_path=$(absolute "$checkpoint_path")
+[ -z "$save_dir" ] || save_dir=$(absolute "$save_dir")
+if [[ $mode =~ ^(full|performance|eval)$ && -z $data_path ]]; then
     echo "run_1p.sh: --data_path=DIR is missing: the folder with dict.txt, train.bin and train.idx" >&2
     exit 2
 fi

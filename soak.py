@@ -20,6 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
+# first: device has a word with torch before torch is imported
+from device import Device  # isort: split
+
 import numpy as np
 import torch
 
@@ -27,37 +30,13 @@ import checkpoint
 import data
 from config import InputError
 from data import EOS
-from device import Device  # first: it has a word with torch before torch is imported
 
 HERE = Path(__file__).parent
-TINY = [
-    "--config_name",
-    "tiny",
-    "--device",
-    "cpu",
-    "--layers",
-    "2",
-    "--embed_dim",
-    "16",
-    "--ffn_embed_dim",
-    "32",
-    "--attention_heads",
-    "2",
-    "--average_top_k_layers",
-    "2",
-    "--tokens_per_sample",
-    "32",
-    "--max_tokens",
-    "256",
-    "--max_source_positions",
-    "64",
-    "--validate_interval_updates",
-    "0",
-    "--min_target_var",
-    "0",
-    "--min_pred_var",
-    "0",
-]
+TINY = (
+    "--config_name tiny --device cpu --layers 2 --embed_dim 16 --ffn_embed_dim 32 --attention_heads 2"
+    " --average_top_k_layers 2 --tokens_per_sample 32 --max_tokens 256 --max_source_positions 64"
+    " --validate_interval_updates 0 --min_target_var 0 --min_pred_var 0"
+).split()
 
 
 def small_corpus(folder: Path) -> Path:
@@ -203,7 +182,7 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0) -> dict:
 
     state = {f"encoder.sentence_encoder.layers.0.self_attn.{p}_proj.weight": torch.randn(8, 8) for p in "qkv"}
     fairseq = {"model": {**state, "encoder._ema": {}}, "cfg": {"model": {"layers": 1}}, "extra_state": {"loss": 1.0}}
-    checkpoint.save(dict(config={}, student=state, teacher=state, optimizer={}, progress={}), folder / "ours.pt")
+    checkpoint.save({key: state for key in checkpoint.REQUIRED}, folder / "ours.pt")
     torch.save(fairseq, folder / "fairseq.pt")
     torch.save(fairseq, folder / "old.pt", _use_new_zipfile_serialization=False)
     files = [(folder / name).read_bytes() for name in ("ours.pt", "fairseq.pt", "old.pt")]

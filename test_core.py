@@ -17,6 +17,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# first: device has a word with torch before torch is imported
+from device import Device, DeviceConfig, open_device  # isort: split
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +34,6 @@ import eval as evaluation
 import train
 from config import InputError
 from data import BOS, EOS, PAD, Corpus, DataConfig, Dictionary, TokenStream, cut_batches, cut_blocks, mask_block
-from device import Device, DeviceConfig, open_device  # first: it has a word with torch before torch is imported
 from ema import EmaConfig
 from model import Data2VecText, ModelConfig, RegressionHead, data2vec_loss, teacher_targets
 
@@ -49,22 +51,10 @@ SMALL = dict(
     attention_dropout=0.0,
     max_source_positions=64,
 )
-FEW = [
-    "--config_name",
-    "tiny",
-    "--device",
-    "cpu",
-    "--log_interval",
-    "1",
-    "--tokens_per_sample",
-    "32",
-    "--max_tokens",
-    "256",
-    "--warmup_updates",
-    "2",
-    "--validate_interval_updates",
-    "0",
-] + [str(part) for k, v in SMALL.items() for part in (f"--{k}", v)]
+FEW = (
+    "--config_name tiny --device cpu --log_interval 1 --tokens_per_sample 32 --max_tokens 256 --warmup_updates 2"
+    " --validate_interval_updates 0"
+).split() + [str(part) for k, v in SMALL.items() for part in (f"--{k}", v)]
 
 
 def call(main, *argv) -> str:
@@ -123,7 +113,9 @@ def test_every_config_field_has_a_flag_and_is_read():
             parts, _ = config.parse(train.PARTS, "", [f"--{field.name}", str(value)])
             got = next(getattr(p, field.name) for p in parts if hasattr(p, field.name))
             assert str(got).lower().strip("()").replace(" ", "") == str(value).lower(), field.name
-            assert re.search(rf"(?<!def )\b\w+\.{field.name}\b", sources), f"{field.name} is never read"
+            # a read from a configuration: cfg.X, cfg.model.X, self.cfg.X, or t.X where train.py calls its own part t
+            read = rf"\b(?:cfg(?:\.(?:data|model|ema|device|guard|train))?|t)\.{field.name}\b"
+            assert re.search(read, sources), f"{field.name} is never read"
 
 
 def test_presets_hold_only_fields_and_pass_the_checks():
@@ -200,6 +192,8 @@ def test_the_reference_s_dotted_names_are_spellings_of_ours():
         "common.log_format=json",
         "model.foo=3",
         "common.fp16=true",
+        "common.amp=false",
+        "criterion=cross_entropy",
         "model.transformer.encoder.layerdrop=0.1",
         "model.transformer.decoder.layers=3",
         "task._name=translation",
@@ -239,6 +233,18 @@ def test_a_fairseq_yaml_is_mapped_and_what_has_no_meaning_is_printed(tmp_path, c
     )
     with pytest.raises(InputError, match="no such file"):
         config.parse(train.PARTS, "", ["--config-dir", str(tmp_path), "--config-name", "other"])
+    (tmp_path / "mine.yaml").write_text(
+        "task: {tokens_per_sample: 99}\nmodel: {max_source_positions: '${task.tokens_per_sample}'}\ncriterion: model\n"
+    )
+    parts, _ = config.parse(train.PARTS, "", argv[:4])
+    assert {k: v for part in parts for k, v in vars(part).items()}["max_source_positions"] == 99
+    for text, message in (
+        ("criterion: cross_entropy\n", "criterion"),
+        ("model: {layers: '${other.layers}'}\n", "resolved"),
+    ):
+        (tmp_path / "mine.yaml").write_text(text)
+        with pytest.raises(InputError, match=message):
+            config.parse(train.PARTS, "", argv[:4])
 
 
 def test_fairseq_exact_stands_between_preset_and_flags():
@@ -451,11 +457,32 @@ def test_a_broken_dataset_gets_one_line_that_says_what_and_where(tmp_path, what,
         (["--init_from", "nowhere.pt"], "nowhere.pt: no such"),
         (["--adam_betas", "0.9"], "two numbers"),
         (["--mask_prob", "1e-9"], "nothing masked"),
+        (["--save_dir", ""], "save_dir is empty"),
+        (["--overwrite"], "goes with --no_resume"),
+        (["--data_path", ":"], "names no folder"),
+        (["--mask_multiple_length", "1000000000"], "mask_multiple_length"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_train(tmp_path, corpus_dir, argv, message):
     with pytest.raises(InputError, match=message):
         call(train.main, *FEW, "--max_update", "1", "--data_path", corpus_dir, "--save_dir", tmp_path / "run", *argv)
+
+
+def test_a_negative_number_after_a_flag_is_its_value():
+    parts, _ = config.parse([ModelConfig], "", ["--loss_scale", "-1e-3"])
+    assert parts[0].loss_scale == -1e-3
+
+
+@pytest.mark.parametrize(
+    "variables", [dict(WORLD_SIZE="x"), dict(WORLD_SIZE="0"), dict(RANK="1"), dict(WORLD_SIZE="2", RANK="0")]
+)
+def test_a_broken_worker_environment_is_one_line(monkeypatch, corpus_dir, variables):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="environment|torchrun|WORLD_SIZE"):
+        open_device(DeviceConfig(device="cpu"))
 
 
 def test_programs_end_with_one_line_and_code_2(tmp_path):
@@ -921,9 +948,17 @@ def test_the_teacher_moves_by_the_formula(layers_only):
 
 def test_programs_import_without_torch_npu_and_keep_it_from_loading_itself():
     variable = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-    code = f"import sys, os, {{0}}; assert 'torch_npu' not in sys.modules; print(os.environ['{variable}'])"
+    code = (
+        "import sys, os\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        assert name != 'torch' or os.environ.get('{variable}') == '0', 'too late'\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import {0}\n"
+        f"assert 'torch_npu' not in sys.modules; print(os.environ['{variable}'])"
+    )
     env = {k: v for k, v in os.environ.items() if k != variable}
-    for name in ("train", "eval", "bench"):
+    for name in ("train", "eval", "bench", "soak"):
         run = subprocess.run(
             [sys.executable, "-c", code.format(name)], cwd=HERE, env=env, capture_output=True, text=True
         )
@@ -1258,7 +1293,9 @@ def compare_checkpoints(a, b, exactly=True):
     assert progress[0] == progress[1]
 
 
-@pytest.mark.parametrize("extra", [[], ["--fairseq_exact"], ["--update_freq", "3"], ["--amp", "bf16"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["--fairseq_exact"], ["--update_freq", "3"], ["--amp", "bf16"], ["--log_interval", "5"]]
+)
 def test_an_interrupted_run_continues_bit_for_bit(tmp_path, corpus_dir, monkeypatch, extra):
     # dropout on; about 20 batches an epoch (7 updates under update_freq 3): the interruptions lie within epochs
     argv = [
@@ -1295,7 +1332,8 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, corpus_dir, monkeypa
     strip = lambda rows: [{k: v for k, v in row.items() if k not in speed} for row in rows]  # noqa: E731
     for key in ("loss", "valid_loss"):
         assert strip(rows_of(tmp_path / "whole", key)) == strip(rows_of(tmp_path / "parts", key))
-    assert [row["num_updates"] for row in rows_of(tmp_path / "parts")] == list(range(1, 31))
+    step = 5 if "--log_interval" in extra else 1
+    assert [row["num_updates"] for row in rows_of(tmp_path / "parts")] == list(range(step, 31, step))
 
 
 def test_a_finished_run_goes_on_when_max_update_is_raised_and_a_used_directory_is_guarded(tmp_path, corpus_dir):
@@ -1464,11 +1502,12 @@ def test_run_1p_passes_the_exit_code_and_writes_the_modelzoo_s_files(tmp_path, c
     if shutil.which("python3", path=env["PATH"]) is None:
         pytest.skip("no python3 beside this Python")
     run = lambda *argv: subprocess.run(
-        ["bash", tmp_path / "run_1p.sh", *map(str, argv)], capture_output=True, text=True, env=env
+        ["bash", tmp_path / "run_1p.sh", *map(str, argv)], capture_output=True, text=True, env=env, cwd=HERE
     )  # noqa: E731
     few = [*FEW, "--max_update", "4"]
-    failed = run("full", "--data_path", tmp_path / "none", *few)
-    assert failed.returncode == 2 and "no such folder" in failed.stdout
+    relative = os.path.relpath(tmp_path / "none", HERE)  # of the caller's folder, not of the script's
+    failed = run("full", "--data_path", relative, *few)
+    assert failed.returncode == 2 and re.search(rf"{tmp_path.name}/none: no such folder", failed.stdout)
     done = run("full", f"--data_path={corpus_dir}", *few)
     assert done.returncode == 0, done.stdout + done.stderr
     for line in (

@@ -17,19 +17,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+# first: device has a word with torch before torch is imported
+from device import LOWEST_LOSS_SCALE, Device, DeviceConfig, open_device, worker  # isort: split
+
 import torch
 
 import checkpoint
 import config
 import ema
 from config import InputError, RunError, option, printable
-from data import BlockDataset, Corpus, DataConfig
-from device import (
-    LOWEST_LOSS_SCALE,
-    Device,
-    DeviceConfig,
-    open_device,
-)  # first: it has a word with torch before torch is imported
+from data import BlockDataset, Corpus, DataConfig, TokenFile
 from ema import EmaConfig
 from guard import GuardConfig, Health, Lock, Signals
 from log import Log, moments, quality
@@ -63,6 +60,8 @@ class TrainConfig:
     def check(self):
         if len(self.adam_betas) != 2:
             raise InputError(f"--adam_betas {self.adam_betas}: two numbers, such as 0.9,0.98")
+        if not self.save_dir:
+            raise InputError("--save_dir is empty; the current folder is called .")
 
 
 @dataclass(frozen=True)
@@ -407,6 +406,8 @@ def prepare_save_dir(folder: Path, args):
         raise InputError(f"--save_dir {folder}: {e.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise InputError(f"--save_dir {folder}: not writable")
+    if args.overwrite and not args.no_resume:
+        raise InputError("--overwrite goes with --no_resume: it removes the old run in --save_dir")
     held = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
     if args.no_resume and held and not args.overwrite:
         raise InputError(
@@ -460,6 +461,8 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         corpus = Corpus(cfg.data)
         dataset = corpus.split("train", 1)
         valid = None if t.disable_validation else corpus.split("valid")
+        for other in corpus.folders[1:]:  # they are read epochs later; what is wrong with them shows now
+            TokenFile(other / "train")
         fingerprint = dict(
             folders=len(corpus.folders),
             sentences=len(dataset.stream.sizes),
@@ -478,12 +481,13 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         found = None if args.no_resume else find_checkpoint(folder, log.say)
         if found:
             resume(run, corpus, fingerprint, *found, args.reset_data_position, log.say)
+            log.restore(found[1].content["log"])
         elif t.init_from:
             init_from(run, corpus, checkpoint.load(t.init_from), t.init_from)
         device.barrier()  # every worker has read what it needs
         if device.rank == 0 and args.no_resume:
             remove(folder, "checkpoint_*.pt", "train.jsonl")  # not before everything else has been found in order
-        log.begin(run.num_updates, t.max_update)
+        log.open(run.num_updates, t.max_update)
         describe_start(run, dataset, log)
         if found:
             log.say(f"continuing {found[0]} behind update {run.num_updates}, epoch {run.epoch}")
@@ -498,14 +502,27 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
     def finished():
         return run.num_updates >= t.max_update or 0 < t.max_epoch < run.epoch
 
+    def look_at_skipped() -> str | None:
+        flags = log.read_skipped()
+        run.skipped += sum(flags)
+        return health.skipped(flags)
+
     def save(*also):
         """Write checkpoint_last.pt and the like. A failure loses nothing, and the next save tries again."""
         nonlocal unsaved
         unsaved = None
+        if not all(bool(p.isfinite().all()) for p in run.parameters):
+            raise RunError(
+                f"update {run.num_updates}: the weights are not finite, so the last checkpoint stays as it is; go on"
+                " from it with a lower --lr"
+            )
+        look_at_skipped()
         if device.rank:
             return
         try:
-            checkpoint.save(contents(run, corpus, fingerprint), folder / "checkpoint_last.pt", *also)
+            checkpoint.save(
+                {**contents(run, corpus, fingerprint), "log": log.state()}, folder / "checkpoint_last.pt", *also
+            )
         except OSError as e:
             unsaved = f"update {run.num_updates} could not be saved in {folder}: {e.strerror or e}"
             log.say(f"warning: {unsaved}; what was saved before is untouched, the next save tries again")
@@ -513,12 +530,8 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
             checkpoint.prune(folder, t.keep_interval_updates)
 
     def stop(reason):
-        if all(bool(p.isfinite().all()) for p in run.parameters):
-            save()
-            kept = unsaved or f"saved update {run.num_updates}"
-        else:
-            kept = "its weights are not finite, so the last checkpoint stays as it is"
-        raise RunError(f"update {run.num_updates}: {reason} ({kept})")
+        save()
+        raise RunError(f"update {run.num_updates}: {reason} ({unsaved or f'saved update {run.num_updates}'})")
 
     def validate_and_save(epoch: int, epoch_end: bool, counted: bool):
         nonlocal figures
@@ -530,7 +543,7 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
         save_now, also, best_before = due(t.save_interval_updates, t.save_interval), [], run.best_loss
         if valid and (save_now or due(t.validate_interval_updates, t.validate_interval)):
             figures = evaluate(run, valid)
-            if run.best_loss is None or figures["loss"] < run.best_loss:
+            if math.isfinite(figures["loss"]) and (run.best_loss is None or figures["loss"] < run.best_loss):
                 run.best_loss = figures["loss"]
                 also.append(folder / "checkpoint_best.pt")
             log.row(
@@ -549,7 +562,8 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
             if unsaved:
                 run.best_loss = best_before  # its file was not written
 
-    while not finished() and not device.agree([signals.stop])[0]:
+    def train_epoch():
+        """The rest of this epoch, or less: updates with all that belongs to them."""
         dataset, epoch = corpus.split("train", run.epoch), run.epoch
         for batches, taken, epoch_end in epoch_updates(run, dataset):
             try:
@@ -581,9 +595,7 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
                 log.add(done)
                 log_now = run.num_updates % t.log_interval == 0 or finished()
                 if log_now or device.type == "cpu":  # where asking costs nothing
-                    flags = log.read_skipped()
-                    run.skipped += sum(flags)
-                    if reason := health.skipped(flags):
+                    if reason := look_at_skipped():
                         stop(reason)
                 if log_now:
                     row = log.write()
@@ -599,6 +611,15 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
             log.since += time.perf_counter() - begin  # not training time
             if finished() or wanted_stop:
                 break
+
+    try:
+        while not finished() and not device.agree([signals.stop])[0]:
+            train_epoch()
+    except (InputError, RuntimeError) as e:
+        # between two updates everything is in order: a bad block, or a lost worker, costs nothing already done
+        if isinstance(e, InputError) or (not isinstance(e, RunError) and device.is_lost_worker(e)):
+            save()
+        raise
     if unsaved:
         raise RunError(unsaved)
     return figures, 0 if finished() else 128 + device.agree([signals.stop])[0]
@@ -617,7 +638,7 @@ def main(argv: list | None = None) -> int:
 
     parts, args = config.parse(PARTS, __doc__, argv, extra=extra)
     cfg = Config(*parts)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    _, world_size, _ = worker()
     if args.distributed_world_size not in (None, world_size):
         raise InputError(
             f"distributed_world_size {args.distributed_world_size}, but there is {world_size} worker;"
