@@ -132,8 +132,9 @@ esac
 [ -z "$checkpoint_path" ] || extra+=(--init_from "$checkpoint_path")
 
 begin=$(date +%s)
+: >"$log"
 "$python" train.py --config_name $preset --data_path "$data_path" --save_dir "$save_dir" \
-    ${extra[@]+"${extra[@]}"} ${flags[@]+"${flags[@]}"} >"$log" 2>&1 &
+    ${extra[@]+"${extra[@]}"} ${flags[@]+"${flags[@]}"} >>"$log" 2>&1 &
 train=$!
 tail -n +1 -s 0.2 -f --pid=$train "$log" &
 # A terminal's Ctrl-C reaches train.py by itself; what is sent to this script alone is passed on. The loop is for wait,
