@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set-up and the one-device runs of the Ascend ModelZoo:
 #
-#   bash run_1p.sh                                              demo corpus, tiny model, a minute or two on two CPU cores
+#   bash run_1p.sh                                              demo corpus, tiny model: some two minutes
 #   bash run_1p.sh full --data_path=DIR [train.py flags]        pretrain; the same command again continues
 #   bash run_1p.sh performance --data_path=DIR [flags]          5,000 updates from the start, for the throughput
 #   bash run_1p.sh eval --data_path=DIR --checkpoint_path=FILE  validation in float32 on the CPU

@@ -444,10 +444,10 @@ def epoch_updates(run: Run, dataset: BlockDataset):
     """The rest of the current epoch, an update at a time: (this worker's host batches, how many batches that took,
     whether it is the epoch's last). An update never crosses an epoch's end."""
     device, freq = run.device, run.cfg.train.update_freq
-    todo = dataset.epoch_batches(run.epoch, device.rank, device.world_size)[run.batches_done :]
-    for first in range(0, len(todo), freq):
-        part = todo[first : first + freq]
-        yield [dataset.batch(ids, run.epoch) for ids in part if len(ids)], len(part), first + freq >= len(todo)
+    rest = dataset.epoch_batches(run.epoch, device.rank, device.world_size)[run.batches_done :]
+    for first in range(0, len(rest), freq):
+        part = rest[first : first + freq]
+        yield [dataset.batch(ids, run.epoch) for ids in part if len(ids)], len(part), first + freq >= len(rest)
 
 
 def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
