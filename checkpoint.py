@@ -1,11 +1,10 @@
 """What survives: one file with everything a resume needs, and the reader of the reference's files.
 
 The file is a dict: `format`, `config` (every setting, flat), `dictionary` (size, digest, mask_id), `student` and
-`teacher` (state dicts under this project's names), `optimizer`, `scaler`, `rng`, and `progress` (num_updates,
-teacher_updates, epoch, batches done in it, world_size,
-best_loss, data fingerprint) and `log` (the log interval so far). It holds tensors and plain Python
-values only, so it is loaded with `weights_only=True`. It is a zip file, as torch writes them, whose comment is a sha256
-of all that stands before.
+`teacher` (state dicts under this project's names), `optimizer`, `scaler`, `rng`, `progress` (num_updates,
+teacher_updates, epoch, batches done in it, world_size, best_loss, data fingerprint) and `log` (the log interval so
+far). It holds tensors and plain Python values only, so it is loaded with `weights_only=True`. It is a zip file, as
+torch writes them, whose comment is a sha256 of all that stands before.
 """
 
 import collections
@@ -60,13 +59,14 @@ class _Sealed:
 
     def write(self, data) -> int:
         data = memoryview(data).cast("B")
+        size = len(data)
         # the last two bytes of a zip file are the length of its comment: they wait until more comes or `seal`
-        if len(data) < 2:
-            self._put(data := memoryview(self.kept + bytes(data)), keep=2)
+        if size < 2:
+            data = memoryview(self.kept + bytes(data))
         else:
             self._put(self.kept)
-            self._put(data, keep=2)
-        return len(data)
+        self._put(data, keep=2)
+        return size
 
     def _put(self, data, keep: int = 0):
         body = data[: max(0, len(data) - keep)]

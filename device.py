@@ -80,9 +80,10 @@ class Device:
         if self.type == "npu":
             import torch_npu
 
-            # F.gelu is the tanh approximation there, whatever it is asked for; an emulated device has only F.gelu
+            # F.gelu is the tanh approximation there, whatever it is asked for
             if hasattr(torch_npu, "npu_gelu"):
                 return lambda x: torch_npu.npu_gelu(x, approximate="none")
+            return lambda x: 0.5 * x * (1 + torch.erf(x * 0.5**0.5))
         return F.gelu
 
     def adamw_is_fused(self) -> bool:

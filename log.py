@@ -61,10 +61,15 @@ class Log:
 
     def state(self) -> dict:
         """The interval so far, as plain values; all its flags must have been read."""
+        # stacked first: one wait for the device, not one an update
+        loss, gnorm, counts = (
+            torch.stack([getattr(d, key) for d in self.done]).tolist() if self.done else []
+            for key in ("loss", "gnorm", "counts")
+        )
         return dict(
             updates=[
-                dict(loss=float(d.loss), gnorm=float(d.gnorm), counts=d.counts.tolist(), number=d.number)
-                for d in self.done
+                dict(number=d.number, loss=a, gnorm=b, counts=c)
+                for d, a, b, c in zip(self.done, loss, gnorm, counts, strict=True)
             ],
             skipped=list(self.skipped),
             seconds=time.perf_counter() - self.since,

@@ -1352,18 +1352,22 @@ def test_a_finished_run_goes_on_when_max_update_is_raised_and_a_used_directory_i
     assert [row["num_updates"] for row in rows_of(tmp_path)] == [1, 2]
 
 
-def torchrun(workers, *argv):
-    command = [
+def torchrun_command(workers, *argv):
+    words = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc_per_node",
-        str(workers),
+        workers,
         HERE / "train.py",
     ]
+    return [str(word) for word in (*words, *argv)]
+
+
+def torchrun(workers, *argv):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*map(str, command), *map(str, argv)], capture_output=True, text=True, env=env, timeout=200)
+    return subprocess.run(torchrun_command(workers, *argv), capture_output=True, text=True, env=env, timeout=200)
 
 
 def test_two_workers_equal_one_with_update_freq_2(tmp_path, corpus_dir):
@@ -1495,10 +1499,15 @@ def test_run_1p_refuses_what_it_cannot_do():
         assert result.returncode == 2 and message in result.stderr
 
 
+def copy_of_the_project(folder) -> dict:
+    """Copy what run_1p.sh needs; the environment in which it takes this Python."""
+    for path in [*HERE.glob("*.py"), HERE / "run_1p.sh", HERE / "requirements.txt"]:
+        shutil.copy(path, folder)
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
 def test_run_1p_passes_the_exit_code_and_writes_the_modelzoo_s_files(tmp_path, corpus_dir):
-    for name in [p.name for p in HERE.glob("*.py")] + ["run_1p.sh", "requirements.txt"]:
-        shutil.copy(HERE / name, tmp_path)
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "ASCEND_DEVICE_ID": "3"}
+    env = {**copy_of_the_project(tmp_path), "ASCEND_DEVICE_ID": "3"}
     if shutil.which("python3", path=env["PATH"]) is None:
         pytest.skip("no python3 beside this Python")
     run = lambda *argv: subprocess.run(

@@ -33,11 +33,13 @@ from test_core import (
     HERE,
     call,
     compare_checkpoints,
+    copy_of_the_project,
     golden,
     make_dataset,
     make_run,
     rows_of,
     torchrun,
+    torchrun_command,
 )
 
 
@@ -373,19 +375,12 @@ def test_an_echo_of_a_signal_is_not_a_second_one():
 
 
 def test_run_1p_passes_signals_on_and_the_run_saves(corpus_dir, tmp_path):
-    for name in [p.name for p in HERE.glob("*.py")] + ["run_1p.sh", "requirements.txt"]:
-        shutil.copy(HERE / name, tmp_path)
-    env = {**os.environ, "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    env = copy_of_the_project(tmp_path)
     argv = few(corpus_dir, tmp_path / "run", "--max_update", 100000)
     process = subprocess.Popen(
         ["bash", tmp_path / "run_1p.sh", "full", *argv], stdout=subprocess.PIPE, text=True, env=env
     )
-    try:
-        wait_for(process, "update 3 ")
-        process.terminate()
-        process.communicate(timeout=60)
-    finally:
-        process.kill()
+    terminate_behind(process, "update 3 ")
     assert process.returncode == 128 + signal.SIGTERM
     assert checkpoint.load(tmp_path / "run" / "checkpoint_last.pt").content["progress"]["num_updates"] >= 3
 
@@ -411,8 +406,16 @@ def wait_for(process, text):
     raise AssertionError(f"ended before {text!r}")
 
 
+def terminate_behind(process, text):
+    try:
+        wait_for(process, text)
+        process.terminate()
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+
+
 def test_a_second_signal_ends_at_once_and_a_second_run_is_kept_out(corpus_dir, tmp_path):
-    # validation of a slow model keeps the first signal waiting
     process = start(*few(corpus_dir, tmp_path, "--max_update", 100000, "--log_interval", 1))
     try:
         wait_for(process, "update 2 ")
@@ -602,27 +605,13 @@ def test_one_worker_s_error_ends_all_within_seconds(corpus_dir, tmp_path):
 
 
 def test_sigterm_to_torchrun_stops_all_workers_at_one_update_with_a_checkpoint(corpus_dir, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        HERE / "train.py",
-    ]
     process = subprocess.Popen(
-        [*map(str, command), *few(corpus_dir, tmp_path, "--max_update", 100000)],
+        torchrun_command(2, *few(corpus_dir, tmp_path, "--max_update", 100000)),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    try:
-        wait_for(process, "update 3 ")
-        process.terminate()
-        process.communicate(timeout=60)
-    finally:
-        process.kill()
+    terminate_behind(process, "update 3 ")
     saved = checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"]
     assert saved == rows_of(tmp_path)[-1]["num_updates"] >= 3
