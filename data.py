@@ -445,6 +445,21 @@ class Batch:
         return len(self.masked)
 
 
+def queries_of(places: np.ndarray, blocks: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Flat places (M,) in blocks x width, ascending, block by block: (index (blocks, Q), slots (M,)), int64.
+
+    index holds each block's places, filled up to the longest row with its first token; slots (M,) are where the places
+    stand in blocks x Q.
+    """
+    rows = places // width
+    counts = np.bincount(rows, minlength=blocks)
+    most = max(1, int(counts.max()))
+    slots = rows * most + np.arange(len(places)) - np.repeat(np.cumsum(counts) - counts, counts)
+    index = np.repeat(np.arange(blocks) * width, most)
+    index[slots] = places
+    return index.reshape(blocks, most), slots
+
+
 class BlockDataset:
     """The blocks of one split of one folder, in batches; the part of the work that is done once.
 

@@ -16,9 +16,9 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 
 from config import InputError, option  # noqa: E402
+from model import Kernels, explicit_attention  # noqa: E402
 
 # SoC names of the first Ascend 910: float16 alone, and it saturates where the others overflow to infinity
 FIRST_GENERATION = {"Ascend910A", "Ascend910ProA", "Ascend910PremiumA", "Ascend910ProB", "Ascend910B"}
@@ -58,8 +58,8 @@ class Device:
     def _module(self):
         return getattr(torch, self.type)  # torch.npu, torch.cuda, torch.cpu
 
-    def autocast(self):
-        return torch.autocast(self.type, self.amp) if self.amp else contextlib.nullcontext()
+    def autocast(self, enabled: bool = True):
+        return torch.autocast(self.type, self.amp, enabled) if self.amp else contextlib.nullcontext()
 
     def scaler(self, update_freq: int):
         """The loss scaler: a real one under fp16, one that does nothing otherwise."""
@@ -75,16 +75,13 @@ class Device:
             return torch.npu.amp.GradScaler(**rules)
         return torch.amp.GradScaler(self.type, **rules)
 
-    def gelu(self):
-        """The exact (erf) GELU."""
+    def kernels(self) -> Kernels:
+        """The forms of GELU, attention and dropout that are right and fast here."""
+        if self.type == "cpu":
+            return Kernels(attention=_cpu_attention, dropout=cpu_dropout)
         if self.type == "npu":
-            import torch_npu
-
-            # F.gelu is the tanh approximation there, whatever it is asked for
-            if hasattr(torch_npu, "npu_gelu"):
-                return lambda x: torch_npu.npu_gelu(x, approximate="none")
-            return lambda x: 0.5 * x * (1 + torch.erf(x * 0.5**0.5))
-        return F.gelu
+            return Kernels(gelu=_npu_gelu())
+        return Kernels()
 
     def adamw_is_fused(self) -> bool:
         """Whether torch.optim.AdamW(fused=True) is right here: on an NPU it ignores the loss scaler."""
@@ -201,6 +198,30 @@ def worker() -> tuple[int, int, int]:
     if world_size > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         raise InputError(f"WORLD_SIZE={world_size} without RANK, MASTER_ADDR and MASTER_PORT; start with torchrun")
     return rank, world_size, local_rank
+
+
+def cpu_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Dropout with 16 random bits a value, where F.dropout draws 64 and takes five times as long; p to 1 / 65536."""
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    dropped = min(round(p * 2**16), 2**16 - 1)
+    kept = bits[: x.numel()].ge_(dropped - 2**15)  # 1 or 0; compared in place, since a bool result is ten times slower
+    return x * kept.view(x.shape).to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
+def _cpu_attention(q, k, v, attend, p: float):
+    # torch's fused kernel for the CPU takes no dropout, and below float32 it is slower than plain matmuls
+    if p or q.dtype != torch.float32:
+        return explicit_attention(q, k, v, attend, p, cpu_dropout)
+    return Kernels.attention(q, k, v, attend, p)
+
+
+def _npu_gelu():
+    import torch_npu
+
+    # F.gelu is the tanh approximation there, whatever it is asked for
+    if hasattr(torch_npu, "npu_gelu"):
+        return lambda x: torch_npu.npu_gelu(x, approximate="none")
+    return lambda x: 0.5 * x * (1 + torch.erf(x * 0.5**0.5))
 
 
 def _amp_type(amp: str, kind: str, name: str) -> torch.dtype | None:

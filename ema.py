@@ -32,6 +32,27 @@ def make_teacher(student: Encoder) -> Encoder:
     return teacher.eval()
 
 
+def make_reader(teacher: Encoder, amp: torch.dtype | None) -> Encoder:
+    """The teacher as autocast would read it: its matrices in `amp`, cast once a move by `refresh` and not at each use;
+    everything else is shared with it. Without autocast, the teacher itself."""
+    if amp is None:
+        return teacher
+    linear = {id(p) for m in teacher.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters()}
+    reader = copy.deepcopy(teacher, {id(p): p for p in teacher.parameters() if id(p) not in linear})
+    for module in reader.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(amp)
+    return reader
+
+
+@torch.no_grad()
+def refresh(reader: Encoder, teacher: Encoder):
+    """Bring the reader up to its teacher."""
+    pairs = [(p, q) for p, q in zip(reader.parameters(), teacher.parameters(), strict=True) if p is not q]
+    if pairs:
+        torch._foreach_copy_(*map(list, zip(*pairs)))
+
+
 @torch.no_grad()
 def step(teacher: Encoder, student: Encoder, decay: float, cfg: EmaConfig):
     """teacher = decay * teacher + (1 - decay) * student; a decay of 1 leaves all of it alone, as in the reference."""

@@ -4,10 +4,11 @@ what an EMA teacher, reading the unmasked text, computes inside its upper layers
 Source: Baevski et al. 2022, 'data2vec', sections 3.3 and 4.3 (arXiv 2202.03555); details, names and defaults as in
 fairseq's examples/data2vec/models/data2vec_text.py.
 
-Shapes: B blocks, T tokens (padding included), C width, H heads, M masked places.
+Shapes: B blocks, T tokens (padding included), C width, H heads, M masked places, Q the most masked places of a block.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,40 +50,87 @@ class ModelConfig:
             raise InputError(f"--average_top_k_layers {self.average_top_k_layers}: there are only {self.layers} layers")
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, cfg: ModelConfig):
+@dataclass(frozen=True)
+class Kernels:
+    """The functions that a device may need in another form; `device.Device.kernels` chooses."""
+
+    gelu: Callable = F.gelu  # the exact (erf) one; (x) -> like x
+    # (q, k, v, attend, p): q (B, H, Q, D), k and v (B, H, T, D), attend (B, 1, Q, T) bool or None -> (B, H, Q, D)
+    attention: Callable = lambda q, k, v, attend, p: F.scaled_dot_product_attention(q, k, v, attend, p)
+    dropout: Callable = lambda x, p: F.dropout(x, p, True)  # (x, p) -> like x
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, p: float, dropout=F.dropout) -> Tensor:
+    """`Kernels.attention` in plain matmuls, for devices without a fused kernel that pays. p: dropout of the weights."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, Q, T)
+    if attend is not None:
+        scores = scores.masked_fill(~attend, torch.finfo(scores.dtype).min)
+    weights = F.softmax(scores, -1)
+    if attend is not None:  # where nothing may be looked at, the answer is 0
+        weights = weights.masked_fill(~attend, 0)
+    return (dropout(weights, p) if p else weights) @ v
+
+
+class Dropout(nn.Module):
+    def __init__(self, p: float, function: Callable):
         super().__init__()
-        self.heads, self.dropout = cfg.attention_heads, cfg.attention_dropout
+        self.p, self.function = p, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.p) if self.training and self.p else x
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, cfg: ModelConfig, kernels: Kernels):
+        super().__init__()
+        self.heads, self.dropout, self.attention = cfg.attention_heads, cfg.attention_dropout, kernels.attention
         self.qkv = nn.Linear(cfg.embed_dim, 3 * cfg.embed_dim)  # rows: q, k, v
         self.out_proj = nn.Linear(cfg.embed_dim, cfg.embed_dim)
 
-    def forward(self, x: Tensor, attend: Tensor | None) -> Tensor:
-        """x (B, T, C); attend (B, 1, T, T) bool, True where a query may look, or None if it may look everywhere."""
+    def forward(self, x: Tensor, attend: Tensor | None, places=None, queries=None) -> Tensor:
+        """x (B, T, C); attend (B, 1, 1, T) bool, True where one may look, or None if everywhere; places and queries as
+        in `Encoder.forward`. Returns (B, T, C), or (M, C) at the places."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, C/H)
-        x = F.scaled_dot_product_attention(q, k, v, attend, self.dropout if self.training else 0.0)
-        return self.out_proj(x.transpose(1, 2).reshape(B, T, C))
+        split = self.heads, C // self.heads
+        if queries is None:
+            q, k, v = self.qkv(x).view(B, T, 3, *split).permute(2, 0, 3, 1, 4)  # each (B, H, T, C/H)
+            rows = places
+        else:
+            index, rows = queries
+            w, b = self.qkv.weight, self.qkv.bias
+            q = F.linear(x.flatten(0, 1).index_select(0, index.flatten()), w[:C], b[:C])  # (B * Q, C)
+            q = q.view(B, -1, *split).transpose(1, 2)  # (B, H, Q, C/H)
+            k, v = F.linear(x, w[C:], b[C:]).view(B, T, 2, *split).permute(2, 0, 3, 1, 4)
+        if attend is not None:
+            attend = attend.expand(B, 1, q.shape[2], T)  # the shape that every device's fused kernel takes
+        x = self.attention(q, k, v, attend, self.dropout if self.training else 0.0)
+        x = x.transpose(1, 2).reshape(B, -1, C)  # (B, T or Q, C)
+        return self.out_proj(x if places is None else x.flatten(0, 1).index_select(0, rows))
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, cfg: ModelConfig, activation):
+    def __init__(self, cfg: ModelConfig, kernels: Kernels):
         super().__init__()
-        self.self_attn = SelfAttention(cfg)
+        self.self_attn = SelfAttention(cfg, kernels)
         self.self_attn_layer_norm = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS)
         self.fc1 = nn.Linear(cfg.embed_dim, cfg.ffn_embed_dim)
         self.fc2 = nn.Linear(cfg.ffn_embed_dim, cfg.embed_dim)
         self.final_layer_norm = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS)
-        self.activation, self.normalize_before = activation, cfg.normalize_before
-        self.dropout = nn.Dropout(cfg.dropout)
-        self.activation_dropout = nn.Dropout(cfg.activation_dropout)
+        self.activation = kernels.gelu if cfg.activation_fn == "gelu" else F.relu
+        self.normalize_before = cfg.normalize_before
+        self.dropout = Dropout(cfg.dropout, kernels.dropout)
+        self.activation_dropout = Dropout(cfg.activation_dropout, kernels.dropout)
 
-    def forward(self, x: Tensor, attend: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> the layer's output, and its target, both (B, T, C)."""
+    def forward(self, x: Tensor, attend: Tensor | None, places=None, queries=None) -> tuple[Tensor, Tensor]:
+        """(B, T, C) -> the layer's output, and its target, both (B, T, C), or both (M, C) at the places."""
+        y = self.self_attn(self.self_attn_layer_norm(x) if self.normalize_before else x, attend, places, queries)
+        if places is not None:
+            x = x.flatten(0, 1).index_select(0, places)
+        x = x + self.dropout(y)
         if self.normalize_before:
-            x = x + self.dropout(self.self_attn(self.self_attn_layer_norm(x), attend))
             target = self.feed_forward(self.final_layer_norm(x))
             return x + self.dropout(target), target
-        x = self.self_attn_layer_norm(x + self.dropout(self.self_attn(x, attend)))
+        x = self.self_attn_layer_norm(x)
         # fc2's output before dropout and residual: what the paper predicts (section 3.3; fairseq calls it fc_results)
         target = self.feed_forward(x)
         return self.final_layer_norm(x + self.dropout(target)), target
@@ -94,57 +142,59 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """Token ids to hidden states. Student and teacher are two of these."""
 
-    def __init__(self, cfg: ModelConfig, vocabulary_size: int, gelu=F.gelu):
-        """gelu: the exact (erf) GELU of the device; some devices' F.gelu is another function."""
+    def __init__(self, cfg: ModelConfig, vocabulary_size: int, kernels: Kernels = Kernels()):
         super().__init__()
         cfg.check()
-        activation = gelu if cfg.activation_fn == "gelu" else F.relu
         self.embed_tokens = nn.Embedding(vocabulary_size, cfg.embed_dim, PAD)
         # positions count from PAD + 1, so that PAD itself has a row, of zeros
         self.embed_positions = nn.Embedding(cfg.max_source_positions + PAD + 1, cfg.embed_dim, PAD)
         self.layernorm_embedding = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS)
-        self.dropout = nn.Dropout(cfg.dropout)
-        self.layers = nn.ModuleList(EncoderLayer(cfg, activation) for _ in range(cfg.layers))
+        self.dropout = Dropout(cfg.dropout, kernels.dropout)
+        self.layers = nn.ModuleList(EncoderLayer(cfg, kernels) for _ in range(cfg.layers))
         self.layer_norm = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS) if cfg.normalize_before else None
 
-    def forward(self, tokens: Tensor, padded: bool = True, targets: int = 0) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, tokens: Tensor, padded: bool = True, targets: int = 0, places=None, queries=None
+    ) -> tuple[Tensor, list[Tensor]]:
         """tokens (B, T) int64. padded: whether PAD may occur in them. targets: from how many last layers to keep
-        targets.
+        targets. places (M,) int64: the only flat places in B x T whose output is wanted; the last layer leaves out the
+        rest. queries: the same places block by block, see `data.queries_of`, which spares the last layer some more.
 
         Returns the last hidden states (B, T, C), whose padded places mean nothing, and the layer targets in order,
-        each (B, T, C). Raises InputError if a block is longer than the position table.
+        each (B, T, C); with places, (M, C) each. Raises InputError if a block is longer than the position table.
         """
+        x, attend = self.embed(tokens, padded)
+        kept, last = [], len(self.layers) - 1
+        for i, layer in enumerate(self.layers):
+            x, target = layer(x, attend, places, queries) if i == last else layer(x, attend)
+            if i > last - targets:
+                kept.append(target if places is None or i == last else target.flatten(0, 1).index_select(0, places))
+        return x if self.layer_norm is None else self.layer_norm(x), kept
+
+    def embed(self, tokens: Tensor, padded: bool) -> tuple[Tensor, Tensor | None]:
+        """What the first layer reads (B, T, C), and where attention may look, (B, 1, 1, T) bool or None."""
         B, T = tokens.shape
         if T > self.embed_positions.num_embeddings - PAD - 1:
             raise InputError(
                 f"a block of {T} tokens: --max_source_positions is {self.embed_positions.num_embeddings - 2}"
             )
-        attend = None
         if padded:
             real = tokens != PAD  # (B, T), True at text
             positions = real.cumsum(1) * real + PAD  # pads are not counted, wherever they stand
-            attend = real[:, None, None, :].expand(B, 1, T, T)  # the shape that every device's fused kernel takes
         else:
             positions = torch.arange(PAD + 1, PAD + 1 + T, device=tokens.device)
         x = self.dropout(self.layernorm_embedding(self.embed_tokens(tokens) + self.embed_positions(positions)))
-        if padded:
-            x = x * real[:, :, None]
-        kept = []
-        for i, layer in enumerate(self.layers):
-            x, target = layer(x, attend)
-            if i >= len(self.layers) - targets:
-                kept.append(target)
-        return x if self.layer_norm is None else self.layer_norm(x), kept
+        return (x * real[:, :, None], real[:, None, None, :]) if padded else (x, None)
 
 
 class RegressionHead(nn.Sequential):
     """`head_layers` Linears with GELU between, widths C, 2C, 2C, ..., C; numbered 0, 2, 4, ... as in the reference."""
 
-    def __init__(self, cfg: ModelConfig, gelu=F.gelu):
+    def __init__(self, cfg: ModelConfig, kernels: Kernels = Kernels()):
         widths = [cfg.embed_dim] + [2 * cfg.embed_dim] * (cfg.head_layers - 1) + [cfg.embed_dim]
         parts = []
         for i in range(cfg.head_layers):
-            parts += [nn.Linear(widths[i], widths[i + 1]), _Function(gelu)]
+            parts += [nn.Linear(widths[i], widths[i + 1]), _Function(kernels.gelu)]
         super().__init__(*parts[:-1])
 
 
@@ -157,16 +207,16 @@ class _Function(nn.Module):
 class Data2VecText(nn.Module):
     """The student: encoder and regression head. The teacher is an `Encoder` of its own, made by `ema.make_teacher`."""
 
-    def __init__(self, cfg: ModelConfig, vocabulary_size: int, gelu=F.gelu):
+    def __init__(self, cfg: ModelConfig, vocabulary_size: int, kernels: Kernels = Kernels()):
         super().__init__()
-        self.encoder = Encoder(cfg, vocabulary_size, gelu)
-        self.regression_head = RegressionHead(cfg, gelu)
+        self.encoder = Encoder(cfg, vocabulary_size, kernels)
+        self.regression_head = RegressionHead(cfg, kernels)
         self.apply(init_weights)
 
-    def forward(self, source: Tensor, masked: Tensor, padded: bool = True) -> Tensor:
+    def forward(self, source: Tensor, masked: Tensor, padded: bool = True, queries=None) -> Tensor:
         """source (B, T) with `<mask>` at the flat places masked (M,) -> predictions (M, C), in the autocast type."""
-        x, _ = self.encoder(source, padded)
-        return self.regression_head(x.flatten(0, 1).index_select(0, masked))  # (M, C)
+        x, _ = self.encoder(source, padded, places=masked, queries=queries)
+        return self.regression_head(x)  # (M, C)
 
 
 def init_weights(module: nn.Module):
@@ -182,12 +232,13 @@ def init_weights(module: nn.Module):
 
 @torch.no_grad()
 def teacher_targets(
-    teacher: Encoder, cfg: ModelConfig, target: Tensor, places: Tensor, padded: bool, width: int
+    teacher: Encoder, cfg: ModelConfig, target: Tensor, places: Tensor, padded: bool, width: int, queries=None
 ) -> Tensor:
     """What the student shall predict: the mean of the teacher's last layer targets, each normalized (paper, 3.3).
 
-    target (B, U): the teacher's tokens; places (M,): the masked tokens' flat places in B x U; width: T of the student's
-    batch, above U where the teacher reads only the masked tokens. Returns (M, C) float32.
+    target (B, U): the teacher's tokens; places (M,): the masked tokens' flat places in B x U, and queries the same block
+    by block or None; width: T of the student's batch, above U where the teacher reads only the masked tokens. Returns
+    (M, C) float32.
     """
     over_places = cfg.batch_norm_target_layer or cfg.instance_norm_target_layer or cfg.instance_norm_targets
     weight = None
@@ -201,9 +252,10 @@ def teacher_targets(
         pads = target == PAD
         repeats = (width - (~pads).sum(1, keepdim=True)) / pads.sum(1, keepdim=True).clamp(min=1)
         weight = torch.where(pads, repeats, torch.ones_like(repeats))[:, :, None]  # (B, U or U + 1, 1)
-    _, layers = teacher(target, padded, cfg.average_top_k_layers)
-    if not over_places:
-        layers = [y.flatten(0, 1).index_select(0, places) for y in layers]  # each (M, C)
+    if over_places:
+        _, layers = teacher(target, padded, cfg.average_top_k_layers)  # each (B, U or U + 1, C)
+    else:
+        _, layers = teacher(target, padded, cfg.average_top_k_layers, places, queries)  # each (M, C)
     mean = 0.0
     for y in layers:
         y = y.float()

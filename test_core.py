@@ -29,13 +29,14 @@ import bench
 import checkpoint
 import config
 import data
+import device
 import ema
 import eval as evaluation
 import train
 from config import InputError
-from data import BOS, EOS, PAD, Corpus, DataConfig, Dictionary, TokenStream, cut_batches, cut_blocks, mask_block
+from data import BOS, EOS, PAD, Corpus, DataConfig, Dictionary, TokenStream, cut_batches, cut_blocks, mask_block, queries_of
 from ema import EmaConfig
-from model import Data2VecText, ModelConfig, RegressionHead, data2vec_loss, teacher_targets
+from model import Data2VecText, ModelConfig, RegressionHead, data2vec_loss, explicit_attention, teacher_targets
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "shared" / "golden"
@@ -783,6 +784,37 @@ def test_padding_does_not_change_a_block_s_output():
         assert torch.allclose(model.encoder(padded)[0][0, :9], alone[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_the_last_layer_at_the_wanted_places_alone_equals_the_whole_layer_there(before):
+    model, cfg = random_encoder(normalize_before=before, layers=3)
+    tokens = torch.randint(4, 40, (4, 11))
+    tokens[1, 8:] = PAD
+    places = np.array([0, 3, 4, 10, 12, 33, 34, 43])  # none in the third block
+    queries = queries_of(places, *tokens.shape)
+    assert queries[0].shape == (4, 4) and np.array_equal(queries[0].ravel()[queries[1]], places)
+    assert np.array_equal(queries[0] // 11, np.arange(4)[:, None].repeat(4, 1))  # each row is of its own block
+    places, queries = torch.from_numpy(places), [torch.from_numpy(array) for array in queries]
+    results = []
+    for arguments in ({}, dict(places=places), dict(places=places, queries=queries)):
+        x, targets = model.encoder(tokens, True, 3, **arguments)
+        x, *targets = [y if arguments else y.flatten(0, 1)[places] for y in (x, *targets)]
+        model.zero_grad()
+        (x.square().sum() + targets[1].square().sum()).backward()
+        results.append([x, *targets, *(p.grad.clone() for p in model.encoder.parameters())])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.detach().abs().max()))
+
+
+def test_attention_in_plain_matmuls_equals_torch_s():
+    q, k, v = (torch.randn(3, 2, n, 8) for n in (4, 7, 7))
+    attend = torch.rand(3, 1, 1, 7) < 0.6
+    attend[1] = False  # nothing may be looked at: 0, not NaN
+    for mask in (None, attend.expand(3, 1, 4, 7)):
+        expected = F.scaled_dot_product_attention(q, k, v, mask)
+        assert torch.allclose(explicit_attention(q, k, v, mask, 0.0), expected, atol=1e-6)
+
+
 def targets_as_the_reference_pads(teacher, cfg, padded_target, places):
     """The targets with torch's own norms over the padded form, (M, C)."""
     _, layers = teacher(padded_target, True, cfg.average_top_k_layers)
@@ -943,7 +975,38 @@ def test_the_teacher_moves_by_the_formula(layers_only):
     )
 
 
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_the_reader_computes_what_autocast_makes_of_the_teacher_to_the_bit(amp):
+    model, cfg = random_encoder(2)
+    teacher = ema.make_teacher(random_encoder(1)[0].encoder)
+    reader = ema.make_reader(teacher, amp)
+    ema.step(teacher, model.encoder, 0.5, EmaConfig())
+    ema.refresh(reader, teacher)
+    tokens = torch.randint(4, 40, (3, 9))
+    with torch.autocast("cpu", amp):
+        for a, b in zip(teacher(tokens, True, 2)[1], reader(tokens, True, 2)[1]):
+            assert a.dtype == amp and torch.equal(a, b)
+    assert ema.make_reader(teacher, None) is teacher
+
+
 # ---------------------------------------------------------------------------------------------- device
+
+
+def test_the_cpu_s_dropout_keeps_the_expected_share_and_mean():
+    for p, n in ((0.1, 400_001), (0.5, 7), (0.9999999, 3)):
+        x = torch.full((n,), 3.0, requires_grad=True)
+        torch.manual_seed(5)
+        y = device.cpu_dropout(x, p)
+        y.sum().backward()
+        torch.manual_seed(5)
+        assert torch.equal(y, device.cpu_dropout(x, p)) and torch.equal(y, x * x.grad)
+        kept = y != 0
+        assert torch.allclose(y[kept], torch.tensor(3 / (1 - min(p, 1 - 2**-16))), rtol=1e-4)
+        if n > 1000:
+            assert abs(float(kept.float().mean()) - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n)
+            assert abs(float(y.detach().mean()) - 3) < 0.02
+    assert device.cpu_dropout(torch.ones(2, 3, 5, dtype=torch.bfloat16), 0.25).dtype == torch.bfloat16
 
 
 def test_programs_import_without_torch_npu_and_keep_it_from_loading_itself():

@@ -26,7 +26,7 @@ import checkpoint
 import config
 import ema
 from config import InputError, RunError, option, printable
-from data import BlockDataset, Corpus, DataConfig, TokenFile
+from data import Batch, BlockDataset, Corpus, DataConfig, TokenFile, queries_of
 from ema import EmaConfig
 from guard import GuardConfig, Health, Lock, Signals
 from log import Log, moments, quality
@@ -105,8 +105,9 @@ class Run:
     def __init__(self, cfg: Config, device: Device, vocabulary_size: int):
         self.cfg, self.device = cfg, device
         device.seed(cfg.data.seed)  # every worker begins with the same weights
-        self.student = Data2VecText(cfg.model, vocabulary_size, device.gelu()).to(device.torch_device).train()
+        self.student = Data2VecText(cfg.model, vocabulary_size, device.kernels()).to(device.torch_device).train()
         self.teacher = ema.make_teacher(self.student.encoder)
+        self.reader = ema.make_reader(self.teacher, device.amp)  # the teacher in the precision that it computes in
         self.parameters = list(self.student.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -124,7 +125,15 @@ class Run:
         """Bring the teacher up to the student's updates, once for each."""
         if self.teacher_updates < self.num_updates:
             ema.step(self.teacher, self.student.encoder, ema.decay_at(self.num_updates, self.cfg.ema), self.cfg.ema)
+            ema.refresh(self.reader, self.teacher)
             self.teacher_updates = self.num_updates
+
+    def load(self, student: dict, teacher: dict | None, path):
+        """Take the weights of two state dicts; without a teacher's, it is the student's encoder again. Raises
+        InputError if they do not fit; `path` is where they are from."""
+        checkpoint.put(student, self.student, "the student", path)
+        checkpoint.put(teacher or self.student.encoder.state_dict(), self.teacher, "the teacher", path)
+        ema.refresh(self.reader, self.teacher)
 
 
 @dataclass
@@ -144,6 +153,26 @@ class Update:
     loss_scale: float
 
 
+def forward(run: Run, host: Batch, mark=lambda part: None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One host batch through teacher and student: prediction and target (M, C), and the sum of their loss ()."""
+    cfg, device = run.cfg.model, run.device
+    batch, width = device.upload(host), host.source.shape[1]
+    queries = [device.tensor(array) for array in queries_of(host.masked, *host.source.shape)]
+    mark("data")
+    target = teacher_targets(
+        run.reader,
+        cfg,
+        batch.target,
+        batch.target_places,
+        batch.target_padded,
+        width,
+        queries if run.cfg.data.teacher_input == "full" else None,  # the squeezed input is wanted at all its places
+    )
+    mark("teacher")
+    prediction = run.student(batch.source, batch.masked, batch.source_padded, queries)
+    return prediction, target, data2vec_loss(prediction, target, cfg)
+
+
 def update(run: Run, batches: list, mark=lambda part: None) -> Update | None:
     """One optimizer step over this worker's `batches` (host batches; none for a worker that has run out).
 
@@ -161,22 +190,16 @@ def update(run: Run, batches: list, mark=lambda part: None) -> Update | None:
     loss, counts = torch.zeros((), device=device.torch_device), [0, 0, 0]
     pair = (torch.zeros(0, cfg.model.embed_dim, device=device.torch_device),) * 2
     blocks = [int(i) for batch in batches for i in batch.ids]
-    for batch in batches:
-        counts = [a + b for a, b in zip(counts, (batch.sample_size, batch.nsentences, batch.ntokens))]
-        batch = device.upload(batch)
-        mark("data")
-        with device.autocast():
-            target = teacher_targets(
-                run.teacher, cfg.model, batch.target, batch.target_places, batch.target_padded, batch.source.shape[1]
-            )  # (M, C)
-            mark("teacher")
-            prediction = run.student(batch.source, batch.masked, batch.source_padded)  # (M, C)
-            part = data2vec_loss(prediction, target, cfg.model)
-        mark("student")
-        run.scaler.scale(part).backward()
-        mark("backward")
-        loss += part.detach()
-        pair = prediction.detach(), target
+    with device.autocast():  # one for all batches: it casts the student's weights once
+        for batch in batches:
+            counts = [a + b for a, b in zip(counts, (batch.sample_size, batch.nsentences, batch.ntokens))]
+            prediction, target, part = forward(run, batch, mark)
+            mark("student")
+            with device.autocast(enabled=False):
+                run.scaler.scale(part).backward()
+            mark("backward")
+            loss += part.detach()
+            pair = prediction.detach(), target
 
     if not batches:
         run.scaler.scale(loss)  # a scaler that has scaled nothing refuses to go on
@@ -189,9 +212,11 @@ def update(run: Run, batches: list, mark=lambda part: None) -> Update | None:
         sample_size = counts[0].clamp(min=1)
         flat = device.all_reduce(torch.cat([loss.view(1), *(g.flatten() for g in grads)]))
         loss, flat = flat[0], flat[1:].split([g.numel() for g in grads])
-        torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(flat, grads)])
+        grads = [part.view_as(g) for part, g in zip(flat, grads)]
+        for p, g in zip(run.parameters, grads):
+            p.grad = g
     run.scaler.unscale_(run.optimizer)  # behind the sum, so that all workers see the same overflow
-    gnorm = normalize_and_clip(grads, sample_size, cfg.train.clip_norm)
+    gnorm, factor = norm_and_factor(grads, sample_size, cfg.train.clip_norm)
     skipped = ~torch.isfinite(gnorm + loss)
 
     group = run.optimizer.param_groups[0]
@@ -199,8 +224,13 @@ def update(run: Run, batches: list, mark=lambda part: None) -> Update | None:
     # fairseq adds eps to the uncorrected second moment's root, torch to the corrected one's
     group["eps"] = cfg.train.adam_eps / math.sqrt(1 - cfg.train.adam_betas[1] ** steps)
     scale = run.scaler.get_scale()
-    if not run.scaler.is_enabled():  # a scaler sees to it itself
-        skip_step(run.optimizer, grads, skipped)
+    if group["fused"] and not run.scaler.is_enabled():
+        # the kernel multiplies and skips on its way, by what it has for loss scalers
+        run.optimizer.grad_scale, run.optimizer.found_inf = 1 / factor, skipped.float()
+    else:
+        torch._foreach_mul_(grads, factor)
+        if not run.scaler.is_enabled():  # a scaler sees to it itself
+            hide_from_step(grads, skipped)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -214,48 +244,39 @@ def update(run: Run, batches: list, mark=lambda part: None) -> Update | None:
     return Update(run.num_updates, run.epoch, blocks, loss, gnorm, skipped, counts, pair, lr, decay, scale)
 
 
-def skip_step(optimizer: torch.optim.AdamW, grads: list, skipped: torch.Tensor):
-    """Make the coming step leave everything alone where `skipped` is true, without asking the device."""
-    if optimizer.param_groups[0]["fused"]:
-        optimizer.grad_scale, optimizer.found_inf = None, skipped.float()  # the kernel's own way, made for loss scalers
-    else:  # no such way there: the gradient counts as zero, and only the moments' memory moves the weights
-        for g in grads:
-            g.copy_(torch.where(skipped, 0.0, g))
+def hide_from_step(grads: list, skipped: torch.Tensor):
+    """Make the coming step of an optimizer that cannot skip as harmless as can be where `skipped` is true, without
+    asking the device: the gradient counts as zero, and only the moments' memory moves the weights."""
+    for g in grads:
+        g.copy_(torch.where(skipped, 0.0, g))
 
 
-def normalize_and_clip(grads: list, sample_size, clip_norm: float) -> torch.Tensor:
-    """Divide summed gradients by the number of masked places (int or tensor) and clip them, without asking the device.
-
-    Returns the global norm before clipping.
-    """
+def norm_and_factor(grads: list, sample_size, clip_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """For summed gradients, without asking the device: the global norm of their mean over the masked places (sample_size
+    is their number, int or tensor), and the factor that makes them that mean, clipped to `clip_norm` (0: not)."""
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     factor = torch.ones_like(norm) / (sample_size or 1 if isinstance(sample_size, int) else sample_size)
     norm = norm * factor
     if clip_norm > 0:
         factor = factor * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(grads, factor)
-    return norm
+    return norm, factor
 
 
 @torch.no_grad()
 def evaluate(run: Run, dataset: BlockDataset) -> dict:
     """Validation loss per masked place and the figures of `quality`, over all workers; without dropout."""
-    device, cfg = run.device, run.cfg.model
+    device, width = run.device, run.cfg.model.embed_dim
     run.student.eval()
     loss = torch.zeros((), device=device.torch_device)
-    sums = torch.zeros(6, cfg.embed_dim, device=device.torch_device)
+    sums = torch.zeros(6, width, device=device.torch_device)
     sample_size = batches = 0
     for ids in dataset.epoch_batches(1, device.rank, device.world_size):
         if len(ids) == 0:
             continue
         host = dataset.batch(ids, 1)
-        batch = device.upload(host)
         with device.autocast():
-            target = teacher_targets(
-                run.teacher, cfg, batch.target, batch.target_places, batch.target_padded, batch.source.shape[1]
-            )
-            prediction = run.student(batch.source, batch.masked, batch.source_padded)
-            loss += data2vec_loss(prediction, target, cfg)
+            prediction, target, part = forward(run, host)
+        loss += part
         sums += moments(prediction, target)
         sample_size, batches = sample_size + host.sample_size, batches + 1
     run.student.train()
@@ -369,8 +390,7 @@ def resume(
             "note: changed since the checkpoint: " + ", ".join(f"{k} {saved[k]} -> {now.get(k)}" for k in sorted(other))
         )
 
-    checkpoint.put(loaded.student, run.student, "the student", path)
-    checkpoint.put(loaded.teacher, run.teacher, "the teacher", path)
+    run.load(loaded.student, loaded.teacher, path)
     ours = run.optimizer.state_dict()["param_groups"]  # settings are this command's; only the moments are the file's
     run.optimizer.load_state_dict({"state": loaded.content["optimizer"]["state"], "param_groups": ours})
     if run.scaler.is_enabled() and loaded.content["scaler"]:
@@ -389,13 +409,7 @@ def init_from(run: Run, corpus: Corpus, loaded: checkpoint.Loaded, path):
     if not any(name.startswith("regression_head.") for name in loaded.student):
         print(f"warning: {printable(str(path))} has no regression head; it starts from random weights", file=sys.stderr)
         loaded.student.update({k: v for k, v in run.student.state_dict().items() if k.startswith("regression_head.")})
-    checkpoint.put(loaded.student, run.student, "the student", path)
-    checkpoint.put(
-        loaded.teacher if loaded.teacher is not None else run.student.encoder.state_dict(),
-        run.teacher,
-        "the teacher",
-        path,
-    )
+    run.load(loaded.student, loaded.teacher, path)
 
 
 def prepare_save_dir(folder: Path, args):
