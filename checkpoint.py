@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import shutil
+import threading
 import types
 import warnings
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch
 
 import config
 from config import InputError
+from device import Device
 
 FORMAT = "data2vec-text 1"
 
@@ -119,6 +121,57 @@ def save(content: dict, path, *also):
         os.fsync(folder)  # the renames themselves
     finally:
         os.close(folder)
+
+
+class Saver:
+    """Saves in a thread of its own while training goes on, one at a time.
+
+    Training waits only while the content is copied, to host memory that is kept for the next save: fresh memory would
+    cost several times the copy.
+    """
+
+    def __init__(self, device: Device):
+        self.device, self._kept, self._thread, self._error = device, {}, None, None
+
+    def start(self, content: dict, path, *also):
+        """Begin to `save`; the content may change as soon as this returns. `finish` the one before first."""
+        content = self._copy(content, ())
+        self.device.synchronize()
+
+        def write():
+            try:
+                save(content, path, *also)
+            except Exception as e:  # raised where it is waited for
+                self._error = e
+
+        self._thread = threading.Thread(target=write, name="save")
+        self._thread.start()
+
+    def is_busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def finish(self) -> bool:
+        """Wait for the save that was begun; returns whether there was one. Raises OSError if it failed."""
+        if self._thread is None:
+            return False
+        self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error:
+            raise error
+        return True
+
+    def _copy(self, value, key: tuple):
+        if isinstance(value, torch.Tensor):
+            buffer = self._kept.get(key)
+            if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
+                buffer = torch.empty(value.shape, dtype=value.dtype)
+                buffer = self._kept[key] = buffer if value.device.type == "cpu" else buffer.pin_memory()
+            return buffer.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, dict):
+            return {k: self._copy(v, (*key, k)) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copy(v, (*key, i)) for i, v in enumerate(value))
+        return value
 
 
 def candidates(folder) -> list[Path]:

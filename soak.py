@@ -55,7 +55,7 @@ def last_update(folder: Path) -> int:
 
 
 def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
-    """Start, kill, look, start again. After each kill checkpoint_last.pt must load and be at most one save old."""
+    """Start, kill, look, start again. After each kill checkpoint_last.pt must load and be at most two saves old."""
     corpus, save_dir = corpus or small_corpus(folder / "corpus"), folder / "killed"
     command = [
         sys.executable,
@@ -104,7 +104,7 @@ def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
             lost += 1
             print(f"kill {i}: {e}", file=sys.stderr)
             continue
-        lost += at < logged - 1  # update `logged` is written to the log before it is saved
+        lost += at < logged - 2  # `logged` is logged before its save begins, while the one before may be under way
         repeated.append(logged - at)
         reached = at
     numbers = [json.loads(line)["num_updates"] for line in (save_dir / "train.jsonl").read_text().splitlines()[:-1]]

@@ -511,7 +511,9 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
 def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict, log: Log, signals: Signals):
     """Update, log, validate, save, until the end or a signal. Returns (figures, exit code); raises RunError."""
     t, device, folder = run.cfg.train, run.device, Path(run.cfg.train.save_dir)
-    health, figures, unsaved = Health(run.cfg.guard, t.warmup_updates), {}, None
+    health, figures = Health(run.cfg.guard, t.warmup_updates), {}
+    saver, unsaved = checkpoint.Saver(device), None  # unsaved: what the last save failed with
+    saving, best_saved = None, run.best_loss  # (update, best loss) of the save under way; best loss of the last good one
 
     def finished():
         return run.num_updates >= t.max_update or 0 < t.max_epoch < run.epoch
@@ -521,30 +523,36 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
         run.skipped += sum(flags)
         return health.skipped(flags)
 
+    def settle():
+        """Wait for the save under way, if any. A failure loses nothing, and the next save tries again."""
+        nonlocal unsaved, best_saved
+        try:
+            if saver.finish():
+                best_saved = saving[1]
+                checkpoint.prune(folder, t.keep_interval_updates)
+        except OSError as e:
+            run.best_loss = best_saved  # the better one's file was not written
+            unsaved = f"update {saving[0]} could not be saved in {folder}: {e.strerror or e}"
+            log.say(f"warning: {unsaved}; what was saved before is untouched, the next save tries again")
+
     def save(*also):
-        """Write checkpoint_last.pt and the like. A failure loses nothing, and the next save tries again."""
-        nonlocal unsaved
-        unsaved = None
-        if not all(bool(p.isfinite().all()) for p in run.parameters):
+        """Begin to write checkpoint_last.pt and the like, in the background."""
+        nonlocal unsaved, saving
+        settle()
+        unsaved, saving = None, (run.num_updates, run.best_loss)
+        if not torch.stack(torch._foreach_norm(run.parameters)).isfinite().all():
             raise RunError(
                 f"update {run.num_updates}: the weights are not finite, so the last checkpoint stays as it is; go on"
                 " from it with a lower --lr"
             )
         look_at_skipped()
-        if device.rank:
-            return
-        try:
-            checkpoint.save(
-                {**contents(run, corpus, fingerprint), "log": log.state()}, folder / "checkpoint_last.pt", *also
-            )
-        except OSError as e:
-            unsaved = f"update {run.num_updates} could not be saved in {folder}: {e.strerror or e}"
-            log.say(f"warning: {unsaved}; what was saved before is untouched, the next save tries again")
-        else:
-            checkpoint.prune(folder, t.keep_interval_updates)
+        if device.rank == 0:
+            content = {**contents(run, corpus, fingerprint), "log": log.state()}
+            saver.start(content, folder / "checkpoint_last.pt", *also)
 
     def stop(reason):
         save()
+        settle()
         raise RunError(f"update {run.num_updates}: {reason} ({unsaved or f'saved update {run.num_updates}'})")
 
     def validate_and_save(epoch: int, epoch_end: bool, counted: bool):
@@ -554,8 +562,9 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
             by_updates = counted and updates and run.num_updates % updates == 0
             return by_updates or finished() or (epoch_end and epochs and epoch % epochs == 0)
 
-        save_now, also, best_before = due(t.save_interval_updates, t.save_interval), [], run.best_loss
+        save_now, also = due(t.save_interval_updates, t.save_interval), []
         if valid and (save_now or due(t.validate_interval_updates, t.validate_interval)):
+            settle()  # a failed save takes its best loss back
             figures = evaluate(run, valid)
             if math.isfinite(figures["loss"]) and (run.best_loss is None or figures["loss"] < run.best_loss):
                 run.best_loss = figures["loss"]
@@ -573,8 +582,6 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
             also.append(folder / f"checkpoint_{epoch}_{run.num_updates}.pt")
         if save_now or also:
             save(*also)
-            if unsaved:
-                run.best_loss = best_before  # its file was not written
 
     def train_epoch():
         """The rest of this epoch, or less: updates with all that belongs to them."""
@@ -612,6 +619,8 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
                     if reason := look_at_skipped():
                         stop(reason)
                 if log_now:
+                    if not saver.is_busy():
+                        settle()
                     row = log.write()
                     if reason := health.collapsed(row, log.say):
                         stop(reason)
@@ -621,6 +630,7 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
             signals.save = 0
             if wanted_save or (wanted_stop and not finished()):
                 save()
+                settle()
                 log.say(f"update {run.num_updates}: saved, as the signal asked" if not unsaved else unsaved)
             log.since += time.perf_counter() - begin  # not training time
             if finished() or wanted_stop:
@@ -634,6 +644,8 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
         if isinstance(e, InputError) or (not isinstance(e, RunError) and device.is_lost_worker(e)):
             save()
         raise
+    finally:
+        settle()
     if unsaved:
         raise RunError(unsaved)
     return figures, 0 if finished() else 128 + device.agree([signals.stop])[0]
