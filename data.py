@@ -9,11 +9,13 @@ sentences, a *batch* is a list of blocks. Rules and formats are those of fairseq
 and batch sampler at commit 3f6ba43f; where the default differs, the place says so.
 """
 
-import bisect
+import functools
 import hashlib
 import json
 import os
 import sys
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ import numpy as np
 
 import config
 from config import InputError, option
+from rng import FLOYD_LIMIT, Generators, tuple_hashes
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
@@ -29,6 +32,7 @@ MAGIC = b"MMIDIDX\0\0"
 HEADER = len(MAGIC) + 8 + 1 + 8  # magic, version u64, dtype code u8, sentence count u64
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16, 9: np.uint32, 10: np.uint64}
 REBUILD = "rebuild it with: fairseq-preprocess --dataset-impl mmap"
+PIECE = 1 << 17  # sentences or tokens worked on at once: more would not be faster, and all would fill the memory
 
 
 @dataclass(frozen=True)
@@ -117,17 +121,22 @@ class Dictionary:
         return " ".join(self.symbols[t] for t in tokens)
 
 
-class TokenFile:
-    """One PREFIX.idx and PREFIX.bin, memory-mapped. `sizes` int64 (N,), `offsets` in items (N,), `items` the flat .bin.
+def pieces(count: int):
+    """Slices of a bounded length that cover range(count): arrays as long as a corpus are worked through in these."""
+    return (slice(begin, begin + PIECE) for begin in range(0, count, PIECE))
 
-    Every field of the index is checked against the real size of both files, so that no later read can leave them.
-    Raises InputError.
+
+class TokenFile:
+    """The sentences of one PREFIX.idx and PREFIX.bin as a flat run of tokens, memory-mapped.
+
+    `sizes` int32 (N,), a view of the file: tokens of each sentence; `tokens` their sum. Every field of the index is
+    checked against the real size of both files, so that no later read can leave them. Raises InputError.
     """
 
     def __init__(self, prefix):
         idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         try:
-            raw = np.memmap(idx, np.uint8, "r") if idx.stat().st_size else np.zeros(0, np.uint8)
+            raw = np.asarray(np.memmap(idx, np.uint8, "r")) if idx.stat().st_size else np.zeros(0, np.uint8)
             bin_bytes = bin_.stat().st_size
             if not bin_.is_file():
                 raise InputError(f"{bin_}: not a file")
@@ -159,22 +168,38 @@ class TokenFile:
             raise InputError(
                 f"{idx}: {len(raw)} bytes, but {count} sentences need {HEADER + 12 * count}: {hint}; {REBUILD}"
             )
-        self.path, self.dtype = idx, np.dtype(DTYPES[code]).newbyteorder("<")
-        self.sizes = raw[HEADER : HEADER + 4 * count].view("<i4").astype(np.int64)
+        dtype = np.dtype(DTYPES[code]).newbyteorder("<")
+        width = dtype.itemsize
+        self.sizes = raw[HEADER : HEADER + 4 * count].view("<i4")
         offsets = raw[HEADER + 4 * count :].view("<i8")
-        width = self.dtype.itemsize
-        wrong = (self.sizes < 0) | (offsets < 0) | (offsets % width != 0) | (offsets > bin_bytes - self.sizes * width)
-        if wrong.any():
-            i = int(wrong.argmax())
-            raise InputError(
-                f"{idx}: sentence {i} has {self.sizes[i]} tokens at byte {offsets[i]}, outside {bin_.name}"
-                f" ({bin_bytes} bytes); a file is cut or does not belong to the other"
-            )
-        if int(self.sizes.sum()) * width > bin_bytes:
-            raise InputError(f"{idx}: its sentences overlap: {self.sizes.sum()} tokens in {bin_bytes} bytes; {REBUILD}")
-        self.offsets = offsets // width
+        # A run is a stretch of sentences that lie back to back: those with the same shift from the place in the text to
+        # the item in the file. The writer makes one run a file, other orders are legal.
+        self.tokens, runs, shift = 0, [np.zeros((2, 1), np.int64)], 0
+        for part in pieces(count):
+            size, offset = self.sizes[part].astype(np.int64), offsets[part].astype(np.int64)
+            wrong = (size < 0) | (offset < 0) | (offset % width != 0) | (offset > bin_bytes - size * width)
+            if wrong.any():
+                i = int(wrong.argmax())
+                raise InputError(
+                    f"{idx}: sentence {part.start + i} has {size[i]} tokens at byte {offset[i]}, outside {bin_.name}"
+                    f" ({bin_bytes} bytes); a file is cut or does not belong to the other"
+                )
+            start = self.tokens + np.cumsum(size) - size
+            shifts = offset // width - start
+            new = np.diff(shifts, prepend=shift) != 0
+            runs.append(np.stack([start[new], shifts[new]]))
+            self.tokens, shift = self.tokens + int(size.sum()), shifts[-1]
+        if self.tokens * width > bin_bytes:
+            raise InputError(f"{idx}: its sentences overlap: {self.tokens} tokens in {bin_bytes} bytes; {REBUILD}")
+        self._run_starts, self._run_shifts = np.concatenate(runs, axis=1)
         items = bin_bytes // width
-        self.items = np.memmap(bin_, self.dtype, "r", shape=(items,)) if items else np.zeros(0, self.dtype)
+        self._items = np.asarray(np.memmap(bin_, dtype, "r", shape=(items,))) if items else np.zeros(0, dtype)
+
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """The tokens at these places of the run, in the file's own integer type."""
+        if len(self._run_starts) > 1:
+            places = places + self._run_shifts[np.searchsorted(self._run_starts, places, side="right") - 1]
+        return self._items[places]
 
 
 def _no_dataset(idx: Path, missing) -> str:
@@ -190,48 +215,43 @@ def _no_dataset(idx: Path, missing) -> str:
 class TokenStream:
     """The sentences of one split as one flat run of tokens: train with train1, train2, ... behind it.
 
-    `sizes` int64 (N,): tokens of each sentence; `starts` (N + 1,): where each begins in the run.
+    `sizes` int32 (N,): tokens of each sentence; `starts` int64 (N + 1,): where each begins in the run.
     """
 
     def __init__(self, folder, split: str):
         self.folder, self.split = Path(folder), split
-        files = [TokenFile(self.folder / split)]
-        while split == "train" and (self.folder / f"{split}{len(files)}.idx").exists():
-            files.append(TokenFile(self.folder / f"{split}{len(files)}"))
-        self.sizes = np.concatenate([file.sizes for file in files])
-        self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
-        self.tokens = int(self.starts[-1])
-        # Runs of sentences that lie back to back in a file; the writer makes one run a file, other orders are legal.
-        self._runs, self._run_starts, first = [], [], 0
-        for file in files:
-            breaks = np.flatnonzero(file.offsets[1:] != file.offsets[:-1] + file.sizes[:-1]) + 1
-            for begin, end in zip([0, *breaks.tolist()], [*breaks.tolist(), len(file.sizes)]):
-                length = int(self.starts[first + end] - self.starts[first + begin])
-                if length:
-                    at = int(file.offsets[begin])
-                    self._runs.append(file.items[at : at + length])
-                    self._run_starts.append(int(self.starts[first + begin]))
-            first += len(file.sizes)
+        self._files = [TokenFile(self.folder / split)]
+        while split == "train" and (self.folder / f"{split}{len(self._files)}.idx").exists():
+            self._files.append(TokenFile(self.folder / f"{split}{len(self._files)}"))
+        sizes = [file.sizes for file in self._files]
+        self.sizes = sizes[0] if len(sizes) == 1 else np.concatenate(sizes)
+        self._file_ends = np.cumsum([file.tokens for file in self._files])
+        self.tokens = int(self._file_ends[-1])
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)])
+
+    def take(self, places: np.ndarray) -> np.ndarray:
+        """The tokens at these places of the flat run, in the file's own integer type, or int64 if there are several."""
+        if len(self._files) == 1:
+            return self._files[0].take(places)
+        tokens, file_of = np.empty(len(places), np.int64), np.searchsorted(self._file_ends, places, side="right")
+        for i, file in enumerate(self._files):
+            tokens[file_of == i] = file.take(places[file_of == i] - (self._file_ends[i] - file.tokens))
+        return tokens
 
     def read(self, start: int, end: int) -> np.ndarray:
-        """Tokens [start, end) of the flat run, in the file's own integer type."""
-        i = bisect.bisect_right(self._run_starts, start) - 1
-        at = start - self._run_starts[i]
-        if at + end - start <= len(self._runs[i]):
-            return self._runs[i][at : at + end - start]
-        parts = []
-        while start < end:
-            part = self._runs[i][start - self._run_starts[i] :][: end - start]
-            parts.append(part)
-            start, i = start + len(part), i + 1
-        return np.concatenate(parts)
+        """Tokens [start, end) of the flat run, int64."""
+        return self.take(np.arange(start, end)).astype(np.int64)
 
     def digest(self) -> str:
         """sha256 over all sizes and 64 samples of the tokens: tells another corpus without reading all of this one."""
-        digest = hashlib.sha256(self.sizes.tobytes())
+        digest = hashlib.sha256()
+        for piece in pieces(len(self.sizes)):
+            digest.update(self.sizes[piece].astype(np.int64))
         for start in np.linspace(0, max(0, self.tokens - 1024), 64).astype(np.int64).tolist():
-            end = min(start + 1024, self.tokens)
-            digest.update(self.read(start, end).astype(np.int64).tobytes() if end > start else b"")
+            digest.update(self.read(start, min(start + 1024, self.tokens)))
         return digest.hexdigest()
 
     def sentence_at(self, position: int) -> int:
@@ -239,7 +259,6 @@ class TokenStream:
 
     def check_tokens(self, tokens: np.ndarray, positions, dictionary: Dictionary):
         """Raise InputError, with the sentence, if `tokens` (at flat `positions`) hold one that training cannot take."""
-        # an unsigned 64-bit id beyond int64 turns negative here
         wrong = (tokens < 0) | (tokens >= len(dictionary)) | (tokens == dictionary.mask_id)
         if not wrong.any():
             return
@@ -252,11 +271,11 @@ class TokenStream:
             f"{where} holds token id {token}, but dict.txt has {len(dictionary)} symbols; wrong dictionary?"
         )
 
-    def check_all(self, dictionary: Dictionary, chunk: int = 1 << 22):
-        """check_tokens over the whole split, a chunk at a time."""
-        for start in range(0, self.tokens, chunk):
-            end = min(start + chunk, self.tokens)
-            self.check_tokens(self.read(start, end).astype(np.int64), range(start, end), dictionary)
+    def check_all(self, dictionary: Dictionary):
+        """check_tokens over the whole split, a piece at a time."""
+        for piece in pieces(self.tokens):
+            places = np.arange(piece.start, min(piece.stop, self.tokens))
+            self.check_tokens(self.take(places), places, dictionary)
 
 
 def write_dataset(prefix, sentences, vocabulary_size: int) -> tuple[int, int]:
@@ -291,49 +310,78 @@ def cut_blocks(sizes: np.ndarray, mode: str, block_size: int, split_long: bool) 
 
     none: equal cuts; eos: one sentence each; complete: as many whole sentences as fit; complete_doc: the same, but a
     sentence of one token ends the block and belongs to none, and a block of one token is not kept.
-    split_long: a sentence longer than block_size becomes pieces of at most block_size first, so that nothing is lost;
-    a piece of one token is then no separator, and a block of it is kept.
+    split_long: a sentence longer than block_size becomes parts of at most block_size first, so that nothing is lost;
+    a part of one token is then no separator, and a block of it is kept.
     """
-    total = int(sizes.sum())
     if mode == "none":
+        total = int(sizes.sum(dtype=np.int64))
         starts = np.arange(0, total, block_size, dtype=np.int64)
         return starts, np.minimum(starts + block_size, total)
+    blocks, at = [np.zeros((2, 0), np.int64)], 0
+    parts, separator = np.zeros(0, np.int64), np.zeros(0, bool)  # what is not in a block yet; it begins at `at`
+    for piece in pieces(len(sizes)):
+        more, ends_document = _split_sentences(sizes[piece].astype(np.int64), block_size, split_long)
+        parts, separator = np.concatenate([parts, more]), np.concatenate([separator, ends_document])
+        first, stop = _chain_of_blocks(parts, separator, mode, block_size)
+        rest = len(parts)
+        if piece.stop < len(sizes) and len(first):  # the last block may go on in the next piece
+            first, stop, rest = first[:-1], stop[:-1], first[-1]
+        starts = at + np.concatenate([[0], np.cumsum(parts)])
+        blocks.append(np.stack([starts[first], starts[stop]]))
+        at, parts, separator = starts[rest], parts[rest:], separator[rest:]
+    starts, ends = np.concatenate(blocks, axis=1)
+    if mode == "complete_doc" and not split_long:
+        kept = ends - starts > 1
+        starts, ends = starts[kept], ends[kept]
+    return starts, ends
+
+
+def _split_sentences(sizes: np.ndarray, block_size: int, split_long: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Sizes of the sentences, or of their parts, that hold something, and which of them are separators."""
     sizes = sizes[sizes > 0]
     separator = sizes == 1
     if split_long:
-        pieces = -(-sizes // block_size)
-        last = np.cumsum(pieces) - 1
-        remainder = sizes - (pieces - 1) * block_size
-        sizes, separator = np.full(int(pieces.sum()), block_size, np.int64), np.repeat(separator, pieces)
+        counts = -(-sizes // block_size)
+        remainder = sizes - (counts - 1) * block_size
+        last = np.cumsum(counts) - 1
+        sizes, separator = np.full(int(counts.sum()), block_size, np.int64), np.repeat(separator, counts)
         sizes[last] = remainder
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    if mode == "eos":
-        return starts[:-1], starts[1:]
-    # Where the block ends that begins at each sentence, for all at once; then follow the chain of blocks.
+    return sizes, separator
+
+
+def _chain_of_blocks(sizes: np.ndarray, separator: np.ndarray, mode: str, block_size: int):
+    """(first sentence, sentence behind the last) of each block."""
     n = len(sizes)
-    following = np.searchsorted(starts, starts[:-1] + block_size, side="right") - 1
-    following = np.maximum(following, np.arange(1, n + 1))  # one longer than a block stands alone
-    skip = np.arange(n + 1)
+    here = np.arange(n)
+    if mode == "eos":
+        return here, here + 1
+    # Where the block ends that begins at each sentence, for all at once; then follow the chain of blocks.
+    ends = np.cumsum(sizes)
+    stop = np.searchsorted(ends, ends - sizes + block_size, side="right")
+    stop = np.maximum(stop, here + 1)  # one longer than a block stands alone
+    following = np.arange(n + 1)
     if mode == "complete_doc":
-        positions = np.where(separator, np.arange(n), n)
-        next_separator = np.minimum.accumulate(positions[::-1])[::-1]
-        following = np.minimum(following, next_separator)
-        positions = np.where(separator, n, np.arange(n))
-        skip[:-1] = np.minimum.accumulate(positions[::-1])[::-1]  # the next sentence that is no separator
-    following = skip[following].tolist() if n else []
-    first, i = [], int(skip[0])
+        next_separator = np.minimum.accumulate(np.where(separator, here, n)[::-1])[::-1]
+        stop = np.minimum(stop, next_separator)
+        following[:-1] = np.minimum.accumulate(np.where(separator, n, here)[::-1])[::-1]  # the next that is none
+    chain, first, i = following[stop].tolist(), [], int(following[0])
     while i < n:
         first.append(i)
-        i = following[i]
-    first = np.asarray(first, np.int64)
-    end = np.minimum(np.searchsorted(starts, starts[first] + block_size, side="right") - 1, n)
-    end = np.maximum(end, first + 1)
-    if mode == "complete_doc":
-        end = np.minimum(end, next_separator[first])
-    begin, end = starts[first], starts[end]
-    if mode == "complete_doc" and not split_long:
-        begin, end = begin[end - begin > 1], end[end - begin > 1]
-    return begin, end
+        i = chain[i]
+    return np.asarray(first, np.int64), stop[first]
+
+
+def order_by_length(lengths: np.ndarray, seed: int) -> np.ndarray:
+    """Block numbers in ascending order of length, ties in the random order that numpy's older generator gives `seed`;
+    int32 where that holds them."""
+    n = len(lengths)
+    by_rank = np.empty(n, np.int32 if n < 2**31 else np.int64)
+    # what is permuted are the ranks of the blocks among their equals, as in lexsort((permutation, lengths))
+    by_rank[np.random.RandomState(seed).permutation(n)] = np.arange(n, dtype=by_rank.dtype)
+    keys = lengths[by_rank]
+    if keys.max(initial=0) < 2**16:
+        keys = keys.astype(np.uint16)  # which numpy sorts in linear time
+    return by_rank[np.argsort(keys, kind="stable")]
 
 
 def cut_batches(lengths: np.ndarray, max_tokens: int, batch_size: int, multiple: int) -> np.ndarray:
@@ -343,29 +391,35 @@ def cut_batches(lengths: np.ndarray, max_tokens: int, batch_size: int, multiple:
     below it, and a *tail*, the blocks since. A block that makes batch + tail too large (blocks x longest > max_tokens,
     or more than batch_size blocks) closes the batch, and the tail with that block begins the next one; if the tail is
     too large by itself, it becomes a batch of its own without that block. What is left at the end is a batch and a
-    tail. Since lengths ascend, 'too large' is monotone, and each batch takes one binary search instead of a walk.
+    tail. Since lengths ascend, the blocks of one length are a run in which all batches have the same size, and only
+    the batches at the border of two runs take a look at each.
     """
-    longest = lengths.tolist()
-    ends, start, n = [], 0, len(longest)
+    n = len(lengths)
+    runs = np.flatnonzero(np.concatenate([[n > 0], lengths[1:] != lengths[:-1]]))
+    longest, begins = lengths[runs].tolist(), [*runs.tolist(), n]
+    room = [max(1, min(batch_size or n, max_tokens // max(1, length))) for length in longest]  # in a batch that fits
+    ends, start, run = [], 0, 0
     while start < n:
-        most = min(n - start, batch_size or n, max(1, max_tokens // max(1, longest[start])))
-        # the first block that no longer fits behind `start`
-        stop = (
-            bisect.bisect_left(
-                range(start, start + most), True, key=lambda i: (i + 1 - start) * longest[i] > max_tokens
-            )
-            + start
-        )
-        stop = max(stop, start + 1)
+        while begins[run + 1] <= start:
+            run += 1
+        last = run  # the run, this one or a later, that holds the first block which no longer fits behind `start`
+        while last < len(room) and start + room[last] >= begins[last + 1]:
+            last += 1
+        stop = max(start + room[last], begins[last]) if last < len(room) else n
         size = stop - start
-        batch_end = stop if size < multiple else start + size // multiple * multiple
-        ends.append(batch_end)
-        start = batch_end
+        size = size if size < multiple else size // multiple * multiple
+        if last == run:  # and the same again and again, while that block is of this run
+            count = (begins[run + 1] - 1 - stop) // size + 1
+            ends.extend(range(start + size, start + count * size + 1, size))
+            start += count * size
+            continue
+        start += size
+        ends.append(start)
         if stop == n:
-            if batch_end < n:
+            if start < n:
                 ends.append(n)
             break
-        if batch_end < stop and longest[stop] * (stop + 1 - batch_end) > max_tokens:  # the tail's own overflow
+        if start < stop and longest[last] * (stop + 1 - start) > max_tokens:  # the tail's own overflow
             ends.append(stop)
             start = stop
     return np.asarray(ends, np.int64)
@@ -413,6 +467,49 @@ def mask_block(length: int, dictionary: Dictionary, cfg: DataConfig, epoch: int,
     weights = np.ones(len(dictionary))
     weights[: len(SPECIAL)] = 0
     return hidden, shown, (random, rng.choice(len(dictionary), count, p=weights / weights.sum()))
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... of each `start`, as many as its length says, one behind the other: int64."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    out = np.repeat(starts - (ends - lengths), lengths)
+    out += np.arange(len(out))
+    return out
+
+
+def cut(flat: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
+    """The parts of an array between one end and the next."""
+    ends = ends.tolist()
+    return [flat[begin:end] for begin, end in zip([0, *ends], ends)]
+
+
+def hide_blocks(hidden, begins, lengths, dictionary: Dictionary, cfg: DataConfig, epoch: int, ids: np.ndarray):
+    """mask_block's `hidden` for the blocks `ids` at once, without mask_stdev: True in hidden[begin : begin + length].
+
+    hidden is bool and False there; begins (ascending), lengths and ids are int64 (N,).
+    """
+    # rng.choice goes another way in long blocks, which pay for a generator of their own anyway
+    floyd = lengths <= FLOYD_LIMIT
+    generators = Generators(np.remainder(tuple_hashes(cfg.seed, epoch, ids).astype(np.float64), 1e6).astype(np.uint32))
+    counts = (cfg.mask_prob * lengths / cfg.mask_multiple_length + generators.random()).astype(np.int64) * floyd
+    starts = np.zeros(len(hidden), bool)
+    redrawn = generators.choose(lengths, counts, begins, starts)
+    starts = np.flatnonzero(starts)
+    room = np.repeat(begins + lengths, counts) - starts
+    hidden[ranges(starts, np.minimum(room, cfg.mask_multiple_length))] = True
+    for i in [*np.flatnonzero(~floyd).tolist(), *redrawn.tolist()]:
+        alone, _, _ = mask_block(int(lengths[i]), dictionary, cfg, epoch, int(ids[i]))
+        hidden[begins[i] : begins[i] + lengths[i]] = alone
+
+
+@functools.cache
+def hide_blocks_is_exact() -> bool:
+    """Whether this Python's hash and this numpy's generator are those that rng.py knows."""
+    cfg, ids, lengths = DataConfig(seed=12345), np.arange(64) * 977, np.arange(2, 66) * 5
+    begins, hidden = np.cumsum(lengths) - lengths, np.zeros(int(lengths.sum()), bool)
+    hide_blocks(hidden, begins, lengths, None, cfg, 7, ids)
+    rows = [mask_block(length, None, cfg, 7, index)[0] for length, index in zip(lengths.tolist(), ids.tolist())]
+    return np.array_equal(hidden, np.concatenate(rows))
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -479,19 +576,17 @@ class BlockDataset:
         block_size = (limit if split_long else cfg.tokens_per_sample) - 1
         if block_size < 1:
             raise InputError(f"--max_tokens {cfg.max_tokens}: no room for <s> and a token")
-        self.starts, self.ends = cut_blocks(self.stream.sizes, cfg.sample_break_mode, block_size, split_long)
-        self.lengths = self.ends - self.starts + 1  # with <s>
-        shuffled = np.random.RandomState(cfg.seed).permutation(len(self.lengths))
-        order = np.lexsort((shuffled, self.lengths))
-        fits = self.lengths[order] <= (limit if self.training else cfg.tokens_per_sample)
-        self.too_long = order[~fits]
-        order = order[fits]
-        if not self.training and len(order) and self.lengths[order[-1]] > cfg.max_tokens:
+        self.starts, ends = cut_blocks(self.stream.sizes, cfg.sample_break_mode, block_size, split_long)
+        self.lengths = (ends - self.starts + 1).astype(np.int32)  # with <s>
+        order = order_by_length(self.lengths, cfg.seed)
+        ascending = self.lengths[order]
+        fit = int(np.searchsorted(ascending, limit if self.training else cfg.tokens_per_sample, side="right"))
+        order, ascending, self.too_long = order[:fit], ascending[:fit], order[fit:]
+        if not self.training and fit and ascending[-1] > cfg.max_tokens:
             raise InputError(
-                f"{folder}: {split} has a block of {self.lengths[order[-1]]} tokens, above --max_tokens"
-                f" {cfg.max_tokens}"
+                f"{folder}: {split} has a block of {ascending[-1]} tokens, above --max_tokens {cfg.max_tokens}"
             )
-        ends = cut_batches(self.lengths[order], cfg.max_tokens, cfg.batch_size, cfg.required_batch_size_multiple)
+        ends = cut_batches(ascending, cfg.max_tokens, cfg.batch_size, cfg.required_batch_size_multiple)
         last = int(ends[-1] - (ends[-2] if len(ends) > 1 else 0)) if len(ends) else 0
         dropped = cfg.drop_remainder and last % cfg.required_batch_size_multiple
         self.remainder = order[len(order) - last :] if dropped else order[:0]
@@ -504,8 +599,7 @@ class BlockDataset:
 
     def dropped_tokens(self) -> tuple[int, int]:
         """Tokens of the text that training never sees: (in blocks too long, in the dropped remainder)."""
-        sizes = self.ends - self.starts
-        return int(sizes[self.too_long].sum()), int(sizes[self.remainder].sum())
+        return tuple(int(self.lengths[part].sum()) - len(part) for part in (self.too_long, self.remainder))
 
     def epoch_batches(self, epoch: int, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
         """Block numbers of this worker's batches in order; all workers get equally many, the last may be empty."""
@@ -519,59 +613,119 @@ class BlockDataset:
         return mine
 
     def read_block(self, index: int) -> np.ndarray:
-        """`<s>` and the block's tokens, int64 (length,). Raises InputError for a token that may not be there."""
-        start, end = int(self.starts[index]), int(self.ends[index])
-        tokens = np.empty(end - start + 1, np.int64)
-        tokens[0] = BOS
-        tokens[1:] = self.stream.read(start, end)
-        return tokens
+        """`<s>` and the block's tokens, int64 (length,), unchecked."""
+        start, end = int(self.starts[index]), int(self.starts[index] + self.lengths[index]) - 1
+        return np.concatenate([[BOS], self.stream.read(start, end)])
+
+    def _masked_rows(self, ids: np.ndarray, widths: np.ndarray, epoch: int):
+        """The blocks `ids` before their teacher's side is made, in rows of these widths one behind the other: tokens
+        and source, padded, and hidden, bool, the places chosen for masking, of which those that show `<mask>` enter the
+        loss. Raises InputError for a token that may not be there.
+        """
+        begins, lengths = np.cumsum(widths) - widths, self.lengths[ids].astype(np.int64)
+        positions = ranges(self.starts[ids], lengths - 1)
+        text = self.stream.take(positions)
+        self.stream.check_tokens(text, positions, self.dictionary)
+        tokens = np.full(int(widths.sum()), PAD, np.int64)
+        tokens[begins], of_text = BOS, np.ones(len(tokens), bool)
+        of_text[begins] = of_text[ranges(begins + lengths, widths - lengths)] = False
+        tokens[of_text] = text
+
+        cfg, source, hidden = self.cfg, tokens.copy(), np.zeros(len(tokens), bool)
+        mask_epoch = epoch if self.training and not cfg.fixed_masks else 1
+        plain = cfg.mask_stdev == cfg.random_token_prob == cfg.leave_unmasked_prob == 0
+        if plain and hide_blocks_is_exact():
+            hide_blocks(hidden, begins, lengths, self.dictionary, cfg, mask_epoch, ids)
+            source[hidden] = self.dictionary.mask_id
+            return tokens, source, hidden
+        for begin, length, index in zip(begins.tolist(), lengths.tolist(), ids.tolist()):
+            row = slice(begin, begin + length)
+            hidden[row], shown, random = mask_block(length, self.dictionary, cfg, mask_epoch, index)
+            source[row][shown] = self.dictionary.mask_id
+            if random is not None:
+                source[row][random[0]] = random[1]
+        return tokens, source, hidden
 
     def mask(self, ids: np.ndarray, epoch: int):
         """One batch before its teacher's side is made: tokens, source (B, T) padded, and hidden (B, T) bool, the places
         chosen for masking, of which those that show `<mask>` enter the loss."""
-        lengths = self.lengths[ids]
-        shape = len(ids), int(lengths.max())
-        tokens, hidden = np.full(shape, PAD, np.int64), np.zeros(shape, bool)
-        for row, index in enumerate(ids.tolist()):
-            tokens[row, : lengths[row]] = self.read_block(index)
-        real = np.arange(shape[1]) < lengths[:, None]
-        real[:, 0] = False  # <s> is ours, not the text's
-        rows, columns = np.nonzero(real)
-        self.stream.check_tokens(tokens[real], self.starts[ids][rows] + columns - 1, self.dictionary)
-        source = tokens.copy()
-        mask_epoch = epoch if self.training and not self.cfg.fixed_masks else 1
-        for row, (index, length) in enumerate(zip(ids.tolist(), lengths.tolist())):
-            hidden[row, :length], shown, random = mask_block(length, self.dictionary, self.cfg, mask_epoch, index)
-            source[row, :length][shown] = self.dictionary.mask_id
-            if random is not None:
-                source[row, :length][random[0]] = random[1]
-        return tokens, source, hidden
+        width = int(self.lengths[ids].max())
+        return tuple(flat.reshape(-1, width) for flat in self._masked_rows(ids, np.full(len(ids), width), epoch))
 
-    def batch(self, ids: np.ndarray, epoch: int) -> Batch:
-        """The masked batch of the blocks `ids` (at least one) in training epoch `epoch`."""
-        tokens, source, hidden = self.mask(ids, epoch)
-        masked = np.flatnonzero(source == self.dictionary.mask_id)
+    def _batches_at_once(self, lists: list[np.ndarray], epoch: int) -> list[Batch]:
+        """The masked batches of several lists of blocks: made as one run of rows, and cut."""
+        ids, rows = np.concatenate(lists).astype(np.int64), np.array([len(ids) for ids in lists])
+        first, lengths = np.cumsum(rows) - rows, self.lengths[ids]
+        widths = np.maximum.reduceat(lengths, first)
+        row_widths = np.repeat(widths, rows)
+        tokens, source, hidden = self._masked_rows(ids, row_widths, epoch)
         if self.cfg.teacher_input == "full":
-            target, target_places = tokens, masked
+            masked = target_places = np.flatnonzero(source == self.dictionary.mask_id)
+            target, target_widths = tokens, widths
         else:
             # fairseq's teacher reads <pad> at every other place, and pads count neither for attention nor for
             # positions: the same as the masked tokens squeezed together, at a fraction of the work
-            counts = hidden.sum(1)
-            width = max(1, int(counts.max()))
-            target = np.full((len(ids), width), PAD, np.int64)
-            target[np.arange(width) < counts[:, None]] = tokens[hidden]
-            place = np.cumsum(hidden, axis=1) - 1 + width * np.arange(len(ids))[:, None]
-            target_places = place.ravel()[masked]
-        return Batch(
-            source,
-            target,
-            masked,
-            target_places,
-            ids,
-            ntokens=int(self.lengths[ids].sum()),
-            source_padded=bool((source == PAD).any()),
-            target_padded=bool((target == PAD).any()),
-        )
+            masked = np.flatnonzero(hidden)
+            counts = np.diff(np.searchsorted(masked, np.cumsum(row_widths)), prepend=0)
+            target_widths = np.maximum(np.maximum.reduceat(counts, first), 1)
+            row_widths = np.repeat(target_widths, rows)
+            target = np.full(int(row_widths.sum()), PAD, np.int64)
+            target_places = ranges(np.cumsum(row_widths) - row_widths, counts)
+            target[target_places] = tokens[masked]
+            shown = source[masked] == self.dictionary.mask_id
+            masked, target_places = masked[shown], target_places[shown]
+
+        ends, target_ends = np.cumsum(rows * widths), np.cumsum(rows * target_widths)
+        begins, target_begins = ends - rows * widths, target_ends - rows * target_widths
+        place_ends = np.searchsorted(masked, ends)  # flat places count from the batch's own begin
+        places = np.diff(place_ends, prepend=0)
+        masked, target_places = masked - np.repeat(begins, places), target_places - np.repeat(target_begins, places)
+        return [
+            Batch(source.reshape(count, -1), target.reshape(count, -1), *rest)
+            for count, source, target, *rest in zip(
+                rows.tolist(),
+                cut(source, ends),
+                cut(target, target_ends),
+                cut(masked, place_ends),
+                cut(target_places, place_ends),
+                cut(ids, np.cumsum(rows)),
+                np.add.reduceat(lengths, first).tolist(),
+                np.logical_or.reduceat(source == PAD, begins).tolist(),
+                np.logical_or.reduceat(target == PAD, target_begins).tolist(),
+            )
+        ]
+
+    def batches(self, lists: list[np.ndarray], epoch: int):
+        """Yield the masked batch of each list of blocks in training epoch `epoch`, in order; an empty list has none."""
+        at_once = max(1, PIECE // self.cfg.max_tokens)
+        for first in range(0, len(lists), at_once):
+            some = [ids for ids in lists[first : first + at_once] if len(ids)]
+            try:
+                ready = self._batches_at_once(some, epoch) if some else []
+            except InputError:  # a bad token in one of them; those before it are good
+                ready = (self.batch(ids, epoch) for ids in some)
+            yield from ready
+
+    def batch(self, ids: np.ndarray, epoch: int) -> Batch:
+        """The masked batch of the blocks `ids` (at least one) in training epoch `epoch`."""
+        return self._batches_at_once([ids], epoch)[0]
+
+
+def prefetch(iterable, depth: int):
+    """Yield the items in their order while a thread makes up to `depth` of them in advance.
+
+    An error of the iterable is raised at its item's place. Closing the generator, or an error of the one who reads it,
+    ends the thread behind the item that it is at.
+    """
+    items, end = iter(iterable), object()
+    maker = ThreadPoolExecutor(1, "prefetch")
+    try:
+        ahead = deque(maker.submit(next, items, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(maker.submit(next, items, end))
+            yield item
+    finally:
+        maker.shutdown(cancel_futures=True)
 
 
 class Corpus:

@@ -26,7 +26,7 @@ import checkpoint
 import config
 import ema
 from config import InputError, RunError, option, printable
-from data import Batch, BlockDataset, Corpus, DataConfig, TokenFile, queries_of
+from data import Batch, BlockDataset, Corpus, DataConfig, TokenFile, prefetch, queries_of
 from ema import EmaConfig
 from guard import GuardConfig, Health, Lock, Signals
 from log import Log, moments, quality
@@ -459,9 +459,10 @@ def epoch_updates(run: Run, dataset: BlockDataset):
     whether it is the epoch's last). An update never crosses an epoch's end."""
     device, freq = run.device, run.cfg.train.update_freq
     rest = dataset.epoch_batches(run.epoch, device.rank, device.world_size)[run.batches_done :]
-    for first in range(0, len(rest), freq):
-        part = rest[first : first + freq]
-        yield [dataset.batch(ids, run.epoch) for ids in part if len(ids)], len(part), first + freq >= len(rest)
+    with contextlib.closing(prefetch(dataset.batches(rest, run.epoch), depth=2 * freq)) as batches:
+        for first in range(0, len(rest), freq):
+            part = rest[first : first + freq]
+            yield [next(batches) for ids in part if len(ids)], len(part), first + freq >= len(rest)
 
 
 def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
