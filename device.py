@@ -102,6 +102,10 @@ class Device:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    def reset_peak_memory(self):
+        if self.type != "cpu":
+            self._module.reset_peak_memory_stats()
+
     def rng_state(self) -> dict:
         state = {"cpu": torch.get_rng_state()}
         if self.type != "cpu":

@@ -236,9 +236,9 @@ def teacher_targets(
 ) -> Tensor:
     """What the student shall predict: the mean of the teacher's last layer targets, each normalized (paper, 3.3).
 
-    target (B, U): the teacher's tokens; places (M,): the masked tokens' flat places in B x U, and queries the same block
-    by block or None; width: T of the student's batch, above U where the teacher reads only the masked tokens. Returns
-    (M, C) float32.
+    target (B, U): the teacher's tokens; places (M,): the masked tokens' flat places in B x U, and queries the same
+    block by block or None; width: T of the student's batch, above U where the teacher reads only the masked tokens.
+    Returns (M, C) float32.
     """
     over_places = cfg.batch_norm_target_layer or cfg.instance_norm_target_layer or cfg.instance_norm_targets
     weight = None

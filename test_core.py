@@ -34,7 +34,19 @@ import ema
 import eval as evaluation
 import train
 from config import InputError
-from data import BOS, EOS, PAD, Corpus, DataConfig, Dictionary, TokenStream, cut_batches, cut_blocks, mask_block, queries_of
+from data import (
+    BOS,
+    EOS,
+    PAD,
+    Corpus,
+    DataConfig,
+    Dictionary,
+    TokenStream,
+    cut_batches,
+    cut_blocks,
+    mask_block,
+    queries_of,
+)
 from ema import EmaConfig
 from model import Data2VecText, ModelConfig, RegressionHead, data2vec_loss, explicit_attention, teacher_targets
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import bench
+import bench_data
 import data
 import rng
 from config import InputError
@@ -203,10 +204,10 @@ def test_batches_equal_those_of_the_plain_loop(corpus_dir, monkeypatch, teacher_
     for split in ("train", "valid"):
         dataset = Corpus(cfg).split(split)
         lists = dataset.epoch_batches(2)[:12]
-        plain = [bench.plain_batch(dataset, ids, 2) for ids in lists]
+        plain = [bench_data.plain_batch(dataset, ids, 2) for ids in lists]
         same_batches(dataset.batches([lists[0][:0], *lists, lists[0][:0]], 2), plain)
         turned = [ids[::-1] for ids in lists]  # the longest first
-        same_batches(map(dataset.batch, turned, [2] * 99), [bench.plain_batch(dataset, ids, 2) for ids in turned])
+        same_batches(map(dataset.batch, turned, [2] * 99), [bench_data.plain_batch(dataset, ids, 2) for ids in turned])
 
 
 @golden
@@ -221,7 +222,7 @@ def test_batches_of_the_golden_corpus_equal_those_of_the_plain_loop(tokens_per_s
         )
         dataset = Corpus(cfg).split("train")
         lists = dataset.epoch_batches(3)[: 12_800 // tokens_per_sample]
-        same_batches(dataset.batches(lists, 3), (bench.plain_batch(dataset, ids, 3) for ids in lists))
+        same_batches(dataset.batches(lists, 3), (bench_data.plain_batch(dataset, ids, 3) for ids in lists))
 
 
 def test_a_pad_symbol_in_the_text_counts_as_padding(tmp_path):
@@ -230,7 +231,7 @@ def test_a_pad_symbol_in_the_text_counts_as_padding(tmp_path):
     dataset = Corpus(cfg).split("train")
     same_batches(
         dataset.batches(dataset.epoch_batches(1), 1),
-        [bench.plain_batch(dataset, ids, 1) for ids in dataset.epoch_batches(1)],
+        [bench_data.plain_batch(dataset, ids, 1) for ids in dataset.epoch_batches(1)],
     )
     assert {batch.target_padded for batch in dataset.batches(dataset.epoch_batches(1), 1)} == {True, False}
 
@@ -317,14 +318,14 @@ def test_prefetch_ends_its_thread_when_it_is_closed_or_its_reader_fails():
 
 
 def test_the_bench_of_loader_and_start_print_their_figures(corpus_dir, monkeypatch):
-    monkeypatch.setattr(bench.loader, "__defaults__", (0.002, 1))
+    monkeypatch.setattr(bench_data.loader, "__defaults__", (0.002, 1))
     printed = call(bench.main, "--loader", "--data_path", corpus_dir).splitlines()
     rows = json.loads(printed[-1])["loader"]
     assert [(row["tokens_per_sample"], row["teacher_input"]) for row in rows] == [
         (n, mode) for n in (64, 512) for mode in ("full", "masked")
     ]
     assert all(row["tokens_per_s"] > 0 and row["plain_tokens_per_s"] > 0 for row in rows)
-    monkeypatch.setattr(bench.startup, "__defaults__", (1,))  # one process
+    monkeypatch.setattr(bench_data.startup, "__defaults__", (1,))  # one process
     printed = call(bench.main, "--startup", "--sentences", "600", "--tokens_per_sample", "64").splitlines()
     (row,) = json.loads(printed[-1])["startup"]
     assert row["sentences"] == 600 and row["total_s"] > row["beyond_torch_s"] > row["data_s"] > 0

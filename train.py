@@ -252,8 +252,9 @@ def hide_from_step(grads: list, skipped: torch.Tensor):
 
 
 def norm_and_factor(grads: list, sample_size, clip_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """For summed gradients, without asking the device: the global norm of their mean over the masked places (sample_size
-    is their number, int or tensor), and the factor that makes them that mean, clipped to `clip_norm` (0: not)."""
+    """For summed gradients, without asking the device: the global norm of their mean over the masked places
+    (sample_size is their number, int or tensor), and the factor that makes them that mean, clipped to `clip_norm` (0:
+    not)."""
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     factor = torch.ones_like(norm) / (sample_size or 1 if isinstance(sample_size, int) else sample_size)
     norm = norm * factor
@@ -514,7 +515,7 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
     t, device, folder = run.cfg.train, run.device, Path(run.cfg.train.save_dir)
     health, figures = Health(run.cfg.guard, t.warmup_updates), {}
     saver, unsaved = checkpoint.Saver(device), None  # unsaved: what the last save failed with
-    saving, best_saved = None, run.best_loss  # (update, best loss) of the save under way; best loss of the last good one
+    saving, best_saved = None, run.best_loss  # (update, best loss) of the save under way; the last good one's best loss
 
     def finished():
         return run.num_updates >= t.max_update or 0 < t.max_epoch < run.epoch
