@@ -76,7 +76,7 @@ BUILT_IN = dict(
 )
 
 # Flags whose values may look like a dotted spelling, such as run.1=a/b.
-PATHS = ("data_path", "save_dir", "init_from", "ckpt")
+PATHS = ("data_path", "save_dir", "tensorboard_logdir", "init_from", "ckpt")
 
 # Groups of the reference's YAML that say which class to build; anything else would be another model.
 BUILT_IN_NAMES = dict(
