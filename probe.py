@@ -11,12 +11,12 @@ baselines over the same places:
     untrained       the same classifier on the same model with its first weights: what the position gives away, and
                     what a random network passes on of the visible words
 
-How to read it: a model that has learned nothing about words stands at `untrained`, however low its loss, since much of
-a target can be predicted from the position alone; what lies between `untrained` and `trained` is learned context. The
+How to read it: a model that has learned nothing about words stands at `untrained`, however low its loss, since part of
+a target may follow from the position alone; what lies between `untrained` and `trained` is learned context. The
 gain in nats a word is printed with its standard error (all places of a block as one observation); a gain under three
 of them is none. On the demo corpus 400 updates gain 0.19 nats, from 5.34 to 5.15; guessing by the position alone gets
-some 5.41, and a small network that sees nothing but the nearest visible word on each side, trained on hidden words,
-4.70 with 19% right. Features that know their context should beat such neighbours: the demo run shows that learning has
+some 5.41, and a small network that sees nothing but the nearest visible word on each side, trained on hidden words
+and stopped where validation is best, 4.70 with 19% right. Features that know their context should beat such neighbours: the demo run shows that learning has
 begun, not that it is done. There is no top mark, since of spans of several hidden words no reader could name all.
 """
 
