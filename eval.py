@@ -17,6 +17,8 @@ import checkpoint
 import config
 from config import InputError
 from data import Corpus
+from probe import Probe
+from probe import table as probe_table
 from train import PARTS, Config, Run, evaluate, init_from
 
 
@@ -56,6 +58,8 @@ def main(argv: list | None = None) -> int:
         parser.add_argument("--ckpt", metavar="FILE", help="the checkpoint; --init_from is another name for it")
         parser.add_argument("--split", default="valid")
         parser.add_argument("--untrained", action="store_true", help="evaluate the same model before training, too")
+        parser.add_argument("--probe", action="store_true", help="do the features name hidden words? see probe.py")
+        parser.add_argument("--probe_places", type=int, default=50_000, help="masked places to fit it on [50000]")
         parser.add_argument("--json", action="store_true", help="print one JSON object")
 
     parts, args = config.parse(PARTS, __doc__, argv, extra=extra)
@@ -71,12 +75,18 @@ def main(argv: list | None = None) -> int:
         dataset = corpus.split(args.split)
         run = Run(cfg, device, len(corpus.dictionary))
         untrained = {"untrained": evaluate(run, dataset)} if args.untrained else {}
+        probe = Probe(run, corpus, args.split, args.probe_places) if args.probe else None
+        first_weights = probe.ask() if probe else None
         init_from(run, corpus, loaded, path)
         result = dict(ckpt=str(path), split=args.split, amp=device.amp_name, **evaluate(run, dataset), **untrained)
+        if probe:
+            result["probe"] = probe.result(first_weights, probe.ask())
     finally:
         device.close()
     if device.rank == 0:
         print(json.dumps(result) if args.json else table(result))
+        if probe and not args.json:
+            print(probe_table(result["probe"], args.split))
     return 0
 
 

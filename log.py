@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import write_text
-from config import printable
+from config import InputError, printable
 from device import Device
 
 
@@ -40,12 +40,70 @@ def quality(sums: torch.Tensor, count: int) -> dict:
     )
 
 
+class TensorBoard:
+    """The rows of train.jsonl as TensorBoard curves over updates, under the names that fairseq gives them.
+
+    `{logdir}/train_inner` holds the rows of log intervals and `{logdir}/valid` those of validations, as fairseq's two
+    folders of that name do; its third, `train`, holds means over an epoch, which no row has. By fairseq's name:
+
+        train_inner  loss, sample_size, ntokens, nsentences, gnorm, lr, loss_scale, ups, wall   as in the row
+                     ema_decay               as in the row; there times 1000, here not
+                     wpb, bsz                ntokens and nsentences once more, as there
+                     wps                     tokens/s; there wps, wpb and ntokens count masked tokens alone
+                     fps, target_var, pred_var, epoch    no counterpart there
+        valid        loss, best_loss         the row's valid_loss, valid_best_loss
+                     target_var, pred_var, cosine, cosine_constant, epoch    no counterpart there
+
+    fairseq's clip, train_wall and gb_free have none here. Its lr is the next update's; ours is the one that was used.
+    A null, or a skipped update's row, is no point of any curve.
+    """
+
+    ALSO = dict(ntokens="wpb", nsentences="bsz")
+
+    def __init__(self, logdir: str):
+        """Raises InputError if the tensorboard package is missing or the folder cannot be written."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise InputError("--tensorboard_logdir needs the tensorboard package: pip install tensorboard") from None
+        self._writer, self._writers, self.logdir = SummaryWriter, {}, Path(logdir)
+        try:
+            self.logdir.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"--tensorboard_logdir {logdir}: {e.strerror}") from None
+        if not os.access(self.logdir, os.W_OK):
+            raise InputError(f"--tensorboard_logdir {logdir}: not writable")
+
+    def open(self, num_updates: int):
+        """Go on behind update num_updates: what an earlier run wrote from there on is no longer shown."""
+        for name in ("train_inner", "valid"):
+            self._writers[name] = self._writer(str(self.logdir / name), purge_step=num_updates + 1)
+
+    def row(self, row: dict):
+        """Raises OSError if it cannot be written."""
+        name, prefix = ("valid", "valid_") if "valid_loss" in row else ("train_inner", "")
+        if f"{prefix}loss" not in row:
+            return
+        for key, value in row.items():
+            if value is not None and key != "num_updates":
+                for tag in (key.removeprefix(prefix), self.ALSO.get(key)):
+                    if tag:
+                        self._writers[name].add_scalar(tag, value, row["num_updates"])
+        self._writers[name].flush()
+
+    def close(self):
+        for writer in self._writers.values():
+            writer.close()
+
+
 class Log:
     """Figures of the updates since the last row. Everything stays on the device until a row is due; only rank 0
     writes."""
 
-    def __init__(self, device: Device, path: Path):
+    def __init__(self, device: Device, path: Path, tensorboard_logdir: str = ""):
+        """Raises InputError if TensorBoard curves are wanted and cannot be written."""
         self.device, self.path, self.bar = device, path, None
+        self.curves = TensorBoard(tensorboard_logdir) if tensorboard_logdir and device.rank == 0 else None
         self._began, self._torn = time.perf_counter(), False
         self.reset()
 
@@ -56,6 +114,8 @@ class Log:
                 row for row in self.path.read_text(errors="replace").splitlines() if _updates_of(row) <= num_updates
             ]
             write_text(self.path, "".join(row + "\n" for row in rows))
+        if self.curves is not None:
+            self.curves.open(num_updates)
         if self.device.rank == 0 and sys.stderr.isatty():
             self.bar = tqdm(total=max_update, initial=num_updates, unit="update", dynamic_ncols=True)
 
@@ -153,6 +213,12 @@ class Log:
         except OSError as e:  # a full disk shall not end a run; the row may have been written in part
             self._torn = True
             self.say(f"warning: {self.path}: {e.strerror}; update {row['num_updates']} is not in it")
+        if self.curves is not None:
+            try:
+                self.curves.row(row)
+            except OSError as e:
+                self.say(f"warning: {self.curves.logdir}: {e.strerror}; no more curves until the next start")
+                self.curves = None
         if self.bar is not None and None not in (row.get("loss"), row.get("target_var")):
             self.bar.set_postfix_str(
                 f"epoch {row['epoch']} loss {row['loss']:.3f} gnorm {row['gnorm']:.2f} lr {row['lr']:.2e}"
@@ -174,6 +240,8 @@ class Log:
     def close(self):
         if self.bar is not None:
             self.bar.close()
+        if self.curves is not None:
+            self.curves.close()
 
 
 def _updates_of(row: str) -> float:

@@ -55,6 +55,7 @@ class TrainConfig:
     )
     keep_interval_updates: int = option(1, "how many of those to keep (-1: all)", low=-1)
     save_dir: str = option("checkpoints", "where checkpoints and train.jsonl go")
+    tensorboard_logdir: str = option("", "where TensorBoard curves go, under fairseq's names; needs tensorboard")
     init_from: str = option("", "start from the weights and teacher of this checkpoint, ours or fairseq's")
 
     def check(self):
@@ -384,7 +385,7 @@ def resume(
         moved.append("world_size")
     if moved and not reset_position:
         refuse(moved, "use the old settings, or --reset_data_position to go on from the next epoch")
-    unimportant = ("data_path", "init_from", "device", "log_", "validate_", "save_", "keep_", "disable_")
+    unimportant = ("data_path", "init_from", "device", "log_", "tensor", "validate_", "save_", "keep_", "disable_")
     other = [k for k in differing(set(loaded.config) - set(moved)) if not k.startswith(unimportant)]
     if other:
         say(
@@ -492,7 +493,7 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
             remove(folder, "checkpoint_*.pt.tmp", "train.jsonl.tmp")  # what a broken save left behind
         device.barrier()  # the directory is as it shall be
         run = Run(cfg, device, len(corpus.dictionary))
-        log = Log(device, folder / "train.jsonl")
+        log = Log(device, folder / "train.jsonl", t.tensorboard_logdir)
         stack.callback(log.close)
         found = None if args.no_resume else find_checkpoint(folder, log.say)
         if found:

@@ -1,0 +1,132 @@
+"""Looking instead of reading: the curves of one run, or of several over each other, as a picture.
+
+    python plot.py RUN [RUN ...] --out curves.png
+
+RUN is a --save_dir or a train.jsonl, of a run that still goes on, too. The suffix of --out names the format (png, svg,
+pdf). Needs matplotlib.
+"""
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+
+import config
+from config import InputError
+
+# Okabe and Ito's palette, which colour-blind people can tell apart, without its yellow (faint on white) and black
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+# (title, unit, log scale, (key in train.jsonl, its name in the panel's own legend) for each line)
+PANELS = (
+    ("loss", "per masked token", False, (("loss", "training"), ("valid_loss", "validation"))),
+    ("learning rate", "", False, (("lr", ""),)),
+    ("gradient norm", "before clipping", False, (("gnorm", ""),)),
+    ("EMA decay of the teacher", "", False, (("ema_decay", ""),)),
+    ("variance", "0: collapse", True, (("target_var", "target"), ("pred_var", "prediction"))),
+    ("throughput", "tokens/s", False, (("wps", ""),)),
+)
+STYLES = ("-", "--")  # of a panel's first and second line
+
+
+def read_run(run: str) -> dict:
+    """{key: (updates, values)} of a run's rows; null is NaN, which makes a gap. Torn lines are passed over.
+
+    Raises InputError if there is nothing to draw.
+    """
+    path = Path(run) / "train.jsonl" if Path(run).is_dir() else Path(run)
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; RUN is a --save_dir of train.py, or its train.jsonl") from None
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from None
+    series = {key: ([], []) for *_, keys in PANELS for key, _ in keys}
+    for line in lines:
+        try:
+            row = json.loads(line)
+            update = float(row["num_updates"])
+            found = {key: math.nan if row[key] is None else float(row[key]) for key in series if key in row}
+        except (ValueError, KeyError, TypeError):  # a crash, or a full disk, cut it short
+            continue
+        for key, value in found.items():
+            series[key][0].append(update)
+            series[key][1].append(value)
+    if not any(math.isfinite(value) for _, values in series.values() for value in values):
+        raise InputError(f"{path}: holds no row of a log interval or a validation (yet); {len(lines)} lines")
+    return series
+
+
+def names_of(runs: list[str]) -> list[str]:
+    """The runs' paths without train.jsonl and without the folders that they share."""
+    parts = [Path(run).parts[:-1] if Path(run).name == "train.jsonl" else Path(run).parts for run in runs]
+    shared = 0
+    while all(shared < len(p) - 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return [os.path.join(*p[shared:]) if p[shared:] else run for p, run in zip(parts, runs)]
+
+
+def draw(runs: dict, path: Path):
+    """Draw {name: series of `read_run`} into one picture. Raises InputError if that cannot be written."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("plot.py needs the matplotlib package: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    if not path.parent.is_dir():
+        raise InputError(f"--out {path}: {path.parent}: no such folder")
+    known = plt.gcf().canvas.get_supported_filetypes()
+    plt.close()
+    if path.suffix[1:].lower() not in known:
+        raise InputError(f"--out {path}: the suffix names the format; one of {', '.join(sorted(known))}")
+    colours = COLOURS if len(runs) <= len(COLOURS) else plt.cm.viridis([i / len(runs) for i in range(len(runs))])
+    plt.rcParams.update({"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(2, 3, figsize=(9, 4.8), dpi=100, layout="constrained")
+    for i, (axis, (title, unit, log, keys)) in enumerate(zip(axes.flat, PANELS)):
+        for series, colour in zip(runs.values(), colours):
+            for (key, _), style in zip(keys, STYLES):
+                few = len(series[key][0]) < (30 if key == "valid_loss" else 2)  # too few for a line alone
+                marker = "o" if few else ""
+                axis.plot(*series[key], style, color=colour, linewidth=1.2, marker=marker, markersize=3)
+        axis.set_title(title + (f" ({unit})" if unit else ""))
+        axis.grid(color="0.9", linewidth=0.6)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.margins(x=0.02)
+        if i >= 3:
+            axis.set_xlabel("updates")
+        if log:
+            axis.set_yscale("log", nonpositive="mask")
+        else:
+            axis.yaxis.set_major_formatter(EngFormatter(sep="") if title == "throughput" else "{x:g}")
+        if title == "throughput":
+            axis.set_ylim(bottom=0)
+        if len(keys) > 1:
+            lines = [Line2D([], [], color="0.3", linestyle=s, linewidth=1.2) for s in STYLES]
+            axis.legend(lines, [name for _, name in keys], frameon=False)
+    handles = [Line2D([], [], color=colour, linewidth=2) for colour in colours[: len(runs)]]
+    figure.legend(handles, list(runs), loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
+    part = path.with_name(path.name + ".tmp")
+    figure.savefig(part, format=path.suffix[1:].lower())
+    plt.close(figure)
+    os.replace(part, path)
+
+
+def main(argv: list | None = None) -> int:
+    parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a --save_dir of train.py, or its train.jsonl")
+    parser.add_argument("--out", default="curves.png", metavar="FILE", help="the picture [curves.png]")
+    args = parser.parse_args(argv)
+    series = [read_run(run) for run in args.runs]
+    draw(dict(zip(names_of(args.runs), series)), Path(args.out))
+    print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    config.program(main)
