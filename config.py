@@ -155,7 +155,7 @@ def numbers(text: str) -> tuple:
 _READERS = {bool: boolean, int: whole_number, float: number, str: str, tuple: numbers}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")
 
@@ -167,7 +167,7 @@ def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: d
     as the config saved in a checkpoint. Returns (list of instances, namespace of the extra flags). Raises InputError.
     """
     fields = {field.name: field for config in configs for field in dataclasses.fields(config)}
-    parser = _Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     if extra:
         extra(parser)
     parser.add_argument("--config_name", help=f"preset: {', '.join(PRESETS)}; or with --config_dir a YAML's name")
