@@ -117,7 +117,8 @@ sys.path[0] = sys.argv[1]
 def look():
     with open("/proc/self/status") as f:
         status = dict(re.findall(r"(VmRSS|VmHWM):\\s+(\\d+) kB", f.read()))
-    return time.monotonic() - float(sys.argv[2]), int(status["VmRSS"]) * 1024, int(status["VmHWM"]) * 1024
+    resident, peak = (int(status[key]) * 1024 for key in ("VmRSS", "VmHWM"))
+    return time.monotonic() - float(sys.argv[2]), resident, peak, time.process_time()
 
 began = look()
 import torch
@@ -138,6 +139,7 @@ print(json.dumps(dict(
     torch_s=bare[0] - began[0],
     modules_s=imported[0] - bare[0],
     data_s=ready[0] - imported[0],
+    data_cpu_s=ready[3] - imported[3],
     total_s=ready[0],
     beyond_torch_s=ready[0] - (bare[0] - began[0]),
     torch_bytes=bare[2],

@@ -45,6 +45,7 @@ class TrainConfig:
     adam_betas: tuple = option((0.9, 0.98), "Adam's decays", low=0, below=1)
     adam_eps: float = option(1e-6, "Adam's epsilon, beside the uncorrected second moment as in fairseq", above=0)
     weight_decay: float = option(0.01, "decoupled weight decay, on all parameters", low=0)
+    compile: bool = option(False, "let torch.compile fuse the encoder's layers; the first updates take a minute")
     log_interval: int = option(200, "updates between two log lines", low=1)
     disable_validation: bool = option(False, "never validate; no valid split is needed")
     validate_interval: int = option(1, "epochs between two validations (0: not at epoch ends)", low=0)
@@ -109,6 +110,9 @@ class Run:
         self.student = Data2VecText(cfg.model, vocabulary_size, device.kernels()).to(device.torch_device).train()
         self.teacher = ema.make_teacher(self.student.encoder)
         self.reader = ema.make_reader(self.teacher, device.amp)  # the teacher in the precision that it computes in
+        if cfg.train.compile:
+            for layer in (*self.student.encoder.layers, *self.reader.layers):
+                layer.compile(dynamic=True)  # in place: names and weights stay what they are
         self.parameters = list(self.student.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
