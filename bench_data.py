@@ -208,11 +208,19 @@ def startup(data: DataConfig, sentences: list[int], vocabulary: int, runs: int =
 
 def print_startup(rows: list[dict]):
     print("from process start to the first batch; beyond `import torch`: all but that import")
-    print(
-        f"{'sentences':>12}{'tokens':>16}{'blocks':>12}{'s in all':>10}{'s beyond':>10}{'MB beyond':>11}{'at peak':>9}"
+    names = dict(
+        sentences="sentences",
+        tokens="tokens",
+        blocks="blocks",
+        total_s="s in all",
+        beyond_torch_s="s beyond",
+        data_cpu_s="CPU s, data",
+        beyond_torch_bytes="MB beyond",
+        peak_beyond_torch_bytes="MB at peak",
     )
+    print("".join(f"{name:>15}" for name in names.values()))
     for r in rows:
-        print(
-            f"{r['sentences']:12,.0f}{r['tokens']:16,.0f}{r['blocks']:12,.0f}{r['total_s']:10.2f}{r['beyond_torch_s']:10.2f}"
-            f"{r['beyond_torch_bytes'] / 1e6:11.0f}{r['peak_beyond_torch_bytes'] / 1e6:9.0f}"
-        )
+        shown = {
+            k: f"{r[k] / 1e6:,.0f}" if "bytes" in k else f"{r[k]:,.2f}" if "_s" in k else f"{r[k]:,.0f}" for k in names
+        }
+        print("".join(f"{text:>15}" for text in shown.values()))

@@ -75,9 +75,9 @@ class Device:
             return torch.npu.amp.GradScaler(**rules)
         return torch.amp.GradScaler(self.type, **rules)
 
-    def kernels(self) -> Kernels:
-        """The forms of GELU, attention and dropout that are right and fast here."""
-        if self.type == "cpu":
+    def kernels(self, compiled: bool = False) -> Kernels:
+        """The forms of GELU, attention and dropout that are right and fast here; compiled: under torch.compile."""
+        if self.type == "cpu" and not compiled:
             return Kernels(attention=_cpu_attention, dropout=cpu_dropout)
         if self.type == "npu":
             return Kernels(gelu=_npu_gelu())

@@ -107,7 +107,8 @@ class Run:
     def __init__(self, cfg: Config, device: Device, vocabulary_size: int):
         self.cfg, self.device = cfg, device
         device.seed(cfg.data.seed)  # every worker begins with the same weights
-        self.student = Data2VecText(cfg.model, vocabulary_size, device.kernels()).to(device.torch_device).train()
+        student = Data2VecText(cfg.model, vocabulary_size, device.kernels(cfg.train.compile))
+        self.student = student.to(device.torch_device).train()
         self.teacher = ema.make_teacher(self.student.encoder)
         self.reader = ema.make_reader(self.teacher, device.amp)  # the teacher in the precision that it computes in
         if cfg.train.compile:
