@@ -11,6 +11,7 @@ and batch sampler at commit 3f6ba43f; where the default differs, the place says 
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -105,10 +106,11 @@ class Dictionary:
                 raise InputError(f"{path}, line {number}: duplicate of {symbol!r}; each symbol may stand once")
             ids[symbol] = len(self.symbols)
             self.symbols.append(symbol)
+        self.rows = len(self.symbols)  # without a <mask> that the file does not list: what the writer's type goes by
         if "<mask>" not in ids:
             ids["<mask>"] = len(self.symbols)
             self.symbols.append("<mask>")
-        self.mask_id = ids["<mask>"]
+        self.mask_id, self.ids = ids["<mask>"], ids
 
     def __len__(self):
         return len(self.symbols)
@@ -278,28 +280,72 @@ class TokenStream:
             self.check_tokens(self.take(places), places, dictionary)
 
 
-def write_dataset(prefix, sentences, vocabulary_size: int) -> tuple[int, int]:
-    """Write an iterable of int arrays as PREFIX.bin and PREFIX.idx, byte for byte as fairseq's mmap writer does.
+def build_dictionary(counts: dict, nwords: int = 0, threshold: int = 0) -> str:
+    """The dict.txt that fairseq-preprocess builds from {word: count}: the most frequent first, ties by code point.
 
-    Both appear complete or not at all, the index last. Returns (sentences, tokens). A sentence should end with EOS (2);
-    a sentence [2] separates documents. The type is uint16 under 65,500 symbols (<mask> not counted), else uint32.
+    nwords limits the number of symbols, the four special ones included (0: no limit); threshold is the least count.
+    Symbols that no text needs pad the number to a multiple of 8.
     """
-    prefix = Path(prefix)
-    code = 8 if vocabulary_size < 65500 else 9
-    dtype = np.dtype(DTYPES[code]).newbyteorder("<")
-    sizes = []
-    parts = {suffix: prefix.with_name(f"{prefix.name}.{suffix}.tmp") for suffix in ("bin", "idx")}
-    with open(parts["bin"], "wb") as f:
-        for sentence in sentences:
-            f.write(np.asarray(sentence, dtype).tobytes())
-            sizes.append(len(sentence))
-    offsets = np.cumsum([0, *sizes[:-1]], dtype=np.int64) * dtype.itemsize
-    with open(parts["idx"], "wb") as f:
-        f.write(MAGIC + (1).to_bytes(8, "little") + bytes([code]) + len(sizes).to_bytes(8, "little"))
-        f.write(np.asarray(sizes, "<i4").tobytes() + offsets[: len(sizes)].astype("<i8").tobytes())
-    for suffix, part in parts.items():
-        os.replace(part, prefix.with_name(f"{prefix.name}.{suffix}"))
-    return len(sizes), sum(sizes)
+    # differs from fairseq: a <mask> in the text gets no row, so it becomes <unk>; as a token no training could take it
+    words = counts.keys() - {*SPECIAL, "<mask>"}
+    kept = sorted((word for word in words if counts[word] >= threshold), key=lambda word: (-counts[word], word))
+    if nwords > 0:
+        kept = kept[: nwords - len(SPECIAL)]
+    taken = {word for word in kept if word.startswith("madeupword")}
+    unused = (name for i in itertools.count() if (name := f"madeupword{i:04d}") not in taken)
+    padding = itertools.islice(unused, -(len(kept) + len(SPECIAL)) % 8)
+    return "".join([f"{word} {counts[word]}\n" for word in kept] + [f"{word} 0\n" for word in padding])
+
+
+def token_type(vocabulary_size: int) -> np.dtype:
+    """The type of a .bin: uint16 under 65,500 symbols (<mask> not counted, unless dict.txt lists it), else uint32."""
+    return np.dtype("<u2" if vocabulary_size < 65500 else "<u4")
+
+
+def write_parts(prefix, chunks, dtype: np.dtype) -> tuple[int, int]:
+    """Write chunks as PREFIX.bin.tmp and PREFIX.idx.tmp, byte for byte as fairseq's mmap writer does.
+
+    A chunk is (the tokens of some sentences, as bytes of `dtype`; the sentences' sizes). Returns (sentences, tokens).
+    Memory does not grow with their number. `publish` gives the files their names.
+    """
+    count, tokens, code = 0, 0, {np.dtype(t): code for code, t in DTYPES.items()}[np.dtype(dtype)]
+    with open(f"{prefix}.bin.tmp", "wb") as bin_, open(f"{prefix}.idx.tmp", "w+b") as idx:
+        idx.write(bytes(HEADER))
+        for blob, sizes in chunks:
+            bin_.write(blob)
+            idx.write(np.asarray(sizes, "<i4").tobytes())
+            count += len(sizes)
+        for first in range(0, count, 1 << 20):
+            idx.seek(HEADER + 4 * first)
+            sizes = np.frombuffer(idx.read(4 * min(1 << 20, count - first)), "<i4")
+            ends = tokens + np.cumsum(sizes, dtype=np.int64)
+            idx.seek(0, os.SEEK_END)
+            idx.write(((ends - sizes) * dtype.itemsize).astype("<i8").tobytes())
+            tokens = int(ends[-1])
+        idx.seek(0)
+        idx.write(MAGIC + (1).to_bytes(8, "little") + bytes([code]) + count.to_bytes(8, "little"))
+        for file in (bin_, idx):
+            file.flush()
+            os.fsync(file.fileno())
+    return count, tokens
+
+
+def publish(prefix):
+    """Let what write_parts left appear, the index last; an older index goes first, for it fits no other .bin."""
+    Path(f"{prefix}.idx").unlink(missing_ok=True)
+    for suffix in ("bin", "idx"):
+        os.replace(f"{prefix}.{suffix}.tmp", f"{prefix}.{suffix}")
+
+
+def write_dataset(prefix, sentences, vocabulary_size: int) -> tuple[int, int]:
+    """Write an iterable of int arrays as PREFIX.bin and PREFIX.idx; both appear complete or not at all.
+
+    Returns (sentences, tokens). A sentence should end with EOS (2); a sentence [2] separates documents.
+    """
+    dtype = token_type(vocabulary_size)
+    counts = write_parts(prefix, ((np.asarray(s, dtype).tobytes(), [len(s)]) for s in sentences), dtype)
+    publish(prefix)
+    return counts
 
 
 # ---------------------------------------------------------------------------------------------- blocks
@@ -870,17 +916,14 @@ def make_demo(folder, words: int = 4000):
         for split, members in splits.items()
     }
     counts = Counter(word for document in documents["train"] for sentence in document for word in sentence)
-    kept = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:words]
-    ids = {word: len(SPECIAL) + i for i, (word, _) in enumerate(kept)}
-    rows = [f"{word} {count}" for word, count in kept]
-    rows += [f"madeupword{i:04d} 0" for i in range(-(len(rows) + len(SPECIAL)) % 8)]
-    (folder / "dict.txt").write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+    (folder / "dict.txt").write_text(build_dictionary(counts, words + len(SPECIAL)), encoding="utf-8")
+    dictionary = Dictionary(folder / "dict.txt")
     for split, members in documents.items():
         sentences = []
         for document in members:
-            sentences += [[ids.get(word, UNK) for word in sentence] + [EOS] for sentence in document]
+            sentences += [[dictionary.ids.get(word, UNK) for word in sentence] + [EOS] for sentence in document]
             sentences.append([EOS])
-        count, tokens = write_dataset(folder / split, sentences, len(rows) + len(SPECIAL))
+        count, tokens = write_dataset(folder / split, sentences, dictionary.rows)
         print(f"{folder / split}: {count:,} sentences, {tokens:,} tokens, {len(members)} documents")
 
 
