@@ -330,11 +330,11 @@ def write_parts(prefix, chunks, dtype: np.dtype) -> tuple[int, int]:
     return count, tokens
 
 
-def publish(prefix):
-    """Let what write_parts left appear, the index last; an older index goes first, for it fits no other .bin."""
-    Path(f"{prefix}.idx").unlink(missing_ok=True)
-    for suffix in ("bin", "idx"):
-        os.replace(f"{prefix}.{suffix}.tmp", f"{prefix}.{suffix}")
+def publish(paths: list):
+    """Let PATH.tmp appear as PATH, the last of them last; an older last one goes first, for it fits no other."""
+    Path(paths[-1]).unlink(missing_ok=True)
+    for path in paths:
+        os.replace(f"{path}.tmp", path)
 
 
 def write_dataset(prefix, sentences, vocabulary_size: int) -> tuple[int, int]:
@@ -344,7 +344,7 @@ def write_dataset(prefix, sentences, vocabulary_size: int) -> tuple[int, int]:
     """
     dtype = token_type(vocabulary_size)
     counts = write_parts(prefix, ((np.asarray(s, dtype).tobytes(), [len(s)]) for s in sentences), dtype)
-    publish(prefix)
+    publish([f"{prefix}.bin", f"{prefix}.idx"])
     return counts
 
 

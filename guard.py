@@ -61,7 +61,7 @@ class Signals:
 class Lock:
     """Keeps a second run out of a directory. The kernel drops the lock with its process, however that ends."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, flag: str = "--save_dir"):
         self.file = open(folder / ".lock", "a+")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -70,7 +70,7 @@ class Lock:
             holder = self.file.read().strip() or "another process"
             self.file.close()
             raise InputError(
-                f"--save_dir {folder} is in use by {holder}; choose another, or wait for its end"
+                f"{flag} {folder} is in use by {holder}; choose another, or wait for its end"
             ) from None
         except OSError:  # a file system without locks; better to run than to refuse
             return

@@ -44,24 +44,22 @@ from tqdm import tqdm
 
 import config
 from config import InputError, RunError
-from data import EOS, HEADER, UNK, Dictionary, build_dictionary, publish, token_type, write_parts
+from data import EOS, UNK, Dictionary, build_dictionary, publish, token_type, write_parts
 from guard import Lock
 
 SPLITS = ("test", "valid", "train")  # train last, since nothing takes a folder without it for a dataset
 BPE_FILES = ("encoder.json", "vocab.bpe")
 CHUNK = 1 << 20  # bytes of text that one worker takes at a time
+CONTINUE = "the same command continues behind the last finished step"
 MEMO, MEMO_PIECE = 1 << 18, 32  # pieces of text whose tokens are remembered, and the longest of these
 
 
 # ---------------------------------------------------------------------------------------------- text to tokens
 
 
-def lines_of(chunk: bytes) -> list[str]:
-    """The lines of a chunk as Python's text files give them: "\\n", "\\r" and "\\r\\n" end one, nothing else does."""
-    text = chunk.decode("utf-8")
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    lines = text.split("\n")
+def lines_of(chunk: str) -> list[str]:
+    """The lines of a piece of text; only "\\n" ends one."""
+    lines = chunk.split("\n")
     return lines if lines[-1] else lines[:-1]
 
 
@@ -170,20 +168,21 @@ class Tokenizer:
     def __call__(self, lines: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(self._row(line), self.dtype).astype(np.int64) for line in lines]
 
-    def encode(self, chunk: bytes):
-        """A chunk of text -> (its tokens as bytes, sizes int32 (sentences,), number of UNK)."""
+    def encode(self, chunk: str):
+        """Some lines -> (their tokens as bytes, sizes int32 (lines,), number of UNK)."""
         rows = [self._row(line) for line in lines_of(chunk)]
         tokens = b"".join(rows)
         sizes = np.fromiter(map(len, rows), np.int32, len(rows)) // self.dtype.itemsize
         return tokens, sizes, int(np.count_nonzero(np.frombuffer(tokens, self.dtype) == UNK))
 
-    def count(self, chunk: bytes) -> tuple[int, Counter]:
-        """A chunk of text -> (its number of lines, how often each symbol occurs)."""
-        lines = lines_of(chunk)
+    def count(self, chunk: str) -> Counter:
+        """Some lines -> how often each word, or each id, occurs; EOS is not counted."""
         if self.bpe is None:
-            return len(lines), Counter(word for line in lines for word in line.split())
-        counts = np.bincount(np.frombuffer(b"".join(map(self._row, lines)), self.dtype))
-        return len(lines), Counter({i: counts[i] for i in np.flatnonzero(counts).tolist()})
+            return Counter(chunk.split())
+        tokens, sizes, _ = self.encode(chunk)
+        counts = np.bincount(np.frombuffer(tokens, self.dtype), minlength=EOS + 1)
+        counts[EOS] -= len(sizes)  # the one that ends each line
+        return Counter({str(i): int(counts[i]) for i in np.flatnonzero(counts).tolist()})
 
 
 def load_tokenizer(folder, dictionary: Dictionary, encoder_json=None, vocab_bpe=None) -> Tokenizer:
@@ -202,11 +201,429 @@ def load_tokenizer(folder, dictionary: Dictionary, encoder_json=None, vocab_bpe=
     if len(there) == 1:
         missing = next(name for name in BPE_FILES if name not in there)
         raise InputError(f"no {missing} in {folder}, which belongs to {paths[there[0]]}")
-    return Tokenizer(
-        text_ids(dictionary), token_type(dictionary.rows), read_bpe(*paths.values()) if there else None
-    )
+    return Tokenizer(text_ids(dictionary), token_type(dictionary.rows), read_bpe(*paths.values()) if there else None)
 
 
 def text_ids(dictionary: Dictionary) -> dict:
     """{symbol: id} of what a text may hold. <mask> is none of it: training would refuse it."""
     return {symbol: i for symbol, i in dictionary.ids.items() if i != dictionary.mask_id}
+
+
+# ---------------------------------------------------------------------------------------------- files of text
+
+
+def locate(name: str) -> tuple[Path, str | None]:
+    """A file as the command line names it -> (path, member of the archive or None). Raises InputError."""
+    archive = re.fullmatch(r"(.*\.zip):(.+)", name, re.I)
+    path, member = (Path(archive[1]), archive[2]) if archive and not Path(name).exists() else (Path(name), None)
+    if not path.is_file():
+        raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    if member is None and not zipfile.is_zipfile(path):
+        return path, None
+    try:
+        with zipfile.ZipFile(path) as z:
+            members = [m for m in z.namelist() if not m.endswith("/")]
+    except (OSError, zipfile.BadZipFile) as e:
+        raise InputError(f"{path}: not a readable zip archive: {e}") from None
+    if member not in members:
+        what = "an archive; name one of its members" if member is None else f"has no member {member!r}"
+        raise InputError(f"{path}: {what}, as ARCHIVE.zip:MEMBER; it holds {', '.join(members[:8]) or 'nothing'}")
+    return path, member
+
+
+@contextlib.contextmanager
+def open_file(name: str):
+    """A file's bytes as (file of the plain ones, file of those on the disk, size on the disk)."""
+    path, member = locate(name)
+    with open(path, "rb") as raw, contextlib.ExitStack() as stack:
+        size = path.stat().st_size
+        if member is not None:
+            archive = stack.enter_context(zipfile.ZipFile(raw))
+            size = archive.getinfo(member).compress_size
+            yield stack.enter_context(archive.open(member)), raw, size
+        elif path.suffix.lower() == ".gz":
+            yield stack.enter_context(gzip.GzipFile(fileobj=raw)), raw, size
+        else:
+            yield raw, raw, size
+
+
+def whole_lines(name: str, advance):
+    """The bytes of a file, cut behind line ends into pieces of about CHUNK."""
+    held = []  # the beginning of a line whose end has not been read
+    try:
+        with open_file(name) as (file, raw, _):
+            at = raw.tell()
+            while block := file.read(CHUNK):
+                advance(raw.tell() - at)
+                at = raw.tell()
+                end = 1 + max(block.rfind(b"\n"), block.rfind(b"\r", 0, -1))  # a last \r may be half of a \r\n
+                if end:
+                    yield b"".join([*held, block[:end]])
+                    held = []
+                held.append(block[end:])
+    # RuntimeError: an encrypted member; NotImplementedError: a compression that Python lacks
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, RuntimeError, NotImplementedError) as e:
+        raise InputError(f"{name}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
+    if rest := b"".join(held):
+        yield rest
+
+
+def read_chunks(name: str, advance=lambda n: None):
+    """The text of a file in pieces of whole lines. "\\n", "\\r" and "\\r\\n" end a line, as in Python's text files, and
+    come out as "\\n". `advance` hears of the bytes read from the disk. Raises InputError, with the line if it is no UTF-8.
+    """
+    line = 1
+    for chunk in whole_lines(name, advance):
+        error = None
+        try:
+            text = chunk.decode("utf-8")
+        except UnicodeDecodeError as e:
+            error, text = e, chunk[: e.start].decode("utf-8")
+        if "\r" in text:
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        line += text.count("\n")
+        if error:
+            raise InputError(f"{name}, line {line}: not UTF-8 ({error.reason}); convert the file first, as iconv does")
+        yield text
+
+
+def disk_size(names: list[str]) -> int:
+    total = 0
+    for name in names:
+        with open_file(name) as (_, _, size):
+            total += size
+    return total
+
+
+def identity(name: str) -> dict:
+    """What tells that a file is another one than before."""
+    path, member = locate(name)
+    status = path.stat()
+    return dict(
+        file=path.name + (f":{member}" if member is not None else ""), bytes=status.st_size, mtime_ns=status.st_mtime_ns
+    )
+
+
+# ---------------------------------------------------------------------------------------------- workers
+
+
+@contextlib.contextmanager
+def sigint(handler):
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+_tokenizer = None  # a worker process's own
+
+
+def _begin(*arguments):
+    global _tokenizer
+    _tokenizer = Tokenizer(*arguments)
+    # a parent that is killed outright cannot end its workers
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def _work(method: str, chunk: bytes):
+    return getattr(_tokenizer, method)(chunk)
+
+
+class Pool:
+    """`count` processes with the tokenizer, or this process alone for one; what comes out is the same."""
+
+    def __init__(self, count: int, tokenizer: Tokenizer, names: list[str]):
+        self.tokenizer, self.count, self.processes = tokenizer, min(count, disk_size(names) // CHUNK), None
+        if self.count > 1:
+            # not fork: threads of torch or tokenizers may be running
+            self.processes = ProcessPoolExecutor(
+                self.count, get_context("spawn"), _begin, (tokenizer.ids, tokenizer.dtype, tokenizer.bpe)
+            )
+            with sigint(signal.SIG_IGN):  # inherited: Ctrl-C is this process's to answer
+                for _ in range(self.count):
+                    self.processes.submit(int)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.processes:
+            self.processes.shutdown(cancel_futures=True)
+
+    def map(self, method: str, chunks):
+        """Yield Tokenizer.`method` of each chunk, in order. Raises RunError if a process dies."""
+        if not self.processes:
+            yield from map(getattr(self.tokenizer, method), chunks)
+            return
+        ahead = deque()
+        try:
+            for chunk in chunks:
+                ahead.append(self.processes.submit(_work, method, chunk))
+                if len(ahead) > 2 * self.count:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        except BrokenProcessPool:
+            raise RunError(
+                f"a worker was killed, perhaps for lack of memory (fewer --workers need less); {CONTINUE}"
+            ) from None
+
+
+# ---------------------------------------------------------------------------------------------- steps
+
+
+def read_all(names: list[str], label: str):
+    """The text of all files, as read_chunks, with a progress bar."""
+    total = disk_size(names)
+    with tqdm(desc=label, total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        for name in names:
+            yield from read_chunks(name, bar.update)
+
+
+def train_bpe(names: list[str], vocab_size: int, sample_mb: int) -> list[bytes]:
+    """Train a byte-level BPE; returns GPT-2's two files of it.
+
+    The trainer's memory grows with the different pieces of text, which for a language without spaces are nearly all; so
+    it sees at most sample_mb MB, spread evenly over the files.
+    """
+    share = min(1.0, sample_mb * 1e6 / max(1, disk_size(names)))
+    tokenizers = need_tokenizers()
+    bpe = byte_level()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
+    )
+    texts = (
+        [line.strip() for line in lines_of(text)]
+        for i, text in enumerate(read_all(names, "training the BPE"))
+        if int((i + 1) * share) > int(i * share)
+    )
+    with sigint(signal.SIG_DFL):  # the trainer does not come back to Python for long
+        bpe.train_from_iterator(texts, trainer)
+    with tempfile.TemporaryDirectory() as folder:
+        _, merges = bpe.model.save(folder)
+        merges = Path(merges).read_bytes()
+    vocab = dict(sorted(bpe.get_vocab().items(), key=lambda item: item[1]))
+    return [json.dumps(vocab).encode(), merges]
+
+
+def built_dictionary(args: argparse.Namespace, bpe) -> bytes:
+    """A dict.txt of the train files' words, or of the ids of a BPE."""
+    # differs from fairseq-preprocess: ids that train does not hold are listed, too (behind the others, so that these
+    # keep their places); without them another text's rare characters would be <unk>
+    ids = {str(i): i for i in bpe.get_vocab().values()} if bpe else {}
+    counts = Counter(dict.fromkeys(ids, 0))
+    with Pool(args.workers, Tokenizer(ids, "<u4", bpe), args.train) as pool:
+        for part in pool.map("count", read_all(args.train, "counting")):
+            counts.update(part)
+    return build_dictionary(counts, args.nwords, args.threshold).encode()
+
+
+class Steps:
+    """The steps done in a folder, by preprocess.log: a JSON row for each, written just before the step's files appear.
+
+    A step is done if its files are there and its row says that they were made from what it would be made from now.
+    """
+
+    FILES = {"bpe": BPE_FILES, "dict": ("dict.txt",), **{split: (f"{split}.bin", f"{split}.idx") for split in SPLITS}}
+
+    def __init__(self, folder: Path):
+        self.folder, self.log, self.rows = folder, folder / "preprocess.log", {}
+        if self.log.exists():
+            for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, TypeError, KeyError):  # fairseq's own log, or cut by a crash
+                    row = json.loads(line)
+                    self.rows[row["step"]] = row
+
+    def paths(self, step: str) -> list[Path]:
+        return [self.folder / name for name in self.FILES[step]]
+
+    def done(self, step: str, made_from: dict, content: bytes | None = None) -> bool:
+        """Raises InputError if the step's files are there, but neither hold `content` nor were made from the same."""
+        *_, last = paths = self.paths(step)
+        if not last.exists():
+            return False
+        if content is not None and last.read_bytes() == content:
+            return True
+        before = self.rows.get(step, {}).get("made_from")
+        if before is None:
+            raise InputError(f"{last} is there, but was not made by preprocess.py; --overwrite replaces it")
+        for key in sorted(before.keys() | made_from.keys()):
+            old, new = (json.dumps(values.get(key)) for values in (before, made_from))
+            if old != new:
+                raise InputError(f"{last} was made with {key} {old}, not {new}; --overwrite replaces it")
+        if [path.stat().st_size for path in paths if path.exists()] == self.rows[step]["bytes"]:
+            return True
+        print(f"{last}: not of the size it was made with; made again", flush=True)
+        return False
+
+    def finish(self, step: str, made_from: dict, **facts):
+        """Let the step's files, written as NAME.tmp, appear."""
+        paths = self.paths(step)
+        sizes = [Path(f"{path}.tmp").stat().st_size for path in paths]
+        row = dict(step=step, **facts, bytes=sizes, made_from=made_from)
+        with self.log.open("a+b") as f:
+            torn = f.tell() and (f.seek(-1, os.SEEK_END), f.read())[1] != b"\n"
+            f.write(b"\n" * bool(torn) + json.dumps(row).encode() + b"\n")
+            f.flush()
+            os.fsync(f.fileno())
+        publish(paths)
+
+    def write(self, step: str, made_from: dict, contents: list[bytes]):
+        for path, content in zip(self.paths(step), contents, strict=True):
+            with open(f"{path}.tmp", "wb") as f:
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+        self.finish(step, made_from)
+
+    def remove(self, suffix: str = ""):
+        """Remove what steps made, the indexes first; with ".tmp", what a killed run left half-written."""
+        for step in (*reversed(SPLITS), "dict", "bpe"):
+            for path in reversed(self.paths(step)):
+                Path(f"{path}{suffix}").unlink(missing_ok=True)
+
+
+def write_split(steps: Steps, split: str, names: list[str], pool: Pool, made_from: dict):
+    began, empty, unknown = time.perf_counter(), 0, 0
+
+    def chunks():
+        nonlocal empty, unknown
+        for tokens, sizes, unk in pool.map("encode", read_all(names, split)):
+            empty, unknown = empty + int((sizes == 1).sum()), unknown + unk
+            yield tokens, sizes
+
+    sentences, tokens = write_parts(steps.folder / split, chunks(), pool.tokenizer.dtype)
+    seconds = round(time.perf_counter() - began, 3)
+    steps.finish(split, made_from, sentences=sentences, empty=empty, tokens=tokens, unk=unknown, seconds=seconds)
+    print(
+        f"{steps.folder / split}: {sentences:,} sentences, {empty:,} of them empty, {tokens:,} tokens,"
+        f" {100 * unknown / max(1, tokens):.1f}% <unk>, {seconds:.1f} s",
+        flush=True,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- command
+
+
+def parse(argv: list | None) -> argparse.Namespace:
+    parser = config.Parser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    for split in reversed(SPLITS):
+        add(f"--{split}", nargs="+", default=[], metavar="F", help=f"text of the {split} split")
+    add("--dest", required=True, metavar="DIR", help="folder to write to")
+    add("--bpe", required=True, choices=("gpt2", "train", "none"), help="how text becomes tokens, see above")
+    add("--encoder_json", metavar="F", help="GPT-2's encoder.json")
+    add("--vocab_bpe", metavar="F", help="GPT-2's vocab.bpe")
+    add("--vocab_size", type=config.whole_number, help="tokens of a trained BPE, 256 single bytes included [32000]")
+    add("--bpe_sample_mb", type=config.whole_number, help="most text, in MB, that a BPE is trained on [100]")
+    add("--dict", metavar="F", help="take this dict.txt instead of building one")
+    add("--nwords", type=config.whole_number, help="most symbols in a built one, 4 special ones included [no limit]")
+    add("--threshold", type=config.whole_number, help="a built one leaves out what occurs less often [0]")
+    add("--workers", type=config.whole_number, default=len(os.sched_getaffinity(0)), help="processes [%(default)s]")
+    add("--overwrite", action="store_true", help="remove a dataset in DIR that was made from something else")
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(
+        [re.sub("^--[^=]*", lambda m: m[0].replace("-", "_").replace("_", "-", 2), a) for a in argv]
+    )
+
+    for name, needed, allowed in (
+        ("encoder_json", args.bpe == "gpt2", args.bpe == "gpt2"),
+        ("vocab_bpe", args.bpe == "gpt2", args.bpe == "gpt2"),
+        ("vocab_size", False, args.bpe == "train"),
+        ("bpe_sample_mb", False, args.bpe == "train"),
+        ("dict", False, args.bpe != "train"),
+        ("nwords", False, not args.dict),
+        ("threshold", False, not args.dict),
+    ):
+        if needed and getattr(args, name) is None:
+            raise InputError(f"--{name} is missing, which --bpe {args.bpe} needs")
+        if not allowed and getattr(args, name) is not None:
+            raise InputError(f"--{name} has no meaning with --bpe {args.bpe}{' and --dict' if args.dict else ''}")
+    args.vocab_size, args.bpe_sample_mb = args.vocab_size or 32000, args.bpe_sample_mb or 100
+    args.nwords, args.threshold = max(0, args.nwords or 0), args.threshold or 0
+    for name, low in (("workers", 1), ("vocab_size", 256), ("bpe_sample_mb", 1)):
+        if getattr(args, name) < low:
+            raise InputError(f"--{name} {getattr(args, name)}: must be at least {low}")
+    if 0 < args.nwords < 5:
+        raise InputError(f"--nwords {args.nwords}: four of them are special, so it must be at least 5")
+    if not any(getattr(args, split) for split in SPLITS):
+        raise InputError("no text: give --train F, --valid F or --test F")
+    if not args.dict and not args.train:
+        raise InputError("--train is missing: without --dict the dictionary is built from it")
+    return args
+
+
+def preprocess(args: argparse.Namespace):
+    texts = {split: names for split in SPLITS if (names := getattr(args, split))}
+    inputs = {split: [identity(name) for name in names] for split, names in texts.items()}
+    given = {"dict": args.dict, "encoder_json": args.encoder_json, "vocab_bpe": args.vocab_bpe}
+    given = {name: Path(path).read_bytes() for name, path in given.items() if path}
+    bpe = read_bpe(args.encoder_json, args.vocab_bpe) if args.bpe == "gpt2" else None
+    if args.dict and bpe and not Dictionary(args.dict).ids.keys() & set(map(str, bpe.get_vocab().values())):
+        raise InputError(f"--dict {args.dict}: holds none of the ids of {args.encoder_json}; it is another tokenizer's")
+    made_from = dict(
+        bpe=args.bpe, **{f"{name}_sha256": hashlib.sha256(data).hexdigest() for name, data in given.items()}
+    )
+    if args.bpe == "train":
+        need_tokenizers()
+        made_from |= dict(vocab_size=args.vocab_size, bpe_sample_mb=args.bpe_sample_mb)
+    if not args.dict:
+        made_from |= dict(nwords=args.nwords, threshold=args.threshold, train=inputs["train"])
+
+    dest = Path(args.dest)
+    steps = Steps(dest)
+    steps.remove(".tmp")
+    if args.overwrite:
+        steps.remove()
+    done = {step: steps.done(step, made_from, given.get(step)) for step in ("bpe", "dict")}
+    for split in SPLITS:  # a split that is not asked for must fit, too
+        text = inputs.get(split) or steps.rows.get(split, {}).get("made_from", {}).get("text")
+        done[split] = steps.done(split, {**made_from, "text": text})
+    for split in texts:
+        if done[split]:
+            print(f"{dest / split}: done before", flush=True)
+
+    if args.bpe != "none" and not done["bpe"]:
+        train = (texts["train"], args.vocab_size, args.bpe_sample_mb)
+        steps.write("bpe", made_from, [given["encoder_json"], given["vocab_bpe"]] if bpe else train_bpe(*train))
+    if args.bpe == "train":
+        bpe = read_bpe(*steps.paths("bpe"))
+    if not done["dict"]:
+        steps.write("dict", made_from, [given["dict"] if args.dict else built_dictionary(args, bpe)])
+    dictionary = Dictionary(dest / "dict.txt")
+    left = {split: names for split, names in texts.items() if not done[split]}
+    if left:
+        tokenizer = Tokenizer(text_ids(dictionary), token_type(dictionary.rows), bpe)
+        with Pool(args.workers, tokenizer, sum(left.values(), [])) as pool:
+            for split, names in left.items():
+                write_split(steps, split, names, pool, {**made_from, "text": inputs[split]})
+
+
+def main(argv: list | None = None) -> int:
+    args = parse(argv)
+    os.environ.setdefault("RAYON_NUM_THREADS", str(args.workers))  # the threads of the BPE's trainer
+    try:
+        Path(args.dest).mkdir(parents=True, exist_ok=True)
+        lock = Lock(Path(args.dest), "--dest")
+        try:
+            preprocess(args)
+        finally:
+            lock.release()
+    except KeyboardInterrupt:
+        print(f"\npreprocess.py: interrupted; {CONTINUE}", file=sys.stderr)
+        return 130
+    except OSError as e:
+        if e.filename:
+            raise
+        raise RunError(f"--dest {args.dest}: {e.strerror or e}; {CONTINUE}") from None
+    return 0
+
+
+if __name__ == "__main__":
+    config.program(main)
