@@ -51,6 +51,9 @@ SPLITS = ("test", "valid", "train")  # train last, since nothing takes a folder 
 BPE_FILES = ("encoder.json", "vocab.bpe")
 CHUNK = 1 << 20  # bytes of text that one worker takes at a time
 CONTINUE = "the same command continues behind the last finished step"
+# GPT-2's pattern always cuts before a space that stands between two characters which are no white space, and looks at
+# nothing beyond it; so these pieces can be encoded, and remembered, one by one.
+CUT = re.compile(r"(?<=\S)(?= \S)")
 MEMO, MEMO_PIECE = 1 << 18, 32  # pieces of text whose tokens are remembered, and the longest of these
 
 
@@ -155,14 +158,11 @@ class Tokenizer:
 
     def _row(self, line: str) -> bytes:
         """The tokens of one line as bytes."""
-        words = line.split()
+        words, line = line.split(), line.strip()
         if self.bpe is None or not words:
             return b"".join(map(self.later.__getitem__, words)) + self.eos
-        line = line.strip()
-        # GPT-2's pattern always cuts before a space between two characters that are no white space, and looks at
-        # nothing beyond it; so words parted by single spaces can be encoded, and remembered, one by one.
-        if " ".join(words) != line:
-            return self._encode(line) + self.eos
+        if " ".join(words) != line:  # other white space
+            return b"".join(map(self.first.__getitem__, CUT.split(line))) + self.eos
         return self.first[words[0]] + b"".join(map(self.later.__getitem__, words[1:])) + self.eos
 
     def __call__(self, lines: list[str]) -> list[np.ndarray]:
@@ -270,7 +270,7 @@ def whole_lines(name: str, advance):
 
 def read_chunks(name: str, advance=lambda n: None):
     """The text of a file in pieces of whole lines. "\\n", "\\r" and "\\r\\n" end a line, as in Python's text files, and
-    come out as "\\n". `advance` hears of the bytes read from the disk. Raises InputError, with the line if it is no UTF-8.
+    come out as "\\n". `advance` hears of the bytes read from the disk. Raises InputError, with the line if not UTF-8.
     """
     line = 1
     for chunk in whole_lines(name, advance):
@@ -381,24 +381,24 @@ def read_all(names: list[str], label: str):
             yield from read_chunks(name, bar.update)
 
 
-def train_bpe(names: list[str], vocab_size: int, sample_mb: int) -> list[bytes]:
+def train_bpe(args: argparse.Namespace) -> list[bytes]:
     """Train a byte-level BPE; returns GPT-2's two files of it.
 
     The trainer's memory grows with the different pieces of text, which for a language without spaces are nearly all; so
-    it sees at most sample_mb MB, spread evenly over the files.
+    it sees at most --bpe_sample_mb MB, spread evenly over the files.
     """
-    share = min(1.0, sample_mb * 1e6 / max(1, disk_size(names)))
+    share = min(1.0, args.bpe_sample_mb * 1e6 / max(1, disk_size(args.train)))
     tokenizers = need_tokenizers()
     bpe = byte_level()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=args.vocab_size,
         min_frequency=2,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
     texts = (
         [line.strip() for line in lines_of(text)]
-        for i, text in enumerate(read_all(names, "training the BPE"))
+        for i, text in enumerate(read_all(args.train, "training the BPE"))
         if int((i + 1) * share) > int(i * share)
     )
     with sigint(signal.SIG_DFL):  # the trainer does not come back to Python for long
@@ -436,17 +436,18 @@ class Steps:
             for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError, TypeError, KeyError):  # fairseq's own log, or cut by a crash
                     row = json.loads(line)
-                    self.rows[row["step"]] = row
+                    if isinstance(row["made_from"], dict):
+                        self.rows[row["step"]] = row
 
     def paths(self, step: str) -> list[Path]:
         return [self.folder / name for name in self.FILES[step]]
 
-    def done(self, step: str, made_from: dict, content: bytes | None = None) -> bool:
-        """Raises InputError if the step's files are there, but neither hold `content` nor were made from the same."""
+    def done(self, step: str, made_from: dict, contents: list | None = None) -> bool:
+        """Raises InputError if the step's files are there, but neither hold `contents` nor were made from the same."""
         *_, last = paths = self.paths(step)
         if not last.exists():
             return False
-        if content is not None and last.read_bytes() == content:
+        if contents and [path.read_bytes() for path in paths if path.exists()] == contents:
             return True
         before = self.rows.get(step, {}).get("made_from")
         if before is None:
@@ -455,7 +456,7 @@ class Steps:
             old, new = (json.dumps(values.get(key)) for values in (before, made_from))
             if old != new:
                 raise InputError(f"{last} was made with {key} {old}, not {new}; --overwrite replaces it")
-        if [path.stat().st_size for path in paths if path.exists()] == self.rows[step]["bytes"]:
+        if [path.stat().st_size for path in paths if path.exists()] == self.rows[step].get("bytes"):
             return True
         print(f"{last}: not of the size it was made with; made again", flush=True)
         return False
@@ -485,6 +486,8 @@ class Steps:
         for step in (*reversed(SPLITS), "dict", "bpe"):
             for path in reversed(self.paths(step)):
                 Path(f"{path}{suffix}").unlink(missing_ok=True)
+        if not suffix:
+            self.log.unlink(missing_ok=True)
 
 
 def write_split(steps: Steps, split: str, names: list[str], pool: Pool, made_from: dict):
@@ -562,42 +565,47 @@ def parse(argv: list | None) -> argparse.Namespace:
 def preprocess(args: argparse.Namespace):
     texts = {split: names for split in SPLITS if (names := getattr(args, split))}
     inputs = {split: [identity(name) for name in names] for split, names in texts.items()}
-    given = {"dict": args.dict, "encoder_json": args.encoder_json, "vocab_bpe": args.vocab_bpe}
-    given = {name: Path(path).read_bytes() for name, path in given.items() if path}
-    bpe = read_bpe(args.encoder_json, args.vocab_bpe) if args.bpe == "gpt2" else None
-    if args.dict and bpe and not Dictionary(args.dict).ids.keys() & set(map(str, bpe.get_vocab().values())):
-        raise InputError(f"--dict {args.dict}: holds none of the ids of {args.encoder_json}; it is another tokenizer's")
-    made_from = dict(
-        bpe=args.bpe, **{f"{name}_sha256": hashlib.sha256(data).hexdigest() for name, data in given.items()}
-    )
+    given = {"dict": [args.dict], "bpe": [args.encoder_json, args.vocab_bpe]}
+    given = {step: [Path(path).read_bytes() for path in paths] for step, paths in given.items() if paths[0]}
+    digests = {f"{step}_sha256": hashlib.sha256(b"".join(contents)).hexdigest() for step, contents in given.items()}
+    made_from = dict(bpe=args.bpe, **digests)
     if args.bpe == "train":
-        need_tokenizers()
         made_from |= dict(vocab_size=args.vocab_size, bpe_sample_mb=args.bpe_sample_mb)
     if not args.dict:
         made_from |= dict(nwords=args.nwords, threshold=args.threshold, train=inputs["train"])
 
     dest = Path(args.dest)
-    steps = Steps(dest)
-    steps.remove(".tmp")
-    if args.overwrite:
-        steps.remove()
-    done = {step: steps.done(step, made_from, given.get(step)) for step in ("bpe", "dict")}
-    for split in SPLITS:  # a split that is not asked for must fit, too
-        text = inputs.get(split) or steps.rows.get(split, {}).get("made_from", {}).get("text")
-        done[split] = steps.done(split, {**made_from, "text": text})
+    steps, done = Steps(dest), dict.fromkeys(Steps.FILES, False)
+    if not args.overwrite:
+        for step in ("bpe", "dict"):
+            done[step] = steps.done(step, made_from, given.get(step))
+        for split in SPLITS:  # one that is not asked for must fit, too
+            text = inputs.get(split) or steps.rows.get(split, {}).get("made_from", {}).get("text")
+            done[split] = steps.done(split, {**made_from, "text": text})
+    left = {split: names for split, names in texts.items() if not done[split]}
     for split in texts:
         if done[split]:
             print(f"{dest / split}: done before", flush=True)
+    if not left and done["dict"] and (done["bpe"] or args.bpe == "none"):
+        return
 
+    # all that may be wrong, before anything is removed
+    bpe = read_bpe(args.encoder_json, args.vocab_bpe) if args.bpe == "gpt2" else None
+    dictionary = Dictionary(args.dict) if args.dict else None
+    if bpe and dictionary and not dictionary.ids.keys() & set(map(str, bpe.get_vocab().values())):
+        raise InputError(f"--dict {args.dict}: holds none of the ids of {args.encoder_json}; it is another tokenizer's")
+    if args.bpe == "train":
+        need_tokenizers()
+    steps.remove(".tmp")
+    if args.overwrite:
+        steps.remove()
     if args.bpe != "none" and not done["bpe"]:
-        train = (texts["train"], args.vocab_size, args.bpe_sample_mb)
-        steps.write("bpe", made_from, [given["encoder_json"], given["vocab_bpe"]] if bpe else train_bpe(*train))
+        steps.write("bpe", made_from, given.get("bpe") or train_bpe(args))
     if args.bpe == "train":
         bpe = read_bpe(*steps.paths("bpe"))
     if not done["dict"]:
-        steps.write("dict", made_from, [given["dict"] if args.dict else built_dictionary(args, bpe)])
+        steps.write("dict", made_from, given.get("dict") or [built_dictionary(args, bpe)])
     dictionary = Dictionary(dest / "dict.txt")
-    left = {split: names for split, names in texts.items() if not done[split]}
     if left:
         tokenizer = Tokenizer(text_ids(dictionary), token_type(dictionary.rows), bpe)
         with Pool(args.workers, tokenizer, sum(left.values(), [])) as pool:

@@ -3,12 +3,15 @@
 #
 #   bash run_1p.sh                                              demo corpus, tiny model: some two minutes
 #   bash run_1p.sh full --data_path=DIR [train.py flags]        pretrain; the same command again continues
+#   bash run_1p.sh full --raw_dir=DIR [flags]                   the same, from wiki.{train,valid,test}.raw in DIR
 #   bash run_1p.sh performance --data_path=DIR [flags]          5,000 updates from the start, for the throughput
 #   bash run_1p.sh eval --data_path=DIR --checkpoint_path=FILE  validation in float32 on the CPU
 #   bash run_1p.sh test [pytest arguments]                      the tests
 #
 # full and performance take the npu_1p preset (--config_name base for fairseq's lengths); --checkpoint_path=FILE there
-# starts from that file's weights. Everything lands in output/$ASCEND_DEVICE_ID (default 0).
+# starts from that file's weights. Everything lands in output/$ASCEND_DEVICE_ID (default 0). --raw_dir binarizes first, if
+# that has not been done, into --data_path (default: a folder there): with the BPE of DIR's encoder.json, vocab.bpe and
+# dict.txt as fairseq's recipe does, or where DIR holds none of these, with a BPE that it trains on the text.
 set -euo pipefail
 start=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -40,13 +43,14 @@ absolute() {
     (IFS=: && echo "${out[*]}")
 }
 
-data_path="" checkpoint_path="" save_dir="" flags=()
+data_path="" raw_dir="" checkpoint_path="" save_dir="" flags=()
 while [ $# -gt 0 ]; do
     case $1 in
     --data_path=*) data_path=${1#*=} ;;
+    --raw_dir=*) raw_dir=${1#*=} ;;
     --checkpoint_path=*) checkpoint_path=${1#*=} ;;
     --save_dir=*) save_dir=${1#*=} ;;
-    --data_path | --checkpoint_path | --save_dir)
+    --data_path | --raw_dir | --checkpoint_path | --save_dir)
         [ $# -gt 1 ] || { echo "run_1p.sh: $1 needs a value" >&2; exit 2; }
         printf -v "${1#--}" %s "$2"
         shift
@@ -60,10 +64,12 @@ while [ $# -gt 0 ]; do
     shift
 done
 [ -z "$data_path" ] || data_path=$(absolute "$data_path")
+[ -z "$raw_dir" ] || raw_dir=$(absolute "$raw_dir")
 [ -z "$checkpoint_path" ] || checkpoint_path=$(absolute "$checkpoint_path")
 [ -z "$save_dir" ] || save_dir=$(absolute "$save_dir")
-if [[ $mode =~ ^(full|performance|eval)$ && -z $data_path ]]; then
-    echo "run_1p.sh: --data_path=DIR is missing: the folder with dict.txt, train.bin and train.idx" >&2
+if [[ $mode =~ ^(full|performance|eval)$ && -z $data_path$raw_dir ]]; then
+    echo "run_1p.sh: --data_path=DIR is missing: the folder with dict.txt, train.bin and train.idx;" \
+        "or --raw_dir=DIR: that with wiki.train.raw" >&2
     exit 2
 fi
 
@@ -97,13 +103,15 @@ if ! TORCH_DEVICE_BACKEND_AUTOLOAD=0 $python -c "import $needed" 2>/dev/null; th
     fi
 fi
 
+need() { # a package, and what needs it
+    $python -c "import $1" 2>/dev/null || $python -m pip install --quiet --disable-pip-version-check "$1" || {
+        echo "run_1p.sh: $2 needs the package $1: $python -m pip install $1" >&2
+        exit 1
+    }
+}
+
 if [ $mode = test ]; then
-    if ! $python -c "import pytest" 2>/dev/null; then
-        $python -m pip install --quiet --disable-pip-version-check pytest || {
-            echo "run_1p.sh: the tests need pytest: $python -m pip install pytest" >&2
-            exit 1
-        }
-    fi
+    need pytest "the mode test"
     exec "$python" -m pytest -q ${flags[@]+"${flags[@]}"}
 fi
 
@@ -111,6 +119,27 @@ device_id=${ASCEND_DEVICE_ID:-0}
 output=output/$device_id
 log=$output/train_$device_id.log
 mkdir -p "$output"
+
+if [[ -n $raw_dir && $mode =~ ^(full|performance|eval)$ ]]; then
+    data_path=${data_path:-$output/$(basename "$raw_dir")-bin}
+    how=() texts=()
+    for file in encoder.json vocab.bpe dict.txt; do
+        [ ! -e "$raw_dir/$file" ] || how+=("--${file/[.]/_}" "$raw_dir/$file")
+    done
+    case ${#how[@]} in
+    0) how=(--bpe train) ;;
+    6) how=(--bpe gpt2 "${how[@]/#--dict_txt/--dict}") ;;
+    *)
+        echo "run_1p.sh: $raw_dir holds only a part of encoder.json, vocab.bpe and dict.txt; add the rest, or remove it" >&2
+        exit 2
+        ;;
+    esac
+    for split in train valid test; do
+        [[ $split = test && ! -e $raw_dir/wiki.test.raw ]] || texts+=("--$split" "$raw_dir/wiki.$split.raw")
+    done
+    need tokenizers "--raw_dir"
+    "$python" preprocess.py "${texts[@]}" --dest "$data_path" "${how[@]}"
+fi
 
 if [ $mode = eval ]; then
     exec "$python" eval.py --device cpu --amp off --data_path "$data_path" \
