@@ -193,7 +193,7 @@ def load_tokenizer(folder, dictionary: Dictionary, encoder_json=None, vocab_bpe=
     given = dict(zip(BPE_FILES, (encoder_json, vocab_bpe)))
     paths = {name: Path(path or Path(folder) / name) for name, path in given.items()}
     there = [name for name in BPE_FILES if given[name] or paths[name].exists()]
-    if not there and all(symbol.isdigit() for symbol in dictionary.symbols[4:104]):
+    if not there and all(symbol.isdigit() for symbol in dictionary.symbols[4 : min(104, dictionary.rows)]):
         raise InputError(
             f"{folder}: its dict.txt holds the ids of a BPE, but encoder.json and vocab.bpe are not beside it; put them"
             " there, or name them (--encoder_json F --vocab_bpe F)"
@@ -307,15 +307,6 @@ def identity(name: str) -> dict:
 # ---------------------------------------------------------------------------------------------- workers
 
 
-@contextlib.contextmanager
-def sigint(handler):
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 _tokenizer = None  # a worker process's own
 
 
@@ -326,7 +317,7 @@ def _begin(*arguments):
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def _work(method: str, chunk: bytes):
+def _work(method: str, chunk: str):
     return getattr(_tokenizer, method)(chunk)
 
 
@@ -340,9 +331,11 @@ class Pool:
             self.processes = ProcessPoolExecutor(
                 self.count, get_context("spawn"), _begin, (tokenizer.ids, tokenizer.dtype, tokenizer.bpe)
             )
-            with sigint(signal.SIG_IGN):  # inherited: Ctrl-C is this process's to answer
-                for _ in range(self.count):
-                    self.processes.submit(int)
+            # inherited: Ctrl-C is this process's to answer, a moment later if it comes now
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            for _ in range(self.count):
+                self.processes.submit(int)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __enter__(self):
         return self
@@ -384,8 +377,8 @@ def read_all(names: list[str], label: str):
 def train_bpe(args: argparse.Namespace) -> list[bytes]:
     """Train a byte-level BPE; returns GPT-2's two files of it.
 
-    The trainer's memory grows with the different pieces of text, which for a language without spaces are nearly all; so
-    it sees at most --bpe_sample_mb MB, spread evenly over the files.
+    The trainer's memory grows with the different pieces of text, and in a language without spaces nearly all differ:
+    100 MB for each MB of Chinese. So it sees at most --bpe_sample_mb MB, spread evenly over the files.
     """
     share = min(1.0, args.bpe_sample_mb * 1e6 / max(1, disk_size(args.train)))
     tokenizers = need_tokenizers()
@@ -401,8 +394,11 @@ def train_bpe(args: argparse.Namespace) -> list[bytes]:
         for i, text in enumerate(read_all(args.train, "training the BPE"))
         if int((i + 1) * share) > int(i * share)
     )
-    with sigint(signal.SIG_DFL):  # the trainer does not come back to Python for long
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the trainer does not come back to Python for long
+    try:
         bpe.train_from_iterator(texts, trainer)
+    finally:
+        signal.signal(signal.SIGINT, before)
     with tempfile.TemporaryDirectory() as folder:
         _, merges = bpe.model.save(folder)
         merges = Path(merges).read_bytes()
@@ -524,16 +520,14 @@ def parse(argv: list | None) -> argparse.Namespace:
     add("--encoder_json", metavar="F", help="GPT-2's encoder.json")
     add("--vocab_bpe", metavar="F", help="GPT-2's vocab.bpe")
     add("--vocab_size", type=config.whole_number, help="tokens of a trained BPE, 256 single bytes included [32000]")
-    add("--bpe_sample_mb", type=config.whole_number, help="most text, in MB, that a BPE is trained on [100]")
+    add("--bpe_sample_mb", type=config.whole_number, help="most text, in MB, that a BPE is trained on [20]")
     add("--dict", metavar="F", help="take this dict.txt instead of building one")
     add("--nwords", type=config.whole_number, help="most symbols in a built one, 4 special ones included [no limit]")
     add("--threshold", type=config.whole_number, help="a built one leaves out what occurs less often [0]")
-    add("--workers", type=config.whole_number, default=len(os.sched_getaffinity(0)), help="processes [%(default)s]")
-    add("--overwrite", action="store_true", help="remove a dataset in DIR that was made from something else")
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(
-        [re.sub("^--[^=]*", lambda m: m[0].replace("-", "_").replace("_", "-", 2), a) for a in argv]
-    )
+    add("--workers", type=config.whole_number, default=min(16, os.cpu_count() or 1), help="processes [%(default)s]")
+    add("--overwrite", action="store_true", help="remove the dataset in DIR and start over")
+    argv = sys.argv[1:] if argv is None else argv  # --encoder-json is --encoder_json
+    args = parser.parse_args([re.sub("(?<=^--)[^=]*", lambda m: m[0].replace("-", "_"), word) for word in argv])
 
     for name, needed, allowed in (
         ("encoder_json", args.bpe == "gpt2", args.bpe == "gpt2"),
@@ -548,7 +542,7 @@ def parse(argv: list | None) -> argparse.Namespace:
             raise InputError(f"--{name} is missing, which --bpe {args.bpe} needs")
         if not allowed and getattr(args, name) is not None:
             raise InputError(f"--{name} has no meaning with --bpe {args.bpe}{' and --dict' if args.dict else ''}")
-    args.vocab_size, args.bpe_sample_mb = args.vocab_size or 32000, args.bpe_sample_mb or 100
+    args.vocab_size, args.bpe_sample_mb = args.vocab_size or 32000, args.bpe_sample_mb or 20
     args.nwords, args.threshold = max(0, args.nwords or 0), args.threshold or 0
     for name, low in (("workers", 1), ("vocab_size", 256), ("bpe_sample_mb", 1)):
         if getattr(args, name) < low:

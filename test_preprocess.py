@@ -1,5 +1,6 @@
 """From raw text to the dataset: fairseq's bytes, any form of file, any number of workers, killed anywhere."""
 
+import errno
 import gzip
 import json
 import multiprocessing
@@ -22,7 +23,7 @@ from data import EOS, UNK, Dictionary, TokenFile
 from test_core import GOLDEN, call, copy_of_the_project, golden
 
 RAW, GPT2 = GOLDEN / "corpora" / "raw", GOLDEN / "corpora" / "gpt2_bpe"
-GPT2_FLAGS = ["--bpe", "gpt2", "--encoder_json", GPT2 / "encoder.json", "--vocab_bpe", GPT2 / "vocab.bpe"]
+GPT2_FLAGS = ["--bpe", "gpt2", "--encoder-json", GPT2 / "encoder.json", "--vocab_bpe", GPT2 / "vocab.bpe"]
 CHINESE = [
     "自监督学习 不需要 人工标注的数据。",
     "学生网络读取被遮盖的文本，预测教师网络的表示。",
@@ -214,6 +215,15 @@ def test_a_bpe_is_trained_on_a_sample_that_is_spread_over_the_text(tokenizers, t
     assert len({re.match("word[0-9]+", chunk)[0] for chunk in seen}) == 20
 
 
+def test_text_that_is_no_utf_8_ends_the_training_of_a_bpe_with_its_line(tokenizers, tmp_path):
+    (tmp_path / "t.txt").write_bytes(b"good\ncaf\xe9\n")
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(InputError, match="t.txt, line 2: not UTF-8"):
+        run(tmp_path / "out", "--bpe", "train", train=[tmp_path / "t.txt"])
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not contents(tmp_path / "out")
+
+
 def test_without_the_tokenizers_package_the_error_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     (tmp_path / "t.txt").write_text("a b\n")
@@ -401,6 +411,21 @@ def test_killed_at_any_moment_nothing_half_looks_whole_and_the_next_run_complete
             break
         step += 1
     assert step > 20
+
+
+def test_a_full_disk_is_one_line_and_goes_on_later(tmp_path, monkeypatch):
+    texts = small_corpus(tmp_path)
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(RunError, match="--dest .*out: No space left on device; the same command continues"):
+            words(tmp_path / "out", **texts)
+    words(tmp_path / "out", **texts)
+    words(tmp_path / "whole", **texts)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_a_killed_worker_is_an_error_not_a_hang(tmp_path, monkeypatch):
