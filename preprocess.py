@@ -389,14 +389,13 @@ def train_bpe(args: argparse.Namespace) -> list[bytes]:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    texts = (
-        [line.strip() for line in lines_of(text)]
-        for i, text in enumerate(read_all(args.train, "training the BPE"))
-        if int((i + 1) * share) > int(i * share)
-    )
+    sample = []
+    for i, text in enumerate(read_all(args.train, "reading for the BPE")):
+        if int((i + 1) * share) > int(i * share):
+            sample += [line.strip() for line in lines_of(text)]
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the trainer does not come back to Python for long
     try:
-        bpe.train_from_iterator(texts, trainer)
+        bpe.train_from_iterator(sample, trainer, len(sample))
     finally:
         signal.signal(signal.SIGINT, before)
     with tempfile.TemporaryDirectory() as folder:
