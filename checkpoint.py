@@ -8,6 +8,7 @@ torch writes them, whose comment is a sha256 of all that stands before.
 """
 
 import collections
+import contextlib
 import errno
 import hashlib
 import os
@@ -32,12 +33,13 @@ FORMAT = "data2vec-text 1"
 # are the encoder's without the first part, in the dict `encoder._ema`.
 PREFIXES = {"encoder.": "encoder.sentence_encoder.", "regression_head.": "encoder.regression_head."}
 QKV = {"self_attn.qkv.": ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")}
+REFERENCE_ORDER = (1, 2, 0)  # its modules, and so the parameters that its optimizer counts, are k, v, q
 TEACHER = "encoder._ema"
 
 
 @dataclass
 class Loaded:
-    """A checkpoint file read. kind: 'ours', 'fairseq' (a checkpoint of the reference) or 'state_dict' (weights)."""
+    """A checkpoint read. kind: 'ours', 'fairseq' (one of the reference's), 'state_dict' (weights alone) or 'hf'."""
 
     kind: str
     config: dict  # our field names; empty for weights alone
@@ -183,8 +185,31 @@ def candidates(folder) -> list[Path]:
 def write_text(path, text: str):
     """Replace a small text file in one step."""
     part = Path(f"{path}.tmp")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+@contextlib.contextmanager
+def whole(path):
+    """The name under which to write a file or a folder that takes the place of `path` when the block ends, and leaves
+    nothing behind if the block fails."""
+    part = Path(f"{path}.tmp")
+
+    def remove():
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+
+    remove()  # of a run that was killed
+    try:
+        yield part
+        for written in part.iterdir() if part.is_dir() else (part,):
+            with open(written, "rb") as f:
+                os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException as e:
+        remove()
+        if isinstance(e, RuntimeError) and isinstance(e.__context__, OSError):  # so torch's writer tells of a full disk
+            raise e.__context__ from None
+        raise
 
 
 def prune(folder, keep: int):
@@ -197,6 +222,22 @@ def prune(folder, keep: int):
 def load(path) -> Loaded:
     """Read a checkpoint of this project or of fairseq, or a bare state dict under its names. Raises InputError."""
     path = Path(path)
+    content, sealed = read(path)
+    try:
+        return _interpret(path, content, sealed)
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as e:
+        raise InputError(
+            f"{path}: not a complete checkpoint: {type(e).__name__} {' '.join(str(e).split())[:200]}"
+        ) from None
+
+
+def read(path: Path) -> tuple[dict, bool]:
+    """The dict in a file that torch.save wrote, without running code from it, and whether a checksum vouches for it.
+
+    What is neither tensor nor plain Python is None, but for the settings of old fairseq files. Raises InputError.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
     try:
@@ -212,14 +253,7 @@ def load(path) -> Loaded:
         raise InputError(f"{path}: cannot be read as a checkpoint: {first}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    try:
-        return _interpret(path, content, sealed)
-    except InputError:
-        raise
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as e:
-        raise InputError(
-            f"{path}: not a complete checkpoint: {type(e).__name__} {' '.join(str(e).split())[:200]}"
-        ) from None
+    return content, sealed
 
 
 def _interpret(path: Path, content: dict, sealed: bool) -> Loaded:
@@ -238,7 +272,7 @@ def _interpret(path: Path, content: dict, sealed: bool) -> Loaded:
     student, teacher = from_reference(state, path)
     kind, settings = "state_dict", {}
     if "model" in content:
-        kind, tree = "fairseq", content.get("cfg")
+        kind, tree = "fairseq", content.get("cfg") or _args_tree(content.get("args"), state)
         if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
             raise InputError(
                 f"{path}: has weights but no config; give its shape by flags and the weights as a bare state dict"
@@ -276,11 +310,13 @@ def _read(path: Path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_INERT_PICKLE)
+        return _plain(torch.load(path, map_location="cpu", weights_only=False, pickle_module=_INERT_PICKLE), {})
 
 
 class _Inert:
-    """Stands for an object of a class that is not to be run: swallows whatever a pickle does to it."""
+    """Stands for an object of a class that is not to be run: keeps its state, swallows all else a pickle does to it."""
+
+    state = None
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -289,7 +325,7 @@ class _Inert:
         pass
 
     def __setstate__(self, state):
-        pass
+        self.state = state
 
     def __setitem__(self, key, value):
         pass
@@ -329,6 +365,39 @@ _INERT_PICKLE = types.SimpleNamespace(
 )
 
 
+def _plain(node, seen: dict):
+    """`node` with inert objects replaced: OmegaConf's containers and nodes and a Namespace by what they hold, others by
+    None. seen: id -> result, so that shared parts stay shared."""
+    if id(node) in seen:
+        return seen[id(node)]
+    if isinstance(node, _Inert):
+        inner = node.state if isinstance(node.state, dict) else None
+        if inner and type(node).__name__ != "Namespace":
+            inner = next((inner[key] for key in ("_content", "_val") if key in inner), None)
+        seen[id(node)] = _plain(inner, seen)
+    elif isinstance(node, dict):
+        seen[id(node)] = made = collections.OrderedDict() if isinstance(node, collections.OrderedDict) else {}
+        made.update((key, _plain(value, seen)) for key, value in node.items() if not isinstance(key, _Inert))
+    elif isinstance(node, list):
+        seen[id(node)] = made = []
+        made.extend(_plain(value, seen) for value in node)
+    elif isinstance(node, tuple):
+        seen[id(node)] = tuple(_plain(value, seen) for value in node)
+    else:
+        return None if isinstance(node, type) else node
+    return seen[id(node)]
+
+
+def _args_tree(args: dict | None, state: dict) -> dict | None:
+    """The model's settings from the flat `args` of fairseq before 2021, shaped as its later config."""
+    if not isinstance(args, dict):
+        return None
+    model = {k.removeprefix("encoder_"): v for k, v in args.items() if k.startswith(("encoder_", "activation_"))}
+    model.update({k: args[k] for k in ("dropout", "attention_dropout") if k in args})
+    model["max_source_positions"] = len(state["encoder.sentence_encoder.embed_positions.weight"]) - 2
+    return {"model": model}
+
+
 def reference_settings(settings: dict, fields, path) -> dict:
     """Our settings of a fairseq checkpoint's config: the released code's behaviour, on its data options and model."""
     values, _ = config.from_reference(settings, fields, str(path))
@@ -341,25 +410,26 @@ def from_reference(state: dict, path="") -> tuple[dict, dict | None]:
     teacher = state.get(TEACHER)
     student = {}
     for name, tensor in state.items():
+        name = re.sub(r"^encoder\.lm_head\.(?=\d)", "encoder.regression_head.", name)  # its name in the first releases
         for ours, theirs in PREFIXES.items():
             if name.startswith(theirs):
                 student[ours + name[len(theirs) :]] = tensor
-    student = _merge_qkv(student, path)
-    return student, None if teacher is None else _merge_qkv(dict(teacher), path)
+    student = merge_qkv(student, path)
+    return student, None if teacher is None else merge_qkv(dict(teacher), path)
 
 
 def to_reference(student: dict, teacher: dict) -> dict:
     """The reverse: a model state dict under fairseq's names, `encoder._ema` and `version` included."""
     version = torch.tensor([3.0])
     state = {"encoder.sentence_encoder.version": version}
-    for name, tensor in _split_qkv(student).items():
+    for name, tensor in split_qkv(student).items():
         prefix = next(p for p in PREFIXES if name.startswith(p))
         state[PREFIXES[prefix] + name[len(prefix) :]] = tensor
-    state[TEACHER] = {"version": version, **_split_qkv(teacher)}
+    state[TEACHER] = {"version": version, **split_qkv(teacher)}
     return state
 
 
-def _merge_qkv(state: dict, path) -> dict:
+def merge_qkv(state: dict, path) -> dict:
     merged = {}
     for name, tensor in state.items():
         for ours, (q, *rest) in QKV.items():
@@ -373,19 +443,20 @@ def _merge_qkv(state: dict, path) -> dict:
     return merged
 
 
-def _split_qkv(state: dict) -> dict:
+def split_qkv(state: dict) -> dict:
     split = {}
     for name, tensor in state.items():
         ours = next((part for part in QKV if part in name), None)
         if ours is None:
             split[name] = tensor
         else:
-            split.update((name.replace(ours, theirs), part) for theirs, part in zip(QKV[ours], tensor.chunk(3)))
+            parts = [(name.replace(ours, theirs), part.clone()) for theirs, part in zip(QKV[ours], tensor.chunk(3))]
+            split.update(parts[i] for i in REFERENCE_ORDER)
     return split
 
 
-def put(state: dict, module: torch.nn.Module, what: str, path):
-    """Load a state dict strictly; raises InputError that names the first missing, unknown or misshapen entry."""
+def check_fits(state: dict, module: torch.nn.Module, what: str, path):
+    """Raise InputError that names the first missing, unknown or misshapen entry of a state dict for the module."""
     expected = module.state_dict()
     for name, tensor in expected.items():
         if not isinstance(state.get(name), torch.Tensor):
@@ -400,4 +471,9 @@ def put(state: dict, module: torch.nn.Module, what: str, path):
     extra = sorted(set(state) - set(expected))
     if extra:
         raise InputError(f"{path}: {what} has {extra[0]}, which this model has not; another architecture")
+
+
+def put(state: dict, module: torch.nn.Module, what: str, path):
+    """Load a state dict strictly. Raises InputError, as `check_fits`."""
+    check_fits(state, module, what, path)
     module.load_state_dict(state)

@@ -186,6 +186,18 @@ class Encoder(nn.Module):
         x = self.dropout(self.layernorm_embedding(self.embed_tokens(tokens) + self.embed_positions(positions)))
         return (x * real[:, :, None], real[:, None, None, :]) if padded else (x, None)
 
+    def hidden_states(self, tokens: Tensor, padded: bool = True) -> list[Tensor]:
+        """What each layer reads and what the last one gives, `layers` + 1 in all, each (B, T, C); the last is
+        `forward`'s, behind a pre-norm model's final LayerNorm. Hugging Face's list of this name."""
+        x, attend = self.embed(tokens, padded)
+        states = [x]
+        for layer in self.layers:
+            x, _ = layer(x, attend)
+            states.append(x)
+        if self.layer_norm is not None:
+            states[-1] = self.layer_norm(x)
+        return states
+
 
 class RegressionHead(nn.Sequential):
     """`head_layers` Linears with GELU between, widths C, 2C, 2C, ..., C; numbered 0, 2, 4, ... as in the reference."""
