@@ -1,11 +1,13 @@
 """Is it any good: validation loss of a checkpoint, and what the loss alone cannot tell.
 
     python eval.py --ckpt checkpoints/checkpoint_best.pt --data_path DIR [--split valid] [--untrained] [--json]
+    python eval.py --ckpt FILE --features TEXT --out F.npy [--layer N] [--pool mean|cls|none]     vectors of raw lines
 
 FILE may be a checkpoint of this project, one of fairseq's data2vec_text (which is then evaluated as fairseq does), or a
 bare state dict under fairseq's names (whose shape comes from flags). Settings come from the checkpoint; flags override
 them. A low loss alone proves little, since a teacher that answers the same everywhere is easy to predict: variances
-near 0, or a cosine no better than that of always predicting the mean, show it.
+near 0, or a cosine no better than that of always predicting the mean, show it. Features need of DIR only dict.txt and,
+where it is not of words, the BPE's files.
 """
 
 import json
@@ -15,8 +17,10 @@ from device import open_device  # isort: split
 
 import checkpoint
 import config
+import features
 from config import InputError
 from data import Corpus
+from preprocess import load_tokenizer
 from probe import Probe
 from probe import table as probe_table
 from train import PARTS, Config, Run, evaluate, init_from
@@ -53,6 +57,24 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def write_features(cfg: Config, device, corpus: Corpus, loaded: checkpoint.Loaded, path, args) -> int:
+    if not args.out:
+        raise InputError("--out is missing: the .npy file for the features")
+    if args.untrained or args.probe:
+        raise InputError("--untrained and --probe go with an evaluation, not with --features")
+    if device.world_size > 1:
+        raise InputError("--features runs in one process; give each a part of the text")
+    tokenize = load_tokenizer(corpus.folders[0], corpus.dictionary, args.encoder_json, args.vocab_bpe)
+    run = Run(cfg, device, len(corpus.dictionary))
+    init_from(run, corpus, loaded, path)
+    done = features.write(
+        run.student.encoder, device, tokenize, args.features, args.out, args.layer, args.pool, cfg.data
+    )
+    shown = "{out}: {lines:,} lines, {tokens:,} tokens, width {width}, layer {layer}, pool {pool}, {seconds:.1f} s"
+    print(json.dumps(dict(ckpt=str(path), amp=device.amp_name, **done)) if args.json else shown.format(**done))
+    return 0
+
+
 def main(argv: list | None = None) -> int:
     def extra(parser):
         parser.add_argument("--ckpt", metavar="FILE", help="the checkpoint; --init_from is another name for it")
@@ -61,6 +83,12 @@ def main(argv: list | None = None) -> int:
         parser.add_argument("--probe", action="store_true", help="do the features name hidden words? see probe.py")
         parser.add_argument("--probe_places", type=int, default=50_000, help="masked places to fit it on [50000]")
         parser.add_argument("--json", action="store_true", help="print one JSON object")
+        parser.add_argument("--features", metavar="TEXT", help="a file of raw lines, or - for standard input")
+        parser.add_argument("--out", metavar="F.npy", help="where their features go")
+        parser.add_argument("--layer", type=int, help="whose output: 0 is the embeddings [the last]")
+        parser.add_argument("--pool", default="mean", choices=features.POOLS, help="over a line's tokens [mean]")
+        parser.add_argument("--encoder_json", metavar="FILE", help="the BPE's vocabulary [in --data_path]")
+        parser.add_argument("--vocab_bpe", metavar="FILE", help="the BPE's merges [in --data_path]")
 
     parts, args = config.parse(PARTS, __doc__, argv, extra=extra)
     path = args.ckpt or parts[-1].init_from
@@ -72,6 +100,8 @@ def main(argv: list | None = None) -> int:
     device = open_device(cfg.device)
     try:
         corpus = Corpus(cfg.data)
+        if args.features:
+            return write_features(cfg, device, corpus, loaded, path, args)
         dataset = corpus.split(args.split)
         run = Run(cfg, device, len(corpus.dictionary))
         untrained = {"untrained": evaluate(run, dataset)} if args.untrained else {}

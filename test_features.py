@@ -1,0 +1,110 @@
+"""How do we know: features of raw lines."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import convert
+import eval as evaluation
+import features
+from config import InputError
+from data import BOS, EOS, Dictionary
+from test_core import SMALL, call, make_dataset, random_encoder
+
+BLOCK = 32
+
+
+@pytest.fixture(scope="module")
+def corpus_dir(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("corpus"))[0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, corpus_dir):
+    """An encoder of random weights, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("model")
+    student, _ = random_encoder(0, len(Dictionary(corpus_dir / "dict.txt")))
+    torch.save(checkpoint.to_reference(student.state_dict(), dict(student.encoder.state_dict())), folder / "bare.pt")
+    settings = {**SMALL, "data_path": corpus_dir, "tokens_per_sample": BLOCK, "max_tokens": 100}
+    argv = [part for k, v in settings.items() for part in (f"--{k}", v)]
+    call(convert.main, "--ckpt", folder / "bare.pt", "--to", "native", folder / "model.pt", *argv)
+    return student.encoder, folder / "model.pt"
+
+
+@pytest.fixture(scope="module")
+def text(corpus_dir):
+    """Lines of very different lengths, an empty one and an unknown word among them; and their tokens."""
+    symbols, rng = Dictionary(corpus_dir / "dict.txt").symbols, np.random.default_rng(0)
+    rows = [rng.integers(4, 50, n).tolist() for n in [*rng.integers(0, 30, 60), 0, 1, 30, 70]]
+    lines = [" ".join(symbols[i] for i in row) for row in rows] + ["nowhere"]
+    return lines, [[BOS, *row, EOS] if len(row) <= BLOCK - 2 else [BOS, *row[: BLOCK - 2], EOS] for row in [*rows, [3]]]
+
+
+def compute(model, source, out, *argv) -> str:
+    return call(evaluation.main, "--ckpt", model[1], "--device", "cpu", "--features", source, "--out", out, *argv)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "none"])
+@pytest.mark.parametrize("layer", [None, 0, -2])
+def test_each_line_has_the_features_that_it_has_alone(tmp_path, model, text, pool, layer, monkeypatch, capsys):
+    monkeypatch.setattr(features, "BYTES", 300)  # several parts
+    (tmp_path / "text").write_text("\n".join(text[0]), "utf-8")
+    argv = ["--pool", pool, *([] if layer is None else ["--layer", layer])]
+    done = json.loads(compute(model, tmp_path / "text", tmp_path / "f.npy", "--json", *argv))
+    assert (done["lines"], done["cut"], done["tokens"]) == (len(text[1]), 1, sum(map(len, text[1])))
+    assert done["layer"] == {None: 2, 0: 0, -2: 1}[layer]
+    assert "1 of 65 lines were longer than 32 tokens" in capsys.readouterr().err
+    expected = []
+    for tokens in text[1]:
+        with torch.no_grad():
+            x = model[0].hidden_states(torch.tensor([tokens]))[-1 if layer is None else layer][0].numpy()
+        expected.append({"mean": x.mean(0), "cls": x[0], "none": x}[pool])
+    found = np.load(tmp_path / "f.npy", mmap_mode="r")
+    assert found.dtype == np.float32
+    if pool == "none":
+        offsets = np.load(tmp_path / "f.offsets.npy")
+        found = [found[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected):
+        assert a.shape == b.shape and np.abs(a - b).max() < 1e-5 and b.std() > 0.1
+
+
+def test_standard_input_gives_the_same_and_mixed_precision_nearly_the_same(tmp_path, model, text, monkeypatch):
+    raw = "\n".join([*text[0], ""]).encode()
+    (tmp_path / "text").write_bytes(raw)
+    compute(model, tmp_path / "text", tmp_path / "a.npy")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+    compute(model, "-", tmp_path / "b.npy")
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+    compute(model, tmp_path / "text", tmp_path / "c.npy", "--amp", "bf16")
+    a, c = np.load(tmp_path / "a.npy"), np.load(tmp_path / "c.npy")
+    assert 0 < np.abs(a - c).max() < 0.2 and c.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--layer", 3], "--layer 3: the model has 0 .* to 2"),
+        (["--layer", -4], "--layer -4: the model has"),
+        (["--out", "f.npz"], "a name that ends in .npy"),
+        (["--out", "nowhere/f.npy"], "--out nowhere/f.npy: no such folder"),
+        (["--out", ""], "--out is missing"),
+        (["--features", "nowhere"], "--features nowhere: No such file"),
+        (["--features", "{empty}"], "it has no lines"),
+        (["--features", "{latin}"], "latin, line 2: not UTF-8 at byte 1 of the line"),
+        (["--untrained"], "--untrained and --probe go with an evaluation"),
+        (["--pool", "max"], "invalid choice: 'max'"),
+    ],
+)
+def test_features_that_cannot_be_had_are_refused_in_one_line_and_leave_nothing(tmp_path, model, argv, message):
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "latin").write_bytes(b"w1 w2\nw\xe9\n")
+    argv = [str(a).format(empty=tmp_path / "empty", latin=tmp_path / "latin") for a in argv]
+    with pytest.raises(InputError, match=message):
+        compute(model, tmp_path / "latin", tmp_path / "f.npy", *argv)
+    assert {p.name for p in tmp_path.iterdir()} == {"empty", "latin"}
