@@ -19,7 +19,7 @@ import eval as evaluation
 import preprocess
 import train
 from config import InputError
-from data import BOS, EOS, PAD, UNK, Dictionary, TokenFile
+from data import BOS, EOS, PAD, UNK, Dictionary, TokenStream
 from test_core import FEW, GOLDEN, SMALL, call, compare_checkpoints, golden, make_dataset, random_encoder
 from test_robust import Payload
 
@@ -103,11 +103,11 @@ def test_transformers_tokenizer_gives_fairseq_s_ids_for_byte_level_bpe(tmp_path,
     (tmp_path / "config.json").write_text('{"model_type": "data2vec-text"}')
     tokenizer = transformers().AutoTokenizer.from_pretrained(tmp_path)
     lines = (GOLDEN / "corpora" / "raw" / "wiki.valid.raw").read_text("utf-8").split("\n")
-    rows = TokenFile(folder / "valid")
+    rows = TokenStream(folder, "valid")
     checked = 0
-    for i in range(0, 900):
+    for i in range(900):
         if "<unk>" not in lines[i]:  # transformers takes that text for the special token
-            row = rows.items[rows.offsets[i] : rows.offsets[i] + rows.sizes[i]]
+            row = rows.read(rows.starts[i], rows.starts[i + 1])
             assert tokenizer(lines[i].strip())["input_ids"] == [BOS, *row.tolist()]
             checked += rows.sizes[i] > 1
     assert checked > 100
