@@ -19,7 +19,7 @@ import pytest
 
 import preprocess
 from config import InputError, RunError
-from data import EOS, UNK, Dictionary, TokenFile
+from data import EOS, UNK, Dictionary, TokenFile, TokenStream
 from test_core import GOLDEN, call, copy_of_the_project, golden
 
 RAW, GPT2 = GOLDEN / "corpora" / "raw", GOLDEN / "corpora" / "gpt2_bpe"
@@ -56,8 +56,8 @@ def contents(folder) -> dict:
 
 
 def sentences(folder, split) -> list:
-    file = TokenFile(Path(folder) / split)
-    return [file.items[o : o + n].tolist() for o, n in zip(file.offsets.tolist(), file.sizes.tolist())]
+    stream = TokenStream(folder, split)
+    return [stream.read(a, b).tolist() for a, b in zip(stream.starts.tolist(), stream.starts[1:].tolist())]
 
 
 def texts_of(folder, split="train") -> list:
@@ -319,7 +319,7 @@ def test_the_type_follows_the_dictionary(tmp_path, rows, width):
     (tmp_path / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(rows)))
     (tmp_path / "t.txt").write_text(f"w0 w{rows - 1} x\n")
     words(tmp_path / "out", "--dict", tmp_path / "dict.txt", valid=[tmp_path / "t.txt"])
-    assert TokenFile(tmp_path / "out" / "valid").dtype.itemsize == width
+    assert TokenStream(tmp_path / "out", "valid").take(np.arange(4)).dtype.itemsize == width
     assert sentences(tmp_path / "out", "valid") == [[4, rows + 3, 3, 2]]
 
 

@@ -191,7 +191,8 @@ def test_checkpoints_that_are_whole_files_but_not_whole_checkpoints_are_refused(
 
 def test_a_killed_run_always_leaves_a_checkpoint_that_loads(corpus_dir, tmp_path):
     figures = soak.kills(3, tmp_path, corpus_dir)
-    assert figures["kills"] == 3 and figures["lost"] == 0 and figures["most_updates_repeated"] <= 1
+    # of two updates: the one computed last, and the one whose save was under way meanwhile
+    assert figures["kills"] == 3 and figures["lost"] == 0 and figures["most_updates_repeated"] <= 2
 
 
 def test_mutated_datasets_and_checkpoints_load_or_give_our_error(tmp_path):
