@@ -64,10 +64,11 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, p
     """`Kernels.attention` in plain matmuls, for devices without a fused kernel that pays. p: dropout of the weights."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, Q, T)
     if attend is not None:
-        scores = scores.masked_fill(~attend, torch.finfo(scores.dtype).min)
+        hidden = ~attend
+        scores = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)  # a chip that saturates has no -inf
     weights = F.softmax(scores, -1)
     if attend is not None:  # where nothing may be looked at, the answer is 0
-        weights = weights.masked_fill(~attend, 0)
+        weights = weights.masked_fill(hidden, 0)
     return (dropout(weights, p) if p else weights) @ v
 
 
