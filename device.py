@@ -5,6 +5,7 @@ Decided once, above the loop, by `open_device`; nothing else in the project asks
 
 import contextlib
 import glob
+import importlib.util
 import os
 import platform
 import sys
@@ -20,10 +21,12 @@ import torch  # noqa: E402
 from config import InputError, option  # noqa: E402
 from model import Kernels, explicit_attention  # noqa: E402
 
-# SoC names of the first Ascend 910: float16 alone, and it saturates where the others overflow to infinity
+# torch.npu.get_device_name() of the first Ascend 910, whose last name is easily taken for the second's (Ascend910B1 to
+# B4, the Atlas A2): no bfloat16, no fused attention, and it saturates where the others overflow to infinity
 FIRST_GENERATION = {"Ascend910A", "Ascend910ProA", "Ascend910PremiumA", "Ascend910ProB", "Ascend910B"}
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 FIRST_LOSS_SCALE, LOWEST_LOSS_SCALE, GROWTH_UPDATES = 128.0, 1e-4, 2**14  # fairseq's
+PROFILE_FROM = 12  # the first update of a start that a profile shows; those before allocate and warm up
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class DeviceConfig:
         "mixed precision; auto: bf16 where the device has it, else fp16, off on the CPU",
         choices=("auto", "off", "fp16", "bf16"),
     )
+    npu_fused_adamw: bool = option(False, "torch_npu's NpuFusedAdamW in place of torch's AdamW; on an NPU")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Device:
     amp: torch.dtype | None
     rank: int = 0
     world_size: int = 1
+    npu_fused_adamw: bool = False
 
     @property
     def type(self) -> str:
@@ -58,6 +63,15 @@ class Device:
     def _module(self):
         return getattr(torch, self.type)  # torch.npu, torch.cuda, torch.cpu
 
+    @property
+    def is_first_generation(self) -> bool:
+        return self.type == "npu" and self.name in FIRST_GENERATION
+
+    @property
+    def wants_flat_weights(self) -> bool:
+        """Whether starting kernels is what costs here, so that weights belong in a few long vectors (flat.py)."""
+        return self.type == "npu"
+
     def autocast(self, enabled: bool = True):
         return torch.autocast(self.type, self.amp, enabled) if self.amp else contextlib.nullcontext()
 
@@ -69,9 +83,9 @@ class Device:
             growth_interval=max(1, GROWTH_UPDATES // (self.world_size * update_freq)),
             enabled=enabled,
         )
-        if enabled and self.type == "npu" and self.name in FIRST_GENERATION:
-            # A first-generation chip saturates instead of overflowing: only a hardware flag tells, which torch_npu's
-            # own scaler clears before each forward and adds up over the workers.
+        if enabled and self.is_first_generation:
+            # A chip that saturates has finite gradients also behind an overflow: only a sticky hardware flag tells.
+            # torch_npu's own scaler clears it at an update's first scale(), and its workers agree on what it said.
             return torch.npu.amp.GradScaler(**rules)
         return torch.amp.GradScaler(self.type, **rules)
 
@@ -80,12 +94,48 @@ class Device:
         if self.type == "cpu" and not compiled:
             return Kernels(attention=_cpu_attention, dropout=cpu_dropout)
         if self.type == "npu":
+            if self.is_first_generation:  # its scaled_dot_product_attention upcasts all of it to float32
+                return Kernels(gelu=_npu_gelu(), attention=explicit_attention)
             return Kernels(gelu=_npu_gelu())
         return Kernels()
 
     def adamw_is_fused(self) -> bool:
         """Whether torch.optim.AdamW(fused=True) is right here: on an NPU it ignores the loss scaler."""
         return self.type != "npu"
+
+    def adamw(self, parameters: list, **settings) -> torch.optim.Optimizer:
+        if self.npu_fused_adamw:
+            import torch_npu
+
+            optimizer = torch_npu.optim.NpuFusedAdamW(parameters, **settings)
+            # It moves weights and gradients into one buffer each as soon as it finds gradients: here, before anything
+            # else holds them. Neither may be made anew from then on.
+            for p in parameters:
+                p.grad = torch.zeros_like(p)
+            optimizer.zero_grad()
+            return optimizer
+        # None, not False: with False torch loops over the weights also where it has operators for lists
+        return torch.optim.AdamW(parameters, fused=self.adamw_is_fused() or None, **settings)
+
+    @contextlib.contextmanager
+    def profile(self, updates: int, folder):
+        """Gives a function to be called behind each update. With updates > 0, torch_npu's profiler writes a trace of as
+        many into `folder`, from the PROFILE_FROMth on; on an NPU only."""
+        if not updates:
+            yield lambda: None
+            return
+        from torch_npu import profiler
+
+        with profiler.profile(
+            activities=[profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.NPU],
+            # the update before is the profiler's own warm-up
+            schedule=profiler.schedule(wait=0, warmup=1, active=updates, repeat=1, skip_first=PROFILE_FROM - 2),
+            on_trace_ready=profiler.tensorboard_trace_handler(str(folder)),
+            experimental_config=profiler._ExperimentalConfig(
+                profiler_level=profiler.ProfilerLevel.Level1, aic_metrics=profiler.AiCMetrics.PipeUtilization
+            ),
+        ) as running:
+            yield running.step
 
     def seed(self, seed: int):
         torch.manual_seed(seed)  # seeds the accelerator's generator too
@@ -181,12 +231,19 @@ def open_device(cfg: DeviceConfig) -> Device:
             raise InputError(
                 f"worker {local_rank} has no {kind} of its own: this machine shows {module.device_count()}"
             )
-        module.set_device(local_rank)
-        device, name = torch.device(kind, local_rank), module.get_device_name(local_rank)
+        try:
+            module.set_device(local_rank)
+            device, name = torch.device(kind, local_rank), module.get_device_name(local_rank)
+        except RuntimeError as e:  # in use by another, or a driver that does not fit
+            raise InputError(f"{kind} {local_rank} cannot be opened: {_first_line(e)}") from None
+    if cfg.npu_fused_adamw and (kind != "npu" or name.startswith("Ascend950")):
+        raise InputError(f"--npu_fused_adamw: torch_npu has it for Ascend 910 cards, this is {kind} ({name})")
+    if kind == "npu":
+        _check_npu(cfg.amp, name, rank)
     if world_size > 1:
         backend = BACKENDS[kind] if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
         torch.distributed.init_process_group(backend)
-    return Device(device, name, _amp_type(cfg.amp, kind, name), rank, world_size)
+    return Device(device, name, _amp_type(cfg.amp, kind, name), rank, world_size, cfg.npu_fused_adamw)
 
 
 def worker() -> tuple[int, int, int]:
@@ -237,39 +294,72 @@ def _amp_type(amp: str, kind: str, name: str) -> torch.dtype | None:
     if amp == "auto":
         amp = "off" if kind == "cpu" else "bf16" if has_bf16 else "fp16"
     if amp == "bf16" and not has_bf16:
-        # autocast would only warn there and train in float32
+        # autocast would only warn there, and an NPU train in float32
         raise InputError(f"--amp bf16: {name} has no bfloat16; use --amp fp16")
     return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[amp]
 
 
+def _check_npu(amp: str, name: str, rank: int):
+    if name not in FIRST_GENERATION and os.environ.get("INF_NAN_MODE_FORCE_DISABLE") == "1":
+        raise InputError(
+            f"INF_NAN_MODE_FORCE_DISABLE=1: {name} then saturates, and no overflow would be seen; unset it"
+        )
+    if name in FIRST_GENERATION and amp == "off" and rank == 0:
+        print(
+            f"warning: --amp off: {name} may multiply float32 matrices in float16 all the same (ACL_PRECISION_MODE),"
+            " here without loss scaling, and saturates where a gradient overflows, so that no check sees it; --amp fp16"
+            " is its mode",
+            file=sys.stderr,
+        )
+
+
 def _npu_is_there() -> bool:
     """Whether --device auto should take an NPU; looks for the driver's device files before it imports anything."""
-    if not glob.glob("/dev/davinci[0-9]*"):
+    why = "there is no Ascend card (no /dev/davinci*)"
+    if glob.glob("/dev/davinci[0-9]*"):
+        try:
+            _import_npu()
+            return True
+        except InputError as e:
+            why = str(e)
+    elif importlib.util.find_spec("torch_npu") is None:  # nobody expects one
         return False
-    try:
-        _import_npu()
-    except InputError as e:
-        print(f"warning: an Ascend card is there, but {e}; running without it", file=sys.stderr)
-        return False
-    return True
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: running without an NPU: {why}", file=sys.stderr)
+    return False
 
 
 def _import_npu():
     try:
-        import torch_npu  # noqa: F401
+        # it prints a warning if set_env.sh was not sourced, where a program may print JSON
+        with contextlib.redirect_stdout(sys.stderr):
+            import torch_npu  # noqa: F401
     except Exception as e:  # a missing CANN library surfaces as ImportError, OSError or RuntimeError
-        what = (
-            "is not installed"
-            if isinstance(e, ModuleNotFoundError)
-            else f"cannot be loaded ({' '.join(str(e).split())})"
-        )
+        if isinstance(e, ModuleNotFoundError):
+            what = f"{e.name} is not installed; pip install -r requirements-npu.txt"
+        elif "Two accelerators" in str(e):
+            what = "torch_npu refuses to load beside a CUDA build of torch; install the CPU build of the same version"
+        else:
+            what = (
+                f"torch_npu cannot be loaded ({_first_line(e)}); install CANN in the version that README.md names, and"
+                " source its environment: source /usr/local/Ascend/ascend-toolkit/set_env.sh"
+            )
+        raise InputError(f"--device npu: {what}") from None
+    try:
+        there = torch.npu.is_available()
+    except RuntimeError as e:
+        raise InputError(f"--device npu: the driver does not answer ({_first_line(e)}); see npu-smi info") from None
+    if not there:
+        visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+        chosen = "" if visible is None else f"; ASCEND_RT_VISIBLE_DEVICES={visible!r} must name some in ascending order"
         raise InputError(
-            f"--device npu: torch_npu {what}; pip install -r requirements-npu.txt, and source CANN's set_env.sh"
-        ) from None
-    if not torch.npu.is_available():
-        raise InputError(
-            "--device npu: torch_npu is there, but it finds no card (npu-smi info, ASCEND_RT_VISIBLE_DEVICES)"
+            "--device npu: torch_npu finds no card; npu-smi info shows what the driver sees (in a container, pass"
+            f" /dev/davinci0 and its managers in){chosen}"
         )
     # kernels compiled ahead of time: the first generation otherwise compiles for every new batch shape
     if hasattr(torch.npu, "set_compile_mode"):  # an emulated device has no compiler
         torch.npu.set_compile_mode(jit_compile=False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

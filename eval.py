@@ -13,7 +13,7 @@ where it is not of words, the BPE's files.
 import json
 
 # first: device has a word with torch before torch is imported
-from device import open_device  # isort: split
+from device import DeviceConfig, open_device  # isort: split
 
 import checkpoint
 import config
@@ -32,7 +32,8 @@ def saved_settings(loaded: checkpoint.Loaded, path) -> dict:
     if loaded.kind == "fairseq":
         fields = {name: field for part in PARTS for name, field in part.__dataclass_fields__.items()}
         values = checkpoint.reference_settings(loaded.config, fields, path)
-    return {k: v for k, v in values.items() if k not in ("device", "amp", "init_from")}
+    where = DeviceConfig.__dataclass_fields__
+    return {k: v for k, v in values.items() if k not in where and k != "init_from"}
 
 
 def table(result: dict) -> str:

@@ -64,10 +64,11 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, p
     """`Kernels.attention` in plain matmuls, for devices without a fused kernel that pays. p: dropout of the weights."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, Q, T)
     if attend is not None:
-        scores = scores.masked_fill(~attend, torch.finfo(scores.dtype).min)
+        hidden = ~attend
+        scores = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)  # a chip that saturates has no -inf
     weights = F.softmax(scores, -1)
     if attend is not None:  # where nothing may be looked at, the answer is 0
-        weights = weights.masked_fill(~attend, 0)
+        weights = weights.masked_fill(hidden, 0)
     return (dropout(weights, p) if p else weights) @ v
 
 
@@ -268,26 +269,24 @@ def teacher_targets(
         _, layers = teacher(target, padded, cfg.average_top_k_layers)  # each (B, U or U + 1, C)
     else:
         _, layers = teacher(target, padded, cfg.average_top_k_layers, places, queries)  # each (M, C)
-    mean = 0.0
-    for y in layers:
-        y = y.float()
-        if cfg.batch_norm_target_layer:
-            y = standardize(y, weight, (0, 1))
-        if cfg.instance_norm_target_layer:
-            y = standardize(y, weight, (1,))
-        if cfg.layer_norm_target_layer:
-            y = F.layer_norm(y, y.shape[-1:])
-        mean = mean + y
-    y = mean / len(layers)
+    y = torch.stack(layers).float()  # a layer each, (K, M, C) or (K, B, U, C)
+    if cfg.batch_norm_target_layer:
+        y = standardize(y, weight, (-3, -2))
+    if cfg.instance_norm_target_layer:
+        y = standardize(y, weight, (-2,))
+    if cfg.layer_norm_target_layer:
+        y = F.layer_norm(y, y.shape[-1:])
+    y = y.mean(0)
     if cfg.layer_norm_targets:
         y = F.layer_norm(y, y.shape[-1:])
     if cfg.instance_norm_targets:
-        y = standardize(y, weight, (1,))
+        y = standardize(y, weight, (-2,))
     return y.flatten(0, 1).index_select(0, places) if over_places else y
 
 
 def standardize(y: Tensor, weight: Tensor, dims: tuple) -> Tensor:
-    """Zero mean, unit (biased) variance over the places `dims` of y (B, T, C), each counted weight (B, T, 1) times."""
+    """Zero mean, unit (biased) variance over the places `dims`, counted from the end, of y (.., B, T, C), each counted
+    weight (B, T, 1) times."""
     count = weight.sum(dims, keepdim=True)
     mean = (y * weight).sum(dims, keepdim=True) / count
     variance = ((y - mean).square() * weight).sum(dims, keepdim=True) / count

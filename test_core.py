@@ -1621,7 +1621,7 @@ def test_run_1p_passes_the_exit_code_and_writes_the_modelzoo_s_files(tmp_path, c
 
 
 def test_imports_point_one_way():
-    order = "config data model ema device checkpoint train probe features eval bench convert".split()
+    order = "config data model ema flat device checkpoint train probe features eval bench convert".split()
     for i, name in enumerate(order):
         tree = ast.parse((HERE / f"{name}.py").read_text())
         used = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # first: device has a word with torch before torch is imported
-from device import LOWEST_LOSS_SCALE, Device, DeviceConfig, open_device, worker  # isort: split
+from device import LOWEST_LOSS_SCALE, PROFILE_FROM, Device, DeviceConfig, open_device, worker  # isort: split
 
 import torch
 
@@ -28,6 +28,7 @@ import ema
 from config import InputError, RunError, option, printable
 from data import Batch, BlockDataset, Corpus, DataConfig, TokenFile, prefetch, queries_of
 from ema import EmaConfig
+from flat import Flat, Stretches
 from guard import GuardConfig, Health, Lock, Signals
 from log import Log, moments, quality
 from model import Data2VecText, ModelConfig, data2vec_loss, teacher_targets
@@ -57,6 +58,7 @@ class TrainConfig:
     keep_interval_updates: int = option(1, "how many of those to keep (-1: all)", low=-1)
     save_dir: str = option("checkpoints", "where checkpoints and train.jsonl go")
     tensorboard_logdir: str = option("", "where TensorBoard curves go, under fairseq's names; needs tensorboard")
+    npu_profile: int = option(0, "write torch_npu's profile of this many updates into --save_dir; on an NPU", low=0)
     init_from: str = option("", "start from the weights and teacher of this checkpoint, ours or fairseq's")
 
     def check(self):
@@ -110,18 +112,23 @@ class Run:
         student = Data2VecText(cfg.model, vocabulary_size, device.kernels(cfg.train.compile))
         self.student = student.to(device.torch_device).train()
         self.teacher = ema.make_teacher(self.student.encoder)
-        self.reader = ema.make_reader(self.teacher, device.amp)  # the teacher in the precision that it computes in
+        if device.wants_flat_weights:
+            if cfg.train.compile:
+                raise InputError(f"--compile is not for an {device.type}, where layers run in eager mode")
+            self.predict, self.reader = Flat(self.student, device.amp), Flat(self.teacher, device.amp)
+            self.parameters = self.predict.vectors
+            self.averaged = Stretches(self.reader), Stretches(self.predict, "encoder.")
+        else:
+            self.predict = self.student
+            self.reader = ema.make_reader(self.teacher, device.amp)  # the teacher in the precision that it computes in
+            self.parameters = list(self.student.parameters())
+            self.averaged = self.teacher, self.student.encoder
         if cfg.train.compile:
             for layer in (*self.student.encoder.layers, *self.reader.layers):
                 layer.compile(dynamic=True)  # in place: names and weights stay what they are
-        self.parameters = list(self.student.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            betas=cfg.train.adam_betas,
-            weight_decay=cfg.train.weight_decay,
-            fused=device.adamw_is_fused(),
-        )
+        self.optimizer = device.adamw(self.parameters, betas=cfg.train.adam_betas, weight_decay=cfg.train.weight_decay)
         self.scaler = device.scaler(cfg.train.update_freq)
+        self.loss_scale = self.scaler.get_scale()  # kept on the host: asking for it waits for the device
         self.num_updates = self.teacher_updates = 0  # updates of the student, and those the teacher has taken in
         self.epoch, self.batches_done = 1, 0  # the data position: this worker's batches done in this epoch
         self.best_loss = None
@@ -130,8 +137,8 @@ class Run:
     def move_teacher(self):
         """Bring the teacher up to the student's updates, once for each."""
         if self.teacher_updates < self.num_updates:
-            ema.step(self.teacher, self.student.encoder, ema.decay_at(self.num_updates, self.cfg.ema), self.cfg.ema)
-            ema.refresh(self.reader, self.teacher)
+            ema.step(*self.averaged, ema.decay_at(self.num_updates, self.cfg.ema), self.cfg.ema)
+            self.refresh_reader()
             self.teacher_updates = self.num_updates
 
     def load(self, student: dict, teacher: dict | None, path):
@@ -139,7 +146,28 @@ class Run:
         InputError if they do not fit; `path` is where they are from."""
         checkpoint.put(student, self.student, "the student", path)
         checkpoint.put(teacher or self.student.encoder.state_dict(), self.teacher, "the teacher", path)
-        ema.refresh(self.reader, self.teacher)
+        self.refresh_reader()
+
+    def refresh_reader(self):
+        if not isinstance(self.reader, Flat):  # which casts at each use, in one kernel
+            ema.refresh(self.reader, self.teacher)
+
+    def optimizer_state(self) -> dict:
+        """That of torch's AdamW of the student's parameters, whatever optimizer runs here."""
+        content = self.optimizer.state_dict()
+        if isinstance(self.predict, Flat):
+            content["state"] = self.predict.split_state(content["state"])
+            content["param_groups"][0]["params"] = list(range(len(self.predict.order)))
+        return content
+
+    def load_optimizer(self, state: dict):
+        """Take the moments of an `optimizer_state`; the settings stay this command's."""
+        if isinstance(self.predict, Flat):
+            state = self.predict.join_state(state)
+        if self.device.npu_fused_adamw:  # counts in plain integers
+            state = {i: {**moments, "step": int(moments["step"])} for i, moments in state.items()}
+        ours = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": ours})
 
 
 @dataclass
@@ -175,7 +203,7 @@ def forward(run: Run, host: Batch, mark=lambda part: None) -> tuple[torch.Tensor
         queries if run.cfg.data.teacher_input == "full" else None,  # the squeezed input is wanted at all its places
     )
     mark("teacher")
-    prediction = run.student(batch.source, batch.masked, batch.source_padded, queries)
+    prediction = run.predict(batch.source, batch.masked, batch.source_padded, queries)
     return prediction, target, data2vec_loss(prediction, target, cfg)
 
 
@@ -196,6 +224,9 @@ def update(run: Run, batches: list, mark=lambda part: None) -> Update | None:
     loss, counts = torch.zeros((), device=device.torch_device), [0, 0, 0]
     pair = (torch.zeros(0, cfg.model.embed_dim, device=device.torch_device),) * 2
     blocks = [int(i) for batch in batches for i in batch.ids]
+    # A scaler that has scaled nothing refuses to go on, as without a batch; and torch_npu's clears the chip's overflow
+    # flag at the first scale(): here, so that an overflow in a forward counts too.
+    run.scaler.scale(loss)
     with device.autocast():  # one for all batches: it casts the student's weights once
         for batch in batches:
             counts = [a + b for a, b in zip(counts, (batch.sample_size, batch.nsentences, batch.ntokens))]
@@ -207,8 +238,6 @@ def update(run: Run, batches: list, mark=lambda part: None) -> Update | None:
             loss += part.detach()
             pair = prediction.detach(), target
 
-    if not batches:
-        run.scaler.scale(loss)  # a scaler that has scaled nothing refuses to go on
     for p in run.parameters:  # a worker without a batch still takes part
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     grads = [p.grad for p in run.parameters]
@@ -218,19 +247,22 @@ def update(run: Run, batches: list, mark=lambda part: None) -> Update | None:
         sample_size = counts[0].clamp(min=1)
         flat = device.all_reduce(torch.cat([loss.view(1), *(g.flatten() for g in grads)]))
         loss, flat = flat[0], flat[1:].split([g.numel() for g in grads])
-        grads = [part.view_as(g) for part, g in zip(flat, grads)]
-        for p, g in zip(run.parameters, grads):
-            p.grad = g
+        if device.npu_fused_adamw:  # holds on to its gradients
+            torch._foreach_copy_(grads, [part.view_as(g) for part, g in zip(flat, grads)])
+        else:
+            grads = [part.view_as(g) for part, g in zip(flat, grads)]
+            for p, g in zip(run.parameters, grads):
+                p.grad = g
     run.scaler.unscale_(run.optimizer)  # behind the sum, so that all workers see the same overflow
     gnorm, factor = norm_and_factor(grads, sample_size, cfg.train.clip_norm)
     skipped = ~torch.isfinite(gnorm + loss)
 
     group = run.optimizer.param_groups[0]
-    group["lr"], steps = lr, run.num_updates + 1 - (run.skipped if group["fused"] else 0)
+    fused = group.get("fused")
+    group["lr"], steps = lr, run.num_updates + 1 - (run.skipped if fused else 0)
     # fairseq adds eps to the uncorrected second moment's root, torch to the corrected one's
     group["eps"] = cfg.train.adam_eps / math.sqrt(1 - cfg.train.adam_betas[1] ** steps)
-    scale = run.scaler.get_scale()
-    if group["fused"] and not run.scaler.is_enabled():
+    if fused and not run.scaler.is_enabled():
         # the kernel multiplies and skips on its way, by what it has for loss scalers
         run.optimizer.grad_scale, run.optimizer.found_inf = 1 / factor, skipped.float()
     else:
@@ -239,9 +271,10 @@ def update(run: Run, batches: list, mark=lambda part: None) -> Update | None:
             hide_from_step(grads, skipped)
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad(set_to_none=not device.npu_fused_adamw)
     mark("optimizer")
-    if run.scaler.get_scale() < scale:  # gradients overflowed in float16
+    scale, run.loss_scale = run.loss_scale, run.scaler.get_scale()
+    if run.loss_scale < scale:  # gradients overflowed in float16
         return None
     run.num_updates += 1
     if not cfg.train.fairseq_exact:  # there the teacher waits for the next update, also while validating and saving
@@ -254,7 +287,7 @@ def hide_from_step(grads: list, skipped: torch.Tensor):
     """Make the coming step of an optimizer that cannot skip as harmless as can be where `skipped` is true, without
     asking the device: the gradient counts as zero, and only the moments' memory moves the weights."""
     for g in grads:
-        g.copy_(torch.where(skipped, 0.0, g))
+        g.masked_fill_(skipped, 0.0)
 
 
 def norm_and_factor(grads: list, sample_size, clip_norm: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -308,7 +341,7 @@ def contents(run: Run, corpus: Corpus, fingerprint: dict) -> dict:
         ),
         student=run.student.state_dict(),
         teacher=run.teacher.state_dict(),
-        optimizer=run.optimizer.state_dict(),
+        optimizer=run.optimizer_state(),
         scaler=run.scaler.state_dict(),
         rng=run.device.rng_state(),
         progress=dict(
@@ -390,7 +423,7 @@ def resume(
         moved.append("world_size")
     if moved and not reset_position:
         refuse(moved, "use the old settings, or --reset_data_position to go on from the next epoch")
-    unimportant = ("data_path", "init_from", "device", "log_", "tensor", "validate_", "save_", "keep_", "disable_")
+    unimportant = tuple("data_path init_from device npu_ log_ tensor validate_ save_ keep_ disable_".split())
     other = [k for k in differing(set(loaded.config) - set(moved)) if not k.startswith(unimportant)]
     if other:
         say(
@@ -398,10 +431,10 @@ def resume(
         )
 
     run.load(loaded.student, loaded.teacher, path)
-    ours = run.optimizer.state_dict()["param_groups"]  # settings are this command's; only the moments are the file's
-    run.optimizer.load_state_dict({"state": loaded.content["optimizer"]["state"], "param_groups": ours})
+    run.load_optimizer(loaded.content["optimizer"]["state"])
     if run.scaler.is_enabled() and loaded.content["scaler"]:
         run.scaler.load_state_dict({**run.scaler.state_dict(), **loaded.content["scaler"]})
+        run.loss_scale = run.scaler.get_scale()
     run.device.set_rng_state(loaded.content["rng"])
     run.num_updates, run.teacher_updates = progress["num_updates"], progress["teacher_updates"]
     run.skipped, run.best_loss = progress["skipped"], progress["best_loss"]
@@ -506,6 +539,12 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
             log.restore(found[1].content["log"])
         elif t.init_from:
             init_from(run, corpus, checkpoint.load(t.init_from), t.init_from)
+        if t.npu_profile:
+            if device.type != "npu":
+                raise InputError(f"--npu_profile: the profiler is torch_npu's, and this is {device.type}")
+            last = run.num_updates + PROFILE_FROM + t.npu_profile - 1
+            if last > t.max_update:
+                raise InputError(f"--npu_profile {t.npu_profile} ends with update {last}, above --max_update")
         device.barrier()  # every worker has read what it needs
         if device.rank == 0 and args.no_resume:
             remove(folder, "checkpoint_*.pt", "train.jsonl")  # not before everything else has been found in order
@@ -513,10 +552,11 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         describe_start(run, dataset, log)
         if found:
             log.say(f"continuing {found[0]} behind update {run.num_updates}, epoch {run.epoch}")
-        return loop(run, corpus, valid, fingerprint, log, signals)
+        profiled = stack.enter_context(device.profile(t.npu_profile, folder))
+        return loop(run, corpus, valid, fingerprint, log, signals, profiled)
 
 
-def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict, log: Log, signals: Signals):
+def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict, log: Log, signals: Signals, profiled):
     """Update, log, validate, save, until the end or a signal. Returns (figures, exit code); raises RunError."""
     t, device, folder = run.cfg.train, run.device, Path(run.cfg.train.save_dir)
     health, figures = Health(run.cfg.guard, t.warmup_updates), {}
@@ -598,6 +638,7 @@ def loop(run: Run, corpus: Corpus, valid: BlockDataset | None, fingerprint: dict
         for batches, taken, epoch_end in epoch_updates(run, dataset):
             try:
                 done = update(run, batches)
+                profiled()
             except (RuntimeError, MemoryError) as e:
                 if not device.is_out_of_memory(e):
                     raise
