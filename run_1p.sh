@@ -112,7 +112,8 @@ need() { # a package, and what needs it
 
 if [ $mode = test ]; then
     need pytest "the mode test"
-    exec "$python" -m pytest -q ${flags[@]+"${flags[@]}"}
+    # the tests' tensors are small: on a busy machine threads would mostly wait for each other
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$python" -m pytest -q ${flags[@]+"${flags[@]}"}
 fi
 
 device_id=${ASCEND_DEVICE_ID:-0}
