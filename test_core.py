@@ -1346,6 +1346,7 @@ def test_an_fp16_overflow_skips_the_update_and_is_not_counted(corpus_dir):
     before = [p.detach().clone() for p in run.parameters]
     run.scaler.scale(torch.zeros(()))  # makes the scale, which the next line sets
     run.scaler.update(2.0**30)
+    run.loss_scale = run.scaler.get_scale()
     batch = dataset.batch(dataset.epoch_batches(1)[0], 1)
     assert train.update(run, [batch]) is None
     assert run.num_updates == 0 and run.scaler.get_scale() == 2.0**29
