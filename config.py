@@ -13,6 +13,8 @@ import re
 import sys
 from pathlib import Path
 
+VERSION = "0.1.0"  # CHANGELOG.md begins with it
+
 # Fields of the reference's text config, as examples/data2vec/config/text/pretraining/base.yaml sets them, are the
 # defaults in the dataclasses; a preset holds what differs.
 PRESETS = {
@@ -156,6 +158,10 @@ _READERS = {bool: boolean, int: whole_number, float: number, str: str, tuple: nu
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.add_argument("--version", action="version", version=f"data2vec-text {VERSION}")
+
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import config
 import data
 from config import InputError
 from data import EOS
@@ -203,7 +204,6 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0) -> dict:
 
 def memory(updates: int, folder: Path) -> dict:
     """Resident memory of a run after a tenth of its updates and at their end, with a checkpoint every 100."""
-    import config
     import train
 
     corpus = small_corpus(folder / "corpus")
@@ -252,7 +252,7 @@ def memory(updates: int, folder: Path) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("kills", "fuzz", "memory"))
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--datasets", type=int, default=20000)
@@ -272,4 +272,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    config.program(main)

@@ -1502,8 +1502,7 @@ def test_the_small_model_learns_more_than_to_predict_the_mean(tmp_path):
     assert result["pred_var"] > 0.05 and result["target_var"] > 0.05
 
 
-# ---------------------------------------------------------------------------------------------- bench, run_1p.sh,
-# README
+# ---------------------------------------------------------------------------------------------- bench, run_1p.sh
 
 
 def test_bench_prints_a_table_and_one_json_line_and_counts_flops_as_torch_does(corpus_dir):
@@ -1523,46 +1522,6 @@ def test_bench_prints_a_table_and_one_json_line_and_counts_flops_as_torch_does(c
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         train.update(run, [batch])
     assert bench.update_flops([batch], run) == counter.get_total_flops()
-
-
-def readme_commands():
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            line = line.split(" #")[0].strip()
-            if line:
-                yield line
-
-
-def test_the_readme_s_commands_parse():
-    import shlex
-
-    seen = set()
-    for line in readme_commands():
-        words = shlex.split(line)
-        while words and "=" in words[0]:
-            words = words[1:]
-        if words[:2] == ["bash", "run_1p.sh"]:
-            mode = words[2] if len(words) > 2 else "demo"
-            assert mode in ("demo", "full", "performance", "eval", "test"), line
-            seen.add("run_1p.sh")
-            continue
-        scripts = [w for w in words if w.endswith(".py")]
-        if not scripts:
-            continue
-        assert (HERE / scripts[0]).exists(), line
-        module = {"train.py": train, "data.py": data, "eval.py": evaluation, "bench.py": bench}[scripts[0]]
-        seen.add(scripts[0])
-        with pytest.raises(InputError) as error:  # every flag is known; what is missing is only the folder or the file
-            module.main(words[words.index(scripts[0]) + 1 :] + (["--rank", "-1"] if module is data else ["--lr", "-1"]))
-        assert re.search(r"--rank|--lr|no such", str(error.value)), (line, str(error.value))
-    assert seen == {"run_1p.sh", "train.py", "data.py", "eval.py", "bench.py"}
-
-
-def test_the_files_named_in_the_readme_exist():
-    text = (HERE / "README.md").read_text(encoding="utf-8")
-    for name in re.findall(r"^\| `([\w.]+\.(?:py|sh|txt|md))`", text, re.M):
-        assert (HERE / name).exists(), name
 
 
 def test_run_1p_refuses_what_it_cannot_do():

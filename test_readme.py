@@ -1,0 +1,284 @@
+"""How do we know: the READMEs. Their commands run, they name what exists and all of it, and both say the same.
+
+A command is run if nothing keeps it from that: no word in capitals, which is the reader's to fill in, and no comment
+that says what it `needs`. The others are parsed.
+"""
+
+import glob
+import gzip
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+import unicodedata
+import zipfile
+from pathlib import Path
+
+# first: device has a word with torch before torch is imported
+import device  # noqa: F401  # isort: split
+
+import numpy as np
+import pytest
+
+import bench
+import config
+import convert
+import data
+import eval as evaluation
+import plot
+import preprocess
+import soak
+import train
+from config import InputError
+from test_core import FEW, HERE, call, copy_of_the_project
+
+PAGES = {name: (HERE / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")}
+PROGRAMS = {
+    "train.py": train,
+    "data.py": data,
+    "eval.py": evaluation,
+    "bench.py": bench,
+    "preprocess.py": preprocess,
+    "convert.py": convert,
+    "plot.py": plot,
+}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
+
+
+def commands(text: str) -> list[tuple[list[str], str]]:
+    """(words, comment) of each command in the shell blocks."""
+    lines = [
+        line.partition(" #")
+        for kind, block in FENCE.findall(text)
+        if kind == "bash"
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    return [(shlex.split(words), comment.strip()) for words, _, comment in lines]
+
+
+COMMANDS = commands(PAGES["README.md"])
+
+
+def program(words: list[str]) -> str | None:
+    """The program of ours that a command starts, if any."""
+    return next((word for word in words if word in PROGRAMS or word == "run_1p.sh"), None)
+
+
+def flags(words: list[str]) -> list[str]:
+    return words[words.index(program(words)) + 1 :]
+
+
+def is_run(words: list[str], comment: str) -> bool:
+    parts = [part for word in words for part in re.split("[=:/]", word) if part and not (HERE / word).exists()]
+    return not comment.startswith("needs") and not any(re.fullmatch(r"[A-Z]{3,}(\.\w+)?", part) for part in parts)
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("words", [words for words, comment in COMMANDS if not is_run(words, comment)], ids=" ".join)
+def test_program_and_flags_of_a_command_that_is_not_run_exist(words):
+    name = program(words)
+    if name is None:
+        assert words[0] in ("pip", "source") and all((HERE / w).exists() for w in words if w.endswith(".txt"))
+    elif name == "run_1p.sh":
+        mode, *options = flags(words)
+        script = (HERE / name).read_text(encoding="utf-8")
+        assert words[0] == "bash" and f"#   bash run_1p.sh {mode} " in script
+        assert all(f"{option.split('=')[0]}=*)" in script for option in options)
+    else:
+        if words[0] == "torchrun":
+            from torch.distributed.run import get_args_parser
+
+            get_args_parser().parse_args(words[1:])
+        else:
+            assert words[words.index(name) - 1] == "python"
+        # what there is to read comes after the flags, or before what is wrong
+        with pytest.raises(InputError, match="--lr|no such file"):
+            PROGRAMS[name].main([*flags(words), "--lr", "-1"])
+
+
+# Later ones override: whatever a command asks for is done small, and on a CPU.
+SMALLER = {
+    "train.py": [*FEW, "--max_update", 3],
+    "eval.py": ["--device", "cpu", "--probe_places", 50],
+    "bench.py": [*FEW, "--updates", 1, "--warmup", 0, "--vocabulary", 100, "--sweep_lengths", 32, "--sweep_tokens", 64],
+    "preprocess.py": ["--workers", 1],
+}
+
+
+def stand_ins(folder: Path):
+    """Small files under the names of those that a reader brings along; their text is that of the READMEs."""
+    english, chinese = (text.encode() for text in PAGES.values())
+    for archive, members in {
+        "wikitext-103-raw-v1.zip": [f"wikitext-103-raw/wiki.{split}.raw" for split in ("train", "valid", "test")],
+        "books.zip": ["books/train.txt", "books/valid.txt"],
+    }.items():
+        with zipfile.ZipFile(folder / archive, "w") as file:
+            for member in members:
+                file.writestr(member, english)
+    for name in ("zh1.txt", "zh3.txt"):
+        (folder / name).write_bytes(chinese)
+    (folder / "zh2.txt.gz").write_bytes(gzip.compress(chinese))
+    bpe = ("encoder.json", "vocab.bpe", "dict.txt")  # GPT-2's
+    if has("tokenizers"):
+        train_bpe = ["--train", folder / "README.md", "--bpe", "train", "--vocab_size", 300, "--workers", 1]
+        call(preprocess.main, *train_bpe, "--dest", folder / "bpe")
+    for name in bpe:  # empty ones are never read, since the package is asked for first
+        (folder / "bpe" / name).rename(folder / name) if has("tokenizers") else (folder / name).touch()
+
+
+def has(package: str) -> bool:
+    try:
+        return bool(importlib.import_module(package))
+    except ImportError:
+        return False
+
+
+def after(words: list[str], flag: str) -> str | None:
+    return words[words.index(flag) + 1] if flag in words else None
+
+
+def places(words: list[str]) -> list[str]:
+    """The files and folders that a command's flags name for its results."""
+    named = [after(words, f) for f in ("--out", "--dest", "--make_demo", "--save_dir", "--tensorboard_logdir")]
+    return [path for path in named if path] + (words[words.index("--to") + 2 :][:1] if "--to" in words else [])
+
+
+def results(words: list[str]) -> list[str]:
+    """The files that a command promises, from its flags."""
+    if program(words) == "run_1p.sh":
+        return ["output/0/demo/checkpoint_best.pt", "output/0/demo/train.jsonl", "output/0/train_0.log"]
+    made = [after(words, "--out")] if "--out" in words else []
+    if dest := after(words, "--dest") or after(words, "--make_demo"):
+        made += [f"{dest}/{name}" for name in ("dict.txt", "train.bin", "train.idx", "valid.bin", "valid.idx")]
+        made += [f"{dest}/test.idx"] * ("--test" in words)
+        made += [f"{dest}/{name}" for name in preprocess.BPE_FILES if after(words, "--bpe") in ("gpt2", "train")]
+    if folder := after(words, "--save_dir"):
+        made += [f"{folder}/{name}" for name in ("checkpoint_last.pt", "checkpoint_best.pt", "train.jsonl")]
+    if folder := after(words, "--tensorboard_logdir"):
+        made += [f"{folder}/{name}/*tfevents*" for name in ("train_inner", "valid")]
+    if "--to" in words:
+        kind, path = words[words.index("--to") + 1 :][:2]
+        inside = ("config.json", "model.safetensors", "tokenizer_config.json") if kind == "hf" else ("",)
+        made += [str(Path(path, name)) for name in inside]
+    return made
+
+
+def test_the_commands_run_in_order_and_leave_the_files_they_promise(tmp_path, monkeypatch):
+    env = copy_of_the_project(tmp_path)
+    python = tmp_path / "bin" / "python3"  # this one, which need not be asked whether it has the packages
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    env["PATH"] = f"{python.parent}:{env['PATH']}"
+    for name, text in PAGES.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    stand_ins(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")
+    lacking, packages = set(), set()
+    for words, comment in COMMANDS:
+        if not is_run(words, comment):
+            continue
+        name = program(words)
+        argv = [*flags(words), *map(str, SMALLER.get(name, []))]
+        if after(words, "--bpe") == "train":
+            argv += ["--vocab_size", "300"]
+        if name == "run_1p.sh":
+            assert not flags(words), words  # the other modes want a corpus
+            small = ["bash", name, "demo", *map(str, SMALLER["train.py"])]
+            done = subprocess.run(small, capture_output=True, text=True, env=env)
+            assert done.returncode == 0 and "FPS (blocks/s)" in done.stdout, done.stdout + done.stderr
+        elif not any(path in word for word in words for path in lacking):
+            try:
+                call(PROGRAMS[name].main, *argv)
+            except InputError as e:
+                package = re.search(r"pip install (\w+)$", str(e))
+                assert package and not has(package[1]), (words, str(e))
+                packages.add(package[1])
+                lacking |= set(places(words))
+        else:
+            lacking |= set(places(words))
+        missing = [path for path in results(words) if not glob.glob(path)]
+        assert not missing or lacking & set(places(words)), (words, missing)
+    for source, vectors in (("README.md", "output/lines.npy"), ("README.zh-CN.md", "output/zh.npy")):
+        if vectors not in lacking:
+            assert len(np.load(vectors)) == PAGES[source].count("\n"), vectors
+    if has("transformers"):
+        (block,) = (block for kind, block in FENCE.findall(PAGES["README.md"]) if kind == "python")
+        found = {}
+        exec(block, found)
+        assert found["states"].shape[1] == len("<s> how to write a loop </s>".split())
+    else:
+        packages.add("transformers")
+    if packages:
+        pytest.skip(f"all ran but what needs {', '.join(sorted(packages))}")
+
+
+def test_every_program_tells_its_version_and_the_changelog_begins_with_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["program", "--version"])
+    for module in (*PROGRAMS.values(), soak):
+        with pytest.raises(SystemExit, match="^0$"):
+            module.main()
+        assert capsys.readouterr().out == f"data2vec-text {config.VERSION}\n", module
+    assert re.search(r"^## ([\d.]+),", (HERE / "CHANGELOG.md").read_text(), re.M)[1] == config.VERSION
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+
+def sections(text: str) -> list[str]:
+    return re.split(r"^## ", FENCE.sub("", text), flags=re.M)
+
+
+def shape(section: str) -> tuple:
+    """What a translation keeps: rows and columns of tables, list items, pictures, spans of code, numbers."""
+    rows = [line.count("|") for line in section.splitlines() if line.startswith("|")]
+    code = sorted(re.findall(r"`[^`]+`", section))
+    return rows, section.count("\n- "), section.count("!["), code
+
+
+def test_both_readmes_have_the_same_commands_sections_tables_and_code():
+    english, chinese = PAGES.values()
+    assert [words for words, _ in COMMANDS] == [words for words, _ in commands(chinese)]
+    blocks = [FENCE.findall(text) for text in (english, chinese)]
+    assert [kind for kind, _ in blocks[0]] == [kind for kind, _ in blocks[1]]
+    assert all(a == b for a, b in zip(*blocks) if a[0] != "bash")  # output and Python to the letter
+    a, b = sections(english), sections(chinese)
+    assert len(a) == len(b) > 10
+    for left, right in zip(a, b):
+        assert shape(left) == shape(right), left.splitlines()[0]
+
+
+def anchor(heading: str) -> str:
+    kept = (c for c in heading.lower() if c in " -_" or unicodedata.category(c)[0] in "LN")
+    return "".join(kept).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_flags_and_tests_that_a_readme_names_exist(name):
+    text = PAGES[name]
+    anchors = {anchor(heading) for heading in re.findall(r"^## (.+)$", text, re.M)}
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    for target in targets:
+        there = target[1:] in anchors if target[0] == "#" else target.startswith("https:") or (HERE / target).exists()
+        assert there, target
+    assert {"README.md", "README.zh-CN.md"} - {name} <= set(targets[:2])
+    tests = "".join(path.read_text(encoding="utf-8") for path in HERE.glob("test_*.py"))
+    for test in re.findall(r"\btest_\w{20,}", text):
+        assert f"def {test}(" in tests, test
+    sources = "".join((HERE / program).read_text(encoding="utf-8") for program in PROGRAMS)
+    fields = {field.name for part in train.PARTS for field in part.__dataclass_fields__.values()}
+    for flag in re.findall(r"`--(\w+)", text):
+        assert flag in fields | {"fairseq_exact", "version"} or f'"--{flag}"' in sources, flag
+
+
+def test_every_file_is_in_the_tables_of_both_readmes():
+    files = {path.name for suffix in ("py", "sh", "md") for path in HERE.glob(f"*.{suffix}")}
+    files |= {path.name for path in HERE.glob("requirements*.txt")} | {"LICENSE"}
+    for text in PAGES.values():
+        named = re.findall(r"^\| `([\w.-]+\.(?:py|sh|txt|md)|LICENSE)` \|", text, re.M)
+        assert sorted(named) == sorted(files)
