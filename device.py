@@ -17,6 +17,7 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 from config import InputError, option  # noqa: E402
 from model import Kernels, explicit_attention  # noqa: E402
@@ -92,7 +93,7 @@ class Device:
     def kernels(self, compiled: bool = False) -> Kernels:
         """The forms of GELU, attention and dropout that are right and fast here; compiled: under torch.compile."""
         if self.type == "cpu" and not compiled:
-            return Kernels(attention=_cpu_attention, dropout=cpu_dropout)
+            return Kernels(attention=_cpu_attention, dropout=cpu_dropout, linear=cpu_linear)
         if self.type == "npu":
             if self.is_first_generation:  # its scaled_dot_product_attention upcasts all of it to float32
                 return Kernels(gelu=_npu_gelu(), attention=explicit_attention)
@@ -267,6 +268,26 @@ def cpu_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     dropped = min(round(p * 2**16), 2**16 - 1)
     kept = bits[: x.numel()].ge_(dropped - 2**15)  # 1 or 0; compared in place, since a bool result is ten times slower
     return x * kept.view(x.shape).to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        return grad @ weight, rows.T @ x.flatten(0, -2), rows.sum(0)
+
+
+def cpu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """F.linear, in float32 by oneDNN, which torch takes for bfloat16 alone: a third faster on an AMD EPYC than MKL."""
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
+        return F.linear(x, weight, bias)
+    return _OneDnnLinear.apply(x, weight, bias)
 
 
 def _cpu_attention(q, k, v, attend, p: float):

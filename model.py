@@ -58,6 +58,7 @@ class Kernels:
     # (q, k, v, attend, p): q (B, H, Q, D), k and v (B, H, T, D), attend (B, 1, Q, T) bool or None -> (B, H, Q, D)
     attention: Callable = lambda q, k, v, attend, p: F.scaled_dot_product_attention(q, k, v, attend, p)
     dropout: Callable = lambda x, p: F.dropout(x, p, True)  # (x, p) -> like x
+    linear: Callable = F.linear  # (x, weight, bias)
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, p: float, dropout=F.dropout) -> Tensor:
@@ -81,12 +82,21 @@ class Dropout(nn.Module):
         return self.function(x, self.p) if self.training and self.p else x
 
 
+class Linear(nn.Linear):
+    def __init__(self, inputs: int, outputs: int, kernels: Kernels):
+        super().__init__(inputs, outputs)
+        self.function = kernels.linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight, self.bias)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, cfg: ModelConfig, kernels: Kernels):
         super().__init__()
         self.heads, self.dropout, self.attention = cfg.attention_heads, cfg.attention_dropout, kernels.attention
-        self.qkv = nn.Linear(cfg.embed_dim, 3 * cfg.embed_dim)  # rows: q, k, v
-        self.out_proj = nn.Linear(cfg.embed_dim, cfg.embed_dim)
+        self.qkv = Linear(cfg.embed_dim, 3 * cfg.embed_dim, kernels)  # rows: q, k, v
+        self.out_proj = Linear(cfg.embed_dim, cfg.embed_dim, kernels)
 
     def forward(self, x: Tensor, attend: Tensor | None, places=None, queries=None) -> Tensor:
         """x (B, T, C); attend (B, 1, 1, T) bool, True where one may look, or None if everywhere; places and queries as
@@ -98,10 +108,10 @@ class SelfAttention(nn.Module):
             rows = places
         else:
             index, rows = queries
-            w, b = self.qkv.weight, self.qkv.bias
-            q = F.linear(x.flatten(0, 1).index_select(0, index.flatten()), w[:C], b[:C])  # (B * Q, C)
+            w, b, linear = self.qkv.weight, self.qkv.bias, self.qkv.function
+            q = linear(x.flatten(0, 1).index_select(0, index.flatten()), w[:C], b[:C])  # (B * Q, C)
             q = q.view(B, -1, *split).transpose(1, 2)  # (B, H, Q, C/H)
-            k, v = F.linear(x, w[C:], b[C:]).view(B, T, 2, *split).permute(2, 0, 3, 1, 4)
+            k, v = linear(x, w[C:], b[C:]).view(B, T, 2, *split).permute(2, 0, 3, 1, 4)
         if attend is not None:
             attend = attend.expand(B, 1, q.shape[2], T)  # the shape that every device's fused kernel takes
         x = self.attention(q, k, v, attend, self.dropout if self.training else 0.0)
@@ -114,8 +124,8 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = SelfAttention(cfg, kernels)
         self.self_attn_layer_norm = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS)
-        self.fc1 = nn.Linear(cfg.embed_dim, cfg.ffn_embed_dim)
-        self.fc2 = nn.Linear(cfg.ffn_embed_dim, cfg.embed_dim)
+        self.fc1 = Linear(cfg.embed_dim, cfg.ffn_embed_dim, kernels)
+        self.fc2 = Linear(cfg.ffn_embed_dim, cfg.embed_dim, kernels)
         self.final_layer_norm = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS)
         self.activation = kernels.gelu if cfg.activation_fn == "gelu" else F.relu
         self.normalize_before = cfg.normalize_before
@@ -207,7 +217,7 @@ class RegressionHead(nn.Sequential):
         widths = [cfg.embed_dim] + [2 * cfg.embed_dim] * (cfg.head_layers - 1) + [cfg.embed_dim]
         parts = []
         for i in range(cfg.head_layers):
-            parts += [nn.Linear(widths[i], widths[i + 1]), _Function(kernels.gelu)]
+            parts += [Linear(widths[i], widths[i + 1], kernels), _Function(kernels.gelu)]
         super().__init__(*parts[:-1])
 
 

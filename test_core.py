@@ -1021,6 +1021,21 @@ def test_the_cpu_s_dropout_keeps_the_expected_share_and_mean():
     assert device.cpu_dropout(torch.ones(2, 3, 5, dtype=torch.bfloat16), 0.25).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("shape", [(7, 12), (3, 5, 12), (0, 12)])
+def test_the_cpu_s_linear_layer_equals_torch_s_with_its_gradients(shape):
+    results = []
+    for linear in (F.linear, device.cpu_linear):
+        torch.manual_seed(3)
+        x, w, b = (torch.randn(s, requires_grad=True) for s in (shape, (20, 12), (20,)))
+        y = linear(x, w[4:], b[4:])  # rows of a matrix, as queries and keys are
+        y.sin().sum().backward()
+        results.append((y, x.grad, w.grad, b.grad))
+    for a, b in zip(*results, strict=True):
+        assert a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert device.cpu_linear(torch.randn(2, 12), w, b).dtype == torch.bfloat16
+
+
 def test_programs_import_without_torch_npu_and_keep_it_from_loading_itself():
     variable = "TORCH_DEVICE_BACKEND_AUTOLOAD"
     code = (
@@ -1505,7 +1520,7 @@ def test_the_small_model_learns_more_than_to_predict_the_mean(tmp_path):
 # ---------------------------------------------------------------------------------------------- bench, run_1p.sh
 
 
-def test_bench_prints_a_table_and_one_json_line_and_counts_flops_as_torch_does(corpus_dir):
+def test_bench_prints_a_table_and_one_json_line_and_counts_flops_as_torch_does(corpus_dir, monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
 
     small = [*FEW, "--updates", "2", "--warmup", "1"]
@@ -1518,7 +1533,8 @@ def test_bench_prints_a_table_and_one_json_line_and_counts_flops_as_torch_does(c
     run, dataset = make_run(corpus_dir)
     index = int(dataset.lengths.argmax())
     batch = dataset.batch(np.array([index]), 1)
-    # attention as plain matmuls, since torch does not count its fused kernel on the CPU
+    # attention and linear layers as plain matmuls, since torch does not count its fused kernels on the CPU
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         train.update(run, [batch])
     assert bench.update_flops([batch], run) == counter.get_total_flops()

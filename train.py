@@ -108,8 +108,6 @@ class Run:
 
     def __init__(self, cfg: Config, device: Device, vocabulary_size: int):
         self.cfg, self.device = cfg, device
-        if cfg.train.compile and device.type == "npu":
-            raise InputError("--compile: torch.compile is for GPUs; an NPU runs without it")
         device.seed(cfg.data.seed)  # every worker begins with the same weights
         student = Data2VecText(cfg.model, vocabulary_size, device.kernels(cfg.train.compile))
         self.student = student.to(device.torch_device).train()
