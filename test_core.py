@@ -1520,6 +1520,18 @@ def test_the_small_model_learns_more_than_to_predict_the_mean(tmp_path):
 # ---------------------------------------------------------------------------------------------- bench, run_1p.sh
 
 
+@pytest.mark.parametrize("teacher_input", ["full", "masked"])
+def test_the_plain_step_that_the_bench_compares_with_does_the_same(corpus_dir, teacher_input):
+    run, dataset = make_run(corpus_dir, teacher_input=teacher_input, warmup_updates=1, lr=1e-2, ema_decay=0.9)
+    plain = bench.Plain(run, len(dataset.dictionary))
+    for ids in dataset.epoch_batches(1)[:4]:
+        batch = dataset.batch(ids, 1)
+        assert float(plain.update([batch])) == pytest.approx(float(train.update(run, [batch]).loss), rel=1e-4)
+    for ours, theirs in ((run.student, plain.student), (run.teacher, plain.teacher)):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_bench_prints_a_table_and_one_json_line_and_counts_flops_as_torch_does(corpus_dir, monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
 
