@@ -209,7 +209,7 @@ class Plain:
         total = torch.zeros((), device=device.torch_device)
         for host in batches:
             tokens = host.target
-            if cfg.data.teacher_input == "masked":  # the reference's padded form, for masks without random or kept tokens
+            if cfg.data.teacher_input == "masked":  # padded as the reference has it; without random or kept tokens
                 tokens = np.full_like(host.source, PAD)
                 tokens.ravel()[host.masked] = host.target.ravel()[host.target_places]
             source, tokens, masked = (device.tensor(x) for x in (host.source, tokens, host.masked))

@@ -9,9 +9,9 @@
 #   bash run_1p.sh test [pytest arguments]                      the tests
 #
 # full and performance take the npu_1p preset (--config_name base for fairseq's lengths); --checkpoint_path=FILE there
-# starts from that file's weights. Everything lands in output/$ASCEND_DEVICE_ID (default 0). --raw_dir binarizes first, if
-# that has not been done, into --data_path (default: a folder there): with the BPE of DIR's encoder.json, vocab.bpe and
-# dict.txt as fairseq's recipe does, or where DIR holds none of these, with a BPE that it trains on the text.
+# starts from that file's weights. Everything lands in output/$ASCEND_DEVICE_ID (default 0). --raw_dir binarizes first,
+# if that has not been done, into --data_path (default: a folder there): with the BPE of DIR's encoder.json, vocab.bpe
+# and dict.txt as fairseq's recipe does, or where DIR holds none of these, with a BPE that it trains on the text.
 set -euo pipefail
 start=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -131,7 +131,7 @@ if [[ -n $raw_dir && $mode =~ ^(full|performance|eval)$ ]]; then
     0) how=(--bpe train) ;;
     6) how=(--bpe gpt2 "${how[@]/#--dict_txt/--dict}") ;;
     *)
-        echo "run_1p.sh: $raw_dir holds only a part of encoder.json, vocab.bpe and dict.txt; add the rest, or remove it" >&2
+        echo "run_1p.sh: $raw_dir holds only a part of encoder.json, vocab.bpe, dict.txt; add the rest, or remove it" >&2
         exit 2
         ;;
     esac

@@ -22,7 +22,7 @@ def corpus_dir(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("corpus"))[0]
 
 
-def same_batches(got, expected):
+def check_same_batches(got, expected):
     got, expected = list(got), list(expected)
     assert len(got) == len(expected) > 0
     for a, b in zip(got, expected):
@@ -130,7 +130,7 @@ def test_another_python_or_numpy_is_noticed_and_its_blocks_are_masked_one_at_a_t
             assert not exact()
     monkeypatch.setattr(data, "hide_blocks_is_exact", lambda: False)
     monkeypatch.setattr(data, "hide_blocks", None)
-    same_batches(dataset.batches(lists, 3), expected)
+    check_same_batches(dataset.batches(lists, 3), expected)
 
 
 # ---------------------------------------------------------------------------------------------- blocks and batches
@@ -205,9 +205,9 @@ def test_batches_equal_those_of_the_plain_loop(corpus_dir, monkeypatch, teacher_
         dataset = Corpus(cfg).split(split)
         lists = dataset.epoch_batches(2)[:12]
         plain = [bench_data.plain_batch(dataset, ids, 2) for ids in lists]
-        same_batches(dataset.batches([lists[0][:0], *lists, lists[0][:0]], 2), plain)
+        check_same_batches(dataset.batches([lists[0][:0], *lists, lists[0][:0]], 2), plain)
         turned = [ids[::-1] for ids in lists]  # the longest first
-        same_batches(map(dataset.batch, turned, [2] * 99), [bench_data.plain_batch(dataset, ids, 2) for ids in turned])
+        check_same_batches(map(dataset.batch, turned, [2] * 99), [bench_data.plain_batch(dataset, ids, 2) for ids in turned])
 
 
 @golden
@@ -222,14 +222,14 @@ def test_batches_of_the_golden_corpus_equal_those_of_the_plain_loop(tokens_per_s
         )
         dataset = Corpus(cfg).split("train")
         lists = dataset.epoch_batches(3)[: 12_800 // tokens_per_sample]
-        same_batches(dataset.batches(lists, 3), (bench_data.plain_batch(dataset, ids, 3) for ids in lists))
+        check_same_batches(dataset.batches(lists, 3), (bench_data.plain_batch(dataset, ids, 3) for ids in lists))
 
 
 def test_a_pad_symbol_in_the_text_counts_as_padding(tmp_path):
     folder, _ = make_dataset(tmp_path, [[1, 5, 6, 2], [2], [7, 8, 9, 2], [2]] * 8)
     cfg = DataConfig(data_path=str(folder), tokens_per_sample=8, max_tokens=16)
     dataset = Corpus(cfg).split("train")
-    same_batches(
+    check_same_batches(
         dataset.batches(dataset.epoch_batches(1), 1),
         [bench_data.plain_batch(dataset, ids, 1) for ids in dataset.epoch_batches(1)],
     )
@@ -250,7 +250,7 @@ def test_the_batches_before_a_bad_token_come_and_its_own_names_the_sentence(tmp_
     with pytest.raises(InputError, match=f"sentence {dataset.stream.sentence_at(place)} holds <mask>"):
         for batch in batches:
             came.append(batch)
-    same_batches(came, good)
+    check_same_batches(came, good)
 
 
 # ---------------------------------------------------------------------------------------------- the thread
