@@ -207,7 +207,8 @@ def test_batches_equal_those_of_the_plain_loop(corpus_dir, monkeypatch, teacher_
         plain = [bench_data.plain_batch(dataset, ids, 2) for ids in lists]
         check_same_batches(dataset.batches([lists[0][:0], *lists, lists[0][:0]], 2), plain)
         turned = [ids[::-1] for ids in lists]  # the longest first
-        check_same_batches(map(dataset.batch, turned, [2] * 99), [bench_data.plain_batch(dataset, ids, 2) for ids in turned])
+        plain = [bench_data.plain_batch(dataset, ids, 2) for ids in turned]
+        check_same_batches(map(dataset.batch, turned, [2] * 99), plain)
 
 
 @golden
