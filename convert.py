@@ -556,8 +556,7 @@ def main(argv: list | None = None) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     told = []
     if kind == "hf":
-        # a dictionary of numbers alone is that of a BPE
-        has_tokenizer = dictionary and (bpe[0] or not all(s.isdigit() for s in dictionary.symbols[4:104]))
+        has_tokenizer = dictionary and (bpe[0] or not dictionary.holds_bpe_ids())
         encoder = content["teacher"] if args.teacher else content["student"]
         encoder = {k.removeprefix("encoder."): v for k, v in encoder.items() if not k.startswith("regression_head.")}
         with checkpoint.whole(out) as folder:

@@ -119,6 +119,10 @@ class Dictionary:
         """sha256 over the symbols in order: equal for dictionaries that give every token the same id."""
         return hashlib.sha256("\n".join(self.symbols).encode()).hexdigest()
 
+    def holds_bpe_ids(self) -> bool:
+        """Whether its symbols are a BPE's ids: those of the first rows are numbers."""
+        return all(symbol.isdigit() for symbol in self.symbols[4 : min(104, self.rows)])
+
     def decode(self, tokens) -> str:
         return " ".join(self.symbols[t] for t in tokens)
 
@@ -273,11 +277,18 @@ class TokenStream:
             f"{where} holds token id {token}, but dict.txt has {len(dictionary)} symbols; wrong dictionary?"
         )
 
-    def check_all(self, dictionary: Dictionary):
-        """check_tokens over the whole split, a piece at a time."""
+    def checked(self, dictionary: Dictionary):
+        """Yield the tokens of the whole split, a piece at a time, each behind check_tokens."""
         for piece in pieces(self.tokens):
             places = np.arange(piece.start, min(piece.stop, self.tokens))
-            self.check_tokens(self.take(places), places, dictionary)
+            tokens = self.take(places)
+            self.check_tokens(tokens, places, dictionary)
+            yield tokens
+
+    def check_all(self, dictionary: Dictionary):
+        """check_tokens over the whole split."""
+        for _ in self.checked(dictionary):
+            pass
 
 
 def build_dictionary(counts: dict, nwords: int = 0, threshold: int = 0) -> str:

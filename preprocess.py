@@ -193,7 +193,7 @@ def load_tokenizer(folder, dictionary: Dictionary, encoder_json=None, vocab_bpe=
     given = dict(zip(BPE_FILES, (encoder_json, vocab_bpe)))
     paths = {name: Path(path or Path(folder) / name) for name, path in given.items()}
     there = [name for name in BPE_FILES if given[name] or paths[name].exists()]
-    if not there and all(symbol.isdigit() for symbol in dictionary.symbols[4 : min(104, dictionary.rows)]):
+    if not there and dictionary.holds_bpe_ids():
         raise InputError(
             f"{folder}: its dict.txt holds the ids of a BPE, but encoder.json and vocab.bpe are not beside it; put them"
             " there, or name them (--encoder_json F --vocab_bpe F)"

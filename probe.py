@@ -37,10 +37,8 @@ LR, BATCH, MOST_EPOCHS, PATIENCE = 1e-3, 512, 50, 3  # of the classifier's fit
 
 def frequent_tokens(stream: TokenStream, dictionary) -> np.ndarray:
     """The class of each token id, -1 for those outside the CLASSES most frequent ones; reads the whole split once."""
-    stream.check_all(dictionary)
-    counts, chunk = np.zeros(len(dictionary), np.int64), 1 << 22
-    for start in range(0, stream.tokens, chunk):
-        tokens = stream.read(start, min(start + chunk, stream.tokens))
+    counts = np.zeros(len(dictionary), np.int64)
+    for tokens in stream.checked(dictionary):
         counts += np.bincount(tokens.astype(np.int64), minlength=len(dictionary))
     counts[: len(SPECIAL)] = 0
     order = np.argsort(-counts, kind="stable")[:CLASSES]
