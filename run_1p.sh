@@ -131,7 +131,7 @@ if [[ -n $raw_dir && $mode =~ ^(full|performance|eval)$ ]]; then
     0) how=(--bpe train) ;;
     6) how=(--bpe gpt2 "${how[@]/#--dict_txt/--dict}") ;;
     *)
-        echo "run_1p.sh: $raw_dir holds only a part of encoder.json, vocab.bpe, dict.txt; add the rest, or remove it" >&2
+        echo "run_1p.sh: $raw_dir holds only a part of encoder.json, vocab.bpe, dict.txt; add the rest or remove it" >&2
         exit 2
         ;;
     esac

@@ -310,10 +310,7 @@ def evaluate(run: Run, dataset: BlockDataset) -> dict:
     loss = torch.zeros((), device=device.torch_device)
     sums = torch.zeros(6, width, device=device.torch_device)
     sample_size = batches = 0
-    for ids in dataset.epoch_batches(1, device.rank, device.world_size):
-        if len(ids) == 0:
-            continue
-        host = dataset.batch(ids, 1)
+    for host in dataset.batches(dataset.epoch_batches(1, device.rank, device.world_size), 1):
         with device.autocast():
             prediction, target, part = forward(run, host)
         loss += part
