@@ -41,13 +41,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import bench_data
-import checkpoint
 import config
 import ema
 from config import InputError
 from data import EOS, PAD, Batch, Corpus, write_dataset
 from model import Data2VecText, Encoder, ModelConfig, RegressionHead, data2vec_loss
+from runtime import checkpoint
+from tools import bench_data
 from train import PARTS, Config, Run, contents, epoch_updates, lr_at, update
 
 

@@ -19,19 +19,19 @@ import shutil
 from collections import OrderedDict
 from pathlib import Path
 
-# first: device has a word with torch before torch is imported
-import device  # noqa: F401  # isort: split
-
 import numpy as np
 import torch
 
-import checkpoint
 import config
+
+# first: device has a word with torch before torch is imported
+import device  # noqa: F401  # isort: split
 import eval as evaluation
-from checkpoint import Loaded
 from config import InputError, printable
 from data import SPECIAL, UNK, DataConfig, Dictionary
 from model import LAYER_NORM_EPS, PAD, Data2VecText, ModelConfig
+from runtime import checkpoint
+from runtime.checkpoint import Loaded
 from train import PARTS, TrainConfig, lr_at
 
 KINDS = {"hf": ("hf",), "fairseq": ("fairseq", "state_dict"), "native": ("ours",)}  # as said, as Loaded says

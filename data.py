@@ -24,7 +24,7 @@ import numpy as np
 
 import config
 from config import InputError, option
-from rng import FLOYD_LIMIT, Generators, tuple_hashes
+from fast.masks import FLOYD_LIMIT, Generators, tuple_hashes
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")

@@ -15,14 +15,14 @@ import json
 # first: device has a word with torch before torch is imported
 from device import DeviceConfig, open_device  # isort: split
 
-import checkpoint
 import config
-import features
 from config import InputError
 from data import Corpus
 from preprocess import load_tokenizer
-from probe import Probe
-from probe import table as probe_table
+from runtime import checkpoint
+from tools import features
+from tools.probe import Probe
+from tools.probe import table as probe_table
 from train import PARTS, Config, Run, evaluate, init_from
 
 

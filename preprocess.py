@@ -44,8 +44,16 @@ from tqdm import tqdm
 
 import config
 from config import InputError, RunError
-from data import EOS, UNK, Dictionary, build_dictionary, publish, token_type, write_parts
-from guard import Lock
+from data import (
+    EOS,
+    UNK,
+    Dictionary,
+    build_dictionary,
+    publish,
+    token_type,
+    write_parts,
+)
+from runtime.guard import Lock
 
 SPLITS = ("test", "valid", "train")  # train last, since nothing takes a folder without it for a dataset
 BPE_FILES = ("encoder.json", "vocab.bpe")

@@ -18,20 +18,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # first: device has a word with torch before torch is imported
-from device import LOWEST_LOSS_SCALE, PROFILE_FROM, Device, DeviceConfig, open_device, worker  # isort: split
+from device import (  # isort: split
+    LOWEST_LOSS_SCALE,
+    PROFILE_FROM,
+    Device,
+    DeviceConfig,
+    open_device,
+    worker,
+)
 
 import torch
 
-import checkpoint
 import config
 import ema
 from config import InputError, RunError, option, printable
-from data import Batch, BlockDataset, Corpus, DataConfig, TokenFile, prefetch, queries_of
+from data import (
+    Batch,
+    BlockDataset,
+    Corpus,
+    DataConfig,
+    TokenFile,
+    prefetch,
+    queries_of,
+)
 from ema import EmaConfig
-from flat import Flat, Stretches
-from guard import GuardConfig, Health, Lock, Signals
-from log import Log, moments, quality
+from fast.vectors import Flat, Stretches
 from model import Data2VecText, ModelConfig, data2vec_loss, teacher_targets
+from runtime import checkpoint
+from runtime.guard import GuardConfig, Health, Lock, Signals
+from runtime.log import Log, moments, quality
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
 from config import InputError
 from data import BOS, EOS, PAD
 from device import Device
 from model import Encoder
+from runtime import checkpoint
 
 POOLS = {
     "mean": lambda x, real: (x * real[:, :, None]).sum(1) / real.sum(1, keepdim=True),  # over the tokens

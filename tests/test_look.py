@@ -12,13 +12,12 @@ import pytest
 import torch
 
 import eval as evaluation
-import plot
-import probe
 import train
 from config import InputError
 from data import EOS, UNK, Corpus, DataConfig
-from log import TensorBoard
-from test_core import FEW, call, make_dataset, make_run, rows_of
+from runtime.log import TensorBoard
+from tests.helpers import FEW, call, make_dataset, make_run, rows_of
+from tools import plot, probe
 
 
 @pytest.fixture(scope="module")

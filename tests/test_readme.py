@@ -15,9 +15,6 @@ import unicodedata
 import zipfile
 from pathlib import Path
 
-# first: device has a word with torch before torch is imported
-import device  # noqa: F401  # isort: split
-
 import numpy as np
 import pytest
 
@@ -25,13 +22,16 @@ import bench
 import config
 import convert
 import data
+
+# first: device has a word with torch before torch is imported
+import device  # noqa: F401  # isort: split
 import eval as evaluation
-import plot
 import preprocess
-import soak
 import train
 from config import InputError
-from test_core import FEW, HERE, call, copy_of_the_project
+from tests import soak
+from tests.helpers import FEW, HERE, call, copy_of_the_project
+from tools import plot
 
 PAGES = {name: (HERE / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")}
 PROGRAMS = {
@@ -41,7 +41,7 @@ PROGRAMS = {
     "bench.py": bench,
     "preprocess.py": preprocess,
     "convert.py": convert,
-    "plot.py": plot,
+    "tools/plot.py": plot,
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 
@@ -224,7 +224,7 @@ def test_every_program_tells_its_version_and_the_changelog_begins_with_it(monkey
         with pytest.raises(SystemExit, match="^0$"):
             module.main()
         assert capsys.readouterr().out == f"data2vec-text {config.VERSION}\n", module
-    assert re.search(r"^## ([\d.]+),", (HERE / "CHANGELOG.md").read_text(), re.M)[1] == config.VERSION
+    assert re.search(r"^## ([\d.]+),", (HERE / "docs" / "changelog.md").read_text(), re.M)[1] == config.VERSION
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -267,7 +267,7 @@ def test_links_flags_and_tests_that_a_readme_names_exist(name):
         there = target[1:] in anchors if target[0] == "#" else target.startswith("https:") or (HERE / target).exists()
         assert there, target
     assert {"README.md", "README.zh-CN.md"} - {name} <= set(targets[:2])
-    tests = "".join(path.read_text(encoding="utf-8") for path in HERE.glob("test_*.py"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in [HERE / "test_core.py", *HERE.glob("tests/*.py")])
     for test in re.findall(r"\btest_\w{20,}", text):
         assert f"def {test}(" in tests, test
     sources = "".join((HERE / program).read_text(encoding="utf-8") for program in PROGRAMS)

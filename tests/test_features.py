@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import convert
 import eval as evaluation
-import features
 from config import InputError
 from data import BOS, EOS, Dictionary
-from test_core import SMALL, call, make_dataset, random_encoder
+from runtime import checkpoint
+from tests.helpers import SMALL, call, make_dataset, random_encoder
+from tools import features
 
 BLOCK = 32
 

@@ -13,15 +13,24 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import convert
 import eval as evaluation
 import preprocess
 import train
 from config import InputError
 from data import BOS, EOS, PAD, UNK, Dictionary, TokenStream
-from test_core import FEW, GOLDEN, SMALL, call, compare_checkpoints, golden, make_dataset, random_encoder
-from test_robust import Payload
+from runtime import checkpoint
+from tests.helpers import (
+    FEW,
+    GOLDEN,
+    SMALL,
+    call,
+    compare_checkpoints,
+    golden,
+    make_dataset,
+    random_encoder,
+)
+from tests.test_robust import Payload
 
 FAIRSEQ = GOLDEN / "checkpoint" / "fairseq_doc128.pt"
 WORDS = 60

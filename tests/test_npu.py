@@ -1,7 +1,7 @@
 """How do we know, on an Ascend NPU: the numbers, the checkpoints, and that nothing waits for the device.
 
-    pytest test_npu.py                              on a machine with a card
-    NPUSIM=path/of/npusim.py pytest test_npu.py     on an emulated device with the CPU's numbers
+    pytest tests/test_npu.py                              on a machine with a card
+    NPUSIM=path/of/npusim.py pytest tests/test_npu.py     on an emulated device with the CPU's numbers
 
 The functions named check_ need the device, which changes torch for good: they run in a process of their own, started by
 the last test here. What can be told without a device comes first.
@@ -30,15 +30,14 @@ import pytest
 import torch
 
 import bench
-import checkpoint
 import eval as evaluation
-import log
 import train
 from config import InputError
 from device import Device, DeviceConfig, open_device
-from flat import Flat
+from fast.vectors import Flat
 from model import explicit_attention
-from test_core import CPU, FEW, HERE, call, make_dataset, make_run, rows_of
+from runtime import checkpoint, log
+from tests.helpers import CPU, FEW, HERE, call, make_dataset, make_run, rows_of
 
 TINY = [*FEW, "--lr", 1e-3]
 TWENTY = ("--max_update", 20, "--save_interval_updates", 10, "--keep_interval_updates", -1)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import write_text
 from config import InputError, printable
 from device import Device
+from runtime.checkpoint import write_text
 
 
 def moments(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Looking instead of reading: the curves of one run, or of several over each other, as a picture.
 
-    python plot.py RUN [RUN ...] --out curves.png
+    python -m tools.plot RUN [RUN ...] --out curves.png
 
 RUN is a --save_dir or a train.jsonl, of a run that still goes on, too. The suffix of --out names the format (png, svg,
 pdf). Needs matplotlib.

@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 
 import bench
-import bench_data
 import data
-import rng
 from config import InputError
 from data import Corpus, DataConfig, TokenStream, mask_block, prefetch
-from test_core import GOLDEN, blocks_by_walking, call, golden, make_dataset, write_index
+from fast import masks as rng
+from tests.helpers import (
+    GOLDEN,
+    blocks_by_walking,
+    call,
+    golden,
+    make_dataset,
+    write_index,
+)
+from tools import bench_data
 
 
 @pytest.fixture(scope="module")

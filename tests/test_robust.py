@@ -1,6 +1,6 @@
 """Nothing is ever lost: crashes, full disks, damaged and hostile files, signals, bad numbers, several workers.
 
-The long versions are in soak.py.
+The long versions are in tests/soak.py.
 """
 
 import dataclasses
@@ -20,13 +20,12 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import data
-import guard
-import soak
 import train
 from config import InputError, RunError
-from test_core import (
+from runtime import checkpoint, guard
+from tests import soak
+from tests.helpers import (
     CPU,
     FEW,
     GOLDEN,

@@ -20,7 +20,7 @@ import pytest
 import preprocess
 from config import InputError, RunError
 from data import EOS, UNK, Dictionary, TokenFile, TokenStream
-from test_core import GOLDEN, call, copy_of_the_project, golden
+from tests.helpers import GOLDEN, call, copy_of_the_project, golden
 
 RAW, GPT2 = GOLDEN / "corpora" / "raw", GOLDEN / "corpora" / "gpt2_bpe"
 GPT2_FLAGS = ["--bpe", "gpt2", "--encoder-json", GPT2 / "encoder.json", "--vocab_bpe", GPT2 / "vocab.bpe"]
@@ -459,7 +459,7 @@ def test_ctrl_c_ends_with_one_line_and_goes_on_later(tmp_path, monkeypatch, caps
 
 
 def test_a_second_run_is_kept_out_of_the_folder(tmp_path):
-    from guard import Lock
+    from runtime.guard import Lock
 
     texts = small_corpus(tmp_path)
     (tmp_path / "out").mkdir()

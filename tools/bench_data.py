@@ -15,8 +15,18 @@ import numpy as np
 
 import config
 from config import InputError
-from data import BOS, HEADER, MAGIC, PAD, Batch, BlockDataset, Corpus, DataConfig, mask_block, pieces
-
+from data import (
+    BOS,
+    HEADER,
+    MAGIC,
+    PAD,
+    Batch,
+    BlockDataset,
+    Corpus,
+    DataConfig,
+    mask_block,
+    pieces,
+)
 
 # ---------------------------------------------------------------------------------------------- loader
 

@@ -1,8 +1,8 @@
 """What a run survives, over and over: prints its figures as one JSON object.
 
-python soak.py kills [--kills 30]                           SIGKILL a run that saves every update, at random moments
-python soak.py fuzz [--datasets 20000] [--checkpoints 5000] mutate files; each must load or give a one-line error
-python soak.py memory [--updates 2000]                      resident memory early and late in a run
+python -m tests.soak kills [--kills 30]                           SIGKILL a run that saves every update, at random moments
+python -m tests.soak fuzz [--datasets 20000] [--checkpoints 5000] mutate files; each must load or give a one-line error
+python -m tests.soak memory [--updates 2000]                      resident memory early and late in a run
 """
 
 import argparse
@@ -26,13 +26,13 @@ from device import Device  # isort: split
 import numpy as np
 import torch
 
-import checkpoint
 import config
 import data
 from config import InputError
 from data import EOS
+from runtime import checkpoint
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent  # the project
 TINY = (
     "--config_name tiny --device cpu --layers 2 --embed_dim 16 --ffn_embed_dim 32 --attention_heads 2"
     " --average_top_k_layers 2 --tokens_per_sample 32 --max_tokens 256 --max_source_positions 64"

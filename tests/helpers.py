@@ -1,0 +1,204 @@
+"""What several test files share: small datasets and runs, the recorded numbers, programs as functions."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
+from device import Device  # isort: split
+
+import numpy as np
+import pytest
+import torch
+
+import config
+import data
+import train
+from data import (
+    EOS,
+    PAD,
+    Corpus,
+    DataConfig,
+)
+from model import Data2VecText, ModelConfig
+from runtime import checkpoint
+
+HERE = Path(__file__).parent.parent  # the project
+
+GOLDEN = HERE.parent / "shared" / "golden"
+
+golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference's recorded numbers are not beside the project")
+
+CPU = Device(torch.device("cpu"), "test", None)
+
+SMALL = dict(
+    layers=2,
+    embed_dim=16,
+    ffn_embed_dim=32,
+    attention_heads=2,
+    average_top_k_layers=2,
+    dropout=0.0,
+    attention_dropout=0.0,
+    max_source_positions=64,
+)
+
+FEW = (
+    "--config_name tiny --device cpu --log_interval 1 --tokens_per_sample 32 --max_tokens 256 --warmup_updates 2"
+    " --validate_interval_updates 0"
+).split() + [str(part) for k, v in SMALL.items() for part in (f"--{k}", v)]
+
+
+def call(main, *argv) -> str:
+    """A program's standard output; its errors are raised."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main([str(a) for a in argv]) == 0
+    return out.getvalue()
+
+
+def rows_of(folder, key="loss") -> list:
+    return [row for line in (Path(folder) / "train.jsonl").read_text().splitlines() if key in (row := json.loads(line))]
+
+
+def make_dataset(folder, sentences=None, words=60, splits=("train", "valid"), seed=0):
+    """A small dataset of random sentences in documents; the ids 4 .. words - 1."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    if sentences is None:
+        sentences = []
+        for _ in range(30):
+            sentences += [
+                [*rng.integers(4, words, rng.integers(1, 40)).tolist(), EOS] for _ in range(rng.integers(1, 8))
+            ]
+            sentences.append([EOS])
+    for split in splits:
+        data.write_dataset(folder / split, sentences, words)
+    (folder / "dict.txt").write_text("".join(f"w{i} {100 - i}\n" for i in range(words - 4)))
+    return folder, sentences
+
+
+@pytest.fixture(scope="module")
+def corpus_dir(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("corpus"))[0]
+
+
+@pytest.fixture
+def block_dataset(corpus_dir):
+    def make(split="train", **options):
+        return Corpus(DataConfig(data_path=str(corpus_dir), tokens_per_sample=32, max_tokens=256, **options)).split(
+            split
+        )
+
+    return make
+
+
+def write_index(prefix, sentences, code, order=None):
+    """An .idx and .bin of any integer type, with the sentences in the file in another order if asked."""
+    dtype = np.dtype(data.DTYPES[code])
+    order = range(len(sentences)) if order is None else order
+    offsets, blob = {}, b""
+    for i in order:
+        offsets[i] = len(blob)
+        blob += np.asarray(sentences[i], dtype).tobytes()
+    Path(f"{prefix}.bin").write_bytes(blob)
+    Path(f"{prefix}.idx").write_bytes(
+        data.MAGIC
+        + (1).to_bytes(8, "little")
+        + bytes([code])
+        + len(sentences).to_bytes(8, "little")
+        + np.asarray([len(s) for s in sentences], "<i4").tobytes()
+        + np.asarray([offsets[i] for i in range(len(sentences))], "<i8").tobytes()
+    )
+
+
+def blocks_by_walking(sizes, mode, block_size):
+    """The rule for cutting blocks, sentence by sentence."""
+    blocks, at, current = [], 0, 0
+
+    def close():
+        nonlocal at, current
+        if current > (1 if mode == "complete_doc" else 0):
+            blocks.append((at, at + current))
+        at, current = at + current, 0
+
+    for size in sizes:
+        if mode == "complete_doc" and size == 1:
+            close()
+            at += 1
+            continue
+        if current and current + size > block_size:
+            close()
+        current += size
+    close()
+    return blocks
+
+
+def random_encoder(seed=0, vocabulary=40, **options):
+    """An encoder whose every parameter is random, biases and norms too, so that none can be forgotten unseen."""
+    cfg = ModelConfig(**{**SMALL, **options})
+    torch.manual_seed(seed)
+    model = Data2VecText(cfg, vocabulary).eval()
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, 1.0 if "norm" in name and p.ndim == 1 else 0.0, 0.3)
+    with torch.no_grad():
+        model.encoder.embed_tokens.weight[PAD] = 0
+        model.encoder.embed_positions.weight[PAD] = 0
+    return model, cfg
+
+
+def make_run(corpus_dir, seed=1, device=CPU, **options):
+    defaults = dict(
+        SMALL, tokens_per_sample=32, max_tokens=256, data_path=str(corpus_dir), lr=1e-3, warmup_updates=0, seed=seed
+    )
+    argv = [part for k, v in {**defaults, **options}.items() for part in (f"--{k}", str(v))]
+    cfg = train.Config(*config.parse(train.PARTS, "", argv)[0])
+    corpus = Corpus(cfg.data)
+    return train.Run(cfg, device, len(corpus.dictionary)), corpus.split("train")
+
+
+def compare_checkpoints(a, b, exactly=True):
+    a, b = checkpoint.load(a).content, checkpoint.load(b).content
+    flat = lambda c: [
+        *c["student"].values(),
+        *c["teacher"].values(),  # noqa: E731
+        *(t for s in c["optimizer"]["state"].values() for t in s.values()),
+    ]
+    assert len(flat(a)) == len(flat(b)) > 50
+    for x, y in zip(flat(a), flat(b)):
+        assert torch.equal(x, y) if exactly else torch.allclose(x, y, atol=2e-6)
+    progress = [
+        {k: v for k, v in c["progress"].items() if k not in ("world_size", "batches", "best_loss")} for c in (a, b)
+    ]
+    assert progress[0] == progress[1]
+
+
+def torchrun_command(workers, *argv):
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        workers,
+        HERE / "train.py",
+    ]
+    return [str(word) for word in (*words, *argv)]
+
+
+def torchrun(workers, *argv):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(torchrun_command(workers, *argv), capture_output=True, text=True, env=env, timeout=200)
+
+
+def copy_of_the_project(folder) -> dict:
+    """Copy what run_1p.sh needs; the environment in which it takes this Python."""
+    for path in [*HERE.glob("*.py"), *HERE.glob("*/*.py"), HERE / "run_1p.sh", HERE / "requirements.txt"]:
+        copy = Path(folder) / path.relative_to(HERE)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -1,0 +1,118 @@
+"""Devices, precision, and the kernels of a CPU."""
+
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+
+# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
+from device import DeviceConfig, open_device  # isort: split
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import device
+import ema
+import train
+from config import InputError
+from ema import EmaConfig
+from runtime import checkpoint
+from tests.helpers import CPU, FEW, HERE, call, random_encoder, rows_of
+
+
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_the_reader_computes_what_autocast_makes_of_the_teacher_to_the_bit(amp):
+    model, cfg = random_encoder(2)
+    teacher = ema.make_teacher(random_encoder(1)[0].encoder)
+    reader = ema.make_reader(teacher, amp)
+    ema.step(teacher, model.encoder, 0.5, EmaConfig())
+    ema.refresh(reader, teacher)
+    tokens = torch.randint(4, 40, (3, 9))
+    with torch.autocast("cpu", amp):
+        for a, b in zip(teacher(tokens, True, 2)[1], reader(tokens, True, 2)[1]):
+            assert a.dtype == amp and torch.equal(a, b)
+    assert ema.make_reader(teacher, None) is teacher
+
+
+def test_the_cpu_s_dropout_keeps_the_expected_share_and_mean():
+    for p, n in ((0.1, 400_001), (0.5, 7), (0.9999999, 3)):
+        x = torch.full((n,), 3.0, requires_grad=True)
+        torch.manual_seed(5)
+        y = device.cpu_dropout(x, p)
+        y.sum().backward()
+        torch.manual_seed(5)
+        assert torch.equal(y, device.cpu_dropout(x, p)) and torch.equal(y, x * x.grad)
+        kept = y != 0
+        assert torch.allclose(y[kept], torch.tensor(3 / (1 - min(p, 1 - 2**-16))), rtol=1e-4)
+        if n > 1000:
+            assert abs(float(kept.float().mean()) - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n)
+            assert abs(float(y.detach().mean()) - 3) < 0.02
+    assert device.cpu_dropout(torch.ones(2, 3, 5, dtype=torch.bfloat16), 0.25).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (3, 5, 12), (0, 12)])
+def test_the_cpu_s_linear_layer_equals_torch_s_with_its_gradients(shape):
+    results = []
+    for linear in (F.linear, device.cpu_linear):
+        torch.manual_seed(3)
+        x, w, b = (torch.randn(s, requires_grad=True) for s in (shape, (20, 12), (20,)))
+        y = linear(x, w[4:], b[4:])  # rows of a matrix, as queries and keys are
+        y.sin().sum().backward()
+        results.append((y, x.grad, w.grad, b.grad))
+    for a, b in zip(*results, strict=True):
+        assert a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert device.cpu_linear(torch.randn(2, 12), w, b).dtype == torch.bfloat16
+
+
+def test_programs_import_without_torch_npu_and_keep_it_from_loading_itself():
+    variable = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+    code = (
+        "import sys, os\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        assert name != 'torch' or os.environ.get('{variable}') == '0', 'too late'\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import {0}\n"
+        f"assert 'torch_npu' not in sys.modules; print(os.environ['{variable}'])"
+    )
+    env = {k: v for k, v in os.environ.items() if k != variable}
+    for name in ("train", "eval", "bench", "soak"):
+        run = subprocess.run(
+            [sys.executable, "-c", code.format(name)], cwd=HERE, env=env, capture_output=True, text=True
+        )
+        assert run.stdout.strip() == "0", run.stderr
+
+
+def test_devices_that_are_not_there_are_refused_in_one_line():
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="--device cuda"):
+            open_device(DeviceConfig(device="cuda"))
+    try:
+        import torch_npu  # noqa: F401
+    except ImportError:
+        with pytest.raises(InputError, match="torch_npu is not installed.*requirements-npu.txt"):
+            open_device(DeviceConfig(device="npu"))
+    assert open_device(DeviceConfig(device="cpu", amp="auto")).amp is None
+
+
+def test_the_loss_scaler_has_the_reference_s_rules():
+    scaler = dataclasses.replace(CPU, amp=torch.float16, world_size=4).scaler(update_freq=2)
+    assert scaler.get_scale() == 128 and scaler.get_growth_interval() == 2**14 // 8
+    assert not dataclasses.replace(CPU, amp=torch.bfloat16).scaler(1).is_enabled()
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains_and_the_teacher_stays_in_float32(tmp_path, corpus_dir, amp):
+    for name in ("off", amp):
+        call(
+            train.main, *FEW, "--max_update", 8, "--data_path", corpus_dir, "--save_dir", tmp_path / name, "--amp", name
+        )
+    plain, mixed = rows_of(tmp_path / "off"), rows_of(tmp_path / amp)
+    assert [r["loss"] for r in mixed] == pytest.approx([r["loss"] for r in plain], rel=0.02)
+    assert mixed[0]["loss"] != plain[0]["loss"] and mixed[0]["loss_scale"] == (128 if amp == "fp16" else 1)
+    saved = checkpoint.load(tmp_path / amp / "checkpoint_last.pt")
+    assert all(t.dtype == torch.float32 for t in [*saved.teacher.values(), *saved.student.values()])
