@@ -25,6 +25,7 @@ from data import (
 from ema import EmaConfig
 from model import ModelConfig, data2vec_loss, teacher_targets
 from runtime import checkpoint
+from tests.helpers import block_dataset, corpus_dir  # noqa: F401, fixtures
 from tests.helpers import (
     CPU,
     FEW,
