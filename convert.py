@@ -27,6 +27,7 @@ import config
 # first: device has a word with torch before torch is imported
 import device  # noqa: F401  # isort: split
 import eval as evaluation
+from compat import fairseq_config
 from config import InputError, printable
 from data import SPECIAL, UNK, DataConfig, Dictionary
 from model import LAYER_NORM_EPS, PAD, Data2VecText, ModelConfig
@@ -137,7 +138,7 @@ def load_hf(folder: Path) -> Loaded:
             raise InputError(f"{where}: {name} is {found}; only {value} is built in here")
     shape = {ours: theirs[name] for ours, name in HF_CONFIG.items() if name in theirs}  # else their default, as ours
     shape["max_source_positions"] = rows - PAD - 1
-    settings, _ = config.from_reference({"model": shape}, FIELDS, str(where))
+    settings, _ = fairseq_config.from_reference({"model": shape}, FIELDS, str(where))
     layers = settings.get("layers", ModelConfig.layers)
     settings["average_top_k_layers"] = min(layers, ModelConfig.average_top_k_layers)
     settings["tokens_per_sample"] = min(settings["max_source_positions"], DataConfig.tokens_per_sample)
@@ -302,7 +303,7 @@ def reference_config(flat: dict) -> dict:
     for group, names in GROUPS.items():
         node = tree
         for part in group.split("."):
-            node = node.setdefault(part, {"_name": config.BUILT_IN_NAMES.get(part)})
+            node = node.setdefault(part, {"_name": fairseq_config.BUILT_IN_NAMES.get(part)})
         node.update((name, spelled[name] if name in spelled else flat[name]) for name in names.split())
     tree["common"]["user_dir"] = "examples/data2vec"
     tree["model"]["max_positions"] = flat["tokens_per_sample"]
@@ -432,7 +433,7 @@ def settings_of(loaded: Loaded, path) -> tuple[dict, str]:
         pass
     values, tree = evaluation.saved_settings(loaded, path), loaded.content.get("cfg") or {}
     try:
-        training, _ = config.from_reference({k: tree[k] for k in TRAINING_GROUPS if k in tree}, FIELDS, str(path))
+        training, _ = fairseq_config.from_reference({k: tree[k] for k in TRAINING_GROUPS if k in tree}, FIELDS, str(path))
     except InputError as e:
         return values, str(e)
     return {**values, **training}, ""

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 import config
+from compat import fairseq_config
 from config import InputError
 from device import Device
 
@@ -400,7 +401,7 @@ def _args_tree(args: dict | None, state: dict) -> dict | None:
 
 def reference_settings(settings: dict, fields, path) -> dict:
     """Our settings of a fairseq checkpoint's config: the released code's behaviour, on its data options and model."""
-    values, _ = config.from_reference(settings, fields, str(path))
+    values, _ = fairseq_config.from_reference(settings, fields, str(path))
     values.pop("data_path", None)  # a path of the machine that trained it
     return {**values, "fairseq_exact": True, **config.FAIRSEQ_EXACT}
 

@@ -359,7 +359,7 @@ def test_a_run_goes_on_exactly_through_fairseq_s_file(tmp_path, saved, corpus_di
 
 def test_settings_come_back_from_fairseq_s_config_tree(saved):
     flat = checkpoint.load(saved / "checkpoint_last.pt").config
-    values, _ = convert.config.from_reference(convert.reference_config(flat), convert.FIELDS, "")
+    values, _ = convert.fairseq_config.from_reference(convert.reference_config(flat), convert.FIELDS, "")
     differing = {k for k, v in values.items() if flat[k] != v}
     assert not differing and len(values) > 45
 
