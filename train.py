@@ -22,6 +22,7 @@ from torch.profiler import record_function
 
 import config
 import ema
+import mlm
 from config import InputError, RunError, option
 from data import Batch, BlockDataset, Corpus, DataConfig, TokenFile, prefetch
 from ema import EmaConfig
@@ -119,6 +120,12 @@ class Run:
         self.epoch, self.batches_done = 1, 0  # the data position: batches of this worker done in this epoch
         self.best_loss = self.first_target_var = None  # of the validations
 
+    def seed_dropout(self):
+        """Dropout of update n is the same whether or not the run was interrupted before it."""
+        # differs from fairseq: workers draw different dropout, where its workers all draw the same
+        worker = 0 if self.cfg.train.fairseq_exact else 1_000_003 * self.device.rank
+        self.device.seed(self.cfg.data.seed + self.num_updates + worker)
+
     @record_function("ema")
     def move_teacher(self):
         """Bring the teacher up to the student's updates, once for each."""
@@ -163,22 +170,23 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
     """One optimizer step over this worker's host batches. Returns None if float16 overflowed: then it was no update."""
     cfg, device = run.cfg, run.device
     lr, decay = lr_at(run.num_updates, cfg.train), ema.decay_at(run.num_updates, cfg.ema)
-    # Dropout of update n is the same whether or not the run was interrupted before it.
-    # differs from fairseq: workers draw different dropout, where its workers all draw the same
-    device.seed(cfg.data.seed + run.num_updates + (0 if cfg.train.fairseq_exact else 1_000_003 * device.rank))
+    run.seed_dropout()
     run.move_teacher()  # a no-op, unless fairseq_exact left it one update behind
 
     last, total = (torch.zeros(0, cfg.model.embed_dim, device=device.torch_device),) * 2, run.optimizer.begin()
     with device.autocast():  # one for all batches: it casts the student's weights once
         for batch in map(device.upload, batches):
-            target = teacher_targets(run.teacher, batch, cfg.model)  # (M, C), no gradient
-            prediction = run.student(batch.source, batch.masked, batch.source_padded)  # (M, C)
-            loss = data2vec_loss(prediction, target, cfg.model)
+            if cfg.model.predicts_words:
+                loss, prediction, target = mlm.loss_of(run, batch)
+            else:
+                target = teacher_targets(run.teacher, batch, cfg.model)  # (M, C), no gradient
+                prediction = run.student(batch.source, batch.masked, batch.source_padded)  # (M, C)
+                loss = data2vec_loss(prediction, target, cfg.model)
             run.optimizer.backward(loss)
             total += loss.detach()
             last = prediction.detach(), target
 
-    step = run.optimizer.step(lr, run.num_updates, total, count(batches))
+    step = run.optimizer.step(lr, run.num_updates, total, count(batches, cfg.model))
     if step is None:
         return None
     run.num_updates += 1
@@ -190,9 +198,9 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
     )
 
 
-def count(batches: list[Batch]) -> torch.Tensor:
-    """(3,) int64 on the host: masked tokens, blocks, tokens."""
-    counts = [[batch.sample_size, batch.nsentences, batch.ntokens] for batch in batches]
+def count(batches: list[Batch], cfg: ModelConfig) -> torch.Tensor:
+    """(3,) int64 on the host: places in the loss, blocks, tokens."""
+    counts = [[len(mlm.places_of(batch, cfg)), batch.nsentences, batch.ntokens] for batch in batches]
     return torch.tensor(counts, dtype=torch.int64).reshape(len(batches), 3).sum(0)
 
 
