@@ -18,7 +18,7 @@ from device import DeviceConfig, open_device  # isort: split
 import config
 from config import InputError
 from data import Corpus
-from preprocess import load_tokenizer
+from dataset.text import load_tokenizer
 from runtime import checkpoint
 from tools import features
 from tools.probe import Probe
