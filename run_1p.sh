@@ -190,7 +190,7 @@ while kill -0 $train 2>/dev/null; do
 done
 wait
 trap - INT TERM USR1
-if [ -d "$save_dir" ]; then
+if [ -e "$save_dir/train.jsonl" ]; then
     [[ $starts_over = no || $code -eq 2 ]] || rm -f "$parts" # after 2 nothing was trained, so nothing was replaced
     echo $(($(date +%s) - begin)) >>"$parts"
 fi

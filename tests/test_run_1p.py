@@ -85,9 +85,7 @@ def test_exit_codes_files_and_a_rerun_that_keeps_log_and_time(tmp_path, corpus_d
     output = tmp_path / "output" / "3"
     assert len((output / "train_data2vec_for_PyTorch_1p_loss.txt").read_text().split()) == 4
     facts = dict(re.findall(r"^(\w+) = (.*)", (output / "data2vec_for_PyTorch_1p.log").read_text(), re.M))
-    assert list(facts) == (
-        "Network RankSize DeviceType CaseName ActualUPS ActualFPS E2ETrainingTime".split()
-    )
+    assert list(facts) == ("Network RankSize DeviceType CaseName ActualUPS ActualFPS E2ETrainingTime".split())
     log = (output / "train_3.log").read_text()
     assert "update 4" in log and "none: no such folder" in log
 
@@ -121,6 +119,7 @@ def test_seconds_of_a_run_that_starts_over_are_counted_anew(tmp_path):
     for checkpoint_is_there, flag, parts in ((False, [], 1), (True, [], 2), (True, ["--no_resume"], 1)):
         if checkpoint_is_there:
             (folder / "checkpoint_last.pt").touch()
+        (folder / "train.jsonl").touch()
         (folder / "run_1p_seconds.txt").write_text("50\n")
         assert run_1p(tmp_path, env, "full", "--data_path=x", *flag).returncode == 3
         assert len((folder / "run_1p_seconds.txt").read_text().split()) == parts
