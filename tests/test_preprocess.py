@@ -1,4 +1,4 @@
-"""From raw text to a dataset: fairseq's bytes with any number of workers; steps that are killed, repeated or refused."""
+"""Raw text to a dataset: fairseq's bytes with any number of workers; steps that are killed, repeated or refused."""
 
 import errno
 import gzip

@@ -74,7 +74,8 @@ def encode(encoder: Encoder, device: Device, rows: list, layer: int, pool: str, 
     max_tokens: most tokens of a batch, padding included; rows of similar length share a batch.
     """
     lengths = np.array([len(row) for row in rows])
-    order, found = np.argsort(-lengths, kind="stable"), [None] * len(rows)  # longest first: memory runs out at once or never
+    order = np.argsort(-lengths, kind="stable")  # longest first: memory runs out at once or never
+    found = [None] * len(rows)
     begin = 0
     while begin < len(order):
         longest = lengths[order[begin]]
@@ -116,7 +117,7 @@ def write(encoder: Encoder, device: Device, tokenize, source: str, out: str, lay
         with tqdm(unit=" lines", disable=None, file=sys.stderr) as bar:
             for chunk in read_lines(source):
                 blocks = []
-                # a line without end must not cost memory for what is cut off below
+                # an endless line must not cost memory for what is cut off below
                 for tokens in tokenize([tokenize.head(line, cfg.tokens_per_sample) for line in chunk]):
                     if 1 + len(tokens) > cfg.tokens_per_sample:
                         tokens, cut = np.append(tokens[: cfg.tokens_per_sample - 2], EOS), cut + 1
