@@ -19,7 +19,7 @@ from device import DeviceConfig, open_device  # isort: split
 import config
 from config import InputError
 from data import Corpus
-from preprocess import load_tokenizer
+from dataset.text import load_tokenizer
 from runtime import checkpoint
 from runtime.quality import GUESSES, evaluate, verdict
 from runtime.resume import init_from

@@ -15,12 +15,13 @@ import torch
 
 import convert
 import eval as evaluation
-import preprocess
 import train
 from config import InputError
 from data import BOS, EOS, PAD, UNK, Dictionary, TokenStream
+from dataset.text import load_tokenizer
 from runtime import checkpoint
 from tests.helpers import (
+    Payload,
     FEW,
     GOLDEN,
     SMALL,
@@ -30,7 +31,6 @@ from tests.helpers import (
     make_dataset,
     random_encoder,
 )
-from tests.test_robust import Payload
 
 FAIRSEQ = GOLDEN / "checkpoint" / "fairseq_doc128.pt"
 WORDS = 60
@@ -157,7 +157,7 @@ def test_tokens_of_the_bpe_that_the_dictionary_lacks_are_unk_to_the_model(tmp_pa
     assert len(tokenizer) == model.config.vocab_size == len(dictionary) + 3
     text = "the quiz: the thick thin zoo"
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    (ours,) = preprocess.load_tokenizer(tmp_path, dictionary)([text])
+    (ours,) = load_tokenizer(tmp_path, dictionary)([text])
     assert np.array_equal(np.where(ids[0] < len(dictionary), ids[0], UNK), [BOS, *ours]) and UNK in ours
     with torch.no_grad():
         found, expected = model(ids).last_hidden_state, student.encoder(torch.tensor([[BOS, *ours]]))[0]
