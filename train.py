@@ -9,6 +9,7 @@ Run the same command again to continue from checkpoint_last.pt in --save_dir. Fi
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -32,8 +33,9 @@ from optim import OptimConfig, Optimizer, Step
 from runtime import checkpoint, resume
 from runtime.guard import GuardConfig, Health, Lock, Signals, explained_out_of_memory
 from runtime.log import Log
-from runtime.quality import evaluate, verdict
+from runtime.quality import verdict
 from runtime.saves import Saves
+from runtime.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,12 @@ class TrainConfig:
     disable_validation: bool = option(False, "never validate; no valid split is needed")
     validate_interval: int = option(1, "epochs between two validations (0: not at epoch ends)", low=0)
     validate_interval_updates: int = option(0, "updates between two validations (0: not by updates)", low=0)
+    probe_interval_updates: int = option(
+        0, "updates between two validations with the probe of hidden words (0: never)", low=0
+    )
+    best_by: str = option(
+        "loss", "what checkpoint_best.pt goes by: the lowest loss, or the probe's gain", choices=("loss", "probe")
+    )
     save_interval: int = option(1, "epochs between two checkpoints (0: not at epoch ends)", low=0)
     save_interval_updates: int = option(
         50000, "updates between two kept checkpoints, with a validation (0: none)", low=0
@@ -60,6 +68,8 @@ class TrainConfig:
     init_from: str = option("", "start from the weights and teacher of this checkpoint, ours or fairseq's")
 
     def check(self):
+        if self.best_by == "probe" and not self.probe_interval_updates:
+            raise InputError("--best_by probe needs --probe_interval_updates, the updates between two probes")
         if not self.save_dir:
             raise InputError("--save_dir is empty; the current folder is called .")
 
@@ -118,7 +128,7 @@ class Run:
         self.optimizer = Optimizer(self.weights, cfg.optim, device, cfg.train.update_freq)
         self.num_updates = self.teacher_updates = 0  # updates of the student, and those that the teacher has taken in
         self.epoch, self.batches_done = 1, 0  # the data position: batches of this worker done in this epoch
-        self.best_loss = self.first_target_var = None  # of the validations
+        self.best_loss = self.best_gain = self.first_target_var = None  # of the validations
 
     def seed_dropout(self):
         """Dropout of update n is the same whether or not the run was interrupted before it."""
@@ -225,7 +235,7 @@ def is_due(run: Run, turn: Turn, counted: bool, updates: int, epochs: int) -> bo
 
 
 def loop(
-    run: Run, corpus: Corpus, valid: BlockDataset | None, log: Log, saves: Saves, signals: Signals, profiled
+    run: Run, corpus: Corpus, validation: Validation | None, log: Log, saves: Saves, signals: Signals, profiled
 ) -> tuple:
     """Update, log, validate and save, until the end or a signal. Returns (figures of the last validation, exit code)."""
     t, health, figures = run.cfg.train, saves.health, {}
@@ -252,12 +262,12 @@ def loop(
                         saves.settle_if_idle()
                         health.check_variance(log.write(), run.first_target_var)
 
-                save_now = is_due(run, turn, done is not None, t.save_interval_updates, t.save_interval)
-                validate = is_due(run, turn, done is not None, t.validate_interval_updates, t.validate_interval)
-                best = False
-                if valid and (save_now or validate):
+                due = functools.partial(is_due, run, turn, done is not None)
+                save_now, best = due(t.save_interval_updates, t.save_interval), False
+                probe = t.probe_interval_updates > 0 and due(t.probe_interval_updates, 0)
+                if validation and (save_now or probe or due(t.validate_interval_updates, t.validate_interval)):
                     saves.settle()  # a failed save takes its best loss back
-                    figures = evaluate(run, valid, corpus.split("train", run.epoch))
+                    figures = validation(probe)
                     best = saves.note(figures)
                     log.validation(figures, run.best_loss, run.num_updates, turn.epoch)
                 if save_now or best:
@@ -307,7 +317,8 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         signals = stack.enter_context(Signals(device))
         corpus = Corpus(cfg.data)
         dataset = corpus.split("train", 1)
-        valid = None if t.disable_validation else corpus.split("valid")
+        if not t.disable_validation:
+            corpus.split("valid")  # what is wrong with it shows now
         for other in corpus.folders[1:]:  # they are read epochs later; what is wrong with them shows now
             TokenFile(other / "train")
         fingerprint = resume.fingerprint_of(corpus)
@@ -335,7 +346,8 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
             log.say(f"resuming from {found[0]} at update {run.num_updates}, epoch {run.epoch}")
         profiled = stack.enter_context(device.profile(t.npu_profile, folder))
         saves = Saves(run, corpus, fingerprint, log, Health(cfg.guard, t.warmup_updates, log.say))
-        return loop(run, corpus, valid, log, saves, signals, profiled)
+        validation = None if t.disable_validation else Validation(run, corpus)
+        return loop(run, corpus, validation, log, saves, signals, profiled)
 
 
 def add_flags(parser):
