@@ -104,7 +104,7 @@ def endless(run: Run, corpus: Corpus):
 
 
 def timed(device: Device, work) -> float:
-    """Seconds until the device has finished `work`."""
+    """Returns the seconds until the device has finished `work`."""
     device.synchronize()
     begin = time.perf_counter()
     work()
@@ -140,9 +140,8 @@ def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
             batches = next(source)
         update(run, batches)
 
-    parts = time_parts(device, work, updates)
+    parts, middle, workers = time_parts(device, work, updates), statistics.median, device.world_size
     source.close()
-    middle, workers = statistics.median, device.world_size
     return dict(
         fps=middle(row.blocks / row.seconds for row in rows) * workers,
         wps=middle(row.tokens / row.seconds for row in rows) * workers,
@@ -163,8 +162,7 @@ def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
 def time_parts(device: Device, work, calls: int) -> dict[str, float]:
     """Milliseconds of each named part in one call of `work`, mean over `calls`; 0 for a part that it does not name."""
     on_cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]) as profile:
         for _ in range(calls):
             work()
         device.synchronize()

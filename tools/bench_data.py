@@ -70,7 +70,7 @@ def plain_batch(dataset: BlockDataset, ids: np.ndarray, epoch: int) -> Batch:
 
 
 def loader(data: DataConfig, seconds: float = 0.5, rounds: int = 7) -> list[dict]:
-    """Tokens per second at two block lengths, by default and under --fairseq_exact, alternating with the plain loop."""
+    """Tokens per second at two block lengths, by default and under --fairseq_exact, in turns with the plain loop."""
     exact = {k: v for k, v in config.FAIRSEQ_EXACT.items() if hasattr(data, k)}
     default = {k: getattr(DataConfig, k) for k in exact}
     base = {k: getattr(DataConfig, k) for k in config.PRESETS["npu_1p"]}

@@ -1,5 +1,8 @@
-"""The parts of bench.py that are not the step itself: the synthetic corpus, the steps to compare with, the sweep over
-shapes, the pause for a checkpoint, and the tables. Run as `python bench.py --compare | --peer | --sweep | --checkpoint`."""
+"""Parts of bench.py: the synthetic corpus, the steps to compare with, the sweep over shapes, the pause for a
+checkpoint, and the tables.
+
+Run as `python bench.py --compare | --peer transformers | --sweep | --checkpoint`.
+"""
 
 import dataclasses
 import statistics
