@@ -310,7 +310,7 @@ def check_weights_are_views_of_the_vectors_that_the_optimizer_moves(corpus_dir):
     assert np.array_equal(vectors.sort().values.numpy(), own.sort().values.numpy())
 
 
-# ---------------------------------------------------------------------------------------------- a process for the checks
+# -------------------------------------------------------------------------------------------- a process for the checks
 
 
 def test_the_checks_pass_on_a_card_or_an_emulated_device():

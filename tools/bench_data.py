@@ -158,7 +158,7 @@ def startup_corpus(folder: Path, sentences: int, vocabulary: int):
 
 
 def first_batch(folder, flags: list, runs: int) -> dict:
-    """Medians over `runs` processes of tools/first_batch.py that read the dataset in `folder` under train.py's flags."""
+    """Medians over `runs` processes of tools/first_batch.py that read `folder` with these flags."""
     if not Path("/proc/self/status").exists():
         raise InputError("--startup works on Linux only: it reads /proc/self/status")
     program, results = Path(__file__).with_name("first_batch.py"), []
