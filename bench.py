@@ -27,12 +27,13 @@ A multiply-add is 2 FLOPs; padding does not count. head = 2 * (its weights) * m.
 import dataclasses
 import functools
 import json
+import os
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch.profiler writes two lines to stderr; read on import
 # must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 from device import Device, open_device  # isort: split
 
@@ -41,7 +42,6 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 
 import config
-from config import InputError
 from data import PAD, Batch, Corpus
 from model import ModelConfig
 from train import PARTS, Config, Run, epoch_updates, update
@@ -112,7 +112,7 @@ def timed(device: Device, work) -> float:
     return time.perf_counter() - begin
 
 
-@dataclass
+@dataclasses.dataclass
 class Timed:  # one update
     seconds: float
     blocks: int
@@ -195,7 +195,7 @@ def main(argv: list | None = None) -> int:
 
     parts, args = config.parse(PARTS, __doc__, argv, extra=extra)
     if args.updates < 1 or args.warmup < 0 or args.vocabulary < 8:
-        raise InputError("--updates must be at least 1, --warmup at least 0, --vocabulary at least 8")
+        raise config.InputError("--updates must be at least 1, --warmup at least 0, --vocabulary at least 8")
     data = parts[0]
     if args.loader or args.startup:
         from tools import bench_data
