@@ -18,8 +18,8 @@ and under --fairseq_exact. --startup starts a process that does what train.py do
 model; without --data_path it makes a corpus like WikiText-103. Both take train.py's data flags.
 
 Model FLOPs of a block of n tokens, m of them masked, for width C, feed-forward width F, and L layers:
-    layer(n, q)   = n * 4 C^2 + q * (4 C^2 + 4 C F) + 4 n q C    keys, values; queries, output, feed-forward; attention
-    encoder(n, m) = (L - 1) * layer(n, n) + layer(n, m)          the last layer is needed at masked places only
+    layer(n, q)   = n * 6 C^2 + 4 n^2 C + q * (2 C^2 + 4 C F)    queries, keys, values; attention; output, feed-forward
+    encoder(n, m) = (L - 1) * layer(n, n) + layer(n, m)          what follows the last attention: at masked places only
     update        = 3 * (encoder(student's n, m) + head) + encoder(teacher's n, m)    forward + backward; forward
 A multiply-add is 2 FLOPs; padding does not count. head = 2 * (its weights) * m.
 """
@@ -44,7 +44,7 @@ from torch.profiler import ProfilerActivity, record_function
 import config
 from data import PAD, Batch, Corpus
 from model import ModelConfig
-from train import PARTS, Config, Run, epoch_updates, update
+from train import PARTS, Config, Run, turns, update
 
 PARTS_OF_AN_UPDATE = ("data", "teacher", "student", "backward", "optimizer", "ema")  # as train.update names them
 
@@ -54,7 +54,7 @@ def encoder_flops(lengths: np.ndarray, wanted: np.ndarray, cfg: ModelConfig) -> 
     n, m, C = lengths.astype(np.float64), wanted.astype(np.float64), cfg.embed_dim
 
     def layer(q):
-        return float((n * 4 * C**2 + q * (4 * C**2 + 4 * C * cfg.ffn_embed_dim) + 4 * n * q * C).sum())
+        return float((n * 6 * C**2 + 4 * n**2 * C + q * (2 * C**2 + 4 * C * cfg.ffn_embed_dim)).sum())
 
     return (cfg.layers - 1) * layer(n) + layer(m)
 
@@ -96,11 +96,9 @@ class Matmuls:
 
 def endless(run: Run, corpus: Corpus):
     """The batches of each update, epoch after epoch."""
-    dataset = corpus.split("train")
-    while True:
-        for batches, _, _ in epoch_updates(run, dataset):
-            yield batches
-        run.epoch += 1
+    for turn in turns(run, corpus):
+        yield turn.batches
+        run.epoch += turn.ends_epoch
 
 
 def timed(device: Device, work) -> float:

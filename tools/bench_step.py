@@ -23,7 +23,8 @@ from config import InputError
 from data import EOS, PAD, Batch, Corpus, write_dataset
 from model import Data2VecText, Encoder, ModelConfig, RegressionHead, data2vec_loss
 from runtime import checkpoint
-from train import Config, Run, contents, lr_at, update
+from runtime.resume import contents
+from train import Config, Run, lr_at, update
 
 
 def synthetic(cfg: Config, folder: Path, vocabulary: int, **changes) -> tuple[Config, Corpus]:
@@ -47,7 +48,7 @@ class Plain:
         self.student, self.teacher = self.models(run.cfg.model, vocabulary_size)
         self.student.to(run.device.torch_device).train()
         self.teacher.to(run.device.torch_device).eval().requires_grad_(False)
-        optim = run.cfg.train
+        optim = run.cfg.optim
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), betas=optim.adam_betas, weight_decay=optim.weight_decay
         )
@@ -63,12 +64,12 @@ class Plain:
 
     def encode(self, encoder, tokens) -> tuple:
         """Returns the last hidden states (B, T, C), and a list of each layer's target (B, T, C)."""
-        return encoder(tokens, targets=self.run.cfg.model.layers)
+        return encoder(tokens, top_k=self.run.cfg.model.layers)
 
     def update(self, batches: list[Batch]) -> torch.Tensor:
         """Returns the loss summed over the masked places, ()."""
         cfg, device, lr = self.run.cfg, self.run.device, lr_at(self.num_updates, self.run.cfg.train)
-        optim = cfg.train
+        optim = cfg.optim
         device.seed(cfg.data.seed + self.num_updates)
         total = torch.zeros((), device=device.torch_device)
         for host in batches:

@@ -53,7 +53,7 @@ def main() -> int:
     corpus = train.Corpus(cfg.data)
     dataset = corpus.split("train")
     dataset.stream.digest()
-    updates = train.epoch_updates(run, dataset)
+    updates = train.turns(run, corpus)
     next(updates)
     ready = usage(start)
     updates.close()
