@@ -433,7 +433,9 @@ def settings_of(loaded: Loaded, path) -> tuple[dict, str]:
         pass
     values, tree = evaluation.saved_settings(loaded, path), loaded.content.get("cfg") or {}
     try:
-        training, _ = fairseq_config.from_reference({k: tree[k] for k in TRAINING_GROUPS if k in tree}, FIELDS, str(path))
+        training, _ = fairseq_config.from_reference(
+            {k: tree[k] for k in TRAINING_GROUPS if k in tree}, FIELDS, str(path)
+        )
     except InputError as e:
         return values, str(e)
     return {**values, **training}, ""

@@ -21,10 +21,10 @@ from data import BOS, EOS, PAD, UNK, Dictionary, TokenStream
 from dataset.text import load_tokenizer
 from runtime import checkpoint
 from tests.helpers import (
-    Payload,
     FEW,
     GOLDEN,
     SMALL,
+    Payload,
     call,
     compare_checkpoints,
     golden,
