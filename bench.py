@@ -44,7 +44,8 @@ import torch.nn.functional as F
 import config
 import ema
 from config import InputError
-from data import EOS, PAD, Batch, Corpus, write_dataset
+from data import Batch, Corpus
+from dataset.binarized import EOS, PAD, write_dataset
 from model import Data2VecText, Encoder, ModelConfig, RegressionHead, data2vec_loss
 from runtime import checkpoint
 from tools import bench_data

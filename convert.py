@@ -28,7 +28,8 @@ import config
 import device  # noqa: F401  # isort: split
 import eval as evaluation
 from config import InputError, printable
-from data import SPECIAL, UNK, DataConfig, Dictionary
+from data import DataConfig
+from dataset.binarized import SPECIAL, UNK, Dictionary
 from model import LAYER_NORM_EPS, PAD, Data2VecText, ModelConfig
 from runtime import checkpoint
 from runtime.checkpoint import Loaded

@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 import config
 from config import InputError, RunError
-from data import (
+from dataset.binarized import (
     EOS,
     UNK,
     Dictionary,

@@ -12,16 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import ema
 import train
-from data import (
-    BOS,
-    PAD,
-    DataConfig,
-    Dictionary,
-    mask_block,
-)
+from data import DataConfig, mask_block
+from dataset.binarized import BOS, PAD, Dictionary
 from ema import EmaConfig
 from model import ModelConfig, data2vec_loss, teacher_targets
 from runtime import checkpoint
@@ -39,6 +33,7 @@ from tests.helpers import (
     random_encoder,
     rows_of,
 )
+from tools import dataset
 
 
 @golden
@@ -50,7 +45,7 @@ def test_batches_equal_the_reference_s_recorded_ones(name):
     argv += ["--max_tokens", recorded["max_tokens"]] + [w for k, v in recorded["config"].items() for w in (f"--{k}", v)]
     for key, epoch in recorded["epochs"].items():
         number, rank, world_size = re.match(r"epoch(\d+)_shard(\d+)of(\d+)", key).groups()
-        facts = json.loads(call(data.main, *argv, "--epoch", number, "--rank", rank, "--world_size", world_size))
+        facts = json.loads(call(dataset.main, *argv, "--epoch", number, "--rank", rank, "--world_size", world_size))
         for ours, theirs in (
             ("batches", "batches"),
             ("empty_batches", "empty"),

@@ -37,10 +37,10 @@ from data import (
     BlockDataset,
     Corpus,
     DataConfig,
-    TokenFile,
     prefetch,
     queries_of,
 )
+from dataset.binarized import TokenFile
 from ema import EmaConfig
 from fast.vectors import Flat, Stretches
 from model import Data2VecText, ModelConfig, data2vec_loss, teacher_targets

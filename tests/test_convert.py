@@ -18,7 +18,7 @@ import eval as evaluation
 import preprocess
 import train
 from config import InputError
-from data import BOS, EOS, PAD, UNK, Dictionary, TokenStream
+from dataset.binarized import BOS, EOS, PAD, UNK, Dictionary, TokenStream
 from runtime import checkpoint
 from tests.helpers import (
     FEW,

@@ -19,7 +19,7 @@ import pytest
 
 import preprocess
 from config import InputError, RunError
-from data import EOS, UNK, Dictionary, TokenFile, TokenStream
+from dataset.binarized import EOS, UNK, Dictionary, TokenFile, TokenStream
 from tests.helpers import GOLDEN, call, copy_of_the_project, golden
 
 RAW, GPT2 = GOLDEN / "corpora" / "raw", GOLDEN / "corpora" / "gpt2_bpe"

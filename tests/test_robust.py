@@ -40,6 +40,7 @@ from tests.helpers import (
     torchrun,
     torchrun_command,
 )
+from tools import dataset
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +267,7 @@ def test_odd_characters_neither_break_a_line_nor_leave_the_save_directory(tmp_pa
     words = (folder / "dict.txt").read_text().splitlines()
     words[0] = "\x1b[2J\x07../../x 9"
     (folder / "dict.txt").write_text("\n".join(words) + "\n")
-    printed = call(data.main, "--data_path", folder)
+    printed = call(dataset.main, "--data_path", folder)
     assert "\x1b" not in printed and "\x07" not in printed
     where = tmp_path / "o\nut" / "run"
     printed = call(train.main, *few(folder, where, "--max_update", 1))

@@ -15,18 +15,8 @@ import numpy as np
 
 import config
 from config import InputError
-from data import (
-    BOS,
-    HEADER,
-    MAGIC,
-    PAD,
-    Batch,
-    BlockDataset,
-    Corpus,
-    DataConfig,
-    mask_block,
-    pieces,
-)
+from data import Batch, BlockDataset, Corpus, DataConfig, mask_block
+from dataset.binarized import BOS, HEADER, MAGIC, PAD, pieces
 
 # ---------------------------------------------------------------------------------------------- loader
 
