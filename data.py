@@ -128,12 +128,16 @@ class Batch:
         return len(self.masked)
 
 
-class MaskedBlocks(NamedTuple):
-    """A batch before the teacher's input is made."""
+class MaskedRows(NamedTuple):  # padded blocks, back to back (P,), or (B, T)
+    tokens: np.ndarray  # int64
+    source: np.ndarray  # int64: what the student reads
+    hidden: np.ndarray  # bool: the places chosen for masking; those that show `<mask>` enter the loss
 
-    tokens: np.ndarray  # (B, T) int64, padded
-    source: np.ndarray  # (B, T) int64: what the student reads
-    hidden: np.ndarray  # (B, T) bool: the places chosen for masking; those that show `<mask>` enter the loss
+
+def cut(array: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
+    """The parts of an array between one end and the next."""
+    ends = ends.tolist()
+    return [array[begin:end] for begin, end in zip([0, *ends], ends)]
 
 
 def queries_of(places: np.ndarray, blocks: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -211,27 +215,17 @@ class BlockDataset:
         start, end = int(self.starts[index]), int(self.starts[index] + self.lengths[index]) - 1
         return np.concatenate([[BOS], self.stream.read(start, end)])
 
-    def mask(self, lists: list[np.ndarray], epoch: int) -> list[MaskedBlocks]:
-        """Read and mask the blocks of each list (none empty) in training epoch `epoch`.
-
-        All lists become one run of padded rows first, because numpy is slow on arrays as short as a batch. Axes: N
-        lists, R rows (blocks) in all, P places in all rows. Raises InputError for a token that training cannot take.
-        """
-        ids = np.concatenate(lists).astype(np.int64)  # (R,)
-        counts = np.array([len(part) for part in lists])  # (N,)
-        lengths = self.lengths[ids].astype(np.int64)  # (R,)
-        widths = np.maximum.reduceat(lengths, np.cumsum(counts) - counts)  # (N,)
-        row_widths = np.repeat(widths, counts)  # (R,)
-        begins = np.cumsum(row_widths) - row_widths  # (R,)
-
+    def _mask_rows(self, ids: np.ndarray, widths: np.ndarray, epoch: int) -> MaskedRows:
+        """Read and mask the blocks `ids`, in rows of these widths. InputError: a token that training cannot take."""
+        begins, lengths = np.cumsum(widths) - widths, self.lengths[ids].astype(np.int64)  # (R,)
         places = ranges(self.starts[ids], lengths - 1)  # of the text in the stream
         text = self.stream.take(places)
         self.stream.check_tokens(text, places, self.dictionary)
-        tokens = np.full(int(row_widths.sum()), PAD, np.int64)  # (P,)
-        tokens[begins] = BOS
-        tokens[ranges(begins + 1, lengths - 1)] = text
+        tokens, of_text = np.full(int(widths.sum()), PAD, np.int64), np.ones(int(widths.sum()), bool)  # (P,)
+        of_text[begins] = of_text[ranges(begins + lengths, widths - lengths)] = False
+        tokens[begins], tokens[of_text] = BOS, text
 
-        cfg, source, hidden = self.cfg, tokens.copy(), np.zeros(len(tokens), bool)  # (P,)
+        cfg, source, hidden = self.cfg, tokens.copy(), np.zeros(len(tokens), bool)
         mask_epoch = epoch if self.training and not cfg.fixed_masks else 1
         mask_one = functools.partial(mask_block, dictionary=self.dictionary, cfg=cfg, epoch=mask_epoch)
         if cfg.mask_stdev == cfg.random_token_prob == cfg.leave_unmasked_prob == 0 and hide_blocks_is_exact():
@@ -245,40 +239,55 @@ class BlockDataset:
                 source[row][mask.shown] = self.dictionary.mask_id
                 if mask.random is not None:
                     source[row][mask.random[0]] = mask.random[1]
+        return MaskedRows(tokens, source, hidden)
 
-        ends = np.cumsum(counts * widths)
-        return [
-            MaskedBlocks(
-                *(array[end - count * width : end].reshape(count, width) for array in (tokens, source, hidden))
-            )
-            for count, width, end in zip(counts.tolist(), widths.tolist(), ends.tolist())
-        ]
+    def mask(self, ids: np.ndarray, epoch: int) -> MaskedRows:
+        """The blocks `ids` (at least one) read and masked in training epoch `epoch`, (B, T) each."""
+        widths = np.full(len(ids), self.lengths[ids].max(), np.int64)
+        return MaskedRows(
+            *(rows.reshape(len(ids), -1) for rows in self._mask_rows(ids.astype(np.int64), widths, epoch))
+        )
 
-    def _batch(self, ids: np.ndarray, blocks: MaskedBlocks) -> Batch:
-        """Add what the teacher reads."""
-        tokens, source, hidden = blocks
-        mask_id = self.dictionary.mask_id
+    def _make_batches(self, lists: list[np.ndarray], epoch: int) -> list[Batch]:
+        """The masked batches of several lists of blocks, none empty. Made together, since numpy is slow on arrays as
+        short as one batch. Axes: N batches, R rows of all batches, P places of all rows, M masked tokens."""
+        ids, mask_id = np.concatenate(lists).astype(np.int64), self.dictionary.mask_id  # (R,)
+        counts = np.array([len(part) for part in lists])  # (N,) rows
+        first = np.cumsum(counts) - counts  # (N,) first row
+        lengths = self.lengths[ids]  # (R,)
+        widths = np.maximum.reduceat(lengths, first)  # (N,)
+        row_widths = np.repeat(widths, counts)  # (R,)
+        tokens, source, hidden = self._mask_rows(ids, row_widths, epoch)  # (P,)
         masked = np.flatnonzero(source == mask_id)  # (M,)
-        if self.cfg.teacher_input == "full":
-            target, target_places = tokens, masked
-        else:
+        target, target_widths, target_places = tokens, widths, masked
+        if self.cfg.teacher_input == "masked":
             # fairseq's teacher reads <pad> at every other place, and pads count neither for attention nor for
             # positions: the same as the masked tokens squeezed together, at a fraction of the work
-            counts = hidden.sum(1)  # (B,)
-            kept = np.arange(max(1, counts.max())) < counts[:, None]  # (B, U)
-            target = np.full(kept.shape, PAD, np.int64)
-            target[kept] = tokens[hidden]
-            target_places = np.flatnonzero(kept)[source[hidden] == mask_id]
-        return Batch(
-            source=source,
-            target=target,
-            masked=masked,
-            target_places=target_places,
-            ids=ids.astype(np.int64),
-            ntokens=int(self.lengths[ids].sum()),
-            source_padded=bool((source == PAD).any()),
-            target_padded=bool((target == PAD).any()),
+            places = np.flatnonzero(hidden)
+            row_counts = np.diff(np.searchsorted(places, np.cumsum(row_widths)), prepend=0)  # (R,)
+            target_widths = np.maximum(np.maximum.reduceat(row_counts, first), 1)  # (N,)
+            row_widths = np.repeat(target_widths, counts)
+            squeezed = ranges(np.cumsum(row_widths) - row_widths, row_counts)
+            target = np.full(int(row_widths.sum()), PAD, np.int64)
+            target[squeezed] = tokens[places]
+            target_places = squeezed[source[places] == mask_id]  # (M,)
+
+        # cut; flat places count from where their batch begins
+        ends, target_ends = np.cumsum(counts * widths), np.cumsum(counts * target_widths)  # (N,)
+        begins, target_begins = ends - counts * widths, target_ends - counts * target_widths
+        masked_ends = np.searchsorted(masked, ends)
+        masked_counts = np.diff(masked_ends, prepend=0)
+        fields = dict(  # of every batch
+            source=[part.reshape(count, -1) for part, count in zip(cut(source, ends), counts.tolist())],
+            target=[part.reshape(count, -1) for part, count in zip(cut(target, target_ends), counts.tolist())],
+            masked=cut(masked - np.repeat(begins, masked_counts), masked_ends),
+            target_places=cut(target_places - np.repeat(target_begins, masked_counts), masked_ends),
+            ids=cut(ids, np.cumsum(counts)),
+            ntokens=np.add.reduceat(lengths, first).tolist(),
+            source_padded=np.logical_or.reduceat(source == PAD, begins).tolist(),
+            target_padded=np.logical_or.reduceat(target == PAD, target_begins).tolist(),
         )
+        return [Batch(**dict(zip(fields, values))) for values in zip(*fields.values())]
 
     def batches(self, lists: list[np.ndarray], epoch: int):
         """Yield the masked batch of each list of blocks in training epoch `epoch`, in order; an empty list has none."""
@@ -286,15 +295,13 @@ class BlockDataset:
         for first in range(0, len(lists), at_once):
             some = lists[first : first + at_once]
             try:
-                masked = self.mask(some, epoch)
+                yield from self._make_batches(some, epoch)
             except InputError:  # a bad token in one of them; the batches before it are good
-                masked = (self.mask([ids], epoch)[0] for ids in some)
-            for ids, blocks in zip(some, masked):
-                yield self._batch(ids, blocks)
+                yield from (self.batch(ids, epoch) for ids in some)
 
     def batch(self, ids: np.ndarray, epoch: int) -> Batch:
         """The masked batch of the blocks `ids` (at least one) in training epoch `epoch`."""
-        return next(self.batches([ids], epoch))
+        return self._make_batches([ids], epoch)[0]
 
 
 # ---------------------------------------------------------------------------------------------- epochs

@@ -157,7 +157,7 @@ def test_all_target_normalizations_squeezed_or_padded(block_dataset, on, teacher
     dataset = block_dataset(teacher_input=teacher_input)
     model, cfg = random_encoder(vocabulary=61, average_top_k_layers=2, **{name: name in on for name in NORMS})
     for ids in [dataset.epoch_batches(1)[0], max(dataset.epoch_batches(1), key=len)]:
-        tokens, _, hidden = dataset.mask([ids], 1)[0]
+        tokens, _, hidden = dataset.mask(ids, 1)
         if teacher_input == "masked":
             tokens = np.where(hidden, tokens, PAD)
         batch = CPU.upload(dataset.batch(ids, 1))

@@ -34,7 +34,7 @@ def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int)
     for ids in batches:
         if len(ids) == 0:
             continue
-        tokens, source, hidden = dataset.mask([ids], epoch)[0]
+        tokens, source, hidden = dataset.mask(ids, epoch)
         # fairseq's teacher_input=masked is padded at the other places, where Batch.target leaves them out
         target = tokens if cfg.teacher_input == "full" else np.where(hidden, tokens, PAD)
         for name, array in (("source", source), ("target", target), ("ids", ids.astype(np.int64))):
