@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-import config
-from config import InputError, option
+from config import InputError, option, program
 from dataset.binarized import BOS, PAD, PIECE, SPECIAL, Dictionary, TokenStream
 from dataset.blocks import cut_batches, cut_blocks, order_by_length
 from fast.masks import hide_blocks, hide_blocks_is_exact, ranges
@@ -221,7 +220,7 @@ class BlockDataset:
         places = ranges(self.starts[ids], lengths - 1)  # of the text in the stream
         text = self.stream.take(places)
         self.stream.check_tokens(text, places, self.dictionary)
-        tokens, of_text = np.full(int(widths.sum()), PAD, np.int64), np.ones(int(widths.sum()), bool)  # (P,)
+        tokens, of_text = np.full(widths.sum(), PAD, np.int64), np.ones(widths.sum(), bool)  # (P,)
         of_text[begins] = of_text[ranges(begins + lengths, widths - lengths)] = False
         tokens[begins], tokens[of_text] = BOS, text
 
@@ -243,10 +242,8 @@ class BlockDataset:
 
     def mask(self, ids: np.ndarray, epoch: int) -> MaskedRows:
         """The blocks `ids` (at least one) read and masked in training epoch `epoch`, (B, T) each."""
-        widths = np.full(len(ids), self.lengths[ids].max(), np.int64)
-        return MaskedRows(
-            *(rows.reshape(len(ids), -1) for rows in self._mask_rows(ids.astype(np.int64), widths, epoch))
-        )
+        rows = self._mask_rows(ids.astype(np.int64), np.full(len(ids), self.lengths[ids].max()), epoch)
+        return MaskedRows(*(array.reshape(len(ids), -1) for array in rows))
 
     def _make_batches(self, lists: list[np.ndarray], epoch: int) -> list[Batch]:
         """The masked batches of several lists of blocks, none empty. Made together, since numpy is slow on arrays as
@@ -325,7 +322,7 @@ def prefetch(iterable, depth: int):
 
 
 class Corpus:
-    """All folders of `data_path`: training epoch e reads folder (e - 1) mod n, everything else the first."""
+    """All n folders of `data_path`: training epoch e reads number (e - 1) mod n, everything else the first."""
 
     def __init__(self, cfg: DataConfig):
         cfg.check()
@@ -349,4 +346,4 @@ class Corpus:
 if __name__ == "__main__":
     from tools import dataset
 
-    config.program(dataset.main)
+    program(dataset.main)
