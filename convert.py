@@ -29,7 +29,8 @@ import device  # noqa: F401  # isort: split
 import eval as evaluation
 from compat import fairseq_config
 from config import InputError, printable
-from data import SPECIAL, UNK, DataConfig, Dictionary
+from data import DataConfig
+from dataset.binarized import SPECIAL, UNK, Dictionary
 from model import LAYER_NORM_EPS, PAD, Data2VecText, ModelConfig
 from runtime import checkpoint
 from runtime.checkpoint import Loaded

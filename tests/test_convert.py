@@ -17,7 +17,7 @@ import convert
 import eval as evaluation
 import train
 from config import InputError
-from data import BOS, EOS, PAD, UNK, Dictionary, TokenStream
+from dataset.binarized import BOS, EOS, PAD, UNK, Dictionary, TokenStream
 from dataset.text import load_tokenizer
 from runtime import checkpoint
 from tests.helpers import (
