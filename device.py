@@ -65,7 +65,7 @@ class Device:
 
     @property
     def wants_long_vectors(self) -> bool:
-        """Whether launching kernels is what costs here, so that the weights belong in long vectors (fast/vectors.py)."""
+        """Whether launching kernels is what costs here, so that weights belong in long vectors (fast/vectors.py)."""
         return self.type == "npu"
 
     def autocast(self, enabled: bool = True):
@@ -87,8 +87,8 @@ class Device:
 
     @contextlib.contextmanager
     def profile(self, updates: int, folder):
-        """Yields a function to call after each update. With updates > 0, torch_npu's profiler writes a trace of that many
-        updates into `folder`, from the PROFILE_FROMth on; on an NPU only."""
+        """Yields a function to call after each update. With updates > 0, torch_npu's profiler writes a trace of that
+        many updates into `folder`, from the PROFILE_FROMth on; on an NPU only."""
         if not updates:
             yield lambda: None
             return

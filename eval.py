@@ -25,7 +25,6 @@ from runtime.probe import Probe
 from runtime.probe import table as probe_table
 from runtime.quality import GUESSES, evaluate, verdict
 from runtime.resume import init_from
-from tools import features
 from train import PARTS, Config, Run
 
 
@@ -61,6 +60,8 @@ def table(result: dict) -> str:
 
 
 def write_features(cfg: Config, device, corpus: Corpus, loaded: checkpoint.Loaded, path, args) -> int:
+    from tools import features
+
     if not args.out:
         raise InputError("--out is missing: the .npy file for the features")
     if args.untrained or args.probe:
@@ -89,7 +90,7 @@ def main(argv: list | None = None) -> int:
         parser.add_argument("--features", metavar="TEXT", help="a file of raw lines, or - for standard input")
         parser.add_argument("--out", metavar="F.npy", help="where their features go")
         parser.add_argument("--layer", type=int, help="whose output: 0 is the embeddings [the last]")
-        parser.add_argument("--pool", default="mean", choices=features.POOLS, help="over a line's tokens [mean]")
+        parser.add_argument("--pool", default="mean", choices=("mean", "cls", "none"), help="of tokens [mean]")
         parser.add_argument("--encoder_json", metavar="FILE", help="the BPE's vocabulary [in --data_path]")
         parser.add_argument("--vocab_bpe", metavar="FILE", help="the BPE's merges [in --data_path]")
 

@@ -1,4 +1,4 @@
-"""The paper's other column: masked language modelling (RoBERTa's objective) in the same setup, alone or beside data2vec.
+"""The paper's other column: masked language modelling in the same setup, alone or beside data2vec.
 
     python train.py --data_path DIR --objective mlm --mask_multiple_length 1 --mask_prob 0.15 \\
         --random_token_prob 0.1 --leave_unmasked_prob 0.1                     the paper's baseline (table 4)

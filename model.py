@@ -231,8 +231,8 @@ class Data2VecText(nn.Module):
 
     @record_function("student")
     def forward(self, source: Tensor, masked: Tensor, padded: bool = True) -> Tensor:
-        """source (B, T) with `<mask>` at the flat places masked (M,) -> predictions (M, C), in the autocast type; with a
-        head for words, its logits (M, V) instead, or both."""
+        """source (B, T) with `<mask>` at the flat places masked (M,) -> predictions (M, C), in the autocast type; with
+        a head for words, its logits (M, V) instead, or both."""
         x, _ = self.encoder(source, padded, places=masked)
         if self.lm_head is None:
             return self.regression_head(x)  # (M, C)
@@ -307,7 +307,7 @@ def standardize(y: Tensor, weight: Tensor, dims: tuple) -> Tensor:
 
 
 def data2vec_loss(prediction: Tensor, target: Tensor, cfg: ModelConfig) -> Tensor:
-    """Smooth L1 (squared error for loss_beta 0) of prediction and target (M, C), summed over both and scaled; float32, ()."""
+    """Smooth L1 (squared error for loss_beta 0) of prediction and target (M, C), summed and scaled; float32, ()."""
     # mean of nothing would be NaN; the sum of nothing is 0, with gradients of 0
     if cfg.loss_beta == 0:
         loss = F.mse_loss(prediction.float(), target, reduction="sum")

@@ -10,7 +10,6 @@ Run the same command again to continue from checkpoint_last.pt in --save_dir. Fi
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ import config
 import ema
 import mlm
 from config import InputError, RunError, option
-from data import Batch, BlockDataset, Corpus, DataConfig, prefetch
+from data import Batch, Corpus, DataConfig, prefetch
 from dataset.binarized import TokenFile
 from ema import EmaConfig
 from fast.vectors import LongVectors, Separate
@@ -33,7 +32,7 @@ from model import Data2VecText, ModelConfig, data2vec_loss, teacher_targets
 from optim import OptimConfig, Optimizer, Step
 from runtime import checkpoint, resume
 from runtime.guard import GuardConfig, Health, Lock, Signals, explained_out_of_memory
-from runtime.log import Log
+from runtime.log import Log, describe_start
 from runtime.quality import verdict
 from runtime.saves import Saves
 from runtime.validation import Validation
@@ -240,7 +239,7 @@ def is_due(run: Run, turn: Turn, counted: bool, updates: int, epochs: int) -> bo
 def loop(
     run: Run, corpus: Corpus, validation: Validation | None, log: Log, saves: Saves, signals: Signals, profiled
 ) -> tuple:
-    """Update, log, validate and save, until the end or a signal. Returns (figures of the last validation, exit code)."""
+    """Update, log, validate and save, until the end or a signal. Returns the last validation's figures, exit code."""
     t, health, figures = run.cfg.train, saves.health, {}
     stop = run.device.agree([signals.stop])[0]
     with saves, contextlib.closing(turns(run, corpus)) as source:
@@ -279,25 +278,6 @@ def loop(
                 if wanted or (stop and not run.is_finished()):
                     saves.save_now("as the signal asked")
     return figures, 0 if run.is_finished() else 128 + stop
-
-
-def describe_start(run: Run, train: BlockDataset, log: Log):
-    device, cfg = run.device, run.cfg
-    log.say(f"config {json.dumps(cfg.flat())}")
-    parameters = sum(p.numel() for p in run.weights.parameters)
-    log.say(
-        f"{device.world_size} x {device.type} ({device.name}), amp {device.amp_name} | {parameters:,} parameters"
-        f" | {len(train.lengths):,} blocks in {len(train.batch_ends):,} batches an epoch"
-    )
-    too_long, remainder = train.dropped_tokens()
-    percent = 100 * (too_long + remainder) / max(1, train.stream.tokens)
-    advice = "; --long_sentences split --drop_remainder false keep all" if percent else ""
-    log.say(
-        f"{'warning: ' if percent > 1 else ''}{percent:.2f}% of the training tokens are never seen"
-        f" ({too_long:,} in too long blocks, {remainder:,} in the remainder){advice}"
-    )
-    if cfg.train.warmup_updates >= cfg.train.max_update:
-        log.say(f"note: the learning rate is still warming up at the last of {cfg.train.max_update} updates")
 
 
 def check_profile(run: Run):

@@ -60,8 +60,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, p: float) -> Tensor:
-    """softmax(q k / sqrt(d)) v with dropout p on the weights. q, k, v (B, H, T, D); attend (B, 1, T, T) bool, True where
-    a token may look, or None: everywhere. Returns (B, H, T, D)."""
+    """softmax(q k / sqrt(d)) v with dropout p on the weights. q, k, v (B, H, T, D); attend (B, 1, T, T) bool, True
+    where a token may look, or None: everywhere. Returns (B, H, T, D)."""
     place = _place(q)
     # torch's fused kernel for the CPU takes no dropout, and below float32 it is slower than plain matmuls
     on_cpu = place == "cpu" and (p > 0 or q.dtype != torch.float32)

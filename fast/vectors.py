@@ -1,9 +1,9 @@
 """How the weights lie: each by itself, or all of a model in two long vectors.
 
 Two vectors are for an NPU, where launching a kernel costs more than running it at small batches, and where several of
-torch's operators for lists of tensors are loops. The gradient's norm, the optimizer, the sum over workers, the teacher's
-average and the cast to 16 bits then take one launch each instead of hundreds. The numbers are those of separate weights
-under autocast; tests/test_npu.py compares them.
+torch's operators for lists of tensors are loops. The gradient's norm, the optimizer, the sum over workers, the
+teacher's average and the cast to 16 bits then take one launch each instead of hundreds. The numbers are those of
+separate weights under autocast; tests/test_npu.py compares them.
 """
 
 import itertools
@@ -59,7 +59,7 @@ class LongVectors:
 
 
 class _Vectors:
-    """The weights of one module in `vectors`; its parameters become views of them, and its `forward` reads them there."""
+    """The weights of one module in `vectors`: its parameters become views of them, its `forward` reads them there."""
 
     def __init__(self, module: nn.Module, amp: torch.dtype | None):
         self.amp = amp

@@ -118,8 +118,8 @@ class Health:
             raise Unhealthy("gradients overflow float16 at any loss scale; lower --lr, or use --amp bf16")
 
     def check_variance(self, row: dict, first_target_var: float | None):
-        """row: a log row; first_target_var: of the first validation. Nothing is judged in the warm-up, where predictions
-        may rest at the mean for long."""
+        """row: a log row; first_target_var: of the first validation. Nothing is judged in the warm-up, where
+        predictions may rest at the mean for long."""
         self.warn_of_half_collapse(row, first_target_var)
         wrong = [
             f"{name} {row[name]:.3g} is under --min_{name} {least:g}"
@@ -138,7 +138,7 @@ class Health:
             )
 
     def warn_of_half_collapse(self, row: dict, first_target_var: float | None):
-        """Say once when the targets become alike, long before their variance is near 0; the loss falls all the while."""
+        """Say once when the targets become alike, long before their variance is near 0; the loss falls meanwhile."""
         signs = []
         if row["num_updates"] > self.warmup_updates and row["target_var"] is not None:
             if first_target_var and row["target_var"] < first_target_var / HALF_COLLAPSE:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from config import printable
+from data import BlockDataset
 from device import Device
 from runtime.checkpoint import write_text
 from runtime.curves import TensorBoard
@@ -190,3 +191,23 @@ def _updates_of(row: str) -> float:
         return json.loads(row)["num_updates"]
     except (ValueError, KeyError, TypeError):
         return math.inf  # a row that a crash cut short
+
+
+def describe_start(run, train: BlockDataset, log: Log):
+    """Say how the run is set up, and what it will not see. run: a train.Run; train: its first training folder."""
+    device, cfg = run.device, run.cfg
+    log.say(f"config {json.dumps(cfg.flat())}")
+    parameters = sum(p.numel() for p in run.weights.parameters)
+    log.say(
+        f"{device.world_size} x {device.type} ({device.name}), amp {device.amp_name} | {parameters:,} parameters"
+        f" | {len(train.lengths):,} blocks in {len(train.batch_ends):,} batches an epoch"
+    )
+    too_long, remainder = train.dropped_tokens()
+    percent = 100 * (too_long + remainder) / max(1, train.stream.tokens)
+    advice = "; --long_sentences split --drop_remainder false keep all" if percent else ""
+    log.say(
+        f"{'warning: ' if percent > 1 else ''}{percent:.2f}% of the training tokens are never seen"
+        f" ({too_long:,} in too long blocks, {remainder:,} in the remainder){advice}"
+    )
+    if cfg.train.warmup_updates >= cfg.train.max_update:
+        log.say(f"note: the learning rate is still warming up at the last of {cfg.train.max_update} updates")

@@ -55,7 +55,7 @@ def quality(sums: Tensor, count: int) -> dict:
 
 
 def verdict(figures: dict) -> str:
-    """In words, whether the student beats the guesses that know no word. figures: of `evaluate` with a training split."""
+    """In words, whether the student beats the guesses that know no word. figures: of `evaluate`, with a train split."""
     words = ""
     if "mlm_loss" in figures:
         words = "words: {mlm_loss:.3f} nats (perplexity {mlm_perplexity:.1f}), frequencies {mlm_loss_frequency:.3f};"

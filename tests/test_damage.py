@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import train
 from config import InputError
 from runtime import checkpoint
@@ -32,6 +31,7 @@ from tests.helpers import (
     make_dataset,
     rows_of,
 )
+from tools import dataset
 
 
 def test_resume_falls_back_to_the_next_older_good_file_and_says_so(saved, corpus_dir, tmp_path):
