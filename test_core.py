@@ -24,6 +24,7 @@ from data import (
 )
 from ema import EmaConfig
 from model import ModelConfig, data2vec_loss, teacher_targets
+from compat import fairseq_names
 from runtime import checkpoint
 from tests.helpers import block_dataset, corpus_dir  # noqa: F401, fixtures
 from tests.helpers import (
@@ -171,7 +172,7 @@ def test_a_whole_run_equals_the_reference_s_recorded_one(tmp_path, name):
     assert rows_of(tmp_path, "valid_loss")[-1]["valid_loss"] == pytest.approx(recorded["final_valid"]["loss"], rel=5e-6)
     saved = checkpoint.load(tmp_path / "checkpoint_last.pt")
     mine, final = (
-        checkpoint.to_reference(saved.student, saved.teacher),
+        fairseq_names.to_reference(saved.student, saved.teacher),
         torch.load(folder / "final.pt", weights_only=True),
     )
     for a, b in ((mine, final), (mine["encoder._ema"], final["encoder._ema"])):

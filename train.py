@@ -540,7 +540,7 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         if device.rank == 0:
             prepare_save_dir(folder, args)
             stack.callback(Lock(folder).release)
-            remove(folder, "checkpoint_*.pt.tmp", "train.jsonl.tmp")  # what a broken save left behind
+            remove(folder, "checkpoint_*.pt.tmp", "train.*jsonl.tmp")  # what a broken save left behind
         device.barrier()  # the directory is as it shall be
         run = Run(cfg, device, len(corpus.dictionary))
         log = Log(device, folder / "train.jsonl", t.tensorboard_logdir)
