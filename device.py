@@ -11,20 +11,17 @@ import platform
 import sys
 from dataclasses import dataclass, fields, replace
 
-# torch_npu hooks itself into `import torch`, and where its driver is missing that import fails; asking for it by name
-# below is enough. Must stand before the first import of torch.
+# torch_npu hooks itself into `import torch`, and where its driver is missing that import fails. It is imported by name
+# below instead. Must come before the first import of torch.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+from torch.profiler import record_function  # noqa: E402
 
 from config import InputError, option  # noqa: E402
-from model import Kernels, explicit_attention  # noqa: E402
+from fast.kernels import FIRST_GENERATION  # noqa: E402
 
-# torch.npu.get_device_name() of the first Ascend 910, whose last name is easily taken for the second's (Ascend910B1 to
-# B4, the Atlas A2): no bfloat16, no fused attention, and it saturates where the others overflow to infinity
-FIRST_GENERATION = {"Ascend910A", "Ascend910ProA", "Ascend910PremiumA", "Ascend910ProB", "Ascend910B"}
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 FIRST_LOSS_SCALE, LOWEST_LOSS_SCALE, GROWTH_UPDATES = 128.0, 1e-4, 2**14  # fairseq's
 PROFILE_FROM = 12  # the first update of a start that a profile shows; those before allocate and warm up
@@ -38,7 +35,6 @@ class DeviceConfig:
         "mixed precision; auto: bf16 where the device has it, else fp16, off on the CPU",
         choices=("auto", "off", "fp16", "bf16"),
     )
-    npu_fused_adamw: bool = option(False, "torch_npu's NpuFusedAdamW in place of torch's AdamW; on an NPU")
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,6 @@ class Device:
     amp: torch.dtype | None
     rank: int = 0
     world_size: int = 1
-    npu_fused_adamw: bool = False
 
     @property
     def type(self) -> str:
@@ -69,8 +64,8 @@ class Device:
         return self.type == "npu" and self.name in FIRST_GENERATION
 
     @property
-    def wants_flat_weights(self) -> bool:
-        """Whether starting kernels is what costs here, so that weights belong in a few long vectors (flat.py)."""
+    def wants_long_vectors(self) -> bool:
+        """Whether launching kernels is what costs here, so that the weights belong in long vectors (fast/vectors.py)."""
         return self.type == "npu"
 
     def autocast(self, enabled: bool = True):
@@ -85,43 +80,15 @@ class Device:
             enabled=enabled,
         )
         if enabled and self.is_first_generation:
-            # A chip that saturates has finite gradients also behind an overflow: only a sticky hardware flag tells.
+            # A chip that saturates has finite gradients even after an overflow: only a sticky hardware flag tells.
             # torch_npu's own scaler clears it at an update's first scale(), and its workers agree on what it said.
             return torch.npu.amp.GradScaler(**rules)
         return torch.amp.GradScaler(self.type, **rules)
 
-    def kernels(self, compiled: bool = False) -> Kernels:
-        """The forms of GELU, attention and dropout that are right and fast here; compiled: under torch.compile."""
-        if self.type == "cpu" and not compiled:
-            return Kernels(attention=_cpu_attention, dropout=cpu_dropout, linear=cpu_linear)
-        if self.type == "npu":
-            if self.is_first_generation:  # its scaled_dot_product_attention upcasts all of it to float32
-                return Kernels(gelu=_npu_gelu(), attention=explicit_attention)
-            return Kernels(gelu=_npu_gelu())
-        return Kernels()
-
-    def adamw_is_fused(self) -> bool:
-        """Whether torch.optim.AdamW(fused=True) is right here: on an NPU it ignores the loss scaler."""
-        return self.type != "npu"
-
-    def adamw(self, parameters: list, **settings) -> torch.optim.Optimizer:
-        if self.npu_fused_adamw:
-            import torch_npu
-
-            optimizer = torch_npu.optim.NpuFusedAdamW(parameters, **settings)
-            # It moves weights and gradients into one buffer each as soon as it finds gradients: here, before anything
-            # else holds them. Neither may be made anew from then on.
-            for p in parameters:
-                p.grad = torch.zeros_like(p)
-            optimizer.zero_grad()
-            return optimizer
-        # None, not False: with False torch loops over the weights also where it has operators for lists
-        return torch.optim.AdamW(parameters, fused=self.adamw_is_fused() or None, **settings)
-
     @contextlib.contextmanager
     def profile(self, updates: int, folder):
-        """Gives a function to be called behind each update. With updates > 0, torch_npu's profiler writes a trace of as
-        many into `folder`, from the PROFILE_FROMth on; on an NPU only."""
+        """Yields a function to call after each update. With updates > 0, torch_npu's profiler writes a trace of that many
+        updates into `folder`, from the PROFILE_FROMth on; on an NPU only."""
         if not updates:
             yield lambda: None
             return
@@ -168,13 +135,14 @@ class Device:
         if self.type != "cpu" and self.type in state:  # a checkpoint may have been written on another device
             self._module.set_rng_state(state[self.type])
 
+    @record_function("data")
     def upload(self, batch):
-        """The batch with its arrays as tensors here; block ids stay on the host."""
+        """The batch with its arrays as tensors on this device; block ids stay on the host."""
         arrays = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "ids"}
         return replace(batch, **{k: self.tensor(v) for k, v in arrays.items() if isinstance(v, np.ndarray)})
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
-        """The array here, without waiting for what the device is doing."""
+        """The array as a tensor on this device, without waiting for what the device is doing."""
         host = torch.from_numpy(array)
         return host if self.type == "cpu" else host.pin_memory().to(self.torch_device, non_blocking=True)
 
@@ -237,14 +205,12 @@ def open_device(cfg: DeviceConfig) -> Device:
             device, name = torch.device(kind, local_rank), module.get_device_name(local_rank)
         except RuntimeError as e:  # in use by another, or a driver that does not fit
             raise InputError(f"{kind} {local_rank} cannot be opened: {_first_line(e)}") from None
-    if cfg.npu_fused_adamw and (kind != "npu" or name.startswith("Ascend950")):
-        raise InputError(f"--npu_fused_adamw: torch_npu has it for Ascend 910 cards, this is {kind} ({name})")
     if kind == "npu":
         _check_npu(cfg.amp, name, rank)
     if world_size > 1:
         backend = BACKENDS[kind] if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
         torch.distributed.init_process_group(backend)
-    return Device(device, name, _amp_type(cfg.amp, kind, name), rank, world_size, cfg.npu_fused_adamw)
+    return Device(device, name, _amp_type(cfg.amp, kind, name), rank, world_size)
 
 
 def worker() -> tuple[int, int, int]:
@@ -260,50 +226,6 @@ def worker() -> tuple[int, int, int]:
     if world_size > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
         raise InputError(f"WORLD_SIZE={world_size} without RANK, MASTER_ADDR and MASTER_PORT; start with torchrun")
     return rank, world_size, local_rank
-
-
-def cpu_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Dropout with 16 random bits a value, where F.dropout draws 64 and takes five times as long; p to 1 / 65536."""
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    dropped = min(round(p * 2**16), 2**16 - 1)
-    kept = bits[: x.numel()].ge_(dropped - 2**15)  # 1 or 0; compared in place, since a bool result is ten times slower
-    return x * kept.view(x.shape).to(x.dtype).mul_(2**16 / (2**16 - dropped))
-
-
-class _OneDnnLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        return grad @ weight, rows.T @ x.flatten(0, -2), rows.sum(0)
-
-
-def cpu_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """F.linear, in float32 by oneDNN, which torch takes for bfloat16 alone: a third faster on an AMD EPYC than MKL."""
-    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
-        return F.linear(x, weight, bias)
-    return _OneDnnLinear.apply(x, weight, bias)
-
-
-def _cpu_attention(q, k, v, attend, p: float):
-    # torch's fused kernel for the CPU takes no dropout, and below float32 it is slower than plain matmuls
-    if p or q.dtype != torch.float32:
-        return explicit_attention(q, k, v, attend, p, cpu_dropout)
-    return Kernels.attention(q, k, v, attend, p)
-
-
-def _npu_gelu():
-    import torch_npu
-
-    # F.gelu is the tanh approximation there, whatever it is asked for
-    if hasattr(torch_npu, "npu_gelu"):
-        return lambda x: torch_npu.npu_gelu(x, approximate="none")
-    return lambda x: 0.5 * x * (1 + torch.erf(x * 0.5**0.5))
 
 
 def _amp_type(amp: str, kind: str, name: str) -> torch.dtype | None:

@@ -20,42 +20,20 @@ class EmaConfig:
 
 
 def decay_at(update: int, cfg: EmaConfig) -> float:
-    """Decay of the step that follows update number `update` (from 1)."""
+    """Decay of the teacher's step after update number `update` (from 1)."""
     if update >= cfg.ema_anneal_end_step:
         return cfg.ema_end_decay
     return cfg.ema_decay + (cfg.ema_end_decay - cfg.ema_decay) * update / cfg.ema_anneal_end_step
 
 
 def make_teacher(student: Encoder) -> Encoder:
-    """A float32 copy of the student's encoder that takes no gradient and never drops out."""
-    teacher = copy.deepcopy(student).float().requires_grad_(False)
-    return teacher.eval()
-
-
-def make_reader(teacher: Encoder, amp: torch.dtype | None) -> Encoder:
-    """The teacher as autocast would read it: its matrices in `amp`, cast once a move by `refresh` and not at each use;
-    everything else is shared with it. Without autocast, the teacher itself."""
-    if amp is None:
-        return teacher
-    linear = {id(p) for m in teacher.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters()}
-    reader = copy.deepcopy(teacher, {id(p): p for p in teacher.parameters() if id(p) not in linear})
-    for module in reader.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.to(amp)
-    return reader
-
-
-@torch.no_grad()
-def refresh(reader: Encoder, teacher: Encoder):
-    """Bring the reader up to its teacher."""
-    pairs = [(p, q) for p, q in zip(reader.parameters(), teacher.parameters(), strict=True) if p is not q]
-    if pairs:
-        torch._foreach_copy_(*map(list, zip(*pairs)))
+    """A float32 copy of the student's encoder, without gradients and without dropout."""
+    return copy.deepcopy(student).float().requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def step(teacher: Encoder, student: Encoder, decay: float, cfg: EmaConfig):
-    """teacher = decay * teacher + (1 - decay) * student; a decay of 1 leaves all of it alone, as in the reference."""
+    """teacher = decay * teacher + (1 - decay) * student; a decay of 1 changes nothing, as in the reference."""
     if decay == 1:
         return
     averaged, copied = ([], []), ([], [])

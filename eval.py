@@ -12,7 +12,7 @@ where it is not of words, the BPE's files.
 
 import json
 
-# first: device has a word with torch before torch is imported
+# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 from device import DeviceConfig, open_device  # isort: split
 
 import config
@@ -21,10 +21,12 @@ from config import InputError
 from data import Corpus
 from preprocess import load_tokenizer
 from runtime import checkpoint
+from runtime.quality import evaluate
+from runtime.resume import init_from
 from tools import features
 from tools.probe import Probe
 from tools.probe import table as probe_table
-from train import PARTS, Config, Run, evaluate, init_from
+from train import PARTS, Config, Run
 
 
 def saved_settings(loaded: checkpoint.Loaded, path) -> dict:

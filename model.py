@@ -4,18 +4,19 @@ what an EMA teacher, reading the unmasked text, computes inside its upper layers
 Source: Baevski et al. 2022, 'data2vec', sections 3.3 and 4.3 (arXiv 2202.03555); details, names and defaults as in
 fairseq's examples/data2vec/models/data2vec_text.py.
 
-Shapes: B blocks, T tokens (padding included), C width, H heads, M masked places, Q the most masked places of a block.
+Shapes: B blocks, T tokens (padding included), U tokens that the teacher reads, C width, H heads, M masked places.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from config import InputError, option
+from fast import kernels
 
 PAD = 1
 LAYER_NORM_EPS = 1e-5
@@ -50,93 +51,65 @@ class ModelConfig:
             raise InputError(f"--average_top_k_layers {self.average_top_k_layers}: there are only {self.layers} layers")
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """The functions that a device may need in another form; `device.Device.kernels` chooses."""
-
-    gelu: Callable = F.gelu  # the exact (erf) one; (x) -> like x
-    # (q, k, v, attend, p): q (B, H, Q, D), k and v (B, H, T, D), attend (B, 1, Q, T) bool or None -> (B, H, Q, D)
-    attention: Callable = lambda q, k, v, attend, p: F.scaled_dot_product_attention(q, k, v, attend, p)
-    dropout: Callable = lambda x, p: F.dropout(x, p, True)  # (x, p) -> like x
-    linear: Callable = F.linear  # (x, weight, bias)
-
-
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, p: float, dropout=F.dropout) -> Tensor:
-    """`Kernels.attention` in plain matmuls, for devices without a fused kernel that pays. p: dropout of the weights."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, Q, T)
-    if attend is not None:
-        hidden = ~attend
-        scores = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)  # a chip that saturates has no -inf
-    weights = F.softmax(scores, -1)
-    if attend is not None:  # where nothing may be looked at, the answer is 0
-        weights = weights.masked_fill(hidden, 0)
-    return (dropout(weights, p) if p else weights) @ v
-
-
 class Dropout(nn.Module):
-    def __init__(self, p: float, function: Callable):
+    def __init__(self, p: float):
         super().__init__()
-        self.p, self.function = p, function
+        self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.p) if self.training and self.p else x
+        return kernels.dropout(x, self.p) if self.training and self.p else x
 
 
 class Linear(nn.Linear):
-    def __init__(self, inputs: int, outputs: int, kernels: Kernels):
-        super().__init__(inputs, outputs)
-        self.function = kernels.linear
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x, self.weight, self.bias)
+        return kernels.linear(x, self.weight, self.bias)
+
+
+class GELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.gelu(x)
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, cfg: ModelConfig, kernels: Kernels):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.heads, self.dropout, self.attention = cfg.attention_heads, cfg.attention_dropout, kernels.attention
-        self.qkv = Linear(cfg.embed_dim, 3 * cfg.embed_dim, kernels)  # rows: q, k, v
-        self.out_proj = Linear(cfg.embed_dim, cfg.embed_dim, kernels)
+        self.heads, self.dropout = cfg.attention_heads, cfg.attention_dropout
+        self.qkv = Linear(cfg.embed_dim, 3 * cfg.embed_dim)  # rows: q, k, v
+        self.out_proj = Linear(cfg.embed_dim, cfg.embed_dim)
 
-    def forward(self, x: Tensor, attend: Tensor | None, places=None, queries=None) -> Tensor:
-        """x (B, T, C); attend (B, 1, 1, T) bool, True where one may look, or None if everywhere; places and queries as
-        in `Encoder.forward`. Returns (B, T, C), or (M, C) at the places."""
+    def forward(self, x: Tensor, attend: Tensor | None, places: Tensor | None = None) -> Tensor:
+        """x (B, T, C); attend (B, 1, T, T) bool, True where a token may look, or None if everywhere. Returns (B, T, C),
+        or (M, C) at the flat places (M,)."""
         B, T, C = x.shape
-        split = self.heads, C // self.heads
-        if queries is None:
-            q, k, v = self.qkv(x).view(B, T, 3, *split).permute(2, 0, 3, 1, 4)  # each (B, H, T, C/H)
-            rows = places
-        else:
-            index, rows = queries
-            w, b, linear = self.qkv.weight, self.qkv.bias, self.qkv.function
-            q = linear(x.flatten(0, 1).index_select(0, index.flatten()), w[:C], b[:C])  # (B * Q, C)
-            q = q.view(B, -1, *split).transpose(1, 2)  # (B, H, Q, C/H)
-            k, v = linear(x, w[C:], b[C:]).view(B, T, 2, *split).permute(2, 0, 3, 1, 4)
-        if attend is not None:
-            attend = attend.expand(B, 1, q.shape[2], T)  # the shape that every device's fused kernel takes
-        x = self.attention(q, k, v, attend, self.dropout if self.training else 0.0)
-        x = x.transpose(1, 2).reshape(B, -1, C)  # (B, T or Q, C)
-        return self.out_proj(x if places is None else x.flatten(0, 1).index_select(0, rows))
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, C/H)
+        x = kernels.attention(q, k, v, attend, self.dropout if self.training else 0.0)
+        x = x.transpose(1, 2).reshape(B, T, C)
+        return self.out_proj(x if places is None else at_places(x, places))
+
+
+def at_places(x: Tensor, places: Tensor) -> Tensor:
+    """x (B, T, C) at flat places (M,) of B x T: (M, C)."""
+    return x.flatten(0, 1).index_select(0, places)
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, cfg: ModelConfig, kernels: Kernels):
+    def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.self_attn = SelfAttention(cfg, kernels)
+        self.self_attn = SelfAttention(cfg)
         self.self_attn_layer_norm = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS)
-        self.fc1 = Linear(cfg.embed_dim, cfg.ffn_embed_dim, kernels)
-        self.fc2 = Linear(cfg.ffn_embed_dim, cfg.embed_dim, kernels)
+        self.fc1 = Linear(cfg.embed_dim, cfg.ffn_embed_dim)
+        self.fc2 = Linear(cfg.ffn_embed_dim, cfg.embed_dim)
         self.final_layer_norm = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS)
-        self.activation = kernels.gelu if cfg.activation_fn == "gelu" else F.relu
+        self.activation = GELU() if cfg.activation_fn == "gelu" else nn.ReLU()
         self.normalize_before = cfg.normalize_before
-        self.dropout = Dropout(cfg.dropout, kernels.dropout)
-        self.activation_dropout = Dropout(cfg.activation_dropout, kernels.dropout)
+        self.dropout = Dropout(cfg.dropout)
+        self.activation_dropout = Dropout(cfg.activation_dropout)
 
-    def forward(self, x: Tensor, attend: Tensor | None, places=None, queries=None) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> the layer's output, and its target, both (B, T, C), or both (M, C) at the places."""
-        y = self.self_attn(self.self_attn_layer_norm(x) if self.normalize_before else x, attend, places, queries)
+    def forward(self, x: Tensor, attend: Tensor | None, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, T, C) -> the layer's output and its target, both (B, T, C), or both (M, C) at the places."""
+        y = self.self_attn(self.self_attn_layer_norm(x) if self.normalize_before else x, attend, places)
         if places is not None:
-            x = x.flatten(0, 1).index_select(0, places)
+            x = at_places(x, places)
         x = x + self.dropout(y)
         if self.normalize_before:
             target = self.feed_forward(self.final_layer_norm(x))
@@ -153,37 +126,36 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """Token ids to hidden states. Student and teacher are two of these."""
 
-    def __init__(self, cfg: ModelConfig, vocabulary_size: int, kernels: Kernels = Kernels()):
+    def __init__(self, cfg: ModelConfig, vocabulary_size: int):
         super().__init__()
         cfg.check()
         self.embed_tokens = nn.Embedding(vocabulary_size, cfg.embed_dim, PAD)
         # positions count from PAD + 1, so that PAD itself has a row, of zeros
         self.embed_positions = nn.Embedding(cfg.max_source_positions + PAD + 1, cfg.embed_dim, PAD)
         self.layernorm_embedding = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS)
-        self.dropout = Dropout(cfg.dropout, kernels.dropout)
-        self.layers = nn.ModuleList(EncoderLayer(cfg, kernels) for _ in range(cfg.layers))
+        self.dropout = Dropout(cfg.dropout)
+        self.layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.layers))
         self.layer_norm = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS) if cfg.normalize_before else None
 
     def forward(
-        self, tokens: Tensor, padded: bool = True, targets: int = 0, places=None, queries=None
+        self, tokens: Tensor, padded: bool = True, top_k: int = 0, places: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """tokens (B, T) int64. padded: whether PAD may occur in them. targets: from how many last layers to keep
-        targets. places (M,) int64: the only flat places in B x T whose output is wanted; the last layer leaves out the
-        rest. queries: the same places block by block, see `data.queries_of`, which spares the last layer some more.
+        """tokens (B, T) int64. padded: whether PAD may occur in them. top_k: keep the targets of this many last layers.
+        places (M,) int64: the only flat places in B x T whose output is wanted; the last layer computes no others.
 
-        Returns the last hidden states (B, T, C), whose padded places mean nothing, and the layer targets in order,
-        each (B, T, C); with places, (M, C) each. Raises InputError if a block is longer than the position table.
+        Returns the last hidden states (B, T, C), meaningless at padded places, and the layer targets in order, each
+        (B, T, C); with places, (M, C) each. Raises InputError if a block is longer than the position table.
         """
         x, attend = self.embed(tokens, padded)
-        kept, last = [], len(self.layers) - 1
+        targets, last = [], len(self.layers) - 1
         for i, layer in enumerate(self.layers):
-            x, target = layer(x, attend, places, queries) if i == last else layer(x, attend)
-            if i > last - targets:
-                kept.append(target if places is None or i == last else target.flatten(0, 1).index_select(0, places))
-        return x if self.layer_norm is None else self.layer_norm(x), kept
+            x, target = layer(x, attend, places if i == last else None)
+            if i > last - top_k:
+                targets.append(target if places is None or i == last else at_places(target, places))
+        return x if self.layer_norm is None else self.layer_norm(x), targets
 
     def embed(self, tokens: Tensor, padded: bool) -> tuple[Tensor, Tensor | None]:
-        """What the first layer reads (B, T, C), and where attention may look, (B, 1, 1, T) bool or None."""
+        """What the first layer reads (B, T, C), and where attention may look, (B, 1, T, T) bool or None."""
         B, T = tokens.shape
         if T > self.embed_positions.num_embeddings - PAD - 1:
             raise InputError(
@@ -191,15 +163,18 @@ class Encoder(nn.Module):
             )
         if padded:
             real = tokens != PAD  # (B, T), True at text
-            positions = real.cumsum(1) * real + PAD  # pads are not counted, wherever they stand
+            positions = real.cumsum(1) * real + PAD  # pads are not counted, wherever they are
         else:
             positions = torch.arange(PAD + 1, PAD + 1 + T, device=tokens.device)
         x = self.dropout(self.layernorm_embedding(self.embed_tokens(tokens) + self.embed_positions(positions)))
-        return (x * real[:, :, None], real[:, None, None, :]) if padded else (x, None)
+        if not padded:
+            return x, None
+        # expanded here to the shape that every device's fused attention takes
+        return x * real[:, :, None], real[:, None, None, :].expand(B, 1, T, T)
 
     def hidden_states(self, tokens: Tensor, padded: bool = True) -> list[Tensor]:
-        """What each layer reads and what the last one gives, `layers` + 1 in all, each (B, T, C); the last is
-        `forward`'s, behind a pre-norm model's final LayerNorm. Hugging Face's list of this name."""
+        """The input of each layer and the output of the last one, `layers` + 1 tensors (B, T, C); the last is what
+        `forward` returns, after a pre-norm model's final LayerNorm. Hugging Face's list of this name."""
         x, attend = self.embed(tokens, padded)
         states = [x]
         for layer in self.layers:
@@ -213,32 +188,27 @@ class Encoder(nn.Module):
 class RegressionHead(nn.Sequential):
     """`head_layers` Linears with GELU between, widths C, 2C, 2C, ..., C; numbered 0, 2, 4, ... as in the reference."""
 
-    def __init__(self, cfg: ModelConfig, kernels: Kernels = Kernels()):
+    def __init__(self, cfg: ModelConfig):
         widths = [cfg.embed_dim] + [2 * cfg.embed_dim] * (cfg.head_layers - 1) + [cfg.embed_dim]
         parts = []
         for i in range(cfg.head_layers):
-            parts += [Linear(widths[i], widths[i + 1], kernels), _Function(kernels.gelu)]
+            parts += [Linear(widths[i], widths[i + 1]), GELU()]
         super().__init__(*parts[:-1])
-
-
-class _Function(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.forward = function
 
 
 class Data2VecText(nn.Module):
     """The student: encoder and regression head. The teacher is an `Encoder` of its own, made by `ema.make_teacher`."""
 
-    def __init__(self, cfg: ModelConfig, vocabulary_size: int, kernels: Kernels = Kernels()):
+    def __init__(self, cfg: ModelConfig, vocabulary_size: int):
         super().__init__()
-        self.encoder = Encoder(cfg, vocabulary_size, kernels)
-        self.regression_head = RegressionHead(cfg, kernels)
+        self.encoder = Encoder(cfg, vocabulary_size)
+        self.regression_head = RegressionHead(cfg)
         self.apply(init_weights)
 
-    def forward(self, source: Tensor, masked: Tensor, padded: bool = True, queries=None) -> Tensor:
+    @record_function("student")
+    def forward(self, source: Tensor, masked: Tensor, padded: bool = True) -> Tensor:
         """source (B, T) with `<mask>` at the flat places masked (M,) -> predictions (M, C), in the autocast type."""
-        x, _ = self.encoder(source, padded, places=masked, queries=queries)
+        x, _ = self.encoder(source, padded, places=masked)
         return self.regression_head(x)  # (M, C)
 
 
@@ -254,32 +224,37 @@ def init_weights(module: nn.Module):
 
 
 @torch.no_grad()
-def teacher_targets(
-    teacher: Encoder, cfg: ModelConfig, target: Tensor, places: Tensor, padded: bool, width: int, queries=None
-) -> Tensor:
-    """What the student shall predict: the mean of the teacher's last layer targets, each normalized (paper, 3.3).
+@record_function("teacher")
+def teacher_targets(teacher: Encoder, batch, cfg: ModelConfig) -> Tensor:
+    """What the student has to predict: the mean of the teacher's last layer targets, each normalized (paper, 3.3).
 
-    target (B, U): the teacher's tokens; places (M,): the masked tokens' flat places in B x U, and queries the same
-    block by block or None; width: T of the student's batch, above U where the teacher reads only the masked tokens.
-    Returns (M, C) float32.
+    batch: a `data.Batch` on the teacher's device. Returns (M, C) float32.
     """
-    over_places = cfg.batch_norm_target_layer or cfg.instance_norm_target_layer or cfg.instance_norm_targets
-    weight = None
-    if over_places:
-        # These statistics run over the whole padded batch, as in the reference. Where the teacher's input is squeezed,
-        # one padded place stands for all that the reference has, since pads of a block are all alike.
-        B, U = target.shape
-        if U < width:
-            target, padded = F.pad(target, (0, 1), value=PAD), True
-            places = places + places // U
-        pads = target == PAD
-        repeats = (width - (~pads).sum(1, keepdim=True)) / pads.sum(1, keepdim=True).clamp(min=1)
-        weight = torch.where(pads, repeats, torch.ones_like(repeats))[:, :, None]  # (B, U or U + 1, 1)
-    if over_places:
-        _, layers = teacher(target, padded, cfg.average_top_k_layers)  # each (B, U or U + 1, C)
-    else:
-        _, layers = teacher(target, padded, cfg.average_top_k_layers, places, queries)  # each (M, C)
-    y = torch.stack(layers).float()  # a layer each, (K, M, C) or (K, B, U, C)
+    if cfg.batch_norm_target_layer or cfg.instance_norm_target_layer or cfg.instance_norm_targets:
+        return targets_over_places(teacher, batch, cfg)
+    _, layers = teacher(batch.target, batch.target_padded, cfg.average_top_k_layers, batch.target_places)
+    y = torch.stack(layers).float()  # (K, M, C)
+    if cfg.layer_norm_target_layer:
+        y = F.layer_norm(y, y.shape[-1:])
+    y = y.mean(0)  # (M, C)
+    return F.layer_norm(y, y.shape[-1:]) if cfg.layer_norm_targets else y
+
+
+def targets_over_places(teacher: Encoder, batch, cfg: ModelConfig) -> Tensor:
+    """`teacher_targets` with norms whose statistics run over the places of a block or a batch, the padded ones included
+    as in the reference."""
+    target, padded, places = batch.target, batch.target_padded, batch.target_places
+    U, width = target.shape[1], batch.source.shape[1]
+    if U < width:
+        # The teacher's input is squeezed. One padded place stands for all that the reference has, since the pads of a
+        # block are all alike.
+        target, padded = F.pad(target, (0, 1), value=PAD), True
+        places = places + places // U
+    pads = target == PAD
+    repeats = (width - (~pads).sum(1, keepdim=True)) / pads.sum(1, keepdim=True).clamp(min=1)
+    weight = torch.where(pads, repeats, torch.ones_like(repeats))[:, :, None]  # (B, U or U + 1, 1)
+    _, layers = teacher(target, padded, cfg.average_top_k_layers)
+    y = torch.stack(layers).float()  # (K, B, U or U + 1, C)
     if cfg.batch_norm_target_layer:
         y = standardize(y, weight, (-3, -2))
     if cfg.instance_norm_target_layer:
@@ -291,12 +266,12 @@ def teacher_targets(
         y = F.layer_norm(y, y.shape[-1:])
     if cfg.instance_norm_targets:
         y = standardize(y, weight, (-2,))
-    return y.flatten(0, 1).index_select(0, places) if over_places else y
+    return at_places(y, places)  # (M, C)
 
 
 def standardize(y: Tensor, weight: Tensor, dims: tuple) -> Tensor:
-    """Zero mean, unit (biased) variance over the places `dims`, counted from the end, of y (.., B, T, C), each counted
-    weight (B, T, 1) times."""
+    """Zero mean and unit (biased) variance of y (..., B, T, C) over the axes `dims`, counted from the end; each place
+    counts weight (B, T, 1) times."""
     count = weight.sum(dims, keepdim=True)
     mean = (y * weight).sum(dims, keepdim=True) / count
     variance = ((y - mean).square() * weight).sum(dims, keepdim=True) / count
@@ -304,7 +279,7 @@ def standardize(y: Tensor, weight: Tensor, dims: tuple) -> Tensor:
 
 
 def data2vec_loss(prediction: Tensor, target: Tensor, cfg: ModelConfig) -> Tensor:
-    """Smooth L1 (squared error for loss_beta 0) summed over masked places and channels, scaled; float32, ()."""
+    """Smooth L1 (squared error for loss_beta 0) of prediction and target (M, C), summed over both and scaled; float32, ()."""
     # mean of nothing would be NaN; the sum of nothing is 0, with gradients of 0
     if cfg.loss_beta == 0:
         loss = F.mse_loss(prediction.float(), target, reduction="sum")

@@ -26,15 +26,16 @@ from ema import EmaConfig
 from model import ModelConfig, data2vec_loss, teacher_targets
 from compat import fairseq_names
 from runtime import checkpoint
-from tests.helpers import block_dataset, corpus_dir  # noqa: F401, fixtures
-from tests.helpers import (
+from tests.helpers import (  # noqa: F401, fixtures
     CPU,
     FEW,
     GOLDEN,
     HERE,
     SMALL,
+    block_dataset,
     call,
     compare_checkpoints,
+    corpus_dir,
     golden,
     make_run,
     random_encoder,
@@ -44,7 +45,7 @@ from tests.helpers import (
 
 @golden
 @pytest.mark.parametrize("name", ["base", "base_valid", "npu_1p", "complete_256", "none_128", "eos_512"])
-def test_batches_equal_the_reference_s_recorded_ones(name):
+def test_batches_equal_the_references_recorded_ones(name):
     recorded = json.loads((GOLDEN / "batches" / f"{name}.json").read_text())
     folder = GOLDEN / "corpora" / {"bin": "bpe-bin"}.get(recorded["data"], recorded["data"])
     argv = ["--data_path", folder, "--fairseq_exact", "--json", "--split", recorded["split"]]
@@ -140,7 +141,7 @@ def test_the_loss_ignores_unmasked_places_and_gradients_reach_every_parameter(bl
 
 @golden
 @pytest.mark.parametrize("name", ["doc128", "doc128_full", "npu64", "npu64_one_worker"])
-def test_a_whole_run_equals_the_reference_s_recorded_one(tmp_path, name):
+def test_a_whole_run_equals_the_references_recorded_one(tmp_path, name):
     folder = GOLDEN / "train" / name
     recorded = json.loads((folder / "config.json").read_text())
     options = {**recorded["config"], "data_path": GOLDEN / "corpora" / recorded["config"]["data"]}
@@ -180,7 +181,7 @@ def test_a_whole_run_equals_the_reference_s_recorded_one(tmp_path, name):
         assert all((a[k] - b[k]).abs().max() < 2e-5 for k in b if k != "encoder._ema")
 
 
-def test_the_decay_follows_the_reference_s_line():
+def test_the_decay_follows_the_references_line():
     cfg = EmaConfig(ema_decay=0.9, ema_end_decay=0.99, ema_anneal_end_step=10)
     assert [ema.decay_at(u, cfg) for u in (0, 1, 5, 10, 11)] == pytest.approx([0.9, 0.909, 0.945, 0.99, 0.99])
 
@@ -210,7 +211,7 @@ def test_the_learning_rate_warms_up_and_falls_as_the_formula_says():
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.05])
-def test_an_update_is_the_reference_s_adam_with_eps_beside_the_uncorrected_root(corpus_dir, clip_norm):
+def test_an_update_is_the_references_adam_with_eps_beside_the_uncorrected_root(corpus_dir, clip_norm):
     betas, eps, decay = (0.8, 0.9), 0.03, 0.1  # large, so that their places show
     run, dataset = make_run(
         corpus_dir, adam_betas="0.8,0.9", adam_eps=eps, weight_decay=decay, clip_norm=clip_norm, lr=0.01
@@ -219,9 +220,7 @@ def test_an_update_is_the_reference_s_adam_with_eps_beside_the_uncorrected_root(
     for t, ids in enumerate(dataset.epoch_batches(1)[:5], 1):
         batch = dataset.batch(ids, 1)
         here = CPU.upload(batch)
-        target = teacher_targets(
-            run.teacher, run.cfg.model, here.target, here.target_places, here.target_padded, here.source.shape[1]
-        )
+        target = teacher_targets(run.teacher, here, run.cfg.model)
         loss = data2vec_loss(run.student(here.source, here.masked), target, run.cfg.model) / batch.sample_size
         grads = dict(zip(state, torch.autograd.grad(loss, list(run.student.parameters()))))
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
@@ -280,7 +279,7 @@ def test_update_freq_2_equals_one_batch_of_twice_the_size(corpus_dir):
         assert (
             float(two.gnorm) == pytest.approx(float(one.gnorm), rel=1e-5) and two.counts.tolist() == one.counts.tolist()
         )
-    for a, b in zip(runs[0].parameters, runs[1].parameters):
+    for a, b in zip(runs[0].weights.parameters, runs[1].weights.parameters):
         assert torch.allclose(a, b, atol=2e-6)
 
 
@@ -292,26 +291,27 @@ def test_an_update_without_a_masked_token_or_without_a_batch_counts_as_zero(corp
     for batches in ([bare], []):
         done = train.update(run, batches)
         assert float(done.loss) == 0 and float(done.gnorm) == 0 and int(done.counts[0]) == 0
-    assert all(p.isfinite().all() for p in run.parameters) and run.num_updates == 2
+    assert all(p.isfinite().all() for p in run.weights.parameters) and run.num_updates == 2
 
 
 def test_an_fp16_overflow_skips_the_update_and_is_not_counted(corpus_dir):
     run, dataset = make_run(corpus_dir, device=dataclasses.replace(CPU, amp=torch.float16))
-    before = [p.detach().clone() for p in run.parameters]
-    run.scaler.scale(torch.zeros(()))  # makes the scale, which the next line sets
-    run.scaler.update(2.0**30)
-    run.loss_scale = run.scaler.get_scale()
+    before = [p.detach().clone() for p in run.weights.parameters]
+    scaler = run.optimizer.scaler
+    scaler.scale(torch.zeros(()))  # makes the scale, which the next line sets
+    scaler.update(2.0**30)
+    run.optimizer.loss_scale = scaler.get_scale()
     batch = dataset.batch(dataset.epoch_batches(1)[0], 1)
     assert train.update(run, [batch]) is None
-    assert run.num_updates == 0 and run.scaler.get_scale() == 2.0**29
-    assert all(torch.equal(a, b) for a, b in zip(before, run.parameters))
+    assert run.num_updates == 0 and scaler.get_scale() == 2.0**29
+    assert all(torch.equal(a, b) for a, b in zip(before, run.weights.parameters))
 
 
 @pytest.mark.parametrize(
     "extra", [[], ["--fairseq_exact"], ["--update_freq", "3"], ["--amp", "bf16"], ["--log_interval", "5"]]
 )
 def test_an_interrupted_run_continues_bit_for_bit(tmp_path, corpus_dir, monkeypatch, extra):
-    # dropout on; about 20 batches an epoch (7 updates under update_freq 3): the interruptions lie within epochs
+    # dropout on; about 20 batches an epoch (7 updates under update_freq 3): the interruptions are within epochs
     argv = [
         *FEW,
         "--data_path",
@@ -350,10 +350,52 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, corpus_dir, monkeypa
     assert [row["num_updates"] for row in rows_of(tmp_path / "parts")] == list(range(step, 31, step))
 
 
+# ---------------------------------------------------------------------------------------------- the form itself
+
+ROOMS = ["dataset", "fast", "runtime", "compat", "tools", "tests"]
+# Each may import only what comes before it; compat is imported by config.parse and by the loading of checkpoints.
+FLOORS = (
+    "config compat dataset fast model data device ema optim runtime train bench eval tools convert finetune".split()
+)
+
+
+def sources() -> list:
+    return [*HERE.glob("*.py"), *(path for room in ROOMS for path in (HERE / room).glob("*.py"))]
+
+
 def test_imports_point_one_way():
-    order = "config data model ema fast/vectors device runtime/checkpoint train tools/probe tools/features eval bench convert".split()
-    for i, name in enumerate(order):
-        tree = ast.parse((HERE / f"{name}.py").read_text())
-        used = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-        used |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-        assert not used & set(order[i:]), (name, used & set(order[i:]))
+    for path in sources():
+        room = path.parent.name if path.parent != HERE else path.stem
+        if room not in FLOORS:
+            continue
+        for node in ast.parse(path.read_text()).body:  # what a function imports, it imports when it is called
+            used = [node.module] if isinstance(node, ast.ImportFrom) else []
+            used += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            for name in (name.split(".")[0] for name in used):
+                assert name not in FLOORS or FLOORS.index(name) <= FLOORS.index(room), (path, name)
+
+
+def test_each_file_is_read_in_one_sitting_and_each_room_says_its_rule():
+    for path in sources():
+        text = path.read_text()
+        assert ast.get_docstring(ast.parse(text)), path
+        assert len(text.splitlines()) <= 400 and max(map(len, text.splitlines()), default=0) <= 120, path
+    deciding = ["model.py", "ema.py", "data.py", "dataset/blocks.py", "optim.py", "train.py"]
+    assert sum(len((HERE / name).read_text().splitlines()) for name in deciding) <= 1350
+
+
+def test_the_loop_and_the_update_fit_on_a_screen():
+    nodes = {node.name: node for node in ast.walk(ast.parse((HERE / "train.py").read_text())) if hasattr(node, "name")}
+    functions = [node for node in nodes.values() if isinstance(node, ast.FunctionDef)]
+    for node in functions:
+        inner = [n for n in ast.walk(node) if isinstance(n, (ast.FunctionDef, ast.Lambda)) and n is not node]
+        assert not inner, f"a function inside {node.name}"
+    lines = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert lines["loop"] <= 45 and lines["update"] <= 30
+    assert sum(isinstance(node, ast.If) for node in ast.walk(nodes["loop"])) <= 8
+
+
+def test_the_update_reads_like_the_paper():
+    text = (HERE / "train.py").read_text()
+    sentences = r"target = teacher_targets\(.*\n +prediction = run\.student\(.*\n +loss = data2vec_loss\("
+    assert re.search(sentences, text)

@@ -1,5 +1,6 @@
-"""What ends a run early, and how: signals, a second run in the same place, numbers that went wrong."""
+"""What ends a run early, and how: signals, a second run in the same directory, memory, numbers that went wrong."""
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -8,9 +9,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError, option
+from config import InputError, RunError, option
+from device import LOWEST_LOSS_SCALE, Device
 
-UNHEALTHY_INTERVALS = 10  # log intervals in a row with a collapsed variance before the run stops
+UNHEALTHY_INTERVALS = 10  # log intervals in a row with a collapsed variance after which the run stops
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,18 @@ class GuardConfig:
 
 
 class Signals:
-    """While in use: SIGTERM and SIGINT ask for an end behind the current update, a second one ends at once; SIGUSR1
-    asks for a checkpoint. `stop` is the signal's number or 0, `save` whether one is wanted.
+    """While in use: SIGTERM and SIGINT ask the run to stop after the current update, a second one ends it at once;
+    SIGUSR1 asks for a checkpoint.
 
-    echo: seconds in which the same signal again is no second one. A scheduler's signal reaches a worker twice, once
+    Under torchrun, repeats of a signal within a second are ignored: a scheduler's signal reaches a worker twice, once
     directly and once from torchrun.
     """
 
-    def __init__(self, echo: float = 0.0):
-        self.echo = echo
+    def __init__(self, device: Device):
+        self.device, self.echo = device, 1.0 if device.world_size > 1 else 0.0  # seconds
 
     def __enter__(self):
-        self.stop, self.save, self._at = 0, 0, 0.0
+        self.stop, self.save, self._at = 0, 0, 0.0  # stop: the signal's number, or 0
         handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGUSR1: self._save}
         self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
@@ -43,13 +45,19 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def agreed(self) -> tuple[int, int]:
+        """(the number of a signal to stop or 0, whether to save now), the same on all workers."""
+        stop, save = self.device.agree([self.stop, self.save])
+        self.save = 0
+        return stop, save
+
     def _stop(self, number, _):
         if self.stop == number and time.monotonic() < self._at + self.echo:
             return
         if self.stop:
             os._exit(128 + number)
         self.stop, self._at = number, time.monotonic()
-        # not print: a signal may come in the middle of one
+        # not print: a signal may arrive in the middle of one
         os.write(
             2, f"\n{signal.Signals(number).name}: finishing this update, then saving; again: exit at once\n".encode()
         )
@@ -59,7 +67,7 @@ class Signals:
 
 
 class Lock:
-    """Keeps a second run out of a directory. The kernel drops the lock with its process, however that ends."""
+    """Keeps a second run out of a directory. The kernel releases the lock with its process, however that ends."""
 
     def __init__(self, folder: Path, flag: str = "--save_dir"):
         self.file = open(folder / ".lock", "a+")
@@ -70,7 +78,7 @@ class Lock:
             holder = self.file.read().strip() or "another process"
             self.file.close()
             raise InputError(f"{flag} {folder} is in use by {holder}; choose another, or wait for its end") from None
-        except OSError:  # a file system without locks; better to run than to refuse
+        except OSError:  # a file system without locks: better to run than to refuse
             return
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -80,26 +88,34 @@ class Lock:
         self.file.close()
 
 
-class Health:
-    """Watches figures that have been read anyway; each method returns why the run must stop, or None."""
+class Unhealthy(Exception):
+    """The run must save and stop; the text says why and what to do."""
 
-    def __init__(self, cfg: GuardConfig, warmup_updates: int):
-        self.cfg, self.warmup_updates = cfg, warmup_updates
+
+class Health:
+    """Watches figures that have been read anyway. Raises Unhealthy where the run must stop."""
+
+    def __init__(self, cfg: GuardConfig, warmup_updates: int, say):
+        """say(text) tells a person."""
+        self.cfg, self.warmup_updates, self.say = cfg, warmup_updates, say
         self.skipped_in_row = self.collapsed_in_row = 0
 
-    def skipped(self, flags: list) -> str | None:
+    def check_skipped(self, flags: list):
         """flags: for each new update in order, whether it was skipped."""
         for flag in flags:
             self.skipped_in_row = self.skipped_in_row + 1 if flag else 0
             if self.skipped_in_row > self.cfg.max_skipped:
-                return (
+                raise Unhealthy(
                     f"{self.skipped_in_row} updates in a row had a non-finite loss or gradient (--max_skipped"
-                    f" {self.cfg.max_skipped}); go on from an older checkpoint with a lower --lr, a longer"
+                    f" {self.cfg.max_skipped}); resume from an older checkpoint with a lower --lr, a longer"
                     " --warmup_updates or a smaller --clip_norm"
                 )
-        return None
 
-    def collapsed(self, row: dict, say) -> str | None:
+    def check_loss_scale(self, scale: float):
+        if scale < LOWEST_LOSS_SCALE:
+            raise Unhealthy("gradients overflow float16 at any loss scale; lower --lr, or use --amp bf16")
+
+    def check_variance(self, row: dict):
         """row: a log row. Nothing is judged in the warm-up, where predictions may rest at the mean for long."""
         wrong = [
             f"{name} {row[name]:.3g} is under --min_{name} {least:g}"
@@ -107,13 +123,28 @@ class Health:
             if row["num_updates"] > self.warmup_updates and row[name] is not None and row[name] < least
         ]
         self.collapsed_in_row = self.collapsed_in_row + 1 if wrong else 0
-        if not wrong:
-            return None
-        text = " and ".join(wrong)
-        if self.collapsed_in_row < UNHEALTHY_INTERVALS:
-            say(f"warning: update {row['num_updates']}: {text}: the representation may be collapsing")
-            return None
-        return (
-            f"collapse: {text} for {UNHEALTHY_INTERVALS} log intervals; lower --lr, warm up longer, raise --ema_decay,"
-            " or switch the guard off with 0"
-        )
+        if self.collapsed_in_row >= UNHEALTHY_INTERVALS:
+            raise Unhealthy(
+                f"collapse: {' and '.join(wrong)} for {UNHEALTHY_INTERVALS} log intervals; lower --lr, warm up longer,"
+                " raise --ema_decay, or switch the guard off with 0"
+            )
+        if wrong:
+            self.say(
+                f"warning: update {row['num_updates']}: {' and '.join(wrong)}: the representation may be collapsing"
+            )
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(device: Device, batches: list, number: int):
+    """Turn 'out of memory' at update `number` into a RunError that says what was tried and what helps."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        if not device.is_out_of_memory(e):
+            raise
+        shapes = ", ".join(f"{b.source.shape[0]} x {b.source.shape[1]}" for b in batches)
+        raise RunError(
+            f"out of memory at update {number}: batch of {shapes} tokens, peak {device.peak_memory() / 2**30:.1f} GiB;"
+            " lower --max_tokens (and raise --update_freq), use --amp;"
+            f" the device said: {' '.join(str(e).split())[:200]}"
+        ) from None

@@ -1,5 +1,6 @@
-"""What a run tells: figures of quality, train.jsonl, and a line or a progress bar for a person."""
+"""What a run tells: train.jsonl, and a line or a progress bar for a person."""
 
+import contextlib
 import json
 import math
 import os
@@ -9,106 +10,27 @@ import types
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import InputError, printable
+from config import printable
 from device import Device
 from runtime.checkpoint import write_text
-
-
-def moments(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Sums over the M places from which `quality` makes its figures, (6, C) float32; sums of several batches add up."""
-    p, t = prediction.float(), target.float()
-    unit = F.normalize(t, dim=-1)
-    cosine = F.normalize(p, dim=-1) * unit
-    return torch.stack([x.sum(0) for x in (p, p.square(), t, t.square(), unit, cosine)])
-
-
-def quality(sums: torch.Tensor, count: int) -> dict:
-    """What the loss cannot tell. Variances are over the masked places, averaged over channels: near 0 is a collapse.
-
-    cosine: mean cosine of prediction and target; cosine_constant: what always predicting the mean target would get.
-    """
-    p, p2, t, t2, unit, cosine = (sums.cpu().double() / max(1, count)).unbind()
-    constant = float((F.normalize(t, dim=0) * unit).sum())
-    return dict(
-        target_var=float((t2 - t.square()).clamp(min=0).mean()),
-        pred_var=float((p2 - p.square()).clamp(min=0).mean()),
-        cosine=float(cosine.sum()),
-        cosine_constant=constant,
-    )
-
-
-class TensorBoard:
-    """The rows of train.jsonl as TensorBoard curves over updates, under the names that fairseq gives them.
-
-    `{logdir}/train_inner` holds the rows of log intervals and `{logdir}/valid` those of validations, as fairseq's two
-    folders of that name do; its third, `train`, holds means over an epoch, which no row has. By fairseq's name:
-
-        train_inner  loss, sample_size, ntokens, nsentences, gnorm, lr, loss_scale, ups, wall   as in the row
-                     ema_decay               as in the row; there times 1000, here not
-                     wpb, bsz                ntokens and nsentences once more, as there
-                     wps                     tokens/s; there wps, wpb and ntokens count masked tokens alone
-                     fps, target_var, pred_var, epoch    no counterpart there
-        valid        loss, best_loss         the row's valid_loss, valid_best_loss
-                     target_var, pred_var, cosine, cosine_constant, epoch    no counterpart there
-
-    fairseq's clip, train_wall and gb_free have none here. Its lr is the next update's; ours is the one that was used.
-    A null, or a skipped update's row, is no point of any curve.
-    """
-
-    ALSO = dict(ntokens="wpb", nsentences="bsz")
-
-    def __init__(self, logdir: str):
-        """Raises InputError if the tensorboard package is missing or the folder cannot be written."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise InputError("--tensorboard_logdir needs the tensorboard package: pip install tensorboard") from None
-        self._writer, self._writers, self.logdir = SummaryWriter, {}, Path(logdir)
-        try:
-            self.logdir.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise InputError(f"--tensorboard_logdir {logdir}: {e.strerror}") from None
-        if not os.access(self.logdir, os.W_OK):
-            raise InputError(f"--tensorboard_logdir {logdir}: not writable")
-
-    def open(self, num_updates: int):
-        """Go on behind update num_updates: what an earlier run wrote from there on is no longer shown."""
-        for name in ("train_inner", "valid"):
-            self._writers[name] = self._writer(str(self.logdir / name), purge_step=num_updates + 1)
-
-    def row(self, row: dict):
-        """Raises OSError if it cannot be written."""
-        name, prefix = ("valid", "valid_") if "valid_loss" in row else ("train_inner", "")
-        if f"{prefix}loss" not in row:
-            return
-        for key, value in row.items():
-            if value is not None and key != "num_updates":
-                for tag in (key.removeprefix(prefix), self.ALSO.get(key)):
-                    if tag:
-                        self._writers[name].add_scalar(tag, value, row["num_updates"])
-        self._writers[name].flush()
-
-    def close(self):
-        for writer in self._writers.values():
-            writer.close()
+from runtime.curves import TensorBoard
+from runtime.quality import moments, quality
 
 
 class Log:
-    """Figures of the updates since the last row. Everything stays on the device until a row is due; only rank 0
-    writes."""
+    """The figures of the updates since the last row. They stay on the device until a row is due; only rank 0 writes."""
 
     def __init__(self, device: Device, path: Path, tensorboard_logdir: str = ""):
-        """Raises InputError if TensorBoard curves are wanted and cannot be written."""
+        """Raises InputError if TensorBoard curves are asked for and cannot be written."""
         self.device, self.path, self.bar = device, path, None
         self.curves = TensorBoard(tensorboard_logdir) if tensorboard_logdir and device.rank == 0 else None
         self._began, self._torn = time.perf_counter(), False
         self.reset()
 
     def open(self, num_updates: int, max_update: int):
-        """Open the bar, and drop the rows that a crashed run wrote behind its last checkpoint: they will come again."""
+        """Open the bar, and drop the rows that a crashed run wrote after its last checkpoint: they will come again."""
         if self.device.rank == 0 and self.path.exists():
             rows = [
                 row for row in self.path.read_text(errors="replace").splitlines() if _updates_of(row) <= num_updates
@@ -136,7 +58,7 @@ class Log:
         )
 
     def restore(self, state: dict):
-        """Go on in the middle of an interval: its row is then that of a run that was never interrupted."""
+        """Continue in the middle of an interval: its row will be that of an uninterrupted run."""
         where = self.device.torch_device
         for values in state["updates"]:
             tensors = {key: torch.tensor(values[key], device=where) for key in ("loss", "gnorm")}
@@ -145,11 +67,11 @@ class Log:
         self.skipped, self.since = list(state["skipped"]), time.perf_counter() - state["seconds"]
 
     def reset(self):
-        self.done, self.skipped, self.pair, self.since = [], [], None, time.perf_counter()
+        self.done, self.skipped, self.last_batch, self.since = [], [], None, time.perf_counter()
 
     def add(self, done):
         """Take in a train.Update."""
-        self.pair, done.pair = done.pair, None  # large, and only the last one is looked at
+        self.last_batch, done.last_batch = done.last_batch, None  # large, and only the newest is used
         self.done.append(done)
         if self.bar is not None:
             self.bar.update()
@@ -174,7 +96,7 @@ class Log:
         )
         sample_size, nsentences, ntokens = torch.stack([d.counts for d in self.done]).sum(0).tolist()
         seen = sum(torch.stack([d.counts[0] for d in good]).tolist()) if good else 0
-        sums, places = moments(*self.pair), len(self.pair[0])
+        sums, places = moments(*self.last_batch), len(self.last_batch[0])
         if self.skipped[-1]:
             sums, places = torch.zeros_like(sums), 0
         sums = device.all_reduce(torch.cat([sums.flatten(), torch.full((1,), float(places), device=sums.device)]))
@@ -210,7 +132,7 @@ class Log:
             with self.path.open("a") as f:
                 f.write("\n" * self._torn + json.dumps(row) + "\n")
             self._torn = False
-        except OSError as e:  # a full disk shall not end a run; the row may have been written in part
+        except OSError as e:  # a full disk must not end a run; the row may have been written in part
             self._torn = True
             self.say(f"warning: {self.path}: {e.strerror}; update {row['num_updates']} is not in it")
         if self.curves is not None:
@@ -230,11 +152,29 @@ class Log:
             shown = dict(update=row["num_updates"], **{k: v for k, v in row.items() if k not in hidden})
             self.say(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()))
 
+    def overflow(self, turn, num_updates: int, loss_scale: float):
+        """A row for gradients that overflowed float16, which was no update. turn: a train.Turn."""
+        blocks = [int(i) for batch in turn.batches for i in batch.ids]
+        self.row(dict(overflow=True, loss_scale=loss_scale, num_updates=num_updates, epoch=turn.epoch, blocks=blocks))
+
+    def validation(self, figures: dict, best_loss: float | None, num_updates: int, epoch: int):
+        """A row for what `quality.evaluate` found."""
+        shown = {f"valid_{k}": figures[k] for k in ("target_var", "pred_var", "cosine", "cosine_constant")}
+        losses = dict(valid_loss=figures["loss"], valid_best_loss=best_loss)
+        self.row({**losses, **shown, "num_updates": num_updates, "epoch": epoch})
+
+    @contextlib.contextmanager
+    def paused(self):
+        """What happens inside counts as no training time."""
+        begin = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - max(begin, self.since)
+
     def say(self, text: str):
         if self.device.rank == 0:
             try:
                 tqdm.write(printable(text)) if self.bar is not None else print(printable(text), flush=True)
-            except OSError:  # whoever read this is gone, as `| tee` is at Ctrl-C; that shall not end the run
+            except OSError:  # the reader is gone, as `| tee` is after Ctrl-C; that must not end the run
                 sys.stdout = Path(os.devnull).open("w")
 
     def close(self):

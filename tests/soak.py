@@ -27,11 +27,11 @@ import numpy as np
 import torch
 
 import config
+import convert
 import data
 from config import InputError
 from data import EOS
 from runtime import checkpoint
-from tests.helpers import small_content
 
 HERE = Path(__file__).parent.parent  # the project
 TINY = (
@@ -184,7 +184,7 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0) -> dict:
 
     state = {f"encoder.sentence_encoder.layers.0.self_attn.{p}_proj.weight": torch.randn(8, 8) for p in "qkv"}
     fairseq = {"model": {**state, "encoder._ema": {}}, "cfg": {"model": {"layers": 1}}, "extra_state": {"loss": 1.0}}
-    checkpoint.save(small_content(student=state, teacher=state), folder / "ours.pt")
+    checkpoint.save({**convert.beginning(1), "config": {}, "student": state, "teacher": state}, folder / "ours.pt")
     torch.save(fairseq, folder / "fairseq.pt")
     torch.save(fairseq, folder / "old.pt", _use_new_zipfile_serialization=False)
     files = [(folder / name).read_bytes() for name in ("ours.pt", "fairseq.pt", "old.pt")]

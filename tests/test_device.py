@@ -13,59 +13,42 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import device
-import ema
 import train
 from config import InputError
-from ema import EmaConfig
+from fast import kernels
 from runtime import checkpoint
-from tests.helpers import CPU, FEW, HERE, call, random_encoder, rows_of
+from tests.helpers import CPU, FEW, HERE, call, rows_of
 
 
-@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
-@torch.no_grad()
-def test_the_reader_computes_what_autocast_makes_of_the_teacher_to_the_bit(amp):
-    model, cfg = random_encoder(2)
-    teacher = ema.make_teacher(random_encoder(1)[0].encoder)
-    reader = ema.make_reader(teacher, amp)
-    ema.step(teacher, model.encoder, 0.5, EmaConfig())
-    ema.refresh(reader, teacher)
-    tokens = torch.randint(4, 40, (3, 9))
-    with torch.autocast("cpu", amp):
-        for a, b in zip(teacher(tokens, True, 2)[1], reader(tokens, True, 2)[1]):
-            assert a.dtype == amp and torch.equal(a, b)
-    assert ema.make_reader(teacher, None) is teacher
-
-
-def test_the_cpu_s_dropout_keeps_the_expected_share_and_mean():
+def test_dropout_on_a_cpu_keeps_the_expected_share_and_mean():
     for p, n in ((0.1, 400_001), (0.5, 7), (0.9999999, 3)):
         x = torch.full((n,), 3.0, requires_grad=True)
         torch.manual_seed(5)
-        y = device.cpu_dropout(x, p)
+        y = kernels.dropout(x, p)
         y.sum().backward()
         torch.manual_seed(5)
-        assert torch.equal(y, device.cpu_dropout(x, p)) and torch.equal(y, x * x.grad)
+        assert torch.equal(y, kernels.dropout(x, p)) and torch.equal(y, x * x.grad)
         kept = y != 0
         assert torch.allclose(y[kept], torch.tensor(3 / (1 - min(p, 1 - 2**-16))), rtol=1e-4)
         if n > 1000:
             assert abs(float(kept.float().mean()) - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n)
             assert abs(float(y.detach().mean()) - 3) < 0.02
-    assert device.cpu_dropout(torch.ones(2, 3, 5, dtype=torch.bfloat16), 0.25).dtype == torch.bfloat16
+    assert kernels.dropout(torch.ones(2, 3, 5, dtype=torch.bfloat16), 0.25).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("shape", [(7, 12), (3, 5, 12), (0, 12)])
-def test_the_cpu_s_linear_layer_equals_torch_s_with_its_gradients(shape):
+def test_the_linear_layer_on_a_cpu_matches_torch_with_its_gradients(shape):
     results = []
-    for linear in (F.linear, device.cpu_linear):
+    for linear in (F.linear, kernels.linear):
         torch.manual_seed(3)
         x, w, b = (torch.randn(s, requires_grad=True) for s in (shape, (20, 12), (20,)))
-        y = linear(x, w[4:], b[4:])  # rows of a matrix, as queries and keys are
+        y = linear(x, w[4:], b[4:])  # rows of a matrix
         y.sin().sum().backward()
         results.append((y, x.grad, w.grad, b.grad))
     for a, b in zip(*results, strict=True):
         assert a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert device.cpu_linear(torch.randn(2, 12), w, b).dtype == torch.bfloat16
+        assert kernels.linear(torch.randn(2, 12), w, b).dtype == torch.bfloat16
 
 
 def test_programs_import_without_torch_npu_and_keep_it_from_loading_itself():
@@ -80,7 +63,7 @@ def test_programs_import_without_torch_npu_and_keep_it_from_loading_itself():
         f"assert 'torch_npu' not in sys.modules; print(os.environ['{variable}'])"
     )
     env = {k: v for k, v in os.environ.items() if k != variable}
-    for name in ("train", "eval", "bench", "soak"):
+    for name in ("train", "eval", "bench", "tests.soak"):
         run = subprocess.run(
             [sys.executable, "-c", code.format(name)], cwd=HERE, env=env, capture_output=True, text=True
         )
@@ -99,7 +82,7 @@ def test_devices_that_are_not_there_are_refused_in_one_line():
     assert open_device(DeviceConfig(device="cpu", amp="auto")).amp is None
 
 
-def test_the_loss_scaler_has_the_reference_s_rules():
+def test_the_loss_scaler_has_the_references_rules():
     scaler = dataclasses.replace(CPU, amp=torch.float16, world_size=4).scaler(update_freq=2)
     assert scaler.get_scale() == 128 and scaler.get_growth_interval() == 2**14 // 8
     assert not dataclasses.replace(CPU, amp=torch.bfloat16).scaler(1).is_enabled()

@@ -1,8 +1,9 @@
 """Encoder, head, targets and dropout against the formula written out."""
 
+# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
+import dataclasses
 import math
 
-# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 import numpy as np
 import pytest
 import torch
@@ -10,14 +11,14 @@ import torch.nn.functional as F
 
 from data import (
     PAD,
-    queries_of,
+    Batch,
 )
+from fast import kernels
 from model import (
     Data2VecText,
     ModelConfig,
     RegressionHead,
     data2vec_loss,
-    explicit_attention,
     teacher_targets,
 )
 from tests.helpers import CPU, SMALL, random_encoder
@@ -98,30 +99,25 @@ def test_the_last_layer_at_the_wanted_places_alone_equals_the_whole_layer_there(
     model, cfg = random_encoder(normalize_before=before, layers=3)
     tokens = torch.randint(4, 40, (4, 11))
     tokens[1, 8:] = PAD
-    places = np.array([0, 3, 4, 10, 12, 33, 34, 43])  # none in the third block
-    queries = queries_of(places, *tokens.shape)
-    assert queries[0].shape == (4, 4) and np.array_equal(queries[0].ravel()[queries[1]], places)
-    assert np.array_equal(queries[0] // 11, np.arange(4)[:, None].repeat(4, 1))  # each row is of its own block
-    places, queries = torch.from_numpy(places), [torch.from_numpy(array) for array in queries]
+    places = torch.tensor([0, 3, 4, 10, 12, 33, 34, 43])  # none in the third block
     results = []
-    for arguments in ({}, dict(places=places), dict(places=places, queries=queries)):
+    for arguments in ({}, dict(places=places)):
         x, targets = model.encoder(tokens, True, 3, **arguments)
         x, *targets = [y if arguments else y.flatten(0, 1)[places] for y in (x, *targets)]
         model.zero_grad()
         (x.square().sum() + targets[1].square().sum()).backward()
         results.append([x, *targets, *(p.grad.clone() for p in model.encoder.parameters())])
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.detach().abs().max()))
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.detach().abs().max()))
 
 
-def test_attention_in_plain_matmuls_equals_torch_s():
+def test_attention_in_plain_matmuls_matches_torch():
     q, k, v = (torch.randn(3, 2, n, 8) for n in (4, 7, 7))
     attend = torch.rand(3, 1, 1, 7) < 0.6
-    attend[1] = False  # nothing may be looked at: 0, not NaN
+    attend[1] = False  # a token that may look nowhere gets 0, not NaN
     for mask in (None, attend.expand(3, 1, 4, 7)):
         expected = F.scaled_dot_product_attention(q, k, v, mask)
-        assert torch.allclose(explicit_attention(q, k, v, mask, 0.0), expected, atol=1e-6)
+        assert torch.allclose(kernels.explicit_attention(q, k, v, mask, 0.0), expected, atol=1e-6)
 
 
 def targets_as_the_reference_pads(teacher, cfg, padded_target, places):
@@ -163,9 +159,7 @@ def test_all_target_normalizations_squeezed_or_padded(block_dataset, on, teacher
         if teacher_input == "masked":
             tokens = np.where(hidden, tokens, PAD)
         batch = CPU.upload(dataset.batch(ids, 1))
-        got = teacher_targets(
-            model.encoder, cfg, batch.target, batch.target_places, batch.target_padded, batch.source.shape[1]
-        )
+        got = teacher_targets(model.encoder, batch, cfg)
         expected = targets_as_the_reference_pads(model.encoder, cfg, torch.from_numpy(tokens), batch.masked)
         assert torch.allclose(got, expected, atol=3e-5, rtol=1e-4)
 
@@ -173,16 +167,25 @@ def test_all_target_normalizations_squeezed_or_padded(block_dataset, on, teacher
 @torch.no_grad()
 def test_a_block_with_nothing_masked_gives_no_nan():
     model, cfg = random_encoder(**{name: True for name in NORMS})
-    target = torch.tensor([[5, 6, 7], [PAD, PAD, PAD]])
-    y = teacher_targets(model.encoder, cfg, target, torch.tensor([0, 1, 2]), True, 10)
-    assert y.isfinite().all()
-    none = torch.zeros(0, dtype=torch.int64)
-    y = teacher_targets(model.encoder, cfg, torch.full((2, 1), PAD), none, True, 10)
-    prediction = model(torch.randint(4, 40, (2, 10)), none)
+    source, none = torch.randint(4, 40, (2, 10)), torch.zeros(0, dtype=torch.int64)
+    batch = Batch(
+        source=source,
+        target=torch.tensor([[5, 6, 7], [PAD, PAD, PAD]]),
+        masked=torch.tensor([0, 1, 2]),
+        target_places=torch.tensor([0, 1, 2]),
+        ids=np.arange(2),
+        ntokens=20,
+        source_padded=False,
+        target_padded=True,
+    )
+    assert teacher_targets(model.encoder, batch, cfg).isfinite().all()
+    batch = dataclasses.replace(batch, target=torch.full((2, 1), PAD), masked=none, target_places=none)
+    y = teacher_targets(model.encoder, batch, cfg)
+    prediction = model(source, none)
     assert float(data2vec_loss(prediction, y, cfg)) == 0
 
 
-def test_the_head_has_the_reference_s_widths():
+def test_the_head_has_the_references_widths():
     shapes = {1: [(16, 16)], 2: [(32, 16), (16, 32)], 3: [(32, 16), (32, 32), (16, 32)]}
     for layers, expected in shapes.items():
         head = RegressionHead(ModelConfig(**SMALL, head_layers=layers))
@@ -210,15 +213,13 @@ def test_initial_weights():
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_dropout_stands_where_the_reference_has_it(monkeypatch, before):
+def test_dropout_is_where_the_reference_has_it(monkeypatch, before):
     model, cfg = random_encoder(dropout=0.25, attention_dropout=0.4, activation_dropout=0.125, normalize_before=before)
     encoder, events = model.encoder.train(), []
+    monkeypatch.setattr(kernels, "dropout", lambda x, p: (events.append((p, x.clone())), x)[1])
+    plain = kernels.attention
     monkeypatch.setattr(
-        F, "dropout", lambda x, p, training, inplace=False: (events.append((p, x.clone())), x)[1] if training else x
-    )
-    plain = F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda q, k, v, m, p: (events.append((p, None)), plain(q, k, v, m))[1]
+        kernels, "attention", lambda q, k, v, m, p: (events.append((p, None)), plain(q, k, v, m, 0.0))[1]
     )
     outputs = {}
     for name, module in encoder.named_modules():

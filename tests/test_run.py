@@ -14,7 +14,7 @@ from runtime import checkpoint
 from tests.helpers import FEW, call, compare_checkpoints, rows_of, torchrun
 
 
-def test_a_finished_run_goes_on_when_max_update_is_raised_and_a_used_directory_is_guarded(tmp_path, corpus_dir):
+def test_a_finished_run_continues_when_max_update_is_raised_and_a_used_directory_is_guarded(tmp_path, corpus_dir):
     argv = [*FEW, "--data_path", corpus_dir, "--save_dir", tmp_path]
     call(train.main, *argv, "--max_update", 3)
     call(train.main, *argv, "--max_update", 5)
@@ -23,7 +23,7 @@ def test_a_finished_run_goes_on_when_max_update_is_raised_and_a_used_directory_i
         call(train.main, *argv, "--max_update", 6, "--seed", 2)
     with pytest.raises(InputError, match="--overwrite"):
         call(train.main, *argv, "--max_update", 2, "--no_resume")
-    with pytest.raises(InputError, match="no such folder"):  # and nothing is removed before all else is in order
+    with pytest.raises(InputError, match="no such folder"):  # nothing is removed before every check has passed
         call(train.main, *argv, "--no_resume", "--overwrite", "--data_path", tmp_path / "none")
     assert checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"] == 5
     call(train.main, *argv, "--max_update", 2, "--no_resume", "--overwrite")

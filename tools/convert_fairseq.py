@@ -79,9 +79,9 @@ def to_fairseq(content: dict, flat: dict) -> dict:
     train = TrainConfig(**{field.name: flat[field.name] for field in dataclasses.fields(TrainConfig)})
     group = dict(
         lr=lr_at(progress["num_updates"], train),
-        betas=train.adam_betas,
-        eps=train.adam_eps,
-        weight_decay=train.weight_decay,
+        betas=flat["adam_betas"],
+        eps=flat["adam_eps"],
+        weight_decay=flat["weight_decay"],
         amsgrad=False,
         params=list(range(len(names))),
     )

@@ -1,0 +1,150 @@
+"""How gradients become a step: summed over the workers, divided by the masked tokens, clipped, and given to Adam, which
+leaves the weights alone where something is not finite.
+
+Source: fairseq's trainer and Adam (fairseq/optim/adam.py), which differs from torch's AdamW in where epsilon is added.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from config import InputError, option
+from device import Device
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    clip_norm: float = option(5.0, "largest global gradient norm (0: no clipping)", low=0)
+    adam_betas: tuple = option((0.9, 0.98), "Adam's decays", low=0, below=1)
+    adam_eps: float = option(1e-6, "Adam's epsilon, added to the uncorrected second moment as in fairseq", above=0)
+    weight_decay: float = option(0.01, "decoupled weight decay, on all parameters", low=0)
+
+    def check(self):
+        if len(self.adam_betas) != 2:
+            raise InputError(f"--adam_betas {self.adam_betas}: two numbers, such as 0.9,0.98")
+
+
+@dataclass
+class Step:
+    """What one step did. Tensors stay on the device until a log row asks for them."""
+
+    loss: Tensor  # (), the sum over the masked tokens of all workers
+    gnorm: Tensor  # (), before clipping
+    skipped: Tensor  # () bool: loss or gradient was not finite, so the weights did not change
+    counts: Tensor  # (3,) int64: sample_size, nsentences, ntokens of all workers
+    loss_scale: float
+
+
+class Optimizer:
+    """Adam on the summed gradients of one or more batches: `begin`, `backward` for each batch, `step`."""
+
+    def __init__(self, weights, cfg: OptimConfig, device: Device, update_freq: int):
+        """weights: of fast.vectors."""
+        self.weights, self.cfg, self.device = weights, cfg, device
+        # fused: one kernel for all weights. On an NPU it ignores the loss scaler. None, not False: with False torch
+        # loops over the weights even where it has operators for lists.
+        self.is_fused = device.type != "npu"
+        self.adam = torch.optim.AdamW(
+            weights.parameters, betas=cfg.adam_betas, weight_decay=cfg.weight_decay, fused=self.is_fused or None
+        )
+        self.scaler = device.scaler(update_freq)
+        self.loss_scale = self.scaler.get_scale()  # kept on the host: asking for it waits for the device
+        self.skipped = 0  # steps known to have left the weights alone
+
+    def begin(self) -> Tensor:
+        """The loss of no batch yet, (). Call it before the first forward."""
+        loss = torch.zeros((), device=self.device.torch_device)
+        # A scaler that has scaled nothing refuses to step, as for a worker without a batch. And torch_npu's clears the
+        # chip's overflow flag at its first scale(): here, so that an overflow in a forward counts too.
+        self.scaler.scale(loss)
+        return loss
+
+    @record_function("backward")
+    def backward(self, loss: Tensor):
+        """Add the gradients of a loss ()."""
+        with self.device.autocast(enabled=False):
+            self.scaler.scale(loss).backward()
+
+    @record_function("optimizer")
+    def step(self, lr: float, updates: int, loss: Tensor, counts: Tensor) -> Step | None:
+        """Move the weights by the gradients so far. updates: those done before; loss () and counts (3,) are this
+        worker's. Returns None if float16 gradients overflowed: then nothing moved, and it was no update."""
+        for p in self.weights.parameters:  # a worker without a batch takes part all the same
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        loss, counts, sample_size = self.sum_over_workers(loss, counts)
+        self.scaler.unscale_(self.adam)  # after the sum, so that all workers see the same overflow
+        grads = [p.grad for p in self.weights.parameters]
+        gnorm, factor = norm_and_factor(grads, sample_size, self.cfg.clip_norm)
+        skipped = ~torch.isfinite(gnorm + loss)
+        self.set_rates(lr, updates)
+        self.move(grads, factor, skipped)
+        self.adam.zero_grad()
+        before, self.loss_scale = self.loss_scale, self.scaler.get_scale()
+        return None if self.loss_scale < before else Step(loss, gnorm, skipped, counts, before)
+
+    def sum_over_workers(self, loss: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
+        """Make loss, counts and the gradients those of all workers; also returns sample_size, at least 1."""
+        if self.device.world_size == 1:
+            return loss, counts, max(1, int(counts[0]))
+        counts = self.device.all_reduce(self.device.tensor(counts.numpy()))
+        parameters = self.weights.parameters
+        vector = self.device.all_reduce(torch.cat([loss.view(1), *(p.grad.flatten() for p in parameters)]))
+        for p, part in zip(parameters, vector[1:].split([p.numel() for p in parameters])):
+            p.grad = part.view_as(p)
+        return vector[0], counts, counts[0].clamp(min=1)
+
+    def set_rates(self, lr: float, updates: int):
+        """The learning rate, and the epsilon that makes torch's AdamW fairseq's: fairseq adds it to the root of the
+        uncorrected second moment, torch to that of the corrected one."""
+        steps = updates + 1 - (self.skipped if self.is_fused else 0)  # what Adam itself has counted
+        group = self.adam.param_groups[0]
+        group["lr"] = lr
+        group["eps"] = self.cfg.adam_eps / math.sqrt(1 - self.cfg.adam_betas[1] ** steps)
+
+    def move(self, grads: list, factor: Tensor, skipped: Tensor):
+        """Adam's step with gradients times `factor`; none where `skipped` is true. Does not wait for the device."""
+        if self.is_fused and not self.scaler.is_enabled():
+            # the kernel multiplies and skips on its way, through its arguments for a loss scaler
+            self.adam.grad_scale, self.adam.found_inf = 1 / factor, skipped.float()
+        else:
+            torch._foreach_mul_(grads, factor)
+            if not self.scaler.is_enabled():  # a scaler skips by itself
+                hide_from_step(grads, skipped)
+        self.scaler.step(self.adam)
+        self.scaler.update()
+
+    def state(self) -> dict:
+        """The state of torch's AdamW over the student's parameters, however the weights lie; with the scaler's."""
+        content = self.adam.state_dict()
+        content["state"] = self.weights.split_state(content["state"])
+        content["param_groups"][0]["params"] = list(range(self.weights.count))
+        return content
+
+    def load(self, state: dict, scaler: dict):
+        """Take the moments of a `state()["state"]` and the loss scale; the settings stay this command's."""
+        groups = self.adam.state_dict()["param_groups"]
+        self.adam.load_state_dict({"state": self.weights.join_state(state), "param_groups": groups})
+        if self.scaler.is_enabled() and scaler:
+            self.scaler.load_state_dict({**self.scaler.state_dict(), **scaler})
+            self.loss_scale = self.scaler.get_scale()
+
+
+def hide_from_step(grads: list, skipped: Tensor):
+    """For an optimizer that cannot skip a step: zero the gradients where `skipped` is true, so that only its momentum
+    moves the weights. Does not wait for the device."""
+    for g in grads:
+        g.masked_fill_(skipped, 0.0)
+
+
+def norm_and_factor(grads: list, sample_size: int | Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
+    """For gradients summed over sample_size masked tokens: the global norm () of their mean, and the factor () that
+    makes them that mean, clipped to clip_norm (0: not clipped). Does not wait for the device."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    factor = torch.ones_like(norm) / sample_size
+    norm = norm * factor
+    if clip_norm > 0:
+        factor = factor * (clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    return norm, factor

@@ -1,0 +1,162 @@
+"""How a run continues: what a checkpoint must hold, which one is taken, and what may not have changed since."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+from config import InputError, printable
+from data import Corpus
+from model import ModelConfig
+from runtime import checkpoint
+
+
+def fingerprint_of(corpus: Corpus) -> dict:
+    """What tells the training data apart from other data."""
+    dataset = corpus.split("train", 1)
+    return dict(
+        folders=len(corpus.folders),
+        sentences=len(dataset.stream.sizes),
+        tokens=dataset.stream.tokens,
+        batches=len(dataset.batch_ends),
+        dataset=dataset.stream.digest(),
+    )
+
+
+def contents(run, corpus: Corpus, fingerprint: dict) -> dict:
+    """Everything that a resume needs but the log. run: a train.Run."""
+    return dict(
+        config=run.cfg.flat(),
+        dictionary=dict(
+            size=len(corpus.dictionary), digest=corpus.dictionary.digest(), mask_id=corpus.dictionary.mask_id
+        ),
+        student=run.student.state_dict(),
+        teacher=run.teacher.state_dict(),
+        optimizer=run.optimizer.state(),
+        scaler=run.optimizer.scaler.state_dict(),
+        rng=run.device.rng_state(),
+        progress=dict(
+            num_updates=run.num_updates,
+            teacher_updates=run.teacher_updates,
+            skipped=run.optimizer.skipped,
+            epoch=run.epoch,
+            batches=run.batches_done,
+            world_size=run.device.world_size,
+            best_loss=run.best_loss,
+            data=fingerprint,
+        ),
+    )
+
+
+def check_dictionary(loaded: checkpoint.Loaded, corpus: Corpus, path):
+    saved = loaded.content.get("dictionary")
+    if saved and saved["digest"] != corpus.dictionary.digest():
+        raise InputError(
+            f"{path}: trained with another dictionary ({saved['size']} symbols; {corpus.folders[0] / 'dict.txt'} has"
+            f" {len(corpus.dictionary)})" + (" in another order" if saved["size"] == len(corpus.dictionary) else "")
+        )
+
+
+# What a resumed run may not change: the model, and, without --reset_data_position, what decides which batch is next.
+ARCHITECTURE = [f.name for f in dataclasses.fields(ModelConfig) if "dropout" not in f.name]
+POSITION = [
+    "sample_break_mode",
+    "tokens_per_sample",
+    "long_sentences",
+    "max_tokens",
+    "batch_size",
+    "seed",
+    "required_batch_size_multiple",
+    "drop_remainder",
+]
+
+
+def find_checkpoint(folder: Path, say) -> tuple[Path, checkpoint.Loaded] | None:
+    """The newest checkpoint of a save directory that can be read, if it holds any. Raises InputError if none can."""
+    found = checkpoint.candidates(folder)
+    if found and found[0].name != "checkpoint_last.pt":
+        say(f"warning: {folder} has no checkpoint_last.pt; trying {found[0].name}")
+    for path in found:
+        try:
+            return path, checkpoint.load(path)
+        except InputError as e:
+            say(f"warning: {e}; trying the next older checkpoint")
+            failure = e
+    if found:
+        raise InputError(f"none of the {len(found)} checkpoints in {folder} can be read; the last error: {failure}")
+    return None
+
+
+def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoint.Loaded, reset_position: bool, say):
+    """Continue from a checkpoint of this project. Raises InputError if it belongs to another run."""
+    if loaded.kind != "ours":
+        raise InputError(f"{path}: a fairseq file; start from it with --init_from and another --save_dir")
+    check_dictionary(loaded, corpus, path)
+    progress, world_size = loaded.content["progress"], run.device.world_size
+    saved, now = {**loaded.config, **progress["data"]}, {**run.cfg.flat(), **fingerprint}
+
+    def differing(names):
+        return [k for k in names if k in saved and saved[k] != now.get(k)]
+
+    def refuse(names, advice):
+        shown = ", ".join(f"{k} was {saved[k]}, is {now[k]}" for k in names)
+        raise InputError(f"{path} belongs to another run: {shown}; {advice}")
+
+    if differing(ARCHITECTURE):
+        refuse(differing(ARCHITECTURE), "use the old settings, or --init_from with another --save_dir")
+    batches = progress["batches"] * progress["world_size"]  # of all workers
+    moved = differing([*POSITION, *fingerprint])
+    if batches % world_size:  # this many workers are never at that batch
+        saved["world_size"], now["world_size"] = progress["world_size"], world_size
+        moved.append("world_size")
+    if moved and not reset_position:
+        refuse(moved, "use the old settings, or --reset_data_position to continue from the next epoch")
+    unimportant = tuple("data_path init_from device npu_ log_ tensor validate_ save_ keep_ disable_".split())
+    other = [k for k in differing(set(loaded.config) - set(moved)) if not k.startswith(unimportant)]
+    if other:
+        say(
+            "note: changed since the checkpoint: " + ", ".join(f"{k} {saved[k]} -> {now.get(k)}" for k in sorted(other))
+        )
+
+    run.load(loaded.student, loaded.teacher, path)
+    shapes = [p.shape for p in run.student.parameters()]
+    moments = checkpoint.checked_moments(loaded.content["optimizer"]["state"], shapes, path)
+    run.optimizer.load(moments, loaded.content["scaler"])
+    run.device.set_rng_state(loaded.content["rng"])
+    run.num_updates, run.teacher_updates = progress["num_updates"], progress["teacher_updates"]
+    run.optimizer.skipped, run.best_loss = progress["skipped"], progress["best_loss"]
+    run.epoch, run.batches_done = progress["epoch"], batches // world_size
+    if reset_position and run.batches_done:
+        run.epoch, run.batches_done = run.epoch + 1, 0
+
+
+def init_from(run, corpus: Corpus, loaded: checkpoint.Loaded, path):
+    """Take the weights and the teacher of any readable checkpoint; optimizer and schedule start fresh."""
+    check_dictionary(loaded, corpus, path)
+    if not any(name.startswith("regression_head.") for name in loaded.student):
+        print(f"warning: {printable(str(path))} has no regression head; it starts from random weights", file=sys.stderr)
+        loaded.student.update({k: v for k, v in run.student.state_dict().items() if k.startswith("regression_head.")})
+    run.load(loaded.student, loaded.teacher, path)
+
+
+def prepare_save_dir(folder: Path, args):
+    """Make the directory and check that a fresh start in it loses nothing. Raises InputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--save_dir {folder}: {e.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"--save_dir {folder}: not writable")
+    if args.overwrite and not args.no_resume:
+        raise InputError("--overwrite goes with --no_resume: it removes the old run in --save_dir")
+    held = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
+    if args.no_resume and held and not args.overwrite:
+        raise InputError(
+            f"--no_resume: {folder} holds {held[0]}; add --overwrite to start over there, or choose another --save_dir"
+        )
+
+
+def remove(folder: Path, *patterns: str):
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            path.unlink()

@@ -1,0 +1,103 @@
+"""When a run saves, and what a failed save or an error means for it."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from config import InputError, RunError
+from runtime import checkpoint
+from runtime.guard import Health, Unhealthy
+from runtime.log import Log
+from runtime.resume import contents
+
+
+class Saves:
+    """The checkpoints of a run, written in the background, one at a time. As a context: at its end everything is
+    written, after an error too."""
+
+    def __init__(self, run, corpus, fingerprint: dict, log: Log, health: Health):
+        """run: a train.Run; fingerprint: of the data, as `resume.fingerprint_of` makes it."""
+        self.run, self.corpus, self.fingerprint, self.log, self.health = run, corpus, fingerprint, log, health
+        self.folder = Path(run.cfg.train.save_dir)
+        self.saver = checkpoint.Saver(run.device)
+        self.writing = None  # update number of the save under way
+        self.best_written = self.best_saved = run.best_loss  # best loss in the save under way, and in the last good one
+        self.failure = ""  # of the last save
+
+    def save(self, *also: str):
+        """Begin to write checkpoint_last.pt and the files named `also`. Raises RunError for non-finite weights."""
+        run = self.run
+        self.settle()
+        self.failure = ""
+        # a norm could overflow where the weights did not; isfinite() of each weight takes ten times as long
+        ends = torch.stack([end for p in run.weights.parameters for end in (p.amin(), p.amax())])
+        if not ends.isfinite().all():
+            raise RunError(
+                f"update {run.num_updates}: the weights are not finite, so the last checkpoint stays as it is; resume"
+                " from it with a lower --lr"
+            )
+        self.look_at_skipped()
+        self.writing, self.best_written = run.num_updates, run.best_loss
+        if run.device.rank == 0:
+            content = {**contents(run, self.corpus, self.fingerprint), "log": self.log.state()}
+            self.saver.start(content, *(self.folder / name for name in ("checkpoint_last.pt", *also)))
+
+    def settle(self):
+        """Wait for the save under way, if any. A failed save loses nothing, and the next one tries again."""
+        try:
+            if self.saver.finish():
+                self.best_saved = self.best_written
+                checkpoint.prune(self.folder, self.run.cfg.train.keep_interval_updates)
+        except OSError as e:
+            self.run.best_loss = self.best_saved  # the better one's file was not written
+            self.failure = f"update {self.writing} could not be saved in {self.folder}: {e.strerror or e}"
+            self.log.say(f"warning: {self.failure}; earlier saves are untouched, the next save tries again")
+
+    def save_now(self, why: str):
+        """Save and wait for it."""
+        self.save()
+        self.settle()
+        self.log.say(self.failure or f"update {self.run.num_updates}: saved, {why}")
+
+    def settle_if_idle(self):
+        if not self.saver.is_busy():
+            self.settle()
+
+    def names(self, best: bool, counted: bool, epoch: int) -> list[str]:
+        """The files to write beside checkpoint_last.pt. counted: this was an update, not an overflow."""
+        interval, number = self.run.cfg.train.save_interval_updates, self.run.num_updates
+        kept = counted and interval > 0 and number % interval == 0
+        return ["checkpoint_best.pt"] * best + [f"checkpoint_{epoch}_{number}.pt"] * kept
+
+    def look_at_skipped(self):
+        """Count the updates that were skipped since the last look; waits for the device. Raises Unhealthy."""
+        flags = self.log.read_skipped()
+        self.run.optimizer.skipped += sum(flags)
+        self.health.check_skipped(flags)
+
+    def note_best(self, loss: float) -> bool:
+        """Whether this validation loss is the best so far."""
+        run = self.run
+        if not math.isfinite(loss) or (run.best_loss is not None and loss >= run.best_loss):
+            return False
+        run.best_loss = loss
+        return True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        run = self.run
+        lost_worker = isinstance(error, RuntimeError) and run.device.is_lost_worker(error)
+        try:
+            # The state is consistent between updates, so save before failing on a bad block or a lost worker.
+            if isinstance(error, (InputError, Unhealthy)) or (lost_worker and not isinstance(error, RunError)):
+                self.save()
+        finally:
+            self.settle()
+        if isinstance(error, Unhealthy):
+            saved = self.failure or f"saved update {run.num_updates}"
+            raise RunError(f"update {run.num_updates}: {error} ({saved})") from None
+        if error is None and self.failure:
+            raise RunError(self.failure)
