@@ -1,13 +1,14 @@
 """Is it any good: validation loss of a checkpoint, and what the loss alone cannot tell.
 
-    python eval.py --ckpt checkpoints/checkpoint_best.pt --data_path DIR [--split valid] [--untrained] [--json]
+    python eval.py --ckpt checkpoints/checkpoint_last.pt --data_path DIR [--split valid] [--untrained] [--json]
+    python eval.py --ckpt FILE --data_path DIR --probe                              do its features name hidden words?
     python eval.py --ckpt FILE --features TEXT --out F.npy [--layer N] [--pool mean|cls|none]     vectors of raw lines
 
 FILE may be a checkpoint of this project, one of fairseq's data2vec_text (which is then evaluated as fairseq does), or a
-bare state dict under fairseq's names (whose shape comes from flags). Settings come from the checkpoint; flags override
-them. A low loss alone proves little, since a teacher that answers the same everywhere is easy to predict: variances
-near 0, or a cosine no better than that of always predicting the mean, show it. Features need of DIR only dict.txt and,
-where it is not of words, the BPE's files.
+bare state dict under fairseq's names (its shape comes from flags). Settings come from the checkpoint; flags override
+them. A low loss proves little, since a teacher that answers the same everywhere is easy to predict, and a target may
+follow from its position alone. So the figures of guesses that read no word are printed beside the student's
+(runtime/quality.py). For features DIR needs only dict.txt and, where it is not of words, the BPE's files.
 """
 
 import json
@@ -21,7 +22,7 @@ from config import InputError
 from data import Corpus
 from preprocess import load_tokenizer
 from runtime import checkpoint
-from runtime.quality import evaluate
+from runtime.quality import GUESSES, evaluate, verdict
 from runtime.resume import init_from
 from tools import features
 from tools.probe import Probe
@@ -40,24 +41,21 @@ def saved_settings(loaded: checkpoint.Loaded, path) -> dict:
 
 
 def table(result: dict) -> str:
-    names = ("loss", "target_var", "pred_var", "cosine", "cosine_constant")
-    rows = [("trained", result)] + ([("untrained", result["untrained"])] if "untrained" in result else [])
-    lines = [
-        f"{result['ckpt']}, {result['split']}: {result['sample_size']:,} masked tokens in {result['batches']} batches"
-    ]
-    lines += [f"{'':10}" + "".join(f"{name:>16}" for name in names)]
-    lines += [f"{label:10}" + "".join(f"{figures[name]:16.4f}" for name in names) for label, figures in rows]
-    lines += ["cosine: of prediction and target; cosine_constant: what always predicting the mean target gets"]
+    """The figures for a person, and whether anything was learned."""
+    names = ("loss", "target_var", "pred_var", "cosine", "r2")
+    rows = {"trained": [result[name] for name in names]}
     if "untrained" in result:
-        before = result["untrained"]
-        better = (
-            result["cosine"] > max(before["cosine"], result["cosine_constant"]) + 0.1
-            and result["loss"] < before["loss"]
-        )
-        lines += [
-            f"{'learned' if better else 'NOT learned'}: loss {before['loss']:.4f} -> {result['loss']:.4f},"
-            f" cosine {before['cosine']:.4f} -> {result['cosine']:.4f} (constant {result['cosine_constant']:.4f})"
-        ]
+        rows["untrained"] = [result["untrained"][name] for name in names]
+    for guess in GUESSES:
+        rows[guess] = [result.get(f"{name}_{guess}") for name in names]
+    rows["constant"] = [None, None, None, result["cosine_constant"], 0.0]
+    lines = [
+        f"{result['ckpt']}, {result['split']}: {result['sample_size']:,} masked tokens in {result['batches']} batches",
+        f"{'':10}" + "".join(f"{name:>12}" for name in names),
+    ]
+    for label, figures in rows.items():
+        lines.append(f"{label:10}" + "".join(f"{'' if x is None else format(x, '.4f'):>12}" for x in figures))
+    lines += ["position, block, constant: guesses that read no word (runtime/quality.py)", verdict(result)]
     return "\n".join(lines)
 
 
@@ -108,11 +106,14 @@ def main(argv: list | None = None) -> int:
             return write_features(cfg, device, corpus, loaded, path, args)
         dataset = corpus.split(args.split)
         run = Run(cfg, device, len(corpus.dictionary))
-        untrained = {"untrained": evaluate(run, dataset)} if args.untrained else {}
+        train = corpus.split("train")
+        untrained = {"untrained": evaluate(run, dataset, train)} if args.untrained else {}
         probe = Probe(run, corpus, args.split, args.probe_places) if args.probe else None
         first_weights = probe.ask() if probe else None
         init_from(run, corpus, loaded, path)
-        result = dict(ckpt=str(path), split=args.split, amp=device.amp_name, **evaluate(run, dataset), **untrained)
+        result = dict(
+            ckpt=str(path), split=args.split, amp=device.amp_name, **evaluate(run, dataset, train), **untrained
+        )
         if probe:
             result["probe"] = probe.result(first_weights, probe.ask())
     finally:

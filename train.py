@@ -31,7 +31,7 @@ from optim import OptimConfig, Optimizer, Step
 from runtime import checkpoint, resume
 from runtime.guard import GuardConfig, Health, Lock, Signals, explained_out_of_memory
 from runtime.log import Log
-from runtime.quality import evaluate
+from runtime.quality import evaluate, verdict
 from runtime.saves import Saves
 
 
@@ -117,7 +117,7 @@ class Run:
         self.optimizer = Optimizer(self.weights, cfg.optim, device, cfg.train.update_freq)
         self.num_updates = self.teacher_updates = 0  # updates of the student, and those that the teacher has taken in
         self.epoch, self.batches_done = 1, 0  # the data position: batches of this worker done in this epoch
-        self.best_loss = None
+        self.best_loss = self.first_target_var = None  # of the validations
 
     @record_function("ema")
     def move_teacher(self):
@@ -242,15 +242,15 @@ def loop(
                         saves.look_at_skipped()
                     if log_now:
                         saves.settle_if_idle()
-                        health.check_variance(log.write())
+                        health.check_variance(log.write(), run.first_target_var)
 
                 save_now = is_due(run, turn, done is not None, t.save_interval_updates, t.save_interval)
                 validate = is_due(run, turn, done is not None, t.validate_interval_updates, t.validate_interval)
                 best = False
                 if valid and (save_now or validate):
                     saves.settle()  # a failed save takes its best loss back
-                    figures = evaluate(run, valid)
-                    best = saves.note_best(figures["loss"])
+                    figures = evaluate(run, valid, corpus.split("train", run.epoch))
+                    best = saves.note(figures)
                     log.validation(figures, run.best_loss, run.num_updates, turn.epoch)
                 if save_now or best:
                     saves.save(*saves.names(best, done is not None, turn.epoch))
@@ -359,8 +359,9 @@ def main(argv: list | None = None) -> int:
         device.close()
     if device.rank == 0 and figures and code == 0:
         print(
-            f"valid loss {figures['loss']:.4f}, cosine of prediction and target {figures['cosine']:.4f}"
-            f" (always predicting the mean: {figures['cosine_constant']:.4f}) | {cfg.train.save_dir}/checkpoint_last.pt"
+            f"valid loss {figures['loss']:.4f}, cosine {figures['cosine']:.4f} (constant {figures['cosine_constant']:.4f},"
+            f" position {figures['cosine_position']:.4f}, position and block {figures['cosine_block']:.4f})\n"
+            f"{verdict(figures)}\n{cfg.train.save_dir}/checkpoint_last.pt"
         )
     return code
 

@@ -13,8 +13,8 @@ import re
 
 import torch
 
-import config
-from config import InputError
+from compat import fairseq_config
+from config import FAIRSEQ_EXACT, InputError
 
 PREFIXES = {"encoder.": "encoder.sentence_encoder.", "regression_head.": "encoder.regression_head."}
 QKV = {"self_attn.qkv.": ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")}
@@ -93,9 +93,9 @@ def parts_of(content: dict, path) -> tuple[str, dict, dict, dict | None]:
 def reference_settings(settings: dict, fields, path) -> dict:
     """Our settings for a fairseq checkpoint whose config groups are `settings`: its model and data options, and the
     behaviour of the released code."""
-    values, _ = config.from_reference(settings, fields, str(path))
+    values, _ = fairseq_config.from_reference(settings, fields, str(path))
     values.pop("data_path", None)  # a path on the machine that trained it
-    return {**values, "fairseq_exact": True, **config.FAIRSEQ_EXACT}
+    return {**values, "fairseq_exact": True, **FAIRSEQ_EXACT}
 
 
 def _args_tree(args: dict | None, state: dict) -> dict | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from config import InputError, RunError, option
 from device import LOWEST_LOSS_SCALE, Device
 
+HALF_COLLAPSE, ALIKE = 3, 0.9  # a warning: the targets' variance fell to a third, or their mean has this cosine
 UNHEALTHY_INTERVALS = 10  # log intervals in a row with a collapsed variance after which the run stops
 
 
@@ -99,6 +100,7 @@ class Health:
         """say(text) tells a person."""
         self.cfg, self.warmup_updates, self.say = cfg, warmup_updates, say
         self.skipped_in_row = self.collapsed_in_row = 0
+        self.half_collapsed = False
 
     def check_skipped(self, flags: list):
         """flags: for each new update in order, whether it was skipped."""
@@ -115,8 +117,10 @@ class Health:
         if scale < LOWEST_LOSS_SCALE:
             raise Unhealthy("gradients overflow float16 at any loss scale; lower --lr, or use --amp bf16")
 
-    def check_variance(self, row: dict):
-        """row: a log row. Nothing is judged in the warm-up, where predictions may rest at the mean for long."""
+    def check_variance(self, row: dict, first_target_var: float | None):
+        """row: a log row; first_target_var: of the first validation. Nothing is judged in the warm-up, where predictions
+        may rest at the mean for long."""
+        self.warn_of_half_collapse(row, first_target_var)
         wrong = [
             f"{name} {row[name]:.3g} is under --min_{name} {least:g}"
             for name, least in (("target_var", self.cfg.min_target_var), ("pred_var", self.cfg.min_pred_var))
@@ -132,6 +136,22 @@ class Health:
             self.say(
                 f"warning: update {row['num_updates']}: {' and '.join(wrong)}: the representation may be collapsing"
             )
+
+    def warn_of_half_collapse(self, row: dict, first_target_var: float | None):
+        """Say once when the targets become alike, long before their variance is near 0; the loss falls all the while."""
+        signs = []
+        if row["num_updates"] > self.warmup_updates and row["target_var"] is not None:
+            if first_target_var and row["target_var"] < first_target_var / HALF_COLLAPSE:
+                signs.append(f"target_var {row['target_var']:.3g} was {first_target_var:.3g} at the first validation")
+            if row["cosine_constant"] > ALIKE:
+                signs.append(f"always predicting the mean target has a cosine of {row['cosine_constant']:.3f}")
+        if signs and not self.half_collapsed:
+            self.say(
+                f"warning: update {row['num_updates']}: {' and '.join(signs)}: the targets are becoming alike, so a low"
+                " loss proves nothing; lower --lr, raise --ema_decay, lengthen --ema_anneal_end_step, or try"
+                " --teacher_input full"
+            )
+        self.half_collapsed = bool(signs)
 
 
 @contextlib.contextmanager

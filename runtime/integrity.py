@@ -28,6 +28,7 @@ ENTRIES = dict(
         world_size=FROM_ONE,
         best_loss=(*NUMBER, NONE),
         data={str: SCALAR},
+        **{"first_target_var?": (*NUMBER, NONE)},  # 0.1.0 did not save it
     ),
     log=dict(
         updates=[dict(number=COUNT, loss=NUMBER, gnorm=NUMBER, counts=[COUNT] * 3)], skipped=[bool], seconds=NUMBER
@@ -106,12 +107,15 @@ def check_entries(content: dict, path):
 
 def _fits(value, form) -> bool:
     """Whether the value has the form: a type, a range of integers, a tuple of alternatives, [form] for a list of any
-    length, [form, ...] for one of that length, {name: form, ...} for a dict with these entries or {type: form}."""
+    length, [form, ...] for one of that length, {type: form} for a dict, or {name: form, ...} for one with at least
+    these entries, of which those with a "?" may be missing."""
     if isinstance(form, dict):
         return isinstance(value, dict) and all(
             all(isinstance(key, name) and _fits(inner, part) for key, inner in value.items())
             if isinstance(name, type)
-            else name in value and _fits(value[name], part)
+            else _fits(value[name.strip("?")], part)
+            if name.strip("?") in value
+            else name.endswith("?")
             for name, part in form.items()
         )
     if isinstance(form, list):

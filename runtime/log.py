@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import types
@@ -17,6 +18,9 @@ from device import Device
 from runtime.checkpoint import write_text
 from runtime.curves import TensorBoard
 from runtime.quality import moments, quality
+
+# what a row has and a printed line has not
+HIDDEN = re.compile("num_updates|sample_size|nsentences|ntokens|wall|cosine_constant|valid_(r2|loss|gain|beyond)_.*")
 
 
 class Log:
@@ -111,8 +115,7 @@ class Log:
             lr=last.lr,
             ema_decay=last.ema_decay,
             loss_scale=last.loss_scale,
-            target_var=figures["target_var"] if sums[-1] else None,
-            pred_var=figures["pred_var"] if sums[-1] else None,
+            **{k: figures[k] if sums[-1] else None for k in ("target_var", "pred_var", "cosine", "cosine_constant")},
             num_updates=last.number,
             epoch=last.epoch,
             fps=nsentences / seconds,
@@ -148,8 +151,7 @@ class Log:
                 f" fps {row['fps']:.0f} wps {row['wps']:.0f}"
             )
         else:
-            hidden = ("num_updates", "sample_size", "nsentences", "ntokens", "wall")
-            shown = dict(update=row["num_updates"], **{k: v for k, v in row.items() if k not in hidden})
+            shown = dict(update=row["num_updates"], **{k: v for k, v in row.items() if not HIDDEN.fullmatch(k)})
             self.say(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()))
 
     def overflow(self, turn, num_updates: int, loss_scale: float):
@@ -159,9 +161,8 @@ class Log:
 
     def validation(self, figures: dict, best_loss: float | None, num_updates: int, epoch: int):
         """A row for what `quality.evaluate` found."""
-        shown = {f"valid_{k}": figures[k] for k in ("target_var", "pred_var", "cosine", "cosine_constant")}
-        losses = dict(valid_loss=figures["loss"], valid_best_loss=best_loss)
-        self.row({**losses, **shown, "num_updates": num_updates, "epoch": epoch})
+        figures = {f"valid_{k}": v for k, v in figures.items() if k not in ("sample_size", "batches")}
+        self.row({**figures, "valid_best_loss": best_loss, "num_updates": num_updates, "epoch": epoch})
 
     @contextlib.contextmanager
     def paused(self):

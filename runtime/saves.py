@@ -76,9 +76,10 @@ class Saves:
         self.run.optimizer.skipped += sum(flags)
         self.health.check_skipped(flags)
 
-    def note_best(self, loss: float) -> bool:
-        """Whether this validation loss is the best so far."""
-        run = self.run
+    def note(self, figures: dict) -> bool:
+        """Take in a validation's figures; returns whether its loss is the best so far."""
+        run, loss = self.run, figures["loss"]
+        run.first_target_var = run.first_target_var or figures["target_var"]
         if not math.isfinite(loss) or (run.best_loss is not None and loss >= run.best_loss):
             return False
         run.best_loss = loss

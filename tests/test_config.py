@@ -1,4 +1,4 @@
-"""Flags, presets, fairseq's spellings, one line for what is wrong."""
+"""Flags, presets, fairseq's spellings; one line for each mistake."""
 
 import dataclasses
 import re
@@ -12,15 +12,20 @@ import pytest
 
 import config
 import train
+from compat import fairseq_config
 from config import InputError
-from data import (
-    DataConfig,
-)
+from data import DataConfig
 from model import ModelConfig
 from tests.helpers import FEW, HERE, call
 
 
-def test_every_config_field_has_a_flag_and_is_read():
+def settings(*argv) -> dict:
+    """All settings of train.py that this command line gives, by name."""
+    parts, _ = config.parse(train.PARTS, "", list(argv))
+    return {name: value for part in parts for name, value in vars(part).items()}
+
+
+def test_every_field_has_a_flag_and_is_read_somewhere():
     sources = "".join(path.read_text() for path in [*HERE.glob("*.py"), *HERE.glob("[!t]*/*.py")])
     for part in train.PARTS:
         for field in dataclasses.fields(part):
@@ -29,7 +34,7 @@ def test_every_config_field_has_a_flag_and_is_read():
             parts, _ = config.parse(train.PARTS, "", [f"--{field.name}", str(value)])
             got = next(getattr(p, field.name) for p in parts if hasattr(p, field.name))
             assert str(got).lower().strip("()").replace(" ", "") == str(value).lower(), field.name
-            # a read from a configuration: cfg.X, cfg.model.X, self.cfg.X, or t.X where train.py calls its own part t
+            # how settings are read: cfg.X, cfg.model.X, self.cfg.X, or t.X, since train.py calls its own part t
             read = rf"\b(?:cfg(?:\.(?:data|model|ema|device|guard|train))?|t)\.{field.name}\b"
             assert re.search(read, sources), f"{field.name} is never read"
 
@@ -64,7 +69,7 @@ def test_a_wrong_flag_or_value_is_named(flag, value):
         config.parse(train.PARTS, "", [flag, value])
 
 
-def test_the_reference_s_dotted_names_are_spellings_of_ours():
+def test_fairseqs_names_with_groups_are_spellings_of_ours():
     argv = [
         "--task.data",
         "DIR",
@@ -86,7 +91,7 @@ def test_the_reference_s_dotted_names_are_spellings_of_ours():
     ]
     extra = lambda parser: parser.add_argument("--distributed_world_size", type=int)  # noqa: E731
     parts, args = config.parse(train.PARTS, "", argv, extra=extra)
-    flat = {k: v for part in parts for k, v in vars(part).items()}
+    given = {name: value for part in parts for name, value in vars(part).items()}
     expected = dict(
         data_path="DIR",
         tokens_per_sample=64,
@@ -98,7 +103,7 @@ def test_the_reference_s_dotted_names_are_spellings_of_ours():
         max_tokens=640,
         batch_size=3,
     )
-    assert {k: flat[k] for k in expected} == expected
+    assert {name: given[name] for name in expected} == expected
     assert args.distributed_world_size == 1
 
 
@@ -116,17 +121,99 @@ def test_the_reference_s_dotted_names_are_spellings_of_ours():
         "--task.shorten_method=truncate",
     ],
 )
-def test_a_dotted_name_that_is_none_of_ours_is_an_error_naming_it(word):
+def test_a_name_with_a_group_that_we_do_not_have_is_refused_by_name(word):
     with pytest.raises(InputError, match=re.escape(word.lstrip("-").split("=")[0])):
         config.parse(train.PARTS, "", [word])
 
 
-def test_world_size_in_an_old_command_line_is_checked_against_torchrun(corpus_dir):
+def test_every_spelling_in_the_table_sets_the_field_that_it_names():
+    fields = {field.name: field for part in train.PARTS for field in dataclasses.fields(part)}
+    for spelling, name in fairseq_config.OURS.items():
+        if name == "distributed_world_size":  # a flag of train.py, not a field
+            continue
+        choices = fields[name].metadata["choices"]
+        value = str((choices or [{bool: True, int: 3, float: 0.5, str: "x", tuple: "0.5,0.5"}[fields[name].type]])[-1])
+        dashes = spelling.replace("_", "-")
+        for argv in (
+            [f"{spelling}={value}"],
+            [f"+{spelling}='{value}'"],
+            [f"--{spelling}", value],
+            [f"--{dashes}", value],
+        ):
+            assert str(settings(*argv)[name]).strip("()").replace(" ", "") == value, argv
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "-m task.data=D common.user_dir=examples/data2vec optimization.max_update=7",
+            dict(data_path="D", max_update=7),
+        ),
+        ("--multirun ++model.ema_decay=0.5 +optimization.lr=[0.5]", dict(ema_decay=0.5, lr=0.5)),
+        ("--config_name tiny common.tensorboard_logdir=null", dict(tensorboard_logdir="", layers=4)),
+        ("--batch_size 8 dataset.batch_size=null", dict(batch_size=0)),
+        ("model.loss_scale=null", dict(loss_scale=0)),
+        ("optimizer.adam_betas='(0.9,0.95)'", dict(adam_betas=(0.9, 0.95))),
+        ("model=data2vec_text task=masked_lm criterion=model optimizer=adam lr_scheduler=cosine", {}),
+        ("--arch data2vec_text --task masked_lm --optimizer adam --lr-scheduler cosine --layerdrop 0 --min-lr 0.0", {}),
+        ("--num-workers 4 --no-epoch-checkpoints --data D --clip-norm 0", dict(data_path="D", clip_norm=0)),
+        ("--save_dir run.1=a/b task.data=run.1=a/b --fixed_masks task.seed=3", dict(save_dir="run.1=a/b", seed=3)),
+        ("--save_dir optimization.lr=0.5", dict(save_dir="optimization.lr=0.5", lr=2e-4)),
+    ],
+)
+def test_old_command_lines_work_as_they_are(line, expected):
+    given = settings(*line.split())
+    assert {name: given[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("--fp16", "--fp16: .*--amp"),
+        ("--fp16 --max-update 5", "--fp16: .*--amp"),
+        ("common.fp16=false", "common.fp16: .*--amp"),
+        ("--cpu", "--device cpu"),
+        ("--restore-file x.pt", "--restore-file: .*--init_from"),
+        ("checkpoint.reset_optimizer=true", "reset_optimizer: .*--init_from"),
+        ("checkpoint.reset_dataloader=true", "--reset_data_position"),
+        ("checkpoint.keep_last_epochs=3", "--keep_interval_updates"),
+        ("--arch roberta_base", "only --arch=data2vec_text is built in"),
+        ("optimizer=sgd", "only --optimizer=adam is built in"),
+        ("--layerdrop 0.1", "--layerdrop=0.1 is not supported"),
+        ("model.layerdrop=x", "model.layerdrop=x is not supported"),
+        ("dataset.max_tokens=null", "max_tokens=null: give a value"),
+        ("--max-updates 5", "did you mean --max_update[?]"),
+        ("--optimization.max_updates=5", "did you mean --max_update[?]"),
+        ("ema.ema_decay=0.5", "ema.ema_decay: no option .*did you mean --ema_decay"),
+        ("--optimization.lr x", "argument --lr: invalid number"),
+        ("run_config=local", "run_config: no option of that name here .see"),
+        ("generation.beam=5", "generation.beam: no option of that name here .see"),
+        (".", r"\.: no option .*--data_path"),
+    ],
+)
+def test_what_cannot_be_taken_is_answered_in_one_line(line, answer):
+    with pytest.raises(InputError, match=answer):
+        settings(*line.split())
+
+
+def test_ignored_options_are_named_and_the_help_shows_only_our_spellings(capsys):
+    settings("common.user_dir=x", "--ddp-backend", "c10d")
+    printed = capsys.readouterr().err.splitlines()
+    assert [line.split("=")[0] for line in printed] == ["--common.user_dir", "--ddp-backend"]
+    with pytest.raises(SystemExit):
+        settings("--help")
+    text = capsys.readouterr().out
+    assert "--max_update int" in text
+    assert not re.search(r"--max-update|--optimization|--layerdrop|--fp16|--common", text)
+
+
+def test_the_world_size_of_an_old_command_line_must_be_torchruns(corpus_dir):
     with pytest.raises(InputError, match="torchrun --nproc_per_node 16"):
         train.main(["--task.data", str(corpus_dir), "--distributed_training.distributed_world_size", "16"])
 
 
-def test_a_fairseq_yaml_is_mapped_and_what_has_no_meaning_is_printed(tmp_path, capsys):
+def test_a_fairseq_yaml_is_read_and_ignored_entries_are_printed(tmp_path, capsys):
     pytest.importorskip("yaml", reason="PyYAML is optional")
     (tmp_path / "mine.yaml").write_text(
         "# @package _group_\ncommon:\n  fp16: true\n  log_interval: 7\ntask:\n  _name: masked_lm\n  data: ???\n"
@@ -137,33 +224,33 @@ def test_a_fairseq_yaml_is_mapped_and_what_has_no_meaning_is_printed(tmp_path, c
         "optimizer:\n  adam_betas: (0.9,0.9)\ndistributed_training:\n  distributed_world_size: 16\n"
     )
     argv = ["--config-dir", str(tmp_path), "--config-name", "mine", "--mask_prob", "0.3"]
-    parts, _ = config.parse(train.PARTS, "", argv)
-    flat = {k: v for part in parts for k, v in vars(part).items()}
+    given = settings(*argv)
     expected = dict(
         mask_prob=0.3, log_interval=7, ema_decay=0.5, layers=3, lr=3e-3, update_freq=2, adam_betas=(0.9, 0.9)
     )
-    assert {k: flat[k] for k in expected} == expected
+    assert {name: given[name] for name in expected} == expected
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == 3 and all(
         any(name in line for line in printed) for name in ("common.fp16", "max_positions", "distributed_world_size")
     )
+    # update_freq 2 on 16 workers is 32 on one
+    assert "16 times smaller" in printed[-1] and "--update_freq 32 keeps it" in printed[-1]
     with pytest.raises(InputError, match="no such file"):
-        config.parse(train.PARTS, "", ["--config-dir", str(tmp_path), "--config-name", "other"])
+        settings("--config-dir", str(tmp_path), "--config-name", "other")
     (tmp_path / "mine.yaml").write_text(
         "task: {tokens_per_sample: 99}\nmodel: {max_source_positions: '${task.tokens_per_sample}'}\ncriterion: model\n"
     )
-    parts, _ = config.parse(train.PARTS, "", argv[:4])
-    assert {k: v for part in parts for k, v in vars(part).items()}["max_source_positions"] == 99
+    assert settings(*argv[:4])["max_source_positions"] == 99
     for text, message in (
         ("criterion: cross_entropy\n", "criterion"),
         ("model: {layers: '${other.layers}'}\n", "resolved"),
     ):
         (tmp_path / "mine.yaml").write_text(text)
         with pytest.raises(InputError, match=message):
-            config.parse(train.PARTS, "", argv[:4])
+            settings(*argv[:4])
 
 
-def test_fairseq_exact_stands_between_preset_and_flags():
+def test_fairseq_exact_overrides_defaults_and_flags_override_it():
     exact = config.parse([DataConfig], "", ["--fairseq_exact"])[0][0]
     assert (exact.teacher_input, exact.long_sentences, exact.drop_remainder) == ("masked", "skip", True)
     assert not exact.fixed_masks
@@ -208,7 +295,7 @@ def test_a_broken_worker_environment_is_one_line(monkeypatch, corpus_dir, variab
         open_device(DeviceConfig(device="cpu"))
 
 
-def test_programs_end_with_one_line_and_code_2(tmp_path):
+def test_a_mistake_ends_every_program_with_one_line_and_code_2(tmp_path):
     for program in ("train.py", "data.py", "eval.py", "bench.py"):
         result = subprocess.run(
             [

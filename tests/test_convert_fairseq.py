@@ -10,15 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import config
 import convert
 import train
-from compat import fairseq_names
+from compat import fairseq_config, fairseq_names
 from config import InputError
 from runtime import checkpoint
 from tests.converting import corpus_dir, random_file, run, same, saved  # noqa: F401
-from tests.helpers import FEW, GOLDEN, SMALL, call, compare_checkpoints, golden, random_encoder
-from tests.test_robust import Payload
+from tests.helpers import FEW, GOLDEN, SMALL, call, Payload, compare_checkpoints, golden, random_encoder
 from tools import convert_fairseq
 
 FAIRSEQ = GOLDEN / "checkpoint" / "fairseq_doc128.pt"
@@ -111,7 +109,7 @@ def test_a_run_resumes_exactly_through_fairseqs_file(tmp_path, saved, corpus_dir
 def test_settings_come_back_from_fairseqs_config_tree(saved):
     flat = checkpoint.load(saved / "checkpoint_last.pt").config
     fields = {field.name: field for part in train.PARTS for field in dataclasses.fields(part)}
-    values, _ = config.from_reference(convert_fairseq.reference_config(flat), fields, "")
+    values, _ = fairseq_config.from_reference(convert_fairseq.reference_config(flat), fields, "")
     differing = {k for k, v in values.items() if flat[k] != v}
     assert not differing and len(values) > 45
 

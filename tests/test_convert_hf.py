@@ -10,15 +10,14 @@ import pytest
 import torch
 
 import eval as evaluation
-import preprocess
 import train
 from compat import fairseq_names
 from config import InputError
 from data import BOS, EOS, PAD, UNK, Dictionary, TokenStream
+from dataset.text import load_tokenizer
 from runtime import checkpoint
 from tests.converting import WORDS, corpus_dir, random_file, run, same, saved  # noqa: F401
-from tests.helpers import FEW, GOLDEN, SMALL, call, golden, random_encoder
-from tests.test_robust import Payload
+from tests.helpers import FEW, GOLDEN, SMALL, Payload, call, golden, random_encoder
 from tools import convert_hf
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed: pip install safetensors")
@@ -102,7 +101,7 @@ def test_tokens_of_the_bpe_that_the_dictionary_lacks_are_unk_to_the_model(tmp_pa
     assert len(tokenizer) == model.config.vocab_size == len(dictionary) + 3
     text = "the quiz: the thick thin zoo"
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    (ours,) = preprocess.load_tokenizer(tmp_path, dictionary)([text])
+    (ours,) = load_tokenizer(tmp_path, dictionary)([text])
     assert np.array_equal(np.where(ids[0] < len(dictionary), ids[0], UNK), [BOS, *ours]) and UNK in ours
     with torch.no_grad():
         found, expected = model(ids).last_hidden_state, student.encoder(torch.tensor([[BOS, *ours]]))[0]

@@ -169,7 +169,8 @@ def test_complete_files_that_are_no_complete_checkpoints_are_refused(tmp_path):
 
 
 def test_a_file_of_our_format_without_checksums_is_damaged(tmp_path):
-    torch.save({"format": checkpoint.FORMAT, **small_content()}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    made = {"format": checkpoint.FORMAT, **small_content()}
+    torch.save(made, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(InputError, match="damaged: it is not the archive"):
         checkpoint.load(tmp_path / "x.pt")
 

@@ -1,10 +1,10 @@
-"""Looking at a run: the probe of its features, TensorBoard curves, and the plotted ones."""
+"""Ways to look at a run: the probe of its features, TensorBoard curves, pictures of its curves."""
 
 import json
 import math
 import sys
 
-# first: device has a word with torch before torch is imported
+# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 from device import Device  # isort: split
 
 import numpy as np
@@ -27,7 +27,7 @@ def corpus_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, corpus_dir):
-    """A run of six updates with a validation at its end."""
+    """The folder of a run of six updates with a validation at the end."""
     folder = tmp_path_factory.mktemp("run")
     call(train.main, *FEW, "--data_path", corpus_dir, "--save_dir", folder, "--max_update", 6)
     return folder
@@ -41,19 +41,23 @@ def corpus_of(folder, sentences, words, **options):
     return Corpus(DataConfig(data_path=str(folder), tokens_per_sample=32, max_tokens=256, **options))
 
 
-def test_the_probe_s_classes_are_the_most_frequent_words_in_order_without_special_ones(tmp_path, monkeypatch):
+def test_the_classes_of_the_probe_are_the_most_frequent_words_in_order_without_special_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "CLASSES", 3)
     sentences = [[7] * 4 + [5] * 6 + [6] * 5 + [8] * 5 + [UNK] * 9 + [EOS]] * 3
     corpus = corpus_of(tmp_path, sentences, 12)
     classes = probe.frequent_tokens(corpus.split("train").stream, corpus.dictionary)
-    assert {token: c for token, c in enumerate(classes.tolist()) if c >= 0} == {5: 0, 6: 1, 8: 2}  # a tie: the lower id
+    assert {token: c for token, c in enumerate(classes.tolist()) if c >= 0} == {
+        5: 0,
+        6: 1,
+        8: 2,
+    }  # in a tie the lower id is first
     monkeypatch.setattr(probe, "CLASSES", 1000)
     classes = probe.frequent_tokens(corpus.split("train").stream, corpus.dictionary)
-    assert np.flatnonzero(classes >= 0).tolist() == [5, 6, 7, 8]  # words that never occur are no classes
+    assert np.flatnonzero(classes >= 0).tolist() == [5, 6, 7, 8]  # words that never occur get no class
 
 
 @pytest.mark.parametrize("teacher_input", ["full", "masked"])
-def test_the_probe_asks_for_the_tokens_behind_the_masks(tmp_path, teacher_input):
+def test_the_labels_of_the_probe_are_the_tokens_under_the_masks(tmp_path, teacher_input):
     corpus = corpus_of(tmp_path, None, 60, teacher_input=teacher_input)
     dataset = corpus.split("valid")
     classes = probe.frequent_tokens(corpus.split("train").stream, corpus.dictionary)
@@ -72,7 +76,7 @@ def test_the_probe_asks_for_the_tokens_behind_the_masks(tmp_path, teacher_input)
     assert 50 <= len(few.labels) < len(places.labels)
 
 
-def test_whitened_features_have_mean_0_and_unit_covariance_and_others_move_along():
+def test_whitening_gives_mean_0_and_unit_covariance_and_maps_the_others_alike():
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(400, 5, generator=rng) @ torch.randn(5, 5, generator=rng) * torch.tensor([0.1, 1, 1, 10, 1]) + 3
     white, first = probe.whiten(x, x[:7])
@@ -82,7 +86,7 @@ def test_whitened_features_have_mean_0_and_unit_covariance_and_others_move_along
 
 
 class Oracle(torch.nn.Module):
-    """An encoder whose hidden state at a place is a code of the source token that stands `shift` places before it."""
+    """An encoder whose hidden state at a place is an embedding of the source token `shift` places before it."""
 
     def __init__(self, width, vocabulary, shift):
         super().__init__()
@@ -92,15 +96,15 @@ class Oracle(torch.nn.Module):
         return self.code(tokens.roll(self.shift, 1)).flatten(0, 1)[places], []
 
 
-def test_the_probe_finds_what_the_features_tell_and_nothing_where_they_tell_nothing(tmp_path):
-    # a word is told by the one before it alone: after w comes w + 1, round and round
+def test_the_probe_finds_words_in_features_that_tell_them_and_none_in_features_that_do_not(tmp_path):
+    # each word follows from the one before it: w + 1 comes after w, modulo 20
     rng = np.random.default_rng(0)
     starts = rng.integers(0, 20, 150).tolist()
     make_dataset(tmp_path, [[4 + (s + i) % 20 for i in range(24)] + [EOS] for s in starts], 24)
     run, _ = make_run(tmp_path, mask_multiple_length=1, sample_break_mode="eos")
     asked = probe.Probe(run, Corpus(run.cfg.data), "valid", 3000)
     answers = {}
-    for name, shift in (("untrained", 0), ("trained", 1)):  # shift 0 sees <mask> alone
+    for name, shift in (("untrained", 0), ("trained", 1)):  # shift 0 sees nothing but <mask>
         torch.manual_seed(0)
         run.student.encoder = Oracle(32, 30, shift)
         answers[name] = asked.ask()
@@ -112,7 +116,7 @@ def test_the_probe_finds_what_the_features_tell_and_nothing_where_they_tell_noth
     assert result["most_frequent"]["accuracy"] == (asked.valid.labels == share.argmax()).mean()
     assert result["untrained"]["accuracy"] == result["most_frequent"]["accuracy"]
     assert result["untrained"]["cross_entropy"] == pytest.approx(result["most_frequent"]["cross_entropy"], abs=0.05)
-    # the word before is visible at about two places of three; there it is certain
+    # the word before is visible at about two places in three; there the answer is certain
     assert 0.6 < result["trained"]["accuracy"] < 0.85
     gain = result["untrained"]["cross_entropy"] - result["trained"]["cross_entropy"]
     assert result["gain"] == pytest.approx(gain) and result["gain"] > 10 * result["gain_error"] > 0
@@ -120,7 +124,7 @@ def test_the_probe_finds_what_the_features_tell_and_nothing_where_they_tell_noth
     assert "\nNO words learned: " in probe.table({**result, "gain": result["gain_error"]}, "valid")
 
 
-def test_the_probe_is_deterministic_and_its_untrained_model_is_the_one_that_training_starts_from(finished, corpus_dir):
+def test_the_probe_is_deterministic_and_its_untrained_model_is_the_start_of_training(finished, corpus_dir):
     argv = ["--ckpt", finished / "checkpoint_last.pt", "--device", "cpu", "--probe", "--probe_places", "300", "--json"]
     first, second = (json.loads(call(evaluation.main, *argv)) for _ in range(2))
     assert first == second
@@ -129,7 +133,7 @@ def test_the_probe_is_deterministic_and_its_untrained_model_is_the_one_that_trai
     run, _ = make_run(corpus_dir)
     asked = probe.Probe(run, Corpus(run.cfg.data), "valid", 300)
     answer = asked.ask()
-    assert run.student.training  # as it was
+    assert run.student.training  # its mode is restored
     assert result["untrained"]["cross_entropy"] == pytest.approx(answer["loss"].mean(), abs=1e-6)
     assert result["trained"]["cross_entropy"] != result["untrained"]["cross_entropy"]
     text = call(evaluation.main, *[a for a in argv if a != "--json"])
@@ -145,19 +149,19 @@ def test_the_probe_is_deterministic_and_its_untrained_model_is_the_one_that_trai
         (["--split", "train"], "--probe fits on the train split; --split names"),
     ],
 )
-def test_what_the_probe_cannot_do_is_refused(finished, argv, message):
+def test_the_probe_refuses_what_it_cannot_do(finished, argv, message):
     with pytest.raises(InputError, match=message):
         call(evaluation.main, "--ckpt", finished / "checkpoint_last.pt", "--device", "cpu", "--probe", *argv)
 
 
-def test_a_corpus_that_hides_nothing_is_refused_by_the_probe(tmp_path):
+def test_the_probe_refuses_a_corpus_that_hides_nothing(tmp_path):
     run, _ = make_run(make_dataset(tmp_path, [[UNK] * 20 + [EOS]] * 9)[0])
     with pytest.raises(InputError, match="train hides no token that --probe could ask for"):
         probe.Probe(run, Corpus(run.cfg.data), "valid", 100)
 
 
 def test_the_probe_runs_where_only_the_cpu_has_float64(corpus_dir, monkeypatch):
-    # what an NPU lacks: a float64 tensor on the device; here the 'device' is the CPU, so its own tensors are watched
+    # an NPU has no float64 tensors; the device here is the CPU, so the test records what is moved to it
     run, _ = make_run(corpus_dir)
     asked, seen = probe.Probe(run, Corpus(run.cfg.data), "valid", 100), []
     plain = Device.tensor
@@ -177,11 +181,11 @@ def points(folder) -> dict:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_tensorboard_has_the_rows_under_fairseq_s_names_and_a_resume_goes_on_without_doubles(tmp_path, corpus_dir):
+def test_tensorboard_has_the_rows_under_fairseqs_names_and_a_resumed_run_repeats_none(tmp_path, corpus_dir):
     pytest.importorskip("tensorboard")
     few = [*FEW, "--data_path", corpus_dir, "--save_dir", tmp_path / "run", "--tensorboard_logdir", tmp_path / "tb"]
     call(train.main, *few, "--max_update", 3)
-    # an earlier run had gone further before it was killed
+    # a killed run had got further than its checkpoint
     lost = TensorBoard(tmp_path / "tb")
     lost.open(3)
     lost.row(dict(loss=99.0, num_updates=4))
@@ -202,18 +206,18 @@ def test_tensorboard_has_the_rows_under_fairseq_s_names_and_a_resume_goes_on_wit
     assert [v for _, v in shown["loss"]] == pytest.approx([row["valid_loss"] for row in valid])
 
 
-def test_nulls_and_skipped_updates_are_no_points(tmp_path):
+def test_nulls_and_skipped_updates_make_no_points_in_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     curves = TensorBoard(tmp_path)
     curves.open(0)
     curves.row(dict(skipped=True, num_updates=1, epoch=1, blocks=[3]))
     curves.row(dict(overflow=True, loss_scale=64.0, num_updates=1, epoch=1, blocks=[3]))
     curves.row(dict(loss=None, gnorm=None, lr=0.5, num_updates=2, epoch=1))
-    assert points(tmp_path / "train_inner") == {"lr": [(2, 0.5)], "epoch": [(2, 1.0)]}  # flushed without a close
+    assert points(tmp_path / "train_inner") == {"lr": [(2, 0.5)], "epoch": [(2, 1.0)]}  # written before close()
     curves.close()
 
 
-def test_a_missing_tensorboard_or_a_bad_folder_is_known_at_the_start(tmp_path, corpus_dir, monkeypatch):
+def test_a_missing_tensorboard_or_a_bad_folder_is_refused_at_the_start(tmp_path, corpus_dir, monkeypatch):
     few = [*FEW, "--data_path", corpus_dir, "--save_dir", tmp_path / "run", "--tensorboard_logdir"]
     (tmp_path / "file").write_text("")
     with monkeypatch.context() as without:
@@ -241,10 +245,10 @@ def test_a_full_disk_ends_the_curves_and_not_the_run(tmp_path, corpus_dir, monke
     assert [row["num_updates"] for row in rows_of(tmp_path / "run")] == [1, 2, 3]
 
 
-# ---------------------------------------------------------------------------------------------- plot.py
+# ---------------------------------------------------------------------------------------------- pictures
 
 
-def test_plot_reads_nulls_as_gaps_and_passes_over_torn_lines_and_skipped_updates(tmp_path):
+def test_a_picture_has_gaps_for_nulls_and_ignores_damaged_lines_and_skipped_updates(tmp_path):
     (tmp_path / "train.jsonl").write_text(
         '{"loss": 5.5, "lr": 0.1, "num_updates": 20}\n'
         '{"skipped": true, "num_updates": 21, "epoch": 1, "blocks": [3]}\n'
@@ -259,7 +263,7 @@ def test_plot_reads_nulls_as_gaps_and_passes_over_torn_lines_and_skipped_updates
         assert series["wps"] == ([], [])
 
 
-def test_runs_are_named_by_where_their_paths_differ():
+def test_runs_are_named_by_the_part_of_their_paths_that_differs():
     assert plot.names_of(["output/0/demo"]) == ["demo"]
     assert plot.names_of(["a/b/full/train.jsonl", "a/c/full"]) == ["b/full", "c/full"]
     assert plot.names_of(["x/run", "x/run/two"]) == ["run", "run/two"]
@@ -282,12 +286,12 @@ def test_a_picture_shows_every_run_and_every_panel(finished, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_what_cannot_be_plotted_is_one_line(finished, tmp_path, monkeypatch):
+def test_what_cannot_be_drawn_is_refused_in_one_line(finished, tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").write_text('{"skipped": true, "num_updates": 1}\n')
     for argv, message in (
         ([tmp_path / "none"], "none: no such file; RUN is a --save_dir"),
         ([tmp_path], "train.jsonl: no such file"),
-        ([tmp_path / "empty.jsonl"], "holds no row of a log interval or a validation .*1 lines"),
+        ([tmp_path / "empty.jsonl"], "no row of a log interval or a validation .*1 lines"),
         ([], "required: RUN"),
     ):
         with pytest.raises(InputError, match=message):
@@ -297,7 +301,10 @@ def test_what_cannot_be_plotted_is_one_line(finished, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="pip install matplotlib"):
             plot.main([str(finished), "--out", str(tmp_path / "x.png")])
     pytest.importorskip("matplotlib")
-    for name, message in (("x.doc", "the suffix names the format; one of .*png"), ("no/x.png", "no: no such folder")):
+    for name, message in (
+        ("x.doc", "the suffix chooses the format; use one of .*png"),
+        ("no/x.png", "no: no such folder"),
+    ):
         with pytest.raises(InputError, match=message):
             plot.main([str(finished), "--out", str(tmp_path / name)])
     assert not list(tmp_path.glob("x.*"))

@@ -1,4 +1,4 @@
-"""fairseq's checkpoints: one of ours as fairseq would have saved it, and the optimizer and position out of one of its own.
+"""fairseq's checkpoints: one of ours as fairseq would have saved it, and optimizer and position from one of its own.
 
 python convert.py --ckpt CHECKPOINT --to fairseq FILE
 """
@@ -6,7 +6,7 @@ python convert.py --ckpt CHECKPOINT --to fairseq FILE
 import dataclasses
 from collections import OrderedDict
 
-import config
+from compat import fairseq_config
 from compat.fairseq_names import TEACHER, from_reference, to_reference
 from config import InputError
 from eval import saved_settings
@@ -51,7 +51,7 @@ def reference_config(flat: dict) -> dict:
     for group, names in GROUPS.items():
         node = tree
         for part in group.split("."):
-            node = node.setdefault(part, {"_name": config.BUILT_IN_NAMES.get(part)})
+            node = node.setdefault(part, {"_name": fairseq_config.BUILT_IN_NAMES.get(part)})
         node.update((name, spelled[name] if name in spelled else flat[name]) for name in names.split())
     tree["common"]["user_dir"] = "examples/data2vec"
     tree["model"]["max_positions"] = flat["tokens_per_sample"]
@@ -178,6 +178,6 @@ def settings_of(loaded: Loaded, path) -> tuple[dict, str]:
     fields = {field.name: field for part in PARTS for field in dataclasses.fields(part)}
     training = {group: tree[group] for group in TRAINING_GROUPS if group in tree}
     try:
-        return {**values, **config.from_reference(training, fields, str(path))[0]}, ""
+        return {**values, **fairseq_config.from_reference(training, fields, str(path))[0]}, ""
     except InputError as e:
         return values, str(e)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-import config
+from compat import fairseq_config
 from compat.fairseq_names import merge_qkv, split_qkv
 from config import InputError
 from data import SPECIAL, UNK, DataConfig, Dictionary
@@ -89,7 +89,7 @@ def load(folder: Path) -> Loaded:
     shape = {ours: theirs[name] for ours, name in CONFIG.items() if name in theirs}  # the other defaults equal ours
     shape["max_source_positions"] = rows - PAD - 1
     fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
-    settings, _ = config.from_reference({"model": shape}, fields, str(where))
+    settings, _ = fairseq_config.from_reference({"model": shape}, fields, str(where))
     layers = settings.get("layers", ModelConfig.layers)
     settings["average_top_k_layers"] = min(layers, ModelConfig.average_top_k_layers)
     settings["tokens_per_sample"] = min(settings["max_source_positions"], DataConfig.tokens_per_sample)

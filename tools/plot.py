@@ -1,12 +1,11 @@
-"""Looking instead of reading: the curves of one run, or of several over each other, as a picture.
+"""Draw the curves of one run, or of several runs over each other, as a picture.
 
     python -m tools.plot RUN [RUN ...] --out curves.png
 
-RUN is a --save_dir or a train.jsonl, of a run that still goes on, too. The suffix of --out names the format (png, svg,
+RUN is a --save_dir or a train.jsonl; the run may still be going. The suffix of --out chooses the format (png, svg,
 pdf). Needs matplotlib.
 """
 
-import argparse
 import json
 import math
 import os
@@ -15,10 +14,10 @@ from pathlib import Path
 import config
 from config import InputError
 
-# Okabe and Ito's palette, which colour-blind people can tell apart, without its yellow (faint on white) and black
+# Okabe and Ito's palette for colour-blind readers, without yellow (faint on white) and black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
-# (title, unit, log scale, (key in train.jsonl, its name in the panel's own legend) for each line)
+# (title, unit, log scale, ((key in train.jsonl, name in the panel's own legend) of each line))
 PANELS = (
     ("loss", "per masked token", False, (("loss", "training"), ("valid_loss", "validation"))),
     ("learning rate", "", False, (("lr", ""),)),
@@ -27,11 +26,11 @@ PANELS = (
     ("variance", "0: collapse", True, (("target_var", "target"), ("pred_var", "prediction"))),
     ("throughput", "tokens/s", False, (("wps", ""),)),
 )
-STYLES = ("-", "--")  # of a panel's first and second line
+STYLES = ("-", "--")  # for the first and second line of a panel
 
 
 def read_run(run: str) -> dict:
-    """{key: (updates, values)} of a run's rows; null is NaN, which makes a gap. Torn lines are passed over.
+    """{key: (updates, values)} of a run's rows. null becomes NaN, which makes a gap; damaged lines are skipped.
 
     Raises InputError if there is nothing to draw.
     """
@@ -48,18 +47,18 @@ def read_run(run: str) -> dict:
             row = json.loads(line)
             update = float(row["num_updates"])
             found = {key: math.nan if row[key] is None else float(row[key]) for key in series if key in row}
-        except (ValueError, KeyError, TypeError):  # a crash, or a full disk, cut it short
+        except (ValueError, KeyError, TypeError):  # cut short by a crash or a full disk
             continue
         for key, value in found.items():
             series[key][0].append(update)
             series[key][1].append(value)
     if not any(math.isfinite(value) for _, values in series.values() for value in values):
-        raise InputError(f"{path}: holds no row of a log interval or a validation (yet); {len(lines)} lines")
+        raise InputError(f"{path}: no row of a log interval or a validation in it yet ({len(lines)} lines)")
     return series
 
 
 def names_of(runs: list[str]) -> list[str]:
-    """The runs' paths without train.jsonl and without the folders that they share."""
+    """The runs' paths without train.jsonl and without the leading folders that all share."""
     parts = [Path(run).parts[:-1] if Path(run).name == "train.jsonl" else Path(run).parts for run in runs]
     shared = 0
     while all(shared < len(p) - 1 and p[shared] == parts[0][shared] for p in parts):
@@ -68,11 +67,11 @@ def names_of(runs: list[str]) -> list[str]:
 
 
 def draw(runs: dict, path: Path):
-    """Draw {name: series of `read_run`} into one picture. Raises InputError if that cannot be written."""
+    """Draw {name: series from `read_run`} into one picture. Raises InputError if the file cannot be written."""
     try:
         import matplotlib
     except ImportError:
-        raise InputError("plot.py needs the matplotlib package: pip install matplotlib") from None
+        raise InputError("tools.plot needs the matplotlib package: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
@@ -83,14 +82,14 @@ def draw(runs: dict, path: Path):
     known = plt.gcf().canvas.get_supported_filetypes()
     plt.close()
     if path.suffix[1:].lower() not in known:
-        raise InputError(f"--out {path}: the suffix names the format; one of {', '.join(sorted(known))}")
+        raise InputError(f"--out {path}: the suffix chooses the format; use one of {', '.join(sorted(known))}")
     colours = COLOURS if len(runs) <= len(COLOURS) else plt.cm.viridis([i / len(runs) for i in range(len(runs))])
     plt.rcParams.update({"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(2, 3, figsize=(9, 4.8), dpi=100, layout="constrained")
     for i, (axis, (title, unit, log, keys)) in enumerate(zip(axes.flat, PANELS)):
         for series, colour in zip(runs.values(), colours):
             for (key, _), style in zip(keys, STYLES):
-                few = len(series[key][0]) < (30 if key == "valid_loss" else 2)  # too few for a line alone
+                few = len(series[key][0]) < (30 if key == "valid_loss" else 2)  # too few to be seen as a line
                 marker = "o" if few else ""
                 axis.plot(*series[key], style, color=colour, linewidth=1.2, marker=marker, markersize=3)
         axis.set_title(title + (f" ({unit})" if unit else ""))
@@ -118,9 +117,9 @@ def draw(runs: dict, path: Path):
 
 
 def main(argv: list | None = None) -> int:
-    parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a --save_dir of train.py, or its train.jsonl")
-    parser.add_argument("--out", default="curves.png", metavar="FILE", help="the picture [curves.png]")
+    parser.add_argument("--out", default="curves.png", metavar="FILE", help="where the picture is written [curves.png]")
     args = parser.parse_args(argv)
     series = [read_run(run) for run in args.runs]
     draw(dict(zip(names_of(args.runs), series)), Path(args.out))

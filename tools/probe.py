@@ -1,26 +1,27 @@
-"""What the loss cannot tell: whether the student's features at a hidden place say which word is hidden there.
+"""Do the student's features at a masked place tell which word is hidden there? The loss cannot answer this.
 
     python eval.py --ckpt FILE --data_path DIR --probe [--probe_places 50000] [--json]
 
-The student reads masked text, frozen and without dropout; a linear softmax classifier on its last hidden state at the
-`<mask>` places names the token, one of the 1,000 that are most frequent in the training split (special ones apart).
-It is fitted on the training split, and its accuracy and cross-entropy are those of the valid split, beside two
-baselines over the same places:
+The student, frozen and without dropout, reads masked text. From its last hidden state at each `<mask>`, a linear
+softmax classifier predicts the hidden token, one of the 1,000 most frequent in the training split (without special
+tokens). It is fitted on the training split. Accuracy and cross-entropy are measured on the valid split, next to two
+baselines on the same places:
 
     most frequent   always the same guess; its cross-entropy is that of the training split's frequencies
-    untrained       the same classifier on the same model with its first weights: what the position gives away, and
+    untrained       the same classifier on the same model with its initial weights: what the position reveals, and
                     what a random network passes on of the visible words
 
-How to read it: a model that has learned nothing about words stands at `untrained`, however low its loss, since part of
-a target may follow from the position alone; what lies between `untrained` and `trained` is learned context. The
-gain in nats a word is printed with its standard error (all places of a block as one observation); a gain under three
-of them is none. There is no top mark, since of spans of several hidden words no reader could name all.
+How to read the result: a model that has learned nothing about words scores as `untrained` does, however low its loss,
+because part of a target can be predicted from the position alone. The gain of `trained` over `untrained` is what the
+model has learned from context. It is printed in nats per word with its standard error (each block counts as one
+observation); treat a gain below three standard errors as no gain. There is no highest possible score: a masked span
+hides several words, and no reader could name them all.
 """
 
 import copy
 from dataclasses import dataclass
 
-# first: device has a word with torch before torch is imported
+# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 from device import Device  # isort: split
 
 import numpy as np
@@ -31,12 +32,12 @@ from config import InputError
 from data import SPECIAL, Batch, BlockDataset, Corpus, TokenStream
 
 CLASSES = 1000
-MASK_EPOCHS = 5  # a small split is read with so many epochs' masks
-LR, BATCH, MOST_EPOCHS, PATIENCE = 1e-3, 512, 50, 3  # of the classifier's fit
+MASK_EPOCHS = 5  # a small split is read this many times, each time with the masks of another epoch
+LR, BATCH, MOST_EPOCHS, PATIENCE = 1e-3, 512, 50, 3  # for fitting the classifier
 
 
 def frequent_tokens(stream: TokenStream, dictionary) -> np.ndarray:
-    """The class of each token id, -1 for those outside the CLASSES most frequent ones; reads the whole split once."""
+    """The class of each token id, (V,) int64: -1 outside the CLASSES most frequent ones. Reads the whole split once."""
     counts = np.zeros(len(dictionary), np.int64)
     for tokens in stream.checked(dictionary):
         counts += np.bincount(tokens.astype(np.int64), minlength=len(dictionary))
@@ -52,16 +53,16 @@ def frequent_tokens(stream: TokenStream, dictionary) -> np.ndarray:
 class Places:
     """Masked places of one split whose hidden token is one of the classes, batch by batch."""
 
-    batches: list[tuple[Batch, np.ndarray]]  # with the flat places in B x T, int64
-    labels: np.ndarray  # (N,) int64
-    blocks: np.ndarray  # (N,) block numbers
-    left_out: int  # masked places passed over, since their token is none of the classes
+    batches: list[tuple[Batch, np.ndarray]]  # each with its flat places in (B x T), int64
+    labels: np.ndarray  # (N,) int64, the classes of the hidden tokens
+    blocks: np.ndarray  # (N,) number of the block that each place is in
+    left_out: int  # number of masked places whose token is none of the classes
 
 
 def find_places(dataset: BlockDataset, classes: np.ndarray, least: int) -> Places:
-    """At least `least` places, if the split has so many, from batches in random order. Raises InputError if none."""
+    """At least `least` places, or all that the split has, from batches in random order. Raises InputError if none."""
     dataset = copy.copy(dataset)
-    dataset.training = True  # also validation's batches shuffled, not by length, and with new masks each time
+    dataset.training = True  # for validation too: shuffled instead of sorted by length, and new masks in each epoch
     batches, labels, blocks, count, left_out = [], [], [], 0, 0
     for epoch in range(1, 2 if dataset.cfg.fixed_masks else MASK_EPOCHS + 1):
         for ids in dataset.epoch_batches(epoch):
@@ -93,10 +94,11 @@ def features(student, device: Device, places: Places) -> torch.Tensor:
 
 
 def whiten(x: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
-    """All of them moved and turned so that x (N, C) has mean 0 and the unit covariance.
+    """x (N, C) and the others under the affine map that gives x mean 0 and unit covariance.
 
-    Hidden states vary most in what a classifier does not ask for, such as the position; without this, what is small
-    and useful in them, above all in an untrained model's, would be out of reach of an early stop.
+    Most variance of hidden states is about things that the classifier does not need, such as the position. Without
+    whitening, early stopping would end the fit before it has used the small useful directions, above all in an
+    untrained model.
     """
     mean = x.mean(0)
     covariance = ((x - mean).T @ (x - mean) / len(x)).cpu().double()  # accelerators have no float64
@@ -106,16 +108,19 @@ def whiten(x: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
 
 
 def log_frequencies(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Log of each class's share, (K,) float64, as if each had been seen once more."""
+    """Log of each class's share among the labels, (K,) float64, with one added to each count."""
     counts = np.bincount(labels, minlength=classes) + 1.0
     return np.log(counts / counts.sum())
 
 
 class Probe:
-    """The question put to a run's student, with whatever weights it has: the same places and the same fit each time."""
+    """Probes a run's student with its current weights, each time on the same places and with the same fit."""
 
     def __init__(self, run, corpus: Corpus, split: str, places: int):
-        """run: a train.Run; places: how many to fit on and to evaluate on, or all there are. Raises InputError."""
+        """run: a train.Run. places: how many to fit on, and how many to evaluate on, if there are as many.
+
+        Raises InputError.
+        """
         if places < 1:
             raise InputError(f"--probe_places {places}: must be at least 1")
         if split == "train":
@@ -129,10 +134,10 @@ class Probe:
             raise InputError(f"{dataset.stream.folder}: train has too few blocks for --probe")
         self.seed = corpus.cfg.seed
         held = np.random.RandomState(self.seed).permutation(blocks)[: -(-len(blocks) // 10)]
-        self.held = np.isin(self.train.blocks, held)  # (N,) True: decides when the fit stops
+        self.held = np.isin(self.train.blocks, held)  # (N,) True for the places that decide when the fit stops
 
     def ask(self) -> dict:
-        """Fit, and answer the valid places: `hit` (bool) and `loss` (nats) of each."""
+        """Fit, then predict the valid places: `hit` (N,) bool and `loss` (N,) float64 in nats."""
         student, device = self.run.student, self.run.device
         x, x_valid = whiten(*(features(student, device, places) for places in (self.train, self.valid)))
         weight, bias = self.fit(x)
@@ -144,8 +149,10 @@ class Probe:
         return dict(hit=torch.cat(hit).numpy(), loss=torch.cat(loss).double().numpy())
 
     def fit(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Softmax regression on the training places' features x (N, C), by Adam from the frequencies on: weight (C, K)
-        and bias (K,) of the epoch in which the held-out blocks are predicted best."""
+        """Softmax regression by Adam on the training places' features x (N, C), starting from the class frequencies.
+
+        Returns weight (C, K) and bias (K,) after the epoch with the lowest loss on the held-out blocks.
+        """
         device, y = self.run.device, self.run.device.tensor(self.train.labels)
         held, rest = (np.flatnonzero(which) for which in (self.held, ~self.held))
         x_held, y_held = (tensor.index_select(0, device.tensor(held)) for tensor in (x, y))
@@ -169,10 +176,10 @@ class Probe:
         return kept
 
     def result(self, untrained: dict, trained: dict) -> dict:
-        """The figures of two answers of `ask`, and of the guess that reads nothing."""
+        """Figures for a report, from what `ask` returned without and with training; adds the constant guess."""
         share = log_frequencies(self.train.labels, self.classes)
         labels, gain = self.valid.labels, untrained["loss"] - trained["loss"]
-        # places of one block share their text: the error is that of a mean over blocks (clusters), not over places
+        # places of one block share their text, so the standard error is that of clusters, not of single places
         sums = np.bincount(np.unique(self.valid.blocks, return_inverse=True)[1], gain - gain.mean())
         guess = dict(hit=labels == share.argmax(), loss=-share[labels])
         return dict(
@@ -191,11 +198,11 @@ class Probe:
 
 
 def table(result: dict, split: str) -> str:
-    """The figures of `Probe.result` for a person."""
+    """The figures of `Probe.result` as text."""
     lines = [
         f"probe: which of the {result['classes']:,} most frequent tokens is hidden?"
         f" {result['valid_places']:,} masked places of {split}, fitted on {result['train_places']:,} of train;"
-        f" left out, with other tokens: {result['valid_left_out']:,} and {result['train_left_out']:,}",
+        f" left out, since other tokens are hidden: {result['valid_left_out']:,} and {result['train_left_out']:,}",
         f"{'':14}{'accuracy':>16}{'cross-entropy (nats)':>24}",
     ]
     for name in ("trained", "untrained", "most_frequent"):
@@ -203,5 +210,5 @@ def table(result: dict, split: str) -> str:
         lines += [f"{name.replace('_', ' '):14}{figures['accuracy']:16.4f}{figures['cross_entropy']:24.4f}"]
     gain, error = result["gain"], result["gain_error"]
     verdict = "words learned" if gain > 3 * error else "NO words learned"
-    lines += [f"{verdict}: {gain:.4f} nats a word over the untrained model, standard error {error:.4f}"]
+    lines += [f"{verdict}: {gain:.4f} nats per word over the untrained model, standard error {error:.4f}"]
     return "\n".join(lines)
