@@ -20,13 +20,13 @@ import config
 from compat.fairseq_names import reference_settings
 from config import InputError
 from data import Corpus
-from preprocess import load_tokenizer
+from dataset.text import load_tokenizer
 from runtime import checkpoint
 from runtime.quality import GUESSES, evaluate, verdict
 from runtime.resume import init_from
 from tools import features
-from tools.probe import Probe
-from tools.probe import table as probe_table
+from runtime.probe import Probe
+from runtime.probe import table as probe_table
 from train import PARTS, Config, Run
 
 
@@ -109,13 +109,13 @@ def main(argv: list | None = None) -> int:
         train = corpus.split("train")
         untrained = {"untrained": evaluate(run, dataset, train)} if args.untrained else {}
         probe = Probe(run, corpus, args.split, args.probe_places) if args.probe else None
-        first_weights = probe.ask() if probe else None
+        first_weights = probe.ask(run.student) if probe else None
         init_from(run, corpus, loaded, path)
         result = dict(
             ckpt=str(path), split=args.split, amp=device.amp_name, **evaluate(run, dataset, train), **untrained
         )
         if probe:
-            result["probe"] = probe.result(first_weights, probe.ask())
+            result["probe"] = probe.result(first_weights, probe.ask(run.student))
     finally:
         device.close()
     if device.rank == 0:

@@ -43,6 +43,14 @@ class ModelConfig:
     instance_norm_targets: bool = option(False, "normalize the averaged target per channel over a block")
     loss_beta: float = option(4.0, "where smooth L1 turns from square to linear (0: squared error)", low=0)
     loss_scale: float = option(1.0, "factor of the loss (0 or less: 1 / sqrt(width))")
+    objective: str = option(
+        "data2vec", "what the student predicts: the teacher's targets, or hidden words", choices=("data2vec", "mlm")
+    )
+    mlm_weight: float = option(0.0, "weight of the masked language modelling loss beside data2vec's", low=0)
+
+    @property
+    def predicts_words(self) -> bool:
+        return self.objective == "mlm" or self.mlm_weight > 0
 
     def check(self):
         if self.embed_dim % self.attention_heads:
@@ -196,20 +204,40 @@ class RegressionHead(nn.Sequential):
         super().__init__(*parts[:-1])
 
 
+class WordHead(nn.Module):
+    """Names the word at a place (mlm.py): Linear, GELU, LayerNorm, then the token embedding's transpose and a bias."""
+
+    def __init__(self, cfg: ModelConfig, vocabulary_size: int):
+        super().__init__()
+        self.dense = Linear(cfg.embed_dim, cfg.embed_dim)
+        self.layer_norm = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS)
+        self.bias = nn.Parameter(torch.zeros(vocabulary_size))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x (M, C), embedding (V, C) -> logits (M, V)."""
+        return F.linear(self.layer_norm(kernels.gelu(self.dense(x))), embedding, self.bias)
+
+
 class Data2VecText(nn.Module):
-    """The student: encoder and regression head. The teacher is an `Encoder` of its own, made by `ema.make_teacher`."""
+    """The student: encoder and regression head, and a head for words if the objective asks for it (mlm.py). The teacher
+    is an `Encoder` of its own, made by `ema.make_teacher`."""
 
     def __init__(self, cfg: ModelConfig, vocabulary_size: int):
         super().__init__()
         self.encoder = Encoder(cfg, vocabulary_size)
-        self.regression_head = RegressionHead(cfg)
+        self.regression_head = RegressionHead(cfg) if cfg.objective == "data2vec" else None
+        self.lm_head = WordHead(cfg, vocabulary_size) if cfg.predicts_words else None
         self.apply(init_weights)
 
     @record_function("student")
     def forward(self, source: Tensor, masked: Tensor, padded: bool = True) -> Tensor:
-        """source (B, T) with `<mask>` at the flat places masked (M,) -> predictions (M, C), in the autocast type."""
+        """source (B, T) with `<mask>` at the flat places masked (M,) -> predictions (M, C), in the autocast type; with a
+        head for words, its logits (M, V) instead, or both."""
         x, _ = self.encoder(source, padded, places=masked)
-        return self.regression_head(x)  # (M, C)
+        if self.lm_head is None:
+            return self.regression_head(x)  # (M, C)
+        logits = self.lm_head(x, self.encoder.embed_tokens.weight)  # (M, V)
+        return logits if self.regression_head is None else (self.regression_head(x), logits)
 
 
 def init_weights(module: nn.Module):

@@ -9,6 +9,7 @@ Run the same command again to continue from checkpoint_last.pt in --save_dir. Fi
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch.profiler import record_function
 
 import config
 import ema
+import mlm
 from config import InputError, RunError, option
 from data import Batch, BlockDataset, Corpus, DataConfig, TokenFile, prefetch
 from ema import EmaConfig
@@ -31,8 +33,9 @@ from optim import OptimConfig, Optimizer, Step
 from runtime import checkpoint, resume
 from runtime.guard import GuardConfig, Health, Lock, Signals, explained_out_of_memory
 from runtime.log import Log
-from runtime.quality import evaluate, verdict
+from runtime.quality import verdict
 from runtime.saves import Saves
+from runtime.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,12 @@ class TrainConfig:
     disable_validation: bool = option(False, "never validate; no valid split is needed")
     validate_interval: int = option(1, "epochs between two validations (0: not at epoch ends)", low=0)
     validate_interval_updates: int = option(0, "updates between two validations (0: not by updates)", low=0)
+    probe_interval_updates: int = option(
+        0, "updates between two validations with the probe of hidden words (0: never)", low=0
+    )
+    best_by: str = option(
+        "loss", "what checkpoint_best.pt goes by: the lowest loss, or the probe's gain", choices=("loss", "probe")
+    )
     save_interval: int = option(1, "epochs between two checkpoints (0: not at epoch ends)", low=0)
     save_interval_updates: int = option(
         50000, "updates between two kept checkpoints, with a validation (0: none)", low=0
@@ -59,6 +68,8 @@ class TrainConfig:
     init_from: str = option("", "start from the weights and teacher of this checkpoint, ours or fairseq's")
 
     def check(self):
+        if self.best_by == "probe" and not self.probe_interval_updates:
+            raise InputError("--best_by probe needs --probe_interval_updates, the updates between two probes")
         if not self.save_dir:
             raise InputError("--save_dir is empty; the current folder is called .")
 
@@ -117,7 +128,13 @@ class Run:
         self.optimizer = Optimizer(self.weights, cfg.optim, device, cfg.train.update_freq)
         self.num_updates = self.teacher_updates = 0  # updates of the student, and those that the teacher has taken in
         self.epoch, self.batches_done = 1, 0  # the data position: batches of this worker done in this epoch
-        self.best_loss = self.first_target_var = None  # of the validations
+        self.best_loss = self.best_gain = self.first_target_var = None  # of the validations
+
+    def seed_dropout(self):
+        """Dropout of update n is the same whether or not the run was interrupted before it."""
+        # differs from fairseq: workers draw different dropout, where its workers all draw the same
+        worker = 0 if self.cfg.train.fairseq_exact else 1_000_003 * self.device.rank
+        self.device.seed(self.cfg.data.seed + self.num_updates + worker)
 
     @record_function("ema")
     def move_teacher(self):
@@ -163,22 +180,23 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
     """One optimizer step over this worker's host batches. Returns None if float16 overflowed: then it was no update."""
     cfg, device = run.cfg, run.device
     lr, decay = lr_at(run.num_updates, cfg.train), ema.decay_at(run.num_updates, cfg.ema)
-    # Dropout of update n is the same whether or not the run was interrupted before it.
-    # differs from fairseq: workers draw different dropout, where its workers all draw the same
-    device.seed(cfg.data.seed + run.num_updates + (0 if cfg.train.fairseq_exact else 1_000_003 * device.rank))
+    run.seed_dropout()
     run.move_teacher()  # a no-op, unless fairseq_exact left it one update behind
 
     last, total = (torch.zeros(0, cfg.model.embed_dim, device=device.torch_device),) * 2, run.optimizer.begin()
     with device.autocast():  # one for all batches: it casts the student's weights once
         for batch in map(device.upload, batches):
-            target = teacher_targets(run.teacher, batch, cfg.model)  # (M, C), no gradient
-            prediction = run.student(batch.source, batch.masked, batch.source_padded)  # (M, C)
-            loss = data2vec_loss(prediction, target, cfg.model)
+            if cfg.model.predicts_words:
+                loss, prediction, target = mlm.loss_of(run, batch)
+            else:
+                target = teacher_targets(run.teacher, batch, cfg.model)  # (M, C), no gradient
+                prediction = run.student(batch.source, batch.masked, batch.source_padded)  # (M, C)
+                loss = data2vec_loss(prediction, target, cfg.model)
             run.optimizer.backward(loss)
             total += loss.detach()
             last = prediction.detach(), target
 
-    step = run.optimizer.step(lr, run.num_updates, total, count(batches))
+    step = run.optimizer.step(lr, run.num_updates, total, count(batches, cfg.model))
     if step is None:
         return None
     run.num_updates += 1
@@ -190,9 +208,9 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
     )
 
 
-def count(batches: list[Batch]) -> torch.Tensor:
-    """(3,) int64 on the host: masked tokens, blocks, tokens."""
-    counts = [[batch.sample_size, batch.nsentences, batch.ntokens] for batch in batches]
+def count(batches: list[Batch], cfg: ModelConfig) -> torch.Tensor:
+    """(3,) int64 on the host: places in the loss, blocks, tokens."""
+    counts = [[len(mlm.places_of(batch, cfg)), batch.nsentences, batch.ntokens] for batch in batches]
     return torch.tensor(counts, dtype=torch.int64).reshape(len(batches), 3).sum(0)
 
 
@@ -217,7 +235,7 @@ def is_due(run: Run, turn: Turn, counted: bool, updates: int, epochs: int) -> bo
 
 
 def loop(
-    run: Run, corpus: Corpus, valid: BlockDataset | None, log: Log, saves: Saves, signals: Signals, profiled
+    run: Run, corpus: Corpus, validation: Validation | None, log: Log, saves: Saves, signals: Signals, profiled
 ) -> tuple:
     """Update, log, validate and save, until the end or a signal. Returns (figures of the last validation, exit code)."""
     t, health, figures = run.cfg.train, saves.health, {}
@@ -244,12 +262,12 @@ def loop(
                         saves.settle_if_idle()
                         health.check_variance(log.write(), run.first_target_var)
 
-                save_now = is_due(run, turn, done is not None, t.save_interval_updates, t.save_interval)
-                validate = is_due(run, turn, done is not None, t.validate_interval_updates, t.validate_interval)
-                best = False
-                if valid and (save_now or validate):
+                due = functools.partial(is_due, run, turn, done is not None)
+                save_now, best = due(t.save_interval_updates, t.save_interval), False
+                probe = t.probe_interval_updates > 0 and due(t.probe_interval_updates, 0)
+                if validation and (save_now or probe or due(t.validate_interval_updates, t.validate_interval)):
                     saves.settle()  # a failed save takes its best loss back
-                    figures = evaluate(run, valid, corpus.split("train", run.epoch))
+                    figures = validation(probe)
                     best = saves.note(figures)
                     log.validation(figures, run.best_loss, run.num_updates, turn.epoch)
                 if save_now or best:
@@ -299,7 +317,8 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         signals = stack.enter_context(Signals(device))
         corpus = Corpus(cfg.data)
         dataset = corpus.split("train", 1)
-        valid = None if t.disable_validation else corpus.split("valid")
+        if not t.disable_validation:
+            corpus.split("valid")  # what is wrong with it shows now
         for other in corpus.folders[1:]:  # they are read epochs later; what is wrong with them shows now
             TokenFile(other / "train")
         fingerprint = resume.fingerprint_of(corpus)
@@ -327,7 +346,8 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
             log.say(f"resuming from {found[0]} at update {run.num_updates}, epoch {run.epoch}")
         profiled = stack.enter_context(device.profile(t.npu_profile, folder))
         saves = Saves(run, corpus, fingerprint, log, Health(cfg.guard, t.warmup_updates, log.say))
-        return loop(run, corpus, valid, log, saves, signals, profiled)
+        validation = None if t.disable_validation else Validation(run, corpus)
+        return loop(run, corpus, validation, log, saves, signals, profiled)
 
 
 def add_flags(parser):

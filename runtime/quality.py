@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import mlm
 from config import InputError
 from data import Batch, BlockDataset
 from model import data2vec_loss, teacher_targets
@@ -135,6 +136,9 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
     """Validation loss per masked place and the figures of `quality`, over all workers, without dropout; with the
     training split also those of `Guesses`. run: a train.Run. Raises InputError if nothing is masked."""
     device, cfg = run.device, run.cfg.model
+    words = mlm.evaluate_words(run, dataset, train) if cfg.predicts_words and train else {}
+    if cfg.objective == "mlm":
+        return words
     run.student.eval()
     guesses = None if train is None else Guesses(run, train)
     loss = torch.zeros((), device=device.torch_device)
@@ -145,6 +149,7 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
         with device.autocast():
             target = teacher_targets(run.teacher, batch, cfg)
             prediction = run.student(batch.source, batch.masked, batch.source_padded)
+            prediction = prediction[0] if cfg.predicts_words else prediction
             loss += data2vec_loss(prediction, target, cfg)
         sums += moments(prediction, target)
         if guesses:
@@ -159,4 +164,4 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
         raise InputError(f"{dataset.stream.folder}: {dataset.split} has nothing masked; is --mask_prob too small?")
     beside = guesses.figures(sums, sample_size) if guesses else {}
     counted = dict(loss=float(loss) / sample_size, sample_size=sample_size, batches=batches)
-    return {**counted, **quality(sums, sample_size), **beside}
+    return {**counted, **quality(sums, sample_size), **beside, **words}

@@ -43,6 +43,7 @@ def contents(run, corpus: Corpus, fingerprint: dict) -> dict:
             batches=run.batches_done,
             world_size=run.device.world_size,
             best_loss=run.best_loss,
+            best_gain=run.best_gain,
             first_target_var=run.first_target_var,
             data=fingerprint,
         ),
@@ -126,7 +127,7 @@ def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoin
     run.device.set_rng_state(loaded.content["rng"])
     run.num_updates, run.teacher_updates = progress["num_updates"], progress["teacher_updates"]
     run.optimizer.skipped, run.best_loss = progress["skipped"], progress["best_loss"]
-    run.first_target_var = progress.get("first_target_var")  # 0.1.0 did not save it
+    run.best_gain, run.first_target_var = map(progress.get, ("best_gain", "first_target_var"))  # 0.1.0 had neither
     run.epoch, run.batches_done = progress["epoch"], batches // world_size
     if reset_position and run.batches_done:
         run.epoch, run.batches_done = run.epoch + 1, 0

@@ -22,7 +22,7 @@ class Saves:
         self.folder = Path(run.cfg.train.save_dir)
         self.saver = checkpoint.Saver(run.device)
         self.writing = None  # update number of the save under way
-        self.best_written = self.best_saved = run.best_loss  # best loss in the save under way, and in the last good one
+        self.best_written = self.best_saved = self.best()  # in the save under way, and in the last good one
         self.failure = ""  # of the last save
 
     def save(self, *also: str):
@@ -38,7 +38,7 @@ class Saves:
                 " from it with a lower --lr"
             )
         self.look_at_skipped()
-        self.writing, self.best_written = run.num_updates, run.best_loss
+        self.writing, self.best_written = run.num_updates, self.best()
         if run.device.rank == 0:
             content = {**contents(run, self.corpus, self.fingerprint), "log": self.log.state()}
             self.saver.start(content, *(self.folder / name for name in ("checkpoint_last.pt", *also)))
@@ -50,7 +50,7 @@ class Saves:
                 self.best_saved = self.best_written
                 checkpoint.prune(self.folder, self.run.cfg.train.keep_interval_updates)
         except OSError as e:
-            self.run.best_loss = self.best_saved  # the better one's file was not written
+            self.run.best_loss, self.run.best_gain = self.best_saved  # the better one's file was not written
             self.failure = f"update {self.writing} could not be saved in {self.folder}: {e.strerror or e}"
             self.log.say(f"warning: {self.failure}; earlier saves are untouched, the next save tries again")
 
@@ -76,14 +76,17 @@ class Saves:
         self.run.optimizer.skipped += sum(flags)
         self.health.check_skipped(flags)
 
+    def best(self) -> tuple:
+        return self.run.best_loss, self.run.best_gain
+
     def note(self, figures: dict) -> bool:
-        """Take in a validation's figures; returns whether its loss is the best so far."""
-        run, loss = self.run, figures["loss"]
-        run.first_target_var = run.first_target_var or figures["target_var"]
-        if not math.isfinite(loss) or (run.best_loss is not None and loss >= run.best_loss):
-            return False
-        run.best_loss = loss
-        return True
+        """Take in a validation's figures; returns whether they are the best so far, by --best_by."""
+        run, loss, gain = self.run, figures["loss"], figures.get("probe_gain")
+        run.first_target_var = run.first_target_var or figures.get("target_var")
+        lower = math.isfinite(loss) and (run.best_loss is None or loss < run.best_loss)
+        higher = gain is not None and (run.best_gain is None or gain > run.best_gain)
+        run.best_loss, run.best_gain = loss if lower else run.best_loss, gain if higher else run.best_gain
+        return lower if run.cfg.train.best_by == "loss" else higher
 
     def __enter__(self):
         return self

@@ -1,3 +1,3 @@
 """The fixtures that all test files here can ask for."""
 
-from tests.helpers import block_dataset, corpus_dir  # noqa: F401
+from tests.helpers import block_dataset, corpus_dir, saved, tokenizers  # noqa: F401

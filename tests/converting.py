@@ -6,22 +6,17 @@ import torch
 import convert
 import train
 from runtime import checkpoint
-from tests.helpers import FEW, call, make_dataset, random_encoder
+from tests.helpers import FEW, call, random_encoder
 
-WORDS = 60
-
-
-@pytest.fixture(scope="module")
-def corpus_dir(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("corpus"), words=WORDS)[0]
+WORDS = 60  # in the dictionary of the fixture corpus_dir
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, corpus_dir):
     """A run of four updates, as released, with a checkpoint after two."""
     folder = tmp_path_factory.mktemp("saved")
-    few = [*FEW, "--fairseq_exact", "--data_path", corpus_dir, "--save_dir", folder, "--max_update", 4]
-    call(train.main, *few, "--save_interval_updates", 2, "--keep_interval_updates", -1, "--disable_validation")
+    argv = [*FEW, "--fairseq_exact", "--data_path", corpus_dir, "--save_dir", folder, "--max_update", 4]
+    call(train.main, *argv, "--save_interval_updates", 2, "--keep_interval_updates", -1, "--disable_validation")
     return folder
 
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -19,19 +20,17 @@ import torch
 import config
 import convert
 import data
+import preprocess
 import train
-from data import (
-    EOS,
-    PAD,
-    Corpus,
-    DataConfig,
-)
+from data import EOS, PAD, Corpus, DataConfig, TokenStream
 from model import Data2VecText, ModelConfig
 from runtime import checkpoint
 
 HERE = Path(__file__).parent.parent  # the project
 
 GOLDEN = HERE.parent / "shared" / "golden"
+
+RAW, GPT2 = GOLDEN / "corpora" / "raw", GOLDEN / "corpora" / "gpt2_bpe"
 
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference's recorded numbers are not beside the project")
 
@@ -54,6 +53,11 @@ FEW = (
 ).split() + [str(part) for k, v in SMALL.items() for part in (f"--{k}", v)]
 
 
+def few(corpus_dir, folder, *argv) -> list[str]:
+    """train.py's arguments for a short run into `folder`."""
+    return [str(a) for a in (*FEW, "--data_path", corpus_dir, "--save_dir", folder, *argv)]
+
+
 def call(main, *argv) -> str:
     """A program's standard output; its errors are raised."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -63,6 +67,11 @@ def call(main, *argv) -> str:
 
 def rows_of(folder, key="loss") -> list:
     return [row for line in (Path(folder) / "train.jsonl").read_text().splitlines() if key in (row := json.loads(line))]
+
+
+def speed_aside(rows: list) -> list:
+    """Log rows without the figures that differ from run to run."""
+    return [{k: v for k, v in row.items() if k not in ("fps", "ups", "wps", "wall")} for row in rows]
 
 
 def make_dataset(folder, sentences=None, words=60, splits=("train", "valid"), seed=0):
@@ -86,6 +95,20 @@ def make_dataset(folder, sentences=None, words=60, splits=("train", "valid"), se
 @pytest.fixture(scope="module")
 def corpus_dir(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("corpus"))[0]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, corpus_dir):
+    """The folder of a finished run of four updates with its interval checkpoints."""
+    folder = tmp_path_factory.mktemp("saved")
+    argv = "--max_update 4 --save_interval_updates 1 --keep_interval_updates 3"
+    call(train.main, *few(corpus_dir, folder, *argv.split()))
+    return folder
+
+
+@pytest.fixture
+def tokenizers():
+    return pytest.importorskip("tokenizers", reason="BPE needs the tokenizers package")
 
 
 @pytest.fixture
@@ -203,9 +226,73 @@ def torchrun(workers, *argv):
     return subprocess.run(torchrun_command(workers, *argv), capture_output=True, text=True, env=env, timeout=200)
 
 
+def start_training(*argv):
+    """train.py in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, HERE / "train.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(process, text: str):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"ended before {text!r}")
+
+
+def terminate_after(process, text: str):
+    try:
+        wait_for(process, text)
+        process.terminate()
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+
+
+class Payload:
+    """An object whose unpickling makes the file `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def run_preprocess(dest, *argv, **texts) -> str:
+    """preprocess.py's output; texts: {split: files}."""
+    named = [part for split, names in texts.items() for part in (f"--{split}", *names)]
+    return call(preprocess.main, "--dest", dest, *named, *argv)
+
+
+def preprocess_words(dest, *argv, **texts) -> str:
+    return run_preprocess(dest, "--bpe", "none", "--workers", 1, *argv, **texts)
+
+
+def dataset_files(folder) -> dict:
+    """{name: bytes} of a dataset, without the log, whose times differ."""
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name not in ("preprocess.log", ".lock")}
+
+
+def sentences_of(folder, split) -> list:
+    """The sentences of a split as lists of token ids."""
+    stream = TokenStream(folder, split)
+    return [stream.read(a, b).tolist() for a, b in zip(stream.starts.tolist(), stream.starts[1:].tolist())]
+
+
+def small_corpus(folder, splits=("train", "valid", "test")) -> dict:
+    """Text files of 200 lines of words for each split, some of them empty: {split: [file]}."""
+    rng, texts = random.Random(0), {}
+    for split in splits:
+        lines = [" ".join(f"w{rng.randrange(40)}" for _ in range(rng.choice([0, 3, 9]))) for _ in range(200)]
+        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+        texts[split] = [folder / f"{split}.txt"]
+    return texts
+
+
 def copy_of_the_project(folder) -> dict:
-    """Copy what run_1p.sh needs; the environment in which it takes this Python."""
-    for path in [*HERE.glob("*.py"), *HERE.glob("*/*.py"), HERE / "run_1p.sh", HERE / "requirements.txt"]:
+    """Copy what run_1p.sh needs; returns an environment in which it uses this Python."""
+    for path in [*HERE.glob("*.py"), *HERE.glob("*/*.py"), HERE / "run_1p.sh", *HERE.glob("requirements*.txt")]:
         copy = Path(folder) / path.relative_to(HERE)
         copy.parent.mkdir(exist_ok=True)
         shutil.copy(path, copy)

@@ -1,8 +1,8 @@
-"""What a run survives, over and over: prints its figures as one JSON object.
+"""Stress tests that take minutes. Each prints its figures as one JSON object; run them from the project's root.
 
-python -m tests.soak kills [--kills 30]                           SIGKILL a run that saves every update, at random moments
-python -m tests.soak fuzz [--datasets 20000] [--checkpoints 5000] mutate files; each must load or give a one-line error
-python -m tests.soak memory [--updates 2000]                      resident memory early and late in a run
+python -m tests.soak kills [--kills 30]                           SIGKILL a run that saves every update, at random times
+python -m tests.soak fuzz [--datasets 20000] [--checkpoints 5000] damaged files must load or give a one-line error
+python -m tests.soak memory [--updates 2000]                      resident memory early in a run and at its end
 """
 
 import argparse
@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-# first: device has a word with torch before torch is imported
+# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 from device import Device  # isort: split
 
 import numpy as np
@@ -42,7 +42,7 @@ TINY = (
 
 
 def small_corpus(folder: Path) -> Path:
-    """A few hundred sentences of random words."""
+    """Write 200 sentences of random words, the same for training and validation; returns the folder."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "valid"):
@@ -57,31 +57,18 @@ def last_update(folder: Path) -> int:
 
 
 def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
-    """Start, kill, look, start again. After each kill checkpoint_last.pt must load and be at most two saves old."""
+    """Start a run, kill it, check its files, and repeat. After each kill, checkpoint_last.pt must load and be at most
+    two updates behind the log."""
     corpus, save_dir = corpus or small_corpus(folder / "corpus"), folder / "killed"
-    command = [
-        sys.executable,
-        HERE / "train.py",
-        *TINY,
-        "--data_path",
-        corpus,
-        "--save_dir",
-        save_dir,
-        "--max_update",
-        "1000000",
-        "--save_interval_updates",
-        "1",
-        "--keep_interval_updates",
-        "2",
-        "--disable_validation",
-        "--log_interval",
-        "1",
-    ]
+    flags = (
+        "--max_update 1000000 --save_interval_updates 1 --keep_interval_updates 2 --disable_validation --log_interval 1"
+    ).split()
+    command = [sys.executable, HERE / "train.py", *TINY, "--data_path", corpus, "--save_dir", save_dir, *flags]
     rng = random.Random(0)
     lost = leftovers = 0
     repeated, reached = [], 0
     for i in range(count):
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         logged = 0
         for line in process.stdout:
             if match := re.match(r"update (\d+) \| loss", line):
@@ -89,8 +76,8 @@ def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
                 if logged >= reached + 3:
                     break
         else:
-            raise RuntimeError(f"the run ended by itself after kill {i}")
-        if i % 2:  # half of the kills wait for a save to be under way
+            raise RuntimeError(f"the run ended by itself before kill {i}")
+        if i % 2:  # half of the kills come during a save
             deadline = time.monotonic() + 5
             while not list(save_dir.glob("*.tmp")) and time.monotonic() < deadline:
                 pass
@@ -106,7 +93,9 @@ def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
             lost += 1
             print(f"kill {i}: {e}", file=sys.stderr)
             continue
-        lost += at < logged - 2  # `logged` is logged before its save begins, while the one before may be under way
+        lost += (
+            at < logged - 2
+        )  # an update is logged before its save begins, when the save before it may still be running
         repeated.append(logged - at)
         reached = at
     numbers = [json.loads(line)["num_updates"] for line in (save_dir / "train.jsonl").read_text().splitlines()[:-1]]
@@ -121,7 +110,7 @@ def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
 
 
 def mutate(raw: bytes, rng: random.Random) -> bytes:
-    """One to three random damages: flipped bits, cuts, insertions, and numbers that no honest file holds."""
+    """Damage one to three random places: flip a bit, cut, insert, delete, or overwrite with an extreme number."""
     raw = bytearray(raw)
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(len(raw) + 1) if rng.random() < 0.5 else rng.randrange(min(len(raw), 80) + 1)
@@ -141,7 +130,7 @@ def mutate(raw: bytes, rng: random.Random) -> bytes:
 
 
 def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0) -> dict:
-    """Every mutated file loads to a valid state or raises InputError, with no more memory than its size justifies."""
+    """Every damaged file must load or raise a one-line InputError, without allocating much memory."""
     rng = random.Random(seed)
     source, target = small_corpus(folder / "source"), folder / "mutated"
     shutil.copytree(source, target, dirs_exist_ok=True)
@@ -162,10 +151,10 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0) -> dict:
             errors[kind] += 1
             if "\n" in str(e):
                 other.append(f"{what}: two lines")
-        except Exception as e:  # what the fuzzing looks for
+        except Exception as e:  # these are what fuzzing is for
             other.append(f"{what}: {type(e).__name__}: {e}"[:300])
         slowest = max(slowest, time.perf_counter() - begin)
-        if peak_mib() > peak + 50:  # every file here is far below a megabyte
+        if peak_mib() > peak + 50:  # every file here is much smaller than 1 MB
             other.append(f"{what}: took {peak_mib() - peak:.0f} MiB")
 
     def read_all():
@@ -174,7 +163,7 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0) -> dict:
             dataset.batch(ids, 1)
         dataset.stream.check_all(dataset.dictionary)
 
-    read_all()  # what the libraries take at their first use is not the files' doing
+    read_all()  # so that memory which libraries allocate at first use is not counted
     began_with = peak_mib()
     for i in range(datasets):
         name = rng.choice(["train.idx"] * 3 + ["train.bin", "dict.txt"])
@@ -204,27 +193,13 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0) -> dict:
 
 
 def memory(updates: int, folder: Path) -> dict:
-    """Resident memory of a run after a tenth of its updates and at their end, with a checkpoint every 100."""
+    """Resident memory of a run after a tenth of its updates and at its end, with a checkpoint every 100 updates."""
     import train
 
     corpus = small_corpus(folder / "corpus")
-    parts, _ = config.parse(
-        train.PARTS,
-        "",
-        [
-            *TINY,
-            "--data_path",
-            str(corpus),
-            "--save_dir",
-            str(folder / "run"),
-            "--max_update",
-            str(updates),
-            "--save_interval_updates",
-            "100",
-            "--log_interval",
-            "50",
-        ],
-    )
+    saves = ["--save_dir", str(folder / "run"), "--save_interval_updates", "100", "--log_interval", "50"]
+    flags = [*TINY, "--data_path", str(corpus), "--max_update", str(updates), *saves]
+    parts, _ = config.parse(train.PARTS, "", flags)
     seen, update = {}, train.update
 
     def watched(run, *rest):

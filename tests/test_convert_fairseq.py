@@ -15,7 +15,7 @@ import train
 from compat import fairseq_config, fairseq_names
 from config import InputError
 from runtime import checkpoint
-from tests.converting import corpus_dir, random_file, run, same, saved  # noqa: F401
+from tests.converting import random_file, run, same, saved  # noqa: F401
 from tests.helpers import FEW, GOLDEN, SMALL, call, Payload, compare_checkpoints, golden, random_encoder
 from tools import convert_fairseq
 
@@ -106,6 +106,35 @@ def test_a_run_resumes_exactly_through_fairseqs_file(tmp_path, saved, corpus_dir
     compare_checkpoints(saved / "checkpoint_last.pt", tmp_path / "run" / "checkpoint_last.pt")
 
 
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda states: states[0].update(exp_avg=torch.zeros(3)), "the optimizer's exp_avg of parameter 0 is"),
+        (lambda states: states[1].update(exp_avg_sq=states[1]["exp_avg_sq"].long()), "not an ordinary tensor"),
+        (lambda states: states[0].update(step=float("inf")), "OverflowError"),
+        (lambda states: states.pop(2), "KeyError"),
+    ],
+)
+def test_moments_that_do_not_fit_are_left_out_with_the_reason(tmp_path, saved, spoil, message):
+    def change(content):
+        spoil(content["last_optimizer_state"]["state"])
+
+    fairseq_file(saved / "checkpoint_last.pt", tmp_path / "theirs.pt", change)
+    said = run(tmp_path / "theirs.pt", "native", tmp_path / "ours.pt")
+    assert "start anew" in said and message in said
+    content = checkpoint.load(tmp_path / "ours.pt").content
+    assert content["optimizer"]["state"] == {} and content["progress"]["num_updates"] == 0
+
+
+def test_entries_of_ours_in_fairseqs_file_are_checked_too(tmp_path, saved):
+    def change(content):
+        content["extra_state"]["data2vec_text"]["log"] = {"updates": 3}
+
+    fairseq_file(saved / "checkpoint_last.pt", tmp_path / "theirs.pt", change)
+    said = run(tmp_path / "theirs.pt", "native", tmp_path / "ours.pt")
+    assert "start anew" in said and "its log is not what a run writes" in said
+
+
 def test_settings_come_back_from_fairseqs_config_tree(saved):
     flat = checkpoint.load(saved / "checkpoint_last.pt").config
     fields = {field.name: field for part in train.PARTS for field in dataclasses.fields(part)}
@@ -183,6 +212,19 @@ def test_bare_state_dicts_take_their_shape_from_flags(tmp_path, random_file):
     assert same(loaded.student, dict(student.state_dict())) and same(loaded.teacher, dict(teacher.encoder.state_dict()))
     with pytest.raises(InputError, match="the student's encoder has no layers.2"):
         run(tmp_path / "bare.pt", "native", tmp_path / "other.pt", *shape, "--layers", 3)
+
+
+def test_a_state_dict_of_parameters_is_converted_like_one_of_tensors(tmp_path, random_file):
+    theirs = fairseq_names.to_reference(random_file[1][0].state_dict(), {})
+    kinds = dict(tensors=lambda tensor: tensor, parameters=torch.nn.Parameter)
+    shape = [part for k, v in SMALL.items() for part in (f"--{k}", v)]
+    for name, kind in kinds.items():
+        state = {k: kind(v) for k, v in theirs.items() if k != fairseq_names.TEACHER}
+        torch.save(state, tmp_path / f"{name}.pt")
+        run(tmp_path / f"{name}.pt", "hf", tmp_path / name, *shape)
+        run(tmp_path / f"{name}.pt", "fairseq", tmp_path / f"{name}.fairseq.pt", *shape)
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in kinds)
+    assert a == b
 
 
 @pytest.mark.parametrize(

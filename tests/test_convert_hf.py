@@ -4,6 +4,7 @@ The tests against transformers itself skip where it is not installed: pip instal
 """
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from config import InputError
 from data import BOS, EOS, PAD, UNK, Dictionary, TokenStream
 from dataset.text import load_tokenizer
 from runtime import checkpoint
-from tests.converting import WORDS, corpus_dir, random_file, run, same, saved  # noqa: F401
+from tests.converting import WORDS, random_file, run, same, saved  # noqa: F401
 from tests.helpers import FEW, GOLDEN, SMALL, Payload, call, golden, random_encoder
 from tools import convert_hf
 
@@ -124,6 +125,16 @@ def test_the_way_to_transformers_and_back_is_exact(tmp_path, random_file):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
+def test_without_the_safetensors_package_one_line_says_what_to_install(tmp_path, random_file, monkeypatch):
+    run(random_file[0], "hf", tmp_path / "hf")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(InputError, match="pip install safetensors"):
+        run(random_file[0], "hf", tmp_path / "again")
+    with pytest.raises(InputError, match="pip install safetensors"):
+        run(tmp_path / "hf", "native", tmp_path / "back.pt")
+    assert [p.name for p in tmp_path.iterdir() if p.name != "random.pt"] == ["hf"]
+
+
 def test_what_came_from_transformers_evaluates_and_trains(tmp_path, random_file, corpus_dir, capsys):
     path, _ = random_file
     run(path, "hf", tmp_path / "hf")
@@ -193,6 +204,8 @@ def weights(change):
         (edited(hidden_size="wide"), "config.json: model.embed_dim=wide"),
         (edited(num_hidden_layers=3), "has no layers.2"),
         (edited(max_position_embeddings=None), "cannot be read as a config"),
+        (edited(max_position_embeddings=float("inf")), "cannot be read as a config"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "cannot be read as a config"),
         (lambda folder: (folder / "config.json").write_text("[]"), "cannot be read as a config"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
         (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),

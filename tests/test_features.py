@@ -1,8 +1,9 @@
-"""How do we know: features of raw lines."""
+"""Features of raw lines: `eval.py --features`."""
 
 import io
 import json
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def corpus_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, corpus_dir):
-    """An encoder of random weights, and its checkpoint."""
+    """An encoder with random weights, and its checkpoint."""
     folder = tmp_path_factory.mktemp("model")
     student, _ = random_encoder(0, len(Dictionary(corpus_dir / "dict.txt")))
     torch.save(fairseq_names.to_reference(student.state_dict(), dict(student.encoder.state_dict())), folder / "bare.pt")
@@ -39,7 +40,7 @@ def model(tmp_path_factory, corpus_dir):
 
 @pytest.fixture(scope="module")
 def text(corpus_dir):
-    """Lines of very different lengths, an empty one and an unknown word among them; and their tokens."""
+    """Lines of very different lengths, among them an empty one and an unknown word; and their tokens."""
     symbols, rng = Dictionary(corpus_dir / "dict.txt").symbols, np.random.default_rng(0)
     rows = [rng.integers(4, 50, n).tolist() for n in [*rng.integers(0, 30, 60), 0, 1, 30, 70]]
     lines = [" ".join(symbols[i] for i in row) for row in rows] + ["nowhere"]
@@ -52,14 +53,14 @@ def compute(model, source, out, *argv) -> str:
 
 @pytest.mark.parametrize("pool", ["mean", "cls", "none"])
 @pytest.mark.parametrize("layer", [None, 0, -2])
-def test_each_line_has_the_features_that_it_has_alone(tmp_path, model, text, pool, layer, monkeypatch, capsys):
-    monkeypatch.setattr(features, "BYTES", 300)  # several parts
+def test_each_line_gets_the_features_that_it_has_alone(tmp_path, model, text, pool, layer, monkeypatch, capsys):
+    monkeypatch.setattr(features, "BYTES", 300)  # several reads
     (tmp_path / "text").write_text("\n".join(text[0]), "utf-8")
     argv = ["--pool", pool, *([] if layer is None else ["--layer", layer])]
     done = json.loads(compute(model, tmp_path / "text", tmp_path / "f.npy", "--json", *argv))
     assert (done["lines"], done["cut"], done["tokens"]) == (len(text[1]), 1, sum(map(len, text[1])))
     assert done["layer"] == {None: 2, 0: 0, -2: 1}[layer]
-    assert "1 of 65 lines were longer than 32 tokens" in capsys.readouterr().err
+    assert "1 of 65 lines were longer than 32 tokens and were cut" in capsys.readouterr().err
     expected = []
     for tokens in text[1]:
         with torch.no_grad():
@@ -75,7 +76,7 @@ def test_each_line_has_the_features_that_it_has_alone(tmp_path, model, text, poo
         assert a.shape == b.shape and np.abs(a - b).max() < 1e-5 and b.std() > 0.1
 
 
-def test_standard_input_gives_the_same_and_mixed_precision_nearly_the_same(tmp_path, model, text, monkeypatch):
+def test_standard_input_gives_the_same_and_mixed_precision_almost_the_same(tmp_path, model, text, monkeypatch):
     raw = "\n".join([*text[0], ""]).encode()
     (tmp_path / "text").write_bytes(raw)
     compute(model, tmp_path / "text", tmp_path / "a.npy")
@@ -87,12 +88,26 @@ def test_standard_input_gives_the_same_and_mixed_precision_nearly_the_same(tmp_p
     assert 0 < np.abs(a - c).max() < 0.2 and c.dtype == np.float32
 
 
+def test_an_endless_line_takes_little_memory_and_is_cut_as_any_other(tmp_path, model, corpus_dir):
+    words = Dictionary(corpus_dir / "dict.txt").symbols[4:50]
+    endless = " ".join(words * 12_000)
+    (tmp_path / "text").write_text(endless)
+    tracemalloc.start()
+    done = json.loads(compute(model, tmp_path / "text", tmp_path / "long.npy", "--json"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert done["cut"] == 1 and peak < 6 * len(endless)
+    (tmp_path / "text").write_text(" ".join(words))
+    compute(model, tmp_path / "text", tmp_path / "short.npy")
+    assert (tmp_path / "long.npy").read_bytes() == (tmp_path / "short.npy").read_bytes()
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
         (["--layer", 3], "--layer 3: the model has 0 .* to 2"),
         (["--layer", -4], "--layer -4: the model has"),
-        (["--out", "f.npz"], "a name that ends in .npy"),
+        (["--out", "f.npz"], "the name must end in .npy"),
         (["--out", "nowhere/f.npy"], "--out nowhere/f.npy: no such folder"),
         (["--out", ""], "--out is missing"),
         (["--features", "nowhere"], "--features nowhere: No such file"),
@@ -102,7 +117,7 @@ def test_standard_input_gives_the_same_and_mixed_precision_nearly_the_same(tmp_p
         (["--pool", "max"], "invalid choice: 'max'"),
     ],
 )
-def test_features_that_cannot_be_had_are_refused_in_one_line_and_leave_nothing(tmp_path, model, argv, message):
+def test_impossible_requests_are_refused_in_one_line_and_leave_no_file(tmp_path, model, argv, message):
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "latin").write_bytes(b"w1 w2\nw\xe9\n")
     argv = [str(a).format(empty=tmp_path / "empty", latin=tmp_path / "latin") for a in argv]

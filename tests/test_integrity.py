@@ -8,9 +8,11 @@ import zipfile
 import pytest
 import torch
 
+import eval as evaluation
+import train
 from config import InputError
 from runtime import checkpoint
-from tests.helpers import small_content
+from tests.helpers import few, small_content
 
 
 # ---------------------------------------------------------------------------------------------- damaged files
@@ -151,23 +153,6 @@ def test_endless_entries_and_integers_are_refused_at_load(tmp_path, value, messa
         checkpoint.load(tmp_path / "x.pt")
 
 
-def test_complete_files_that_are_no_complete_checkpoints_are_refused(tmp_path):
-    part = "encoder.sentence_encoder.layers.0.self_attn.{}_proj.weight"
-    same = {part.format(p): torch.zeros(4, 4) for p in "qkv"}
-    cfg = {"model": {"layers": 1}}
-    for made in (
-        {"format": checkpoint.FORMAT},
-        {part.format("q"): torch.zeros(4, 4)},
-        {**same, part.format("k"): torch.zeros(4, 5)},
-        {"model": {**same, "encoder._ema": [1]}, "cfg": cfg},
-        {"model": {**same, 7: torch.zeros(1)}, "cfg": cfg},
-    ):
-        torch.save(made, tmp_path / "x.pt")
-        with pytest.raises(InputError) as error:
-            checkpoint.load(tmp_path / "x.pt")
-        assert "\n" not in str(error.value)
-
-
 def test_a_file_of_our_format_without_checksums_is_damaged(tmp_path):
     made = {"format": checkpoint.FORMAT, **small_content()}
     torch.save(made, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
@@ -212,6 +197,22 @@ def test_odd_tensors_are_refused_as_moments_and_as_weights(kind, tmp_path):
             torch.save(made, tmp_path / "x.pt")
             with pytest.raises(InputError, match="ordinary|cannot be read"):
                 checkpoint.load(tmp_path / "x.pt")
+
+
+def test_a_resume_with_moments_of_another_shape_is_refused_before_a_kernel_sees_them(saved, corpus_dir, tmp_path):
+    made = {k: v for k, v in checkpoint.load(saved / "checkpoint_last.pt").content.items() if k != "format"}
+    made["optimizer"]["state"][5]["exp_avg"] = torch.zeros(0)
+    checkpoint.save(made, tmp_path / "checkpoint_last.pt")
+    with pytest.raises(InputError, match="checkpoint_last.pt: the optimizer's exp_avg of parameter 5 is"):
+        train.main(few(corpus_dir, tmp_path, "--max_update", 5))
+
+
+def test_a_setting_of_a_wrong_type_is_refused_by_name(saved, corpus_dir, tmp_path):
+    made = {k: v for k, v in checkpoint.load(saved / "checkpoint_last.pt").content.items() if k != "format"}
+    made["config"]["layers"] = "two"
+    checkpoint.save(made, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="--layers two: must be of type int"):
+        evaluation.main(["--ckpt", str(tmp_path / "x.pt"), "--data_path", str(corpus_dir), "--device", "cpu"])
 
 
 @pytest.mark.parametrize("step", [None, float("nan"), float("inf"), -1, torch.zeros(2), torch.tensor(-1.0), 1j, "x"])

@@ -17,7 +17,8 @@ from config import InputError
 from data import EOS, UNK, Corpus, DataConfig
 from runtime.log import TensorBoard
 from tests.helpers import FEW, call, make_dataset, make_run, rows_of
-from tools import plot, probe
+from runtime import probe
+from tools import plot
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_the_probe_finds_words_in_features_that_tell_them_and_none_in_features_t
     for name, shift in (("untrained", 0), ("trained", 1)):  # shift 0 sees nothing but <mask>
         torch.manual_seed(0)
         run.student.encoder = Oracle(32, 30, shift)
-        answers[name] = asked.ask()
+        answers[name] = asked.ask(asked.run.student)
     result = asked.result(**answers)
     share = np.bincount(asked.train.labels, minlength=20) / len(asked.train.labels)
     assert result["most_frequent"]["cross_entropy"] == pytest.approx(
@@ -132,7 +133,7 @@ def test_the_probe_is_deterministic_and_its_untrained_model_is_the_start_of_trai
     assert result["train_places"] >= 300 and result["valid_places"] >= 300 and result["classes"] == 56
     run, _ = make_run(corpus_dir)
     asked = probe.Probe(run, Corpus(run.cfg.data), "valid", 300)
-    answer = asked.ask()
+    answer = asked.ask(asked.run.student)
     assert run.student.training  # its mode is restored
     assert result["untrained"]["cross_entropy"] == pytest.approx(answer["loss"].mean(), abs=1e-6)
     assert result["trained"]["cross_entropy"] != result["untrained"]["cross_entropy"]
@@ -166,7 +167,7 @@ def test_the_probe_runs_where_only_the_cpu_has_float64(corpus_dir, monkeypatch):
     asked, seen = probe.Probe(run, Corpus(run.cfg.data), "valid", 100), []
     plain = Device.tensor
     monkeypatch.setattr(Device, "tensor", lambda self, array: seen.append(array.dtype) or plain(self, array))
-    asked.ask()
+    asked.ask(asked.run.student)
     assert seen and set(map(str, seen)) == {"int64", "float32"}
 
 

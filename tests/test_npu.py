@@ -1,10 +1,10 @@
-"""How do we know, on an Ascend NPU: the numbers, the checkpoints, and that nothing waits for the device.
+"""Training on an Ascend NPU: the CPU's numbers, checkpoints of either device, and no wait between two log rows.
 
     pytest tests/test_npu.py                              on a machine with a card
-    NPUSIM=path/of/npusim.py pytest tests/test_npu.py     on an emulated device with the CPU's numbers
+    NPUSIM=path/of/npusim.py pytest tests/test_npu.py     on an emulated device that computes the CPU's numbers
 
-The functions named check_ need the device, which changes torch for good: they run in a process of their own, started by
-the last test here. What can be told without a device comes first.
+Functions named check_ need the device. It changes torch for the rest of the process, so the last test runs them in a
+process of their own. The tests before them need no device.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# first: device has a word with torch before torch is imported
+# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 import device as device_file  # isort: split
 
 INSIDE, NPUSIM = os.environ.get("NPU_CHECKS") == "1", os.environ.get("NPUSIM")
@@ -61,7 +61,7 @@ def moments(saved: dict) -> dict:
 
 
 @pytest.mark.parametrize("queries", [7, 3])
-def test_attention_in_plain_matmuls_has_torch_s_gradients_and_holds_in_float16(queries):
+def test_attention_as_matmuls_matches_torch_and_does_not_overflow_float16(queries):
     q, k, v = (torch.randn(2, 4, n, 8, requires_grad=True) for n in (queries, 7, 7))
     attend = (torch.rand(2, 1, 1, 7) < 0.7).index_fill_(3, torch.tensor([0]), True).expand(2, 1, queries, 7)
     direction = torch.randn(2, 4, queries, 8)
@@ -72,14 +72,14 @@ def test_attention_in_plain_matmuls_has_torch_s_gradients_and_holds_in_float16(q
         ]
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
     q, k = (torch.full((1, 1, 4, 64), 50.0, dtype=torch.float16) for _ in range(2))
-    assert explicit_attention(q, k, k, None, 0.0).isfinite().all()  # 64 x 50 x 50 is above float16's 65,504
+    assert explicit_attention(q, k, k, None, 0.0).isfinite().all()  # 64 x 50 x 50 is above 65,504, float16's limit
 
 
 @pytest.mark.parametrize(
     ("amp", "options"),
     [(None, {}), (torch.bfloat16, dict(normalize_before="true", activation_fn="relu")), (torch.float16, {})],
 )
-def test_long_vectors_train_as_separate_weights_do(monkeypatch, corpus_dir, amp, options):
+def test_weights_in_long_vectors_train_as_separate_weights_do(monkeypatch, corpus_dir, amp, options):
     runs, figures = [], []
     for flat in (False, True):
         monkeypatch.setattr(Device, "wants_flat_weights", flat)
@@ -95,7 +95,7 @@ def test_long_vectors_train_as_separate_weights_do(monkeypatch, corpus_dir, amp,
     assert difference(plain.teacher.state_dict(), flat.teacher.state_dict()) < 2e-6
     states = [run.optimizer_state() for run in runs]
     assert difference(*(moments({"optimizer": state}) for state in states)) < 2e-6
-    for here, other in ((plain, states[1]), (flat, states[0])):  # and each goes on from the other's
+    for here, other in ((plain, states[1]), (flat, states[0])):  # and each continues from the other's state
         here.load_optimizer(other["state"])
     ids = dataset.epoch_batches(1)[8]
     losses = [float(train.update(run, [dataset.batch(ids, 1)]).gnorm) for run in runs]
@@ -112,7 +112,7 @@ def test_long_vectors_train_as_separate_weights_do(monkeypatch, corpus_dir, amp,
         ("import torch; torch.npu = type('npu', (), dict(is_available=lambda: False))", "no card.*npu-smi.*'7,3'"),
     ],
 )
-def test_a_torch_npu_that_cannot_be_used_is_one_line_and_auto_takes_the_cpu(
+def test_an_unusable_torch_npu_is_reported_in_one_line_and_auto_uses_the_cpu(
     monkeypatch, tmp_path, capsys, source, message
 ):
     (tmp_path / "torch_npu.py").write_text(source)
@@ -133,7 +133,7 @@ def test_a_torch_npu_that_cannot_be_used_is_one_line_and_auto_takes_the_cpu(
     sys.modules.pop("torch_npu", None)
 
 
-def test_options_of_an_npu_are_refused_elsewhere(tmp_path, corpus_dir):
+def test_npu_options_are_refused_on_other_devices(tmp_path, corpus_dir):
     where = [*TINY, "--data_path", corpus_dir, "--save_dir", tmp_path, "--max_update", 20]
     for flags in (["--npu_fused_adamw"], ["--npu_profile", 2]):
         with pytest.raises(InputError, match=flags[0]):
@@ -141,7 +141,7 @@ def test_options_of_an_npu_are_refused_elsewhere(tmp_path, corpus_dir):
 
 
 @pytest.mark.parametrize("name", ["Ascend910A", "Ascend910ProB", "Ascend910B", "Ascend910B3", "Ascend910_9392"])
-def test_the_generation_decides_precision_and_attention(monkeypatch, name):
+def test_precision_and_attention_follow_from_the_generation_of_the_card(monkeypatch, name):
     first = name in ("Ascend910A", "Ascend910ProB", "Ascend910B")
     here = Device(torch.device("meta"), name, None)
     monkeypatch.setattr(Device, "type", "npu")
@@ -165,7 +165,7 @@ def test_the_generation_decides_precision_and_attention(monkeypatch, name):
 
 @contextlib.contextmanager
 def waits():
-    """Collects where the host waited for the device."""
+    """Collect the places where the host waited for the device."""
     if NPUSIM:
         with npusim.Trace() as trace:
             yield trace.syncs
@@ -190,7 +190,7 @@ def pretrain(folder, corpus_dir, device, amp, *flags) -> checkpoint.Loaded:
 
 
 def copy_of(folder, updates, to):
-    """A new save directory in which the run of `folder` stands behind so many updates."""
+    """Make a save directory with the run of `folder` after so many updates; returns it."""
     to.mkdir()
     shutil.copy(next(folder.glob(f"checkpoint_*_{updates}.pt")), to / "checkpoint_last.pt")
     return to
@@ -198,14 +198,12 @@ def copy_of(folder, updates, to):
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory, corpus_dir):
-    """The folder of 20 updates on the CPU in float32, with a checkpoint of the tenth, and the last one."""
+    """Train 20 updates on the CPU in float32, saving at the tenth too; returns the folder and the last checkpoint."""
     folder = tmp_path_factory.mktemp("cpu")
     return folder, pretrain(folder, corpus_dir, "cpu", "off", *TWENTY)
 
 
-def check_float32_training_equals_the_cpu_s_and_a_checkpoint_goes_on_from_one_on_the_other(
-    tmp_path, corpus_dir, on_cpu
-):
+def check_float32_training_matches_the_cpu_and_either_device_resumes_the_other(tmp_path, corpus_dir, on_cpu):
     cpu, whole = on_cpu
     npu = tmp_path / "npu"
 
@@ -236,13 +234,13 @@ def check_mixed_precision_stays_near_float32(tmp_path, corpus_dir, on_cpu, amp):
     saved = pretrain(tmp_path, corpus_dir, "npu", amp, "--max_update", 20)
     plain, mixed = rows_of(on_cpu[0]), rows_of(tmp_path)
     assert [r["loss"] for r in mixed] == pytest.approx([r["loss"] for r in plain], rel=0.02)
-    assert mixed[0]["loss"] != plain[0]["loss"]  # it is another precision
+    assert mixed[0]["loss"] != plain[0]["loss"]  # the precision does differ
     assert {r["loss_scale"] for r in mixed} == {128 if amp == "fp16" else 1}
-    assert difference(saved.student, on_cpu[1].student) < 0.01  # of which Adam makes up to 1e-3 an update
+    assert difference(saved.student, on_cpu[1].student) < 0.01  # Adam moves a weight by up to 1e-3 per update
     assert all(t.dtype == torch.float32 for t in [*saved.student.values(), *saved.teacher.values()])
 
 
-def check_the_device_s_random_state_is_saved_and_restored(tmp_path, corpus_dir):
+def check_the_random_state_of_the_device_is_saved_and_restored(tmp_path, corpus_dir):
     here = open_device(DeviceConfig(device="npu", amp="off"))
     state = here.rng_state()
     drawn = [torch.rand(5, device=where) for where in (here.torch_device, "cpu")]
@@ -275,9 +273,9 @@ def check_nothing_waits_between_two_log_rows(monkeypatch, tmp_path, corpus_dir, 
     quiet = [(b[0], seen[a : b[1]]) for a, b in zip(spans, spans[1:]) if isinstance(a, int) and not isinstance(b, int)]
     quiet = [(updates, where) for updates, where in quiet if updates]
     assert [updates for updates, _ in quiet] == [3, 3]
-    allowed = 2 if amp == "fp16" else 0  # whether it overflowed, and the loss scale after that
+    allowed = 2 if amp == "fp16" else 0  # whether gradients overflowed, and then the loss scale
     assert all(len(where) <= allowed * updates for updates, where in quiet), quiet
-    assert len(seen) > 0  # a log row does ask
+    assert len(seen) > 0  # a log row does wait
 
 
 def check_other_ways_of_training_and_the_benchmark(monkeypatch, tmp_path, corpus_dir):
@@ -288,7 +286,7 @@ def check_other_ways_of_training_and_the_benchmark(monkeypatch, tmp_path, corpus
     assert difference(saved[0].student, saved[1].student) < 1e-5
     if NPUSIM:
         matmuls = bench.Matmuls
-        monkeypatch.setattr(bench, "Matmuls", lambda device: matmuls(CPU))  # a card's sizes would take hours
+        monkeypatch.setattr(bench, "Matmuls", lambda device: matmuls(CPU))  # the sizes for a card would take hours
     result = call(bench.main, *TINY, "--data_path", corpus_dir, "--device", "npu", "--updates", 1, "--warmup", 1)
     assert "1 x npu" in result
 
@@ -312,26 +310,17 @@ def check_weights_are_views_of_the_vectors_that_the_optimizer_moves(corpus_dir):
     assert np.array_equal(vectors.sort().values.numpy(), own.sort().values.numpy())
 
 
-# ---------------------------------------------------------------------------------------------- the device's process
+# -------------------------------------------------------------------------------------------- a process for the checks
 
 
-def test_the_checks_pass_on_a_card_or_on_the_emulated_device():
+def test_the_checks_pass_on_a_card_or_an_emulated_device():
     card = glob.glob("/dev/davinci[0-9]*")
     if not (card or NPUSIM):
-        pytest.skip("no Ascend card here, and NPUSIM does not name npusim.py, an emulated one")
+        pytest.skip("no Ascend card, and NPUSIM does not name an emulator (npusim.py)")
     env = {**os.environ, "NPU_CHECKS": "1"}
     if card:
         env.pop("NPUSIM", None)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "python_functions=check_",
-        __file__,
-    ]
+    flags = "-q -p no:cacheprovider -o python_functions=check_".split()
+    command = [sys.executable, "-m", "pytest", *flags, __file__]
     run = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
     assert run.returncode == 0 and re.search(r"[0-9]+ passed", run.stdout), run.stdout[-6000:] + run.stderr[-2000:]

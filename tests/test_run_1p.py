@@ -1,60 +1,209 @@
-"""run_1p.sh: the ModelZoo's modes, files and exit codes."""
+"""run_1p.sh: the ModelZoo's modes, files and exit codes, and what it installs where."""
 
+import fcntl
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
+from pathlib import Path
 
-# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 import pytest
 
-from tests.helpers import FEW, HERE, copy_of_the_project
+import preprocess
+from config import InputError
+from data import TokenFile
+from runtime import checkpoint
+from tests.helpers import FEW, HERE, copy_of_the_project, few, small_corpus, terminate_after
+from tools.report import report
+
+# A python3 that only notes how it is called. It lacks the packages of LACKS until its own pip has run, its venv is a
+# copy of itself, and it ends a training with 3.
+FAKE = """#!/bin/sh
+echo "${0##*/} $*" >>CALLS
+case "$*" in
+"-c import "*) case "$2" in LACKS) [ -e "$0.installed" ] ;; esac ;;
+"-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+"-m pip install "*) touch "$0.installed" ;;
+train.py*) exit 3 ;;
+preprocess.py*) exec PYTHON "$@" ;;
+esac
+"""
 
 
-def test_run_1p_refuses_what_it_cannot_do():
-    for argv, message in (
-        ([["fly"]], "no mode 'fly'"),
-        ([["full"]], "--data_path=DIR is missing"),
-        ([["eval", "--data_path"]], "needs a value"),
+def fake_python(project: Path, lacks: str = "none") -> tuple[dict, Path]:
+    """A copy of the project in `project`; the environment with a fake python3, and the file of its calls."""
+    project.mkdir(exist_ok=True)
+    env = copy_of_the_project(project)
+    python, calls = project / "fake" / "python3", project / "calls"
+    python.parent.mkdir()
+    words = {"CALLS": f"'{calls}'", "LACKS": lacks, "PYTHON": f"'{sys.executable}'"}
+    python.write_text(re.sub("|".join(words), lambda m: words[m[0]], FAKE))
+    python.chmod(0o755)
+    return {**env, "PATH": f"{python.parent}:{env['PATH']}"}, calls
+
+
+def run_1p(project: Path, env: dict, *argv, cwd=HERE):
+    command = ["bash", project / "run_1p.sh", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd)
+
+
+def test_bad_requests_are_refused_in_one_line():
+    for device_id, argv, message in (
+        ("0", ["fly"], "no mode 'fly'"),
+        ("0", ["full"], "--data_path=DIR is missing"),
+        ("0", ["eval", "--data_path"], "needs a value"),
+        ("../../x", ["full", "--data_path=x"], "ASCEND_DEVICE_ID '../../x'"),
+        (".", [], "ASCEND_DEVICE_ID '.'"),
     ):
-        result = subprocess.run(["bash", HERE / "run_1p.sh", *argv[0]], capture_output=True, text=True)
-        assert result.returncode == 2 and message in result.stderr
+        result = run_1p(HERE, {**os.environ, "ASCEND_DEVICE_ID": device_id}, *argv)
+        assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_run_1p_passes_the_exit_code_and_writes_the_modelzoo_s_files(tmp_path, corpus_dir):
+def test_exit_codes_files_and_a_rerun_that_keeps_log_and_time(tmp_path, corpus_dir):
     env = {**copy_of_the_project(tmp_path), "ASCEND_DEVICE_ID": "3"}
     if shutil.which("python3", path=env["PATH"]) is None:
         pytest.skip("no python3 beside this Python")
-    run = lambda *argv: subprocess.run(
-        ["bash", tmp_path / "run_1p.sh", *map(str, argv)], capture_output=True, text=True, env=env, cwd=HERE
-    )  # noqa: E731
-    few = [*FEW, "--max_update", "4"]
-    relative = os.path.relpath(tmp_path / "none", HERE)  # of the caller's folder, not of the script's
-    failed = run("full", "--data_path", relative, *few)
+    short = [*FEW, "--max_update", "4"]
+    relative = os.path.relpath(tmp_path / "none", HERE)  # starts at the caller's folder, not at the script's
+    failed = run_1p(tmp_path, env, "full", "--data_path", relative, *short)
     assert failed.returncode == 2 and re.search(rf"{tmp_path.name}/none: no such folder", failed.stdout)
-    done = run("full", f"--data_path={corpus_dir}", *few)
+    done = run_1p(tmp_path, env, "full", f"--data_path={corpus_dir}", *short)
     assert done.returncode == 0, done.stdout + done.stderr
-    for line in (
+    lines = (
         r"Final Performance images/sec : [\d.]+",
         r"Final Valid Best Loss: [\d.]+",
         r"E2E Training Duration sec : \d+",
         r"UPS \(updates/s\) : [\d.]+",
         r"FPS \(blocks/s\) : [\d.]+",
         r"\| 1p-cpu \| - \| [\d.]+ \| 1 \| off \| 2\.",
-    ):
+    )
+    for line in lines:
         assert re.search(f"^{line}", done.stdout, re.M), (line, done.stdout)
     output = tmp_path / "output" / "3"
     assert len((output / "train_data2vec_for_PyTorch_1p_loss.txt").read_text().split()) == 4
-    log = (output / "data2vec_for_PyTorch_1p.log").read_text()
-    assert re.findall(r"^(\w+) = ", log, re.M) == [
-        "Network",
-        "RankSize",
-        "DeviceType",
-        "CaseName",
-        "ActualUPS",
-        "ActualFPS",
-        "E2ETrainingTime",
-    ]
-    assert "update 4" in (output / "train_3.log").read_text()
-    checked = run("eval", "--data_path", corpus_dir, "--checkpoint_path", output / "full" / "checkpoint_best.pt")
-    assert checked.returncode == 0 and "cosine" in checked.stdout
+    facts = dict(re.findall(r"^(\w+) = (.*)", (output / "data2vec_for_PyTorch_1p.log").read_text(), re.M))
+    assert list(facts) == ("Network RankSize DeviceType CaseName ActualUPS ActualFPS E2ETrainingTime".split())
+    log = (output / "train_3.log").read_text()
+    assert "update 4" in log and "none: no such folder" in log
+
+    (output / "full" / "run_1p_seconds.txt").write_text("1000\n")
+    again = run_1p(tmp_path, env, "full", f"--data_path={corpus_dir}", *short)
+    assert again.returncode == 0 and all(re.search(f"^{line}", again.stdout, re.M) for line in lines), again.stdout
+    assert 1000 <= int(re.search(r"E2E Training Duration sec : (\d+)", again.stdout)[1]) < 1600
+    assert (output / "train_3.log").read_text().startswith(log) and "none: no such folder" not in again.stdout
+
+    checked = run_1p(tmp_path, env, "eval", "--data_path", corpus_dir)
+    assert checked.returncode == 0 and "output/3/full/checkpoint_last.pt" in checked.stdout
+
+
+def test_a_second_run_in_the_same_output_is_refused_and_touches_nothing(tmp_path):
+    env, calls = fake_python(tmp_path)
+    output = tmp_path / "output" / "0"
+    output.mkdir(parents=True)
+    (output / "train_0.log").write_text("a running demo\n")
+    with open(output / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = run_1p(tmp_path, env)
+        assert second.returncode == 2 and "output/0 is in use by another run" in second.stderr
+    assert (output / "train_0.log").read_text() == "a running demo\n" and ".py" not in calls.read_text()
+    assert run_1p(tmp_path, env).returncode == 3 and "python3 train.py --config_name tiny" in calls.read_text()
+
+
+def test_seconds_of_a_run_that_starts_over_are_counted_anew(tmp_path):
+    env, _ = fake_python(tmp_path)
+    folder = tmp_path / "output" / "0" / "full"
+    folder.mkdir(parents=True)
+    for checkpoint_is_there, flag, parts in ((False, [], 1), (True, [], 2), (True, ["--no_resume"], 1)):
+        if checkpoint_is_there:
+            (folder / "checkpoint_last.pt").touch()
+        (folder / "train.jsonl").touch()
+        (folder / "run_1p_seconds.txt").write_text("50\n")
+        assert run_1p(tmp_path, env, "full", "--data_path=x", *flag).returncode == 3
+        assert len((folder / "run_1p_seconds.txt").read_text().split()) == parts
+
+
+def test_missing_packages_go_into_the_projects_own_environment_even_in_a_path_with_a_space(tmp_path):
+    project = tmp_path / "my project"
+    env, calls = fake_python(project, lacks="*torch*")
+    assert run_1p(project, env, "full", "--data_path=x").returncode == 3
+    own = [line for line in calls.read_text().splitlines() if line.startswith("python ")]
+    pip = "python -m pip install --quiet --disable-pip-version-check -r "
+    assert f"{pip}requirements.txt" in own and own[-1].startswith("python train.py")
+    assert "python3 -m pip" not in calls.read_text()
+    assert run_1p(project, env, "full", "--data_path=x").returncode == 3
+    assert calls.read_text().count(" -m pip ") == 1  # the second run finds them
+
+
+def test_a_python_of_the_users_own_is_never_installed_into(tmp_path):
+    env, calls = fake_python(tmp_path, lacks="*pytest*|*tokenizers*")
+    tested = run_1p(tmp_path, env, "test")
+    assert tested.returncode == 2 and "needs the package pytest: python3 -m pip install pytest==" in tested.stderr
+    raw = run_1p(tmp_path, env, "full", "--raw_dir=text")
+    assert raw.returncode == 2 and "python3 -m pip install tokenizers==" in raw.stderr
+    assert " -m pip " not in calls.read_text() and " -m pytest" not in calls.read_text()
+
+
+def test_the_projects_own_environment_gets_the_tests_packages_when_asked_for(tmp_path):
+    env, calls = fake_python(tmp_path, lacks="*torch*|*pytest*")
+    assert run_1p(tmp_path, env, "test", "-k", "some").returncode == 0
+    assert calls.read_text().splitlines()[-1] == "python -m pytest -q -k some"
+    pinned = (HERE / "requirements-dev.txt").read_text().splitlines()
+    assert "-r requirements.txt" in pinned
+    assert all("==" in line for line in pinned if line and line[0] not in "#-")
+
+
+def test_a_run_without_a_logged_loss_has_nothing_to_report(tmp_path):
+    row = dict(num_updates=1, epoch=1, ups=1.0, fps=2.0)
+    (tmp_path / "train.jsonl").write_text(json.dumps({**row, "loss": None}) + "\n")
+    with pytest.raises(InputError, match="train.jsonl: no update was logged"):
+        report(tmp_path, tmp_path, "0")
+
+
+def test_signals_are_passed_on_and_the_run_saves(corpus_dir, tmp_path):
+    env = copy_of_the_project(tmp_path)
+    argv = few(corpus_dir, tmp_path / "run", "--max_update", 100000)
+    process = subprocess.Popen(
+        ["bash", tmp_path / "run_1p.sh", "full", *argv], stdout=subprocess.PIPE, text=True, env=env
+    )
+    terminate_after(process, "update 3 ")
+    assert process.returncode == 128 + signal.SIGTERM
+    assert checkpoint.load(tmp_path / "run" / "checkpoint_last.pt").content["progress"]["num_updates"] >= 3
+    assert (tmp_path / "run" / "run_1p_seconds.txt").read_text().split()
+
+
+def test_a_raw_folder_is_preprocessed_once_then_trained_on(tmp_path):
+    pytest.importorskip("tokenizers", reason="BPE needs the tokenizers package")
+    env, calls = fake_python(tmp_path)
+    raw_dir = tmp_path / "text"
+    raw_dir.mkdir()
+    for split, names in small_corpus(tmp_path).items():
+        names[0].rename(raw_dir / f"wiki.{split}.raw")
+
+    def full(*argv):
+        return run_1p(tmp_path, env, "full", *argv, cwd=tmp_path)
+
+    for expected in ("train: 200 sentences", "train: already done"):
+        result = full("--raw_dir", "text")
+        assert result.returncode == 3 and expected in result.stdout, result.stdout + result.stderr
+        assert "train.py --config_name npu_1p --data_path output/0/text-bin " in calls.read_text()
+    folder = tmp_path / "output" / "0" / "text-bin"
+    assert json.loads((folder / "preprocess.log").read_text().splitlines()[0])["made_from"]["bpe"] == "train"
+    assert len(TokenFile(folder / "test").sizes) == 200
+
+    (raw_dir / "dict.txt").write_text((folder / "dict.txt").read_text())
+    result = full("--raw_dir=text")
+    assert result.returncode == 2 and "text holds only a part of encoder.json, vocab.bpe" in result.stderr
+    for name in preprocess.BPE_FILES:
+        (raw_dir / name).write_bytes((folder / name).read_bytes())
+    (raw_dir / "wiki.test.raw").unlink()
+    result = full("--raw_dir=text", "--data_path=other")
+    assert result.returncode == 3, result.stdout + result.stderr
+    assert f"train.py --config_name npu_1p --data_path {tmp_path / 'other'} " in calls.read_text()
+    assert (tmp_path / "other" / "train.bin").read_bytes() == (folder / "train.bin").read_bytes()
+    assert not (tmp_path / "other" / "test.idx").exists()
+    (raw_dir / "wiki.train.raw").unlink()
+    result = full("--raw_dir=text")
+    assert result.returncode == 2 and "wiki.train.raw: no such file" in result.stderr

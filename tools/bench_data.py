@@ -1,4 +1,7 @@
-"""How fast is what goes in: the loader, and the start up to the first batch. `python bench.py --loader | --startup`."""
+"""How fast is the data: the loader, and the time from process start to the first batch.
+
+Run as `python bench.py --loader | --startup`.
+"""
 
 import dataclasses
 import itertools
@@ -32,7 +35,7 @@ from data import (
 
 
 def plain_batch(dataset: BlockDataset, ids: np.ndarray, epoch: int) -> Batch:
-    """dataset.batch written as a loop over the blocks: what the fast one is measured and tested against."""
+    """dataset.batch as a loop over the blocks: the fast one is measured and tested against it."""
     cfg, dictionary, lengths = dataset.cfg, dataset.dictionary, dataset.lengths[ids].tolist()
     mask_epoch = epoch if dataset.training and not cfg.fixed_masks else 1
     tokens = np.full((len(ids), max(lengths)), PAD)
@@ -67,7 +70,7 @@ def plain_batch(dataset: BlockDataset, ids: np.ndarray, epoch: int) -> Batch:
 
 
 def loader(data: DataConfig, seconds: float = 0.5, rounds: int = 7) -> list[dict]:
-    """Tokens a second at two lengths, by default and as fairseq does, in turn with the plain loop."""
+    """Tokens per second at two block lengths, by default and under --fairseq_exact, in turns with the plain loop."""
     exact = {k: v for k, v in config.FAIRSEQ_EXACT.items() if hasattr(data, k)}
     default = {k: getattr(DataConfig, k) for k in exact}
     base = {k: getattr(DataConfig, k) for k in config.PRESETS["npu_1p"]}
@@ -89,7 +92,10 @@ def loader(data: DataConfig, seconds: float = 0.5, rounds: int = 7) -> list[dict
                         if spent > seconds:
                             return tokens / spent
 
-            pairs = [(rate(dataset.batches), rate(plain)) for _ in range(rounds)]
+            fast, slow = [], []
+            for _ in range(rounds):
+                fast.append(rate(dataset.batches))
+                slow.append(rate(plain))
             rows.append(
                 dict(
                     preset=preset,
@@ -97,14 +103,21 @@ def loader(data: DataConfig, seconds: float = 0.5, rounds: int = 7) -> list[dict
                     tokens_per_sample=cfg.tokens_per_sample,
                     max_tokens=cfg.max_tokens,
                     teacher_input=cfg.teacher_input,
-                    tokens_per_s=statistics.median(fast for fast, _ in pairs),
-                    slowest=min(fast for fast, _ in pairs),
-                    fastest=max(fast for fast, _ in pairs),
-                    plain_tokens_per_s=statistics.median(plain for _, plain in pairs),
-                    ratio=statistics.median(fast / plain for fast, plain in pairs),
+                    tokens_per_s=statistics.median(fast),
+                    slowest=min(fast),
+                    fastest=max(fast),
+                    plain_tokens_per_s=statistics.median(slow),
+                    ratio=statistics.median(a / b for a, b in zip(fast, slow)),
                 )
             )
     return rows
+
+
+def loader_report(data: DataConfig) -> dict:
+    """Measure the loader and print its table."""
+    rows = loader(data)
+    print_loader(rows)
+    return dict(loader=rows, data=data.data_path)
 
 
 def print_loader(rows: list[dict]):
@@ -119,54 +132,11 @@ def print_loader(rows: list[dict]):
 
 # ---------------------------------------------------------------------------------------------- start
 
-# What a fresh process runs: argv is the project's folder, the time of its start, and train.py's flags.
-FIRST_BATCH = """
-import json, re, sys, time
-sys.path[0] = sys.argv[1]
-
-def look():
-    with open("/proc/self/status") as f:
-        status = dict(re.findall(r"(VmRSS|VmHWM):\\s+(\\d+) kB", f.read()))
-    resident, peak = (int(status[key]) * 1024 for key in ("VmRSS", "VmHWM"))
-    return time.monotonic() - float(sys.argv[2]), resident, peak, time.process_time()
-
-began = look()
-import torch
-bare = look()
-import config, train
-from device import open_device
-cfg = train.Config(*config.parse(train.PARTS, "", sys.argv[3:])[0])
-imported = look()
-run = type("Run", (), dict(cfg=cfg, device=open_device(cfg.device), epoch=1, batches_done=0))
-corpus = train.Corpus(cfg.data)
-dataset = corpus.split("train")
-dataset.stream.digest()
-updates = train.epoch_updates(run, dataset)
-next(updates)
-ready = look()
-updates.close()
-print(json.dumps(dict(
-    torch_s=bare[0] - began[0],
-    modules_s=imported[0] - bare[0],
-    data_s=ready[0] - imported[0],
-    data_cpu_s=ready[3] - imported[3],
-    total_s=ready[0],
-    beyond_torch_s=ready[0] - (bare[0] - began[0]),
-    torch_bytes=bare[2],
-    beyond_torch_bytes=ready[1] - bare[1],
-    peak_beyond_torch_bytes=ready[2] - bare[2],
-    sentences=len(dataset.stream.sizes),
-    blocks=len(dataset.lengths),
-    batches=len(dataset.batch_ends),
-    tokens=dataset.stream.tokens,
-)))
-"""
-
 
 def startup_corpus(folder: Path, sentences: int, vocabulary: int):
-    """A train split with as many sentences: a third empty lines, a sixth headings, the rest paragraphs of 130 tokens.
+    """Write a train split of this many sentences: 1/3 empty lines, 1/6 headings, 1/2 paragraphs of about 130 tokens.
 
-    Only the index is written; the tokens are a hole in the file, which reads as zeros and takes no room on the disk.
+    Only the index is written. The file of tokens is sparse: it reads as zeros and takes no space on the disk.
     """
     rng, tokens = np.random.default_rng(0), 0
     (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(vocabulary - 4)))
@@ -188,13 +158,13 @@ def startup_corpus(folder: Path, sentences: int, vocabulary: int):
 
 
 def first_batch(folder, flags: list, runs: int) -> dict:
-    """Medians over `runs` processes that read `folder`, under train.py's flags."""
+    """Medians over `runs` processes of tools/first_batch.py that read `folder` with these flags."""
     if not Path("/proc/self/status").exists():
-        raise InputError("--startup reads its figures from /proc/self/status, which Linux alone has")
-    here, results = str(Path(__file__).resolve().parent), []
+        raise InputError("--startup works on Linux only: it reads /proc/self/status")
+    program, results = Path(__file__).with_name("first_batch.py"), []
+    env = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # as device.py sets it
     for _ in range(runs):
-        argv = [sys.executable, "-c", FIRST_BATCH, here, str(time.monotonic()), *flags, f"--data_path={folder}"]
-        env = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # as device.py sets it
+        argv = [sys.executable, program, str(time.monotonic()), *flags, f"--data_path={folder}"]
         done = subprocess.run(argv, env=env, capture_output=True, text=True)
         if done.returncode:
             raise InputError(f"--startup: {(done.stderr.splitlines() or ['the process was killed'])[-1]}")
@@ -203,7 +173,7 @@ def first_batch(folder, flags: list, runs: int) -> dict:
 
 
 def startup(data: DataConfig, sentences: list[int], vocabulary: int, runs: int = 5) -> list[dict]:
-    """The start on the dataset of `data`, or on a corpus of each size."""
+    """Measure the start on the dataset of `data`, or else on a corpus of each size."""
     flags = [f"--{k}={v}" for k, v in vars(data).items() if k != "data_path" and v != getattr(DataConfig, k)]
     flags.append("--device=cpu")
     if data.data_path:
@@ -216,8 +186,17 @@ def startup(data: DataConfig, sentences: list[int], vocabulary: int, runs: int =
     return rows
 
 
+def startup_report(data: DataConfig, args) -> dict:
+    """Measure the start as bench.py's flags say, and print its table."""
+    if min(args.sentences, default=0) < 100:
+        raise InputError("--sentences: numbers of at least 100, such as 1.8e6,1e7")
+    rows = startup(data, [int(n) for n in args.sentences], args.vocabulary)
+    print_startup(rows)
+    return dict(startup=rows, tokens_per_sample=data.tokens_per_sample)
+
+
 def print_startup(rows: list[dict]):
-    print("from process start to the first batch; beyond `import torch`: all but that import")
+    print("from process start to the first batch; `beyond`: without `import torch`")
     names = dict(
         sentences="sentences",
         tokens="tokens",

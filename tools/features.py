@@ -1,7 +1,7 @@
-"""Features: raw lines of text to vectors, through an encoder's hidden states. The command is `eval.py --features`.
+"""Features: raw lines of text to vectors, the hidden states of an encoder. The command is `eval.py --features`.
 
-A row is float32 and belongs to a line, or, not pooled, to a token; line i is then rows offsets[i] to offsets[i + 1].
-`<s>` stands before and `</s>` behind a line's tokens, as in training, and count as tokens.
+Rows are float32, one for each line, or without pooling one for each token; line i is then rows offsets[i] to
+offsets[i + 1]. As in training a line begins with `<s>` and ends with `</s>`, and both count as tokens.
 """
 
 import contextlib
@@ -25,18 +25,18 @@ POOLS = {
     "cls": lambda x, real: x[:, 0],  # at <s>
     "none": lambda x, real: x[real],
 }
-BYTES = 1 << 18  # of text that are read, sorted by length, and written at a time
+BYTES = 1 << 18  # of text that is read, sorted by length, and written at a time
 
 
 class Rows:
-    """A .npy file of float32 rows, written without knowing their number beforehand."""
+    """A .npy file of float32 rows (count, width), written before their number is known."""
 
     def __init__(self, file, width: int):
         self.file, self.width, self.count = file, width, 0
         self.header()
 
     def header(self):
-        self.file.seek(0)  # its length does not depend on the number of rows: numpy pads it
+        self.file.seek(0)  # numpy pads the header, so its length does not depend on the number of rows
         shape = {"descr": "<f4", "fortran_order": False, "shape": (self.count, self.width)}
         np.lib.format.write_array_header_1_0(self.file, shape)
 
@@ -46,7 +46,7 @@ class Rows:
 
 
 def read_lines(source: str):
-    """The lines of a file, or of standard input for '-', some at a time. Raises InputError if it is not UTF-8."""
+    """Yield lists of lines of a file, or of standard input for '-'. Raises InputError if they are not UTF-8."""
     try:
         file = sys.stdin.buffer if source == "-" else open(source, "rb")
     except OSError as e:
@@ -69,12 +69,13 @@ def read_lines(source: str):
 
 @torch.no_grad()
 def encode(encoder: Encoder, device: Device, rows: list, layer: int, pool: str, max_tokens: int) -> list[np.ndarray]:
-    """rows: int64 arrays of tokens -> for each, in their order, (C,) or, with pool 'none', (its tokens, C); float32.
+    """rows: int64 arrays of tokens -> float32 vectors in the same order, (C,) each, or (tokens, C) with pool 'none'.
 
-    max_tokens: of a batch, padding included; rows of like length share one.
+    max_tokens: most tokens of a batch, padding included; rows of similar length share a batch.
     """
     lengths = np.array([len(row) for row in rows])
-    order, found = np.argsort(-lengths, kind="stable"), [None] * len(rows)  # the longest first: memory runs out early
+    order = np.argsort(-lengths, kind="stable")  # longest first: memory runs out at once or never
+    found = [None] * len(rows)
     begin = 0
     while begin < len(order):
         longest = lengths[order[begin]]
@@ -94,10 +95,10 @@ def encode(encoder: Encoder, device: Device, rows: list, layer: int, pool: str, 
 
 
 def write(encoder: Encoder, device: Device, tokenize, source: str, out: str, layer: int | None, pool: str, cfg) -> dict:
-    """Features of the lines of `source` to `out`, a .npy file; with pool 'none' the offsets to OUT.offsets.npy.
+    """Write the features of the lines of `source` to `out`, a .npy file; with pool 'none' also OUT.offsets.npy.
 
-    tokenize: lines to arrays of tokens that end in EOS; cfg: DataConfig. A line longer than the training blocks is cut,
-    since no position behind them has been trained. Returns what was done. Raises InputError.
+    tokenize: a dataset.text.Tokenizer; cfg: DataConfig. A line longer than the training blocks is cut, since positions
+    beyond them are untrained. Returns what was done, as a dict. Raises InputError.
     """
     layers = len(encoder.layers)
     if layer is None:
@@ -105,7 +106,7 @@ def write(encoder: Encoder, device: Device, tokenize, source: str, out: str, lay
     if not -layers - 1 <= layer <= layers:
         raise InputError(f"--layer {layer}: the model has 0 (the embeddings) to {layers}")
     if not out.endswith(".npy"):
-        raise InputError(f"--out {out}: a name that ends in .npy")
+        raise InputError(f"--out {out}: the name must end in .npy")
     if not Path(out).absolute().parent.is_dir():
         raise InputError(f"--out {out}: no such folder")
     encoder.eval()
@@ -116,7 +117,8 @@ def write(encoder: Encoder, device: Device, tokenize, source: str, out: str, lay
         with tqdm(unit=" lines", disable=None, file=sys.stderr) as bar:
             for chunk in read_lines(source):
                 blocks = []
-                for tokens in tokenize(chunk):
+                # an endless line must not cost memory for what is cut off below
+                for tokens in tokenize([tokenize.head(line, cfg.tokens_per_sample) for line in chunk]):
                     if 1 + len(tokens) > cfg.tokens_per_sample:
                         tokens, cut = np.append(tokens[: cfg.tokens_per_sample - 2], EOS), cut + 1
                     blocks.append(np.insert(tokens, 0, BOS))
@@ -134,7 +136,7 @@ def write(encoder: Encoder, device: Device, tokenize, source: str, out: str, lay
                 np.save(file, np.array(offsets, np.int64))
     if cut:
         print(
-            f"warning: {cut:,} of {lines:,} lines were longer than {cfg.tokens_per_sample} tokens, and cut there",
+            f"warning: {cut:,} of {lines:,} lines were longer than {cfg.tokens_per_sample} tokens and were cut there",
             file=sys.stderr,
         )
     seconds = time.perf_counter() - begin

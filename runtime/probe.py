@@ -136,9 +136,9 @@ class Probe:
         held = np.random.RandomState(self.seed).permutation(blocks)[: -(-len(blocks) // 10)]
         self.held = np.isin(self.train.blocks, held)  # (N,) True for the places that decide when the fit stops
 
-    def ask(self) -> dict:
-        """Fit, then predict the valid places: `hit` (N,) bool and `loss` (N,) float64 in nats."""
-        student, device = self.run.student, self.run.device
+    def ask(self, student) -> dict:
+        """Fit on a student's states, then predict the valid places: `hit` (N,) bool and `loss` (N,) float64 in nats."""
+        device = self.run.device
         x, x_valid = whiten(*(features(student, device, places) for places in (self.train, self.valid)))
         weight, bias = self.fit(x)
         y, hit, loss = device.tensor(self.valid.labels), [], []

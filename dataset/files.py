@@ -1,0 +1,131 @@
+"""Text files as the command line names them, read in pieces of whole lines.
+
+A name is a file in UTF-8, one that ends in .gz, or a member of a zip archive as ARCHIVE.zip:MEMBER. A damaged,
+encrypted or unusual file is an InputError of one line, whatever the modules that unpack it raise.
+"""
+
+import contextlib
+import gzip
+import re
+import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from config import InputError
+
+CHUNK = 1 << 20  # bytes of text that one worker takes at a time
+
+
+class Source(NamedTuple):
+    path: Path
+    member: str | None  # of the archive at `path`
+    size: int  # bytes on the disk, still packed
+
+
+@contextlib.contextmanager
+def readable(what: str):
+    """Turn any error into an InputError that begins with `what`.
+
+    zipfile, gzip and the decompressors raise more than ten types of errors for bad files, some of which exist only
+    where Python was built with that compression.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(f"{what}: {getattr(e, 'strerror', None) or e or type(e).__name__}") from None
+
+
+def locate(name: str) -> Source:
+    """Find a file. Raises InputError if it, or the archive's member, does not exist."""
+    archive = re.fullmatch(r"(.*\.zip):(.+)", name, re.I)
+    path, member = (Path(archive[1]), archive[2]) if archive and not Path(name).exists() else (Path(name), None)
+    if not path.is_file():
+        raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    if member is None and not zipfile.is_zipfile(path):
+        return Source(path, None, path.stat().st_size)
+    with readable(f"{path}: not a readable zip archive"), zipfile.ZipFile(path) as z:
+        members = {m.filename: m.compress_size for m in z.infolist() if not m.is_dir()}
+    if member not in members:
+        what = "an archive; name one of its members" if member is None else f"has no member {member!r}"
+        shown = ", ".join(list(members)[:8]) or "nothing"
+        raise InputError(f"{path}: {what}, as ARCHIVE.zip:MEMBER; it holds {shown}")
+    return Source(path, member, members[member])
+
+
+@contextlib.contextmanager
+def open_file(name: str):
+    """Open a file as (file of its plain bytes, file of its bytes on the disk)."""
+    source = locate(name)
+    with open(source.path, "rb") as raw, contextlib.ExitStack() as stack:
+        if source.member is not None:
+            archive = stack.enter_context(zipfile.ZipFile(raw))
+            yield stack.enter_context(archive.open(source.member)), raw
+        elif source.path.suffix.lower() == ".gz":
+            yield stack.enter_context(gzip.GzipFile(fileobj=raw)), raw
+        else:
+            yield raw, raw
+
+
+def whole_lines(name: str, advance):
+    """The bytes of a file, cut after line ends into pieces of about CHUNK. `advance` as in read_chunks."""
+    held = []  # the beginning of a line whose end has not been read yet
+    with readable(f"{name}: cannot be read"), open_file(name) as (file, raw):
+        at = raw.tell()
+        while block := file.read(CHUNK):
+            advance(raw.tell() - at)
+            at = raw.tell()
+            end = 1 + max(block.rfind(b"\n"), block.rfind(b"\r", 0, -1))  # a last \r may be half of a \r\n
+            if end:
+                yield b"".join([*held, block[:end]])
+                held = []
+            held.append(block[end:])
+    if rest := b"".join(held):
+        yield rest
+
+
+def read_chunks(name: str, advance=lambda n: None):
+    """The text of a file in pieces of whole lines. "\\n", "\\r" and "\\r\\n" end a line, as in Python's text files, and
+    become "\\n". `advance` is called with each number of bytes read from the disk.
+
+    Raises InputError if the file cannot be read, or, with the number of the line, if it is not UTF-8.
+    """
+    line = 1
+    for chunk in whole_lines(name, advance):
+        error = None
+        try:
+            text = chunk.decode("utf-8")
+        except UnicodeDecodeError as e:
+            error, text = e, chunk[: e.start].decode("utf-8")
+        if "\r" in text:
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        line += text.count("\n")
+        if error:
+            raise InputError(f"{name}, line {line}: not UTF-8 ({error.reason}); convert the file first, as iconv does")
+        yield text
+
+
+def read_all(names: list[str], label: str):
+    """The text of several files, as read_chunks, with a progress bar."""
+    total = disk_size(names)
+    with tqdm(desc=label, total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        for name in names:
+            yield from read_chunks(name, bar.update)
+
+
+def disk_size(names: list[str]) -> int:
+    """Bytes that the files take on the disk, packed as they are."""
+    return sum(locate(name).size for name in names)
+
+
+def identity(name: str) -> dict:
+    """Name, size and time of a file: if they are the same, so is taken to be its content."""
+    path, member, _ = locate(name)
+    status = path.stat()
+    return dict(
+        file=path.name + (f":{member}" if member is not None else ""), bytes=status.st_size, mtime_ns=status.st_mtime_ns
+    )

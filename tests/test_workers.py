@@ -1,0 +1,134 @@
+"""Several workers: equal to one, resumed, stopped together; and the data position when their number changes."""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+import data
+import train
+from config import InputError
+from runtime import checkpoint, resume
+from tests.helpers import (
+    CPU,
+    call,
+    compare_checkpoints,
+    few,
+    make_dataset,
+    make_run,
+    rows_of,
+    speed_aside,
+    terminate_after,
+    torchrun,
+    torchrun_command,
+)
+
+
+def test_three_workers_with_uneven_shards_equal_one_worker(corpus_dir, tmp_path):
+    counts = {n: len(make_run(corpus_dir, max_tokens=n)[1].batch_ends) for n in range(200, 300, 4)}
+    max_tokens, batches = next(
+        (n, count) for n, count in counts.items() if count % 3 == 1
+    )  # two shards end with no batch
+    argv = ["--max_epoch", 1, "--max_update", 100, "--max_tokens", max_tokens]
+    result = torchrun(3, *few(corpus_dir, tmp_path / "three", *argv))
+    assert result.returncode == 0, result.stderr
+    call(train.main, *few(corpus_dir, tmp_path / "one", *argv, "--update_freq", 3))
+    one, three = rows_of(tmp_path / "one"), rows_of(tmp_path / "three")
+    assert len(one) == len(three) == -(-batches // 3)
+    for a, b in zip(one, three):
+        assert all(a[k] == b[k] for k in ("sample_size", "nsentences", "ntokens", "num_updates"))
+        assert all(a[k] == pytest.approx(b[k], rel=2e-5) for k in ("loss", "gnorm"))
+    compare_checkpoints(
+        tmp_path / "one" / "checkpoint_last.pt", tmp_path / "three" / "checkpoint_last.pt", exactly=False
+    )
+
+
+def test_two_workers_resume_bit_for_bit(corpus_dir, tmp_path):
+    argv = ["--max_update", 12, "--save_interval_updates", 3, "--keep_interval_updates", -1, "--dropout", 0.1]
+    for name in ("whole", "parts"):  # about eight updates an epoch
+        result = torchrun(2, *few(corpus_dir, tmp_path / name, *argv))
+        assert result.returncode == 0, result.stderr
+    folder = tmp_path / "parts"
+    for path in [*folder.glob("checkpoint_[bl]*"), folder / "checkpoint_2_9.pt", folder / "checkpoint_2_12.pt"]:
+        path.unlink()
+    result = torchrun(2, *few(corpus_dir, folder, *argv))
+    assert result.returncode == 0 and "at update 6, epoch 1" in result.stdout, result.stdout
+    compare_checkpoints(tmp_path / "whole" / "checkpoint_last.pt", folder / "checkpoint_last.pt")
+    assert speed_aside(rows_of(tmp_path / "whole")) == speed_aside(rows_of(folder))
+
+
+def test_an_error_in_one_worker_ends_all_within_seconds(corpus_dir, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(corpus_dir, folder)
+    items = np.fromfile(folder / "train.bin", np.uint16)
+    items[len(items) // 2] = 999  # in a block that only one of the workers reads
+    items.tofile(folder / "train.bin")
+    began = time.monotonic()
+    result = torchrun(2, *few(folder, tmp_path / "run", "--max_update", 1000))
+    assert result.returncode != 0 and time.monotonic() - began < 60
+    assert re.search(r"^train\.py: error: .*holds token id 999", result.stderr, re.M)
+
+
+def test_sigterm_to_torchrun_stops_all_workers_at_the_same_update_with_a_checkpoint(corpus_dir, tmp_path):
+    process = subprocess.Popen(
+        torchrun_command(2, *few(corpus_dir, tmp_path, "--max_update", 100000)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    terminate_after(process, "update 3 ")
+    saved = checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"]
+    assert saved == rows_of(tmp_path)[-1]["num_updates"] >= 3
+
+
+def test_one_worker_continues_where_two_were_in_the_epoch(corpus_dir, tmp_path):
+    argv = few(corpus_dir, tmp_path / "two", "--save_interval_updates", 3)
+    result = torchrun(2, *argv, "--max_update", 3)
+    assert result.returncode == 0, result.stderr
+    call(train.main, *argv, "--max_update", 6, "--update_freq", 2)
+    call(train.main, *few(corpus_dir, tmp_path / "one", "--max_update", 6, "--update_freq", 2))
+    for a, b in zip(rows_of(tmp_path / "two"), rows_of(tmp_path / "one"), strict=True):
+        assert a["sample_size"] == b["sample_size"] and a["num_updates"] == b["num_updates"]
+        # the first part's schedule ended at its own max_update, so the losses agree only until there
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4 if a["num_updates"] <= 3 else 0.1)
+    shutil.copytree(tmp_path / "one", tmp_path / "odd")  # 12 batches are done: three workers can continue, five cannot
+    device = dataclasses.replace(CPU, world_size=5)
+    run, _ = make_run(corpus_dir, **{"layers": 2})
+    run.device = device
+    loaded = checkpoint.load(tmp_path / "odd" / "checkpoint_last.pt")
+    run.cfg = train.Config(*train.config.parse(train.PARTS, "", few(corpus_dir, tmp_path / "odd"))[0])
+    corpus = data.Corpus(run.cfg.data)
+    assert loaded.content["progress"]["batches"] == 12
+    with pytest.raises(InputError, match="world_size was 1, is 5"):
+        resume.resume(run, corpus, loaded.content["progress"]["data"], tmp_path, loaded, False, print)
+    run.device = dataclasses.replace(CPU, world_size=3)
+    resume.resume(run, corpus, loaded.content["progress"]["data"], tmp_path, loaded, False, print)
+    assert run.batches_done == 4
+
+
+def test_settings_that_move_the_data_position_are_refused_by_name_or_reset_it(saved, corpus_dir, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(saved, folder)
+    other, _ = make_dataset(tmp_path / "other", seed=5)
+    for argv, names in (
+        (["--max_tokens", 128], "max_tokens was 256, is 128"),
+        (["--seed", 7], "seed was 1, is 7"),
+        (["--tokens_per_sample", 16], "tokens_per_sample was 32, is 16"),
+        (["--data_path", other], "sentences was"),
+    ):
+        with pytest.raises(InputError, match=names + ".*--reset_data_position"):
+            call(train.main, *few(corpus_dir, folder, "--max_update", 6, *argv))
+    with pytest.raises(InputError, match="embed_dim was 16, is 32"):
+        call(train.main, *few(corpus_dir, folder, "--max_update", 6, "--embed_dim", 32, "--reset_data_position"))
+    printed = call(
+        train.main,
+        *few(corpus_dir, folder, "--max_update", 6, "--max_tokens", 128, "--lr", 0.01, "--reset_data_position"),
+    )
+    assert "note: changed since the checkpoint: lr" in printed
+    assert [(row["num_updates"], row["epoch"]) for row in rows_of(folder)][-3:] == [(4, 1), (5, 2), (6, 2)]
