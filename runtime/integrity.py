@@ -17,7 +17,7 @@ ENTRIES = dict(
     student={str: torch.Tensor},
     teacher={str: torch.Tensor},
     optimizer=dict(state={int: dict}, param_groups=[dict]),
-    scaler={str: NUMBER},
+    scaler=(EMPTY, {"scale": NUMBER, str: NUMBER}),
     rng=dict(cpu=torch.Tensor),
     progress=dict(
         num_updates=COUNT,
@@ -33,6 +33,8 @@ ENTRIES = dict(
     log=dict(
         updates=[dict(number=COUNT, loss=NUMBER, gnorm=NUMBER, counts=[COUNT] * 3)], skipped=[bool], seconds=NUMBER
     ),
+    # of a file that convert.py made from one of fairseq's: what only fairseq has a place for
+    **{"fairseq?": {"param_group": dict, str: object}},
 )
 MOST_VALUES, DEEPEST = 1_000_000, 50  # of the dict in any file; the base model's has a few thousand
 
@@ -95,9 +97,10 @@ def is_ordinary(tensor: torch.Tensor) -> bool:
 def check_entries(content: dict, path):
     """Raise InputError that names the first entry of a checkpoint of ours that is missing or not what it must be."""
     for name, form in ENTRIES.items():
-        if name not in content:
-            raise InputError(f"{path}: damaged: no {name} in it")
-        if not _fits(content[name], form):
+        if not _fits(content, {name: form}):
+            name = name.strip("?")
+            if name not in content:
+                raise InputError(f"{path}: damaged: no {name} in it")
             raise InputError(f"{path}: damaged: its {name} is not what a run writes there")
     try:
         torch.Generator().set_state(content["rng"]["cpu"])

@@ -88,7 +88,7 @@ def test_what_we_write_for_fairseq_has_the_layout_of_its_own_file(tmp_path, save
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_run_resumes_exactly_through_fairseqs_file(tmp_path, saved, corpus_dir, precision):
-    """Without what only we put there, so that all is read from fairseq's own entries."""
+    """Our own entries in the file are removed, so everything is read from fairseq's."""
 
     def change(content):
         del content["extra_state"]["data2vec_text"]
@@ -102,7 +102,7 @@ def test_a_run_resumes_exactly_through_fairseqs_file(tmp_path, saved, corpus_dir
     (tmp_path / "run").mkdir()
     run(tmp_path / "theirs.pt", "native", tmp_path / "run" / "checkpoint_last.pt")
     few = [*FEW, "--fairseq_exact", "--data_path", corpus_dir, "--save_dir", tmp_path / "run", "--max_update", 4]
-    assert "behind update 2" in call(train.main, *few, "--disable_validation", "--save_interval_updates", 0)
+    assert "at update 2" in call(train.main, *few, "--disable_validation", "--save_interval_updates", 0)
     compare_checkpoints(saved / "checkpoint_last.pt", tmp_path / "run" / "checkpoint_last.pt")
 
 

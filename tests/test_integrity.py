@@ -11,7 +11,7 @@ import torch
 import eval as evaluation
 import train
 from config import InputError
-from runtime import checkpoint
+from runtime import checkpoint, integrity
 from tests.helpers import few, small_content
 
 
@@ -94,6 +94,8 @@ def test_compressed_oversized_and_unchecked_records_are_refused_before_they_are_
         ("teacher", {3: torch.zeros(1)}),
         ("optimizer", {"state": {"a": {}}, "param_groups": []}),
         ("scaler", {"scale": "large"}),
+        ("scaler", {"growth_factor": 2.0}),
+        ("fairseq", {"cfg": {}}),
         ("rng", {}),
         ("rng", {"cpu": torch.zeros(3, dtype=torch.uint8)}),
         ("rng", {"cpu": torch.zeros(5056)}),
@@ -115,7 +117,11 @@ def test_an_entry_of_a_wrong_type_is_damage_in_one_line_that_names_it(tmp_path, 
     checkpoint.save({**made, entry: value}, tmp_path / "x.pt")
     with pytest.raises(InputError, match=rf"x\.pt: damaged: its {entry} is not"):
         checkpoint.load(tmp_path / "x.pt")
-    checkpoint.save({k: v for k, v in made.items() if k != entry}, tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("entry", [name for name in integrity.ENTRIES if not name.endswith("?")])
+def test_a_missing_entry_is_damage_in_one_line_that_names_it(tmp_path, entry):
+    checkpoint.save({k: v for k, v in small_content().items() if k != entry}, tmp_path / "x.pt")
     with pytest.raises(InputError, match=rf"x\.pt: damaged: no {entry} in it"):
         checkpoint.load(tmp_path / "x.pt")
 

@@ -1,6 +1,9 @@
 """fairseq's checkpoints: one of ours as fairseq would have saved it, and optimizer and position from one of its own.
 
-python convert.py --ckpt CHECKPOINT --to fairseq FILE
+    python convert.py --ckpt CHECKPOINT --to fairseq FILE
+    python convert.py --ckpt FAIRSEQ.pt --to native FILE
+
+Both ways keep weights, teacher, optimizer and the position in the data bit for bit.
 """
 
 import dataclasses
