@@ -22,11 +22,11 @@ from config import InputError
 from data import Corpus
 from dataset.text import load_tokenizer
 from runtime import checkpoint
+from runtime.probe import Probe
+from runtime.probe import table as probe_table
 from runtime.quality import GUESSES, evaluate, verdict
 from runtime.resume import init_from
 from tools import features
-from runtime.probe import Probe
-from runtime.probe import table as probe_table
 from train import PARTS, Config, Run
 
 
@@ -43,19 +43,21 @@ def saved_settings(loaded: checkpoint.Loaded, path) -> dict:
 def table(result: dict) -> str:
     """The figures for a person, and whether anything was learned."""
     names = ("loss", "target_var", "pred_var", "cosine", "r2")
-    rows = {"trained": [result[name] for name in names]}
+    rows = {"trained": [result.get(name) for name in names]}
     if "untrained" in result:
-        rows["untrained"] = [result["untrained"][name] for name in names]
-    for guess in GUESSES:
-        rows[guess] = [result.get(f"{name}_{guess}") for name in names]
-    rows["constant"] = [None, None, None, result["cosine_constant"], 0.0]
+        rows["untrained"] = [result["untrained"].get(name) for name in names]
+    if "r2" in result:
+        for guess in GUESSES:
+            rows[guess] = [result.get(f"{name}_{guess}") for name in names]
+        rows["constant"] = [None, None, None, result["cosine_constant"], 0.0]
     lines = [
-        f"{result['ckpt']}, {result['split']}: {result['sample_size']:,} masked tokens in {result['batches']} batches",
+        f"{result['ckpt']}, {result['split']}: {result['sample_size']:,} masked tokens",
         f"{'':10}" + "".join(f"{name:>12}" for name in names),
     ]
     for label, figures in rows.items():
         lines.append(f"{label:10}" + "".join(f"{'' if x is None else format(x, '.4f'):>12}" for x in figures))
-    lines += ["position, block, constant: guesses that read no word (runtime/quality.py)", verdict(result)]
+    lines += ["position, block, constant: guesses that read no word (runtime/quality.py)"] * ("r2" in result)
+    lines += [verdict(result)]
     return "\n".join(lines)
 
 

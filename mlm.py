@@ -51,8 +51,8 @@ def loss_of(run, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def evaluate_words(run, dataset: BlockDataset, train: BlockDataset) -> dict:
-    """How well the student names hidden words, over all workers: mean cross-entropy in nats and perplexity, accuracy,
-    and what always answering with the word frequencies of the training split gets."""
+    """How well the student names hidden words, over all workers: mean cross-entropy in nats, what always answering with
+    the word frequencies of the training split gets, perplexity, and accuracy."""
     device, cfg = run.device, run.cfg.model
     counts = np.ones(len(train.dictionary))  # as if each word had been seen once more
     for tokens in train.stream.checked(train.dictionary):
@@ -73,8 +73,8 @@ def evaluate_words(run, dataset: BlockDataset, train: BlockDataset) -> dict:
     loss, unigram = loss / max(1, places), unigram / max(1, places)
     return dict(
         mlm_loss=loss,
+        mlm_loss_frequency=unigram,
         mlm_perplexity=math.exp(min(loss, 700)),
         mlm_accuracy=hits / max(1, places),
-        mlm_loss_frequency=unigram,
         mlm_places=int(places),
     )

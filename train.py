@@ -378,11 +378,7 @@ def main(argv: list | None = None) -> int:
     finally:
         device.close()
     if device.rank == 0 and figures and code == 0:
-        print(
-            f"valid loss {figures['loss']:.4f}, cosine {figures['cosine']:.4f} (constant {figures['cosine_constant']:.4f},"
-            f" position {figures['cosine_position']:.4f}, position and block {figures['cosine_block']:.4f})\n"
-            f"{verdict(figures)}\n{cfg.train.save_dir}/checkpoint_last.pt"
-        )
+        print(f"valid loss {figures['loss']:.4f}, {verdict(figures)}\n{cfg.train.save_dir}/checkpoint_last.pt")
     return code
 
 

@@ -56,16 +56,22 @@ def quality(sums: Tensor, count: int) -> dict:
 
 def verdict(figures: dict) -> str:
     """In words, whether the student beats the guesses that know no word. figures: of `evaluate` with a training split."""
+    words = ""
+    if "mlm_loss" in figures:
+        words = "words: {mlm_loss:.3f} nats (perplexity {mlm_perplexity:.1f}), frequencies {mlm_loss_frequency:.3f};"
+        words += " accuracy {mlm_accuracy:.3f}"
+        words = words.format(**figures)
+    if "r2" not in figures:
+        return words
     beaten = {
         name: figures[f"gain_{name}"] > max(LEAST_GAIN, LEAST_ERRORS * figures[f"gain_{name}_error"])
         for name in GUESSES
     }
     told = "; ".join(f"gain over {name} {{gain_{name}:.3f}} +- {{gain_{name}_error:.3f}}" for name in GUESSES)
     told = "R2 {r2:.3f}, position {r2_position:.3f}, position and block {r2_block:.3f}; " + told
-    if all(beaten.values()):
-        return "learned: " + told.format(**figures)
     what = "positions and the block's mean" if beaten["position"] else "positions"
-    return f"NOT learned: no better than {what}: " + told.format(**figures)
+    begin = "learned: " if all(beaten.values()) else f"NOT learned: no better than {what}: "
+    return begin + told.format(**figures) + ("\n" + words if words else "")
 
 
 class Guesses:
@@ -138,7 +144,7 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
     device, cfg = run.device, run.cfg.model
     words = mlm.evaluate_words(run, dataset, train) if cfg.predicts_words and train else {}
     if cfg.objective == "mlm":
-        return words
+        return dict(loss=words["mlm_loss"], sample_size=words["mlm_places"], **words)
     run.student.eval()
     guesses = None if train is None else Guesses(run, train)
     loss = torch.zeros((), device=device.torch_device)

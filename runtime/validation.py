@@ -27,7 +27,9 @@ class Validation:
             self.untrained = self.probe.ask(self.first_student())
         result = self.probe.result(self.untrained, self.probe.ask(self.run.student))
         return dict(
-            probe_gain=result["gain"], probe_gain_error=result["gain_error"], probe_accuracy=result["trained"]["accuracy"]
+            probe_gain=result["gain"],
+            probe_gain_error=result["gain_error"],
+            probe_accuracy=result["trained"]["accuracy"],
         )
 
     def first_student(self) -> Data2VecText:

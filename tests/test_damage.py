@@ -23,7 +23,16 @@ from compat import fairseq_names
 from config import InputError
 from runtime import checkpoint
 from tests import soak
-from tests.helpers import GOLDEN, HERE, Payload, call, few, golden, make_dataset, rows_of
+from tests.helpers import (
+    GOLDEN,
+    HERE,
+    Payload,
+    call,
+    few,
+    golden,
+    make_dataset,
+    rows_of,
+)
 
 
 def test_resume_falls_back_to_the_next_older_good_file_and_says_so(saved, corpus_dir, tmp_path):

@@ -15,7 +15,16 @@ from config import InputError
 from data import EOS, UNK, Dictionary
 from dataset import files, text
 from dataset.text import BPE_FILES, Tokenizer, load_tokenizer
-from tests.helpers import GOLDEN, GPT2, RAW, dataset_files, golden, preprocess_words, run_preprocess, sentences_of
+from tests.helpers import (
+    GOLDEN,
+    GPT2,
+    RAW,
+    dataset_files,
+    golden,
+    preprocess_words,
+    run_preprocess,
+    sentences_of,
+)
 
 CHINESE = [
     "自监督学习 不需要 人工标注的数据。",
