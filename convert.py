@@ -30,6 +30,7 @@ from runtime.checkpoint import Loaded
 from tools import convert_fairseq, convert_hf
 from train import PARTS
 
+HEADS = ("regression_head.", "lm_head.")
 KINDS = {"hf": ("hf",), "fairseq": ("fairseq", "state_dict"), "native": ("ours",)}  # for --from -> Loaded.kind
 
 
@@ -51,7 +52,7 @@ class Source:
 def to_hf(source: Source, out: Path) -> list[str]:
     has_tokenizer = source.dictionary and (source.bpe[0] or not source.dictionary.holds_bpe_ids())
     encoder = source.content["teacher"] if source.teacher else source.content["student"]
-    encoder = {k.removeprefix("encoder."): v for k, v in encoder.items() if not k.startswith("regression_head.")}
+    encoder = {k.removeprefix("encoder."): v for k, v in encoder.items() if not k.startswith(HEADS)}
     with checkpoint.whole(out) as folder:
         folder.mkdir()
         unknown, longest = 0, source.flat["tokens_per_sample"]
@@ -64,6 +65,8 @@ def to_hf(source: Source, out: Path) -> list[str]:
 def to_fairseq(source: Source, out: Path) -> list[str]:
     if not any(k.startswith("regression_head.") for k in source.content["student"]):
         raise InputError(f"{source.path} has no regression head, which fairseq's data2vec_text needs")
+    if any(k.startswith("lm_head.") for k in source.content["student"]):
+        raise InputError(f"{source.path} has a head for words, which fairseq's data2vec_text lacks")
     made = convert_fairseq.to_fairseq({"config": None, **source.content}, source.flat)
     checkpoint.write(made, out)
     return []
@@ -114,28 +117,27 @@ def complete(loaded: Loaded, cfg: ModelConfig, seed: int, untrained: str, path) 
         raise InputError(f"{path}: the student has no embed_tokens.weight; is it a data2vec_text model?")
     with torch.device("meta"):  # for names and shapes
         model = Data2VecText(cfg, len(tokens))
-    parts = [("encoder", model.encoder)]
-    if any(k.startswith("regression_head.") for k in loaded.student):
-        parts.append(("regression_head", model.regression_head))
     student = {}
-    for name, module in parts:
+    for name, module in model.named_children():  # the encoder and the heads, of which the file may lack some
         state = {k.removeprefix(f"{name}."): v for k, v in loaded.student.items() if k.startswith(f"{name}.")}
-        state = checkpoint.own_state(state, module, f"the student's {name}", path)
-        student.update((f"{name}.{k}", v) for k, v in state.items())
+        if state:
+            state = checkpoint.own_state(state, module, f"the student's {name}", path)
+            student.update((f"{name}.{k}", v) for k, v in state.items())
     teacher = loaded.teacher
     if teacher is None:  # as at the start of training
         teacher = {k.removeprefix("encoder."): v for k, v in student.items() if k.startswith("encoder.")}
     teacher = checkpoint.own_state(teacher, model.encoder, "the teacher", path)
-    weights, shapes = dict(student=student, teacher=teacher), [p.shape for p in model.state_dict().values()]
+    weights, template = dict(student=student, teacher=teacher), {k: v.to("meta") for k, v in student.items()}
     if loaded.kind == "ours":
         optimizer = loaded.content["optimizer"]
+        shapes = [tensor.shape for tensor in student.values()]
         optimizer = {**optimizer, "state": checkpoint.checked_moments(optimizer["state"], shapes, path)}
         return {**loaded.content, **weights, "optimizer": optimizer}, ""
     content = {**beginning(seed), **weights}
     if loaded.kind != "fairseq" or untrained:
         return content, untrained
     try:
-        resumed = {**content, **convert_fairseq.from_fairseq(loaded.content, model.state_dict(), path)}
+        resumed = {**content, **convert_fairseq.from_fairseq(loaded.content, template, path)}
         integrity.check_entries({**resumed, "config": {}}, path)
         return resumed, ""
     except InputError as e:

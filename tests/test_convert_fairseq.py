@@ -251,6 +251,19 @@ def test_what_cannot_be_converted_is_refused_by_name_and_nothing_is_written(tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["dict.txt"]
 
 
+def test_a_model_with_a_head_for_words_goes_to_transformers_without_it_and_not_to_fairseq(tmp_path, saved):
+    content = {k: v for k, v in checkpoint.load(saved / "checkpoint_last.pt").content.items() if k != "format"}
+    model, _ = random_encoder(1, content["dictionary"]["size"], mlm_weight=1.0)
+    content.update(student=model.state_dict(), teacher=model.encoder.state_dict())
+    content["config"]["mlm_weight"], content["optimizer"]["state"] = 1.0, {}
+    checkpoint.save(content, tmp_path / "words.pt")
+    run(tmp_path / "words.pt", "hf", tmp_path / "hf")
+    run(tmp_path / "words.pt", "native", tmp_path / "copy.pt")
+    assert same(checkpoint.load(tmp_path / "copy.pt").student, dict(model.state_dict()))
+    with pytest.raises(InputError, match="has a head for words, which fairseq's data2vec_text lacks"):
+        run(tmp_path / "words.pt", "fairseq", tmp_path / "theirs.pt")
+
+
 def test_a_pre_norm_model_is_refused_for_transformers_by_name(tmp_path, saved, random_file):
     content = {k: v for k, v in checkpoint.load(random_file[0]).content.items() if k != "format"}
     model, _ = random_encoder(1, content["dictionary"]["size"], normalize_before=True)
