@@ -308,7 +308,7 @@ def test_an_fp16_overflow_skips_the_update_and_is_not_counted(corpus_dir):
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["--fairseq_exact"], ["--update_freq", "3"], ["--amp", "bf16"], ["--log_interval", "5"]]
+    "extra", [[], ["--fairseq_exact"], ["--update_freq", "3"], ["--amp", "bf16"], ["--log_interval", "5"], ["--mlm_weight", "1"]]
 )
 def test_an_interrupted_run_continues_bit_for_bit(tmp_path, corpus_dir, monkeypatch, extra):
     # dropout on; about 20 batches an epoch (7 updates under update_freq 3): the interruptions are within epochs
