@@ -42,7 +42,8 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 
 import config
-from data import PAD, Batch, Corpus
+from data import Batch, Corpus
+from dataset.binarized import PAD
 from model import ModelConfig
 from train import PARTS, Config, Run, turns, update
 

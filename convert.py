@@ -23,7 +23,7 @@ import torch
 
 import config
 from config import InputError, printable
-from data import Dictionary
+from dataset.binarized import Dictionary
 from model import Data2VecText, ModelConfig
 from runtime import checkpoint, integrity
 from runtime.checkpoint import Loaded

@@ -36,8 +36,14 @@ from pathlib import Path
 
 import config
 from config import InputError, RunError
-from data import Dictionary, build_dictionary, publish, token_type, write_parts
 from dataset import files
+from dataset.binarized import (
+    Dictionary,
+    build_dictionary,
+    publish,
+    token_type,
+    write_parts,
+)
 from dataset.files import disk_size, identity, read_all
 from dataset.text import (
     BPE_FILES,

@@ -12,16 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import ema
 import train
-from data import (
-    BOS,
-    PAD,
-    DataConfig,
-    Dictionary,
-    mask_block,
-)
+from data import DataConfig, mask_block
+from dataset.binarized import BOS, PAD, Dictionary
 from ema import EmaConfig
 from model import ModelConfig, data2vec_loss, teacher_targets
 from compat import fairseq_names
@@ -41,6 +35,7 @@ from tests.helpers import (  # noqa: F401, fixtures
     random_encoder,
     rows_of,
 )
+from tools import dataset
 
 
 @golden
@@ -52,7 +47,7 @@ def test_batches_equal_the_references_recorded_ones(name):
     argv += ["--max_tokens", recorded["max_tokens"]] + [w for k, v in recorded["config"].items() for w in (f"--{k}", v)]
     for key, epoch in recorded["epochs"].items():
         number, rank, world_size = re.match(r"epoch(\d+)_shard(\d+)of(\d+)", key).groups()
-        facts = json.loads(call(data.main, *argv, "--epoch", number, "--rank", rank, "--world_size", world_size))
+        facts = json.loads(call(dataset.main, *argv, "--epoch", number, "--rank", rank, "--world_size", world_size))
         for ours, theirs in (
             ("batches", "batches"),
             ("empty_batches", "empty"),
@@ -308,7 +303,15 @@ def test_an_fp16_overflow_skips_the_update_and_is_not_counted(corpus_dir):
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["--fairseq_exact"], ["--update_freq", "3"], ["--amp", "bf16"], ["--log_interval", "5"], ["--mlm_weight", "1"]]
+    "extra",
+    [
+        [],
+        ["--fairseq_exact"],
+        ["--update_freq", "3"],
+        ["--amp", "bf16"],
+        ["--log_interval", "5"],
+        ["--mlm_weight", "1"],
+    ],
 )
 def test_an_interrupted_run_continues_bit_for_bit(tmp_path, corpus_dir, monkeypatch, extra):
     # dropout on; about 20 batches an epoch (7 updates under update_freq 3): the interruptions are within epochs

@@ -25,7 +25,8 @@ import config
 import ema
 import mlm
 from config import InputError, RunError, option
-from data import Batch, BlockDataset, Corpus, DataConfig, TokenFile, prefetch
+from data import Batch, BlockDataset, Corpus, DataConfig, prefetch
+from dataset.binarized import TokenFile
 from ema import EmaConfig
 from fast.vectors import LongVectors, Separate
 from model import Data2VecText, ModelConfig, data2vec_loss, teacher_targets
@@ -89,6 +90,8 @@ class Config:
     def __post_init__(self):
         for part in (self.data, self.model, self.optim, self.train):
             part.check()
+        if self.model.objective == "mlm" and self.data.teacher_input == "masked":
+            raise InputError("--objective mlm has no teacher and reads whole blocks: --teacher_input full")
         if self.data.tokens_per_sample > self.model.max_source_positions:
             raise InputError(
                 f"--tokens_per_sample {self.data.tokens_per_sample} is above --max_source_positions"

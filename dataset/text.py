@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from config import InputError
-from data import EOS, UNK, Dictionary, token_type
+from dataset.binarized import EOS, UNK, Dictionary, token_type
 from dataset.files import disk_size, read_all
 
 BPE_FILES = ("encoder.json", "vocab.bpe")

@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 
 from config import InputError
-from data import SPECIAL, Batch, BlockDataset, Corpus, TokenStream
+from data import Batch, BlockDataset, Corpus
+from dataset.binarized import SPECIAL, TokenStream
 
 CLASSES = 1000
 MASK_EPOCHS = 5  # a small split is read this many times, each time with the masks of another epoch

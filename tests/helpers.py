@@ -19,10 +19,10 @@ import torch
 
 import config
 import convert
-import data
 import preprocess
 import train
-from data import EOS, PAD, Corpus, DataConfig, TokenStream
+from data import Corpus, DataConfig
+from dataset.binarized import DTYPES, EOS, MAGIC, PAD, TokenStream, write_dataset
 from model import Data2VecText, ModelConfig
 from runtime import checkpoint
 
@@ -87,7 +87,7 @@ def make_dataset(folder, sentences=None, words=60, splits=("train", "valid"), se
             ]
             sentences.append([EOS])
     for split in splits:
-        data.write_dataset(folder / split, sentences, words)
+        write_dataset(folder / split, sentences, words)
     (folder / "dict.txt").write_text("".join(f"w{i} {100 - i}\n" for i in range(words - 4)))
     return folder, sentences
 
@@ -123,7 +123,7 @@ def block_dataset(corpus_dir):
 
 def write_index(prefix, sentences, code, order=None):
     """An .idx and .bin of any integer type, with the sentences in the file in another order if asked."""
-    dtype = np.dtype(data.DTYPES[code])
+    dtype = np.dtype(DTYPES[code])
     order = range(len(sentences)) if order is None else order
     offsets, blob = {}, b""
     for i in order:
@@ -131,7 +131,7 @@ def write_index(prefix, sentences, code, order=None):
         blob += np.asarray(sentences[i], dtype).tobytes()
     Path(f"{prefix}.bin").write_bytes(blob)
     Path(f"{prefix}.idx").write_bytes(
-        data.MAGIC
+        MAGIC
         + (1).to_bytes(8, "little")
         + bytes([code])
         + len(sentences).to_bytes(8, "little")

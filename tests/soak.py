@@ -30,7 +30,7 @@ import config
 import convert
 import data
 from config import InputError
-from data import EOS
+from dataset.binarized import EOS, write_dataset
 from runtime import checkpoint
 
 HERE = Path(__file__).parent.parent  # the project
@@ -47,7 +47,7 @@ def small_corpus(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "valid"):
         sentences = [[EOS] if i % 6 == 5 else [*rng.integers(4, 60, rng.integers(1, 40)), EOS] for i in range(200)]
-        data.write_dataset(folder / split, sentences, 60)
+        write_dataset(folder / split, sentences, 60)
     (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(56)))
     return folder
 

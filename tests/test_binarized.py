@@ -1,38 +1,44 @@
 """The binarized dataset on disk: what is written, read and refused."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
-# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 import numpy as np
 import pytest
 
-import data
 import train
 from config import InputError
-from data import (
-    EOS,
-    Dictionary,
-    TokenStream,
-)
+from dataset.binarized import DTYPES, EOS, Dictionary, TokenStream, write_dataset
 from tests.helpers import FEW, GOLDEN, call, golden, make_dataset, write_index
+from tools import dataset
 
 
 @golden
-def test_the_writer_s_files_equal_fairseq_preprocess_s(tmp_path):
+def test_written_files_match_those_of_fairseq_preprocess(tmp_path):
     folder = GOLDEN / "corpora" / "words-bin"
     stream = TokenStream(folder, "valid")
     sentences = [stream.read(int(a), int(b)) for a, b in zip(stream.starts, stream.starts[1:])]
-    data.write_dataset(tmp_path / "valid", sentences, 1000)
+    write_dataset(tmp_path / "valid", sentences, 1000)
     for suffix in ("bin", "idx"):
         assert (tmp_path / f"valid.{suffix}").read_bytes() == (folder / f"valid.{suffix}").read_bytes()
 
 
-@pytest.mark.parametrize("code", sorted(data.DTYPES))
-def test_every_integer_type_and_any_order_in_the_file_reads_the_same(tmp_path, code):
-    sentences = [[5, 6, 2], [2], [7, 8, 9, 10, 2], [11, 2]]
-    write_index(tmp_path / "train", sentences, code, order=[2, 0, 3, 1])
+@golden
+def test_the_digest_of_a_corpus_is_of_sizes_and_samples_as_stored_in_older_checkpoints():
+    stream = TokenStream(GOLDEN / "corpora" / "bpe-bin", "train")
+    tokens = np.fromfile(GOLDEN / "corpora" / "bpe-bin" / "train.bin", np.uint16).astype(np.int64)
+    digest = hashlib.sha256(np.asarray(stream.sizes, np.int64).tobytes())
+    for start in np.linspace(0, len(tokens) - 1024, 64).astype(np.int64):
+        digest.update(tokens[start : start + 1024].tobytes())
+    assert stream.digest() == digest.hexdigest() and stream.tokens == len(tokens)
+
+
+@pytest.mark.parametrize("code", sorted(DTYPES))
+def test_every_integer_type_reads_the_same_from_several_files(tmp_path, code):
+    sentences = [[5, 6, 2], [], [2], [7, 8, 9, 10, 2], [11, 2]]
+    write_index(tmp_path / "train", sentences, code)
     write_index(tmp_path / "train1", sentences[::-1], code)
     stream = TokenStream(tmp_path, "train")
     flat = sum(sentences, []) + sum(sentences[::-1], [])
@@ -42,7 +48,14 @@ def test_every_integer_type_and_any_order_in_the_file_reads_the_same(tmp_path, c
             assert stream.read(start, end).tolist() == flat[start:end]
 
 
-def test_dictionary_rules(tmp_path):
+def test_sentences_that_do_not_lie_back_to_back_in_order_are_refused(tmp_path):
+    sentences = [[5, 6, 2], [2], [7, 8, 9, 10, 2], [11, 2]]
+    write_index(tmp_path / "train", sentences, 8, order=[0, 3, 2, 1])
+    with pytest.raises(InputError, match="sentence 1 has 1 tokens at byte 20, not right after .* before it; rebuild"):
+        TokenStream(tmp_path, "train")
+
+
+def test_a_dictionary_takes_what_fairseq_takes_and_names_the_line_of_an_error(tmp_path):
     path = tmp_path / "dict.txt"
     path.write_text("a b 3\n</s> 0 #fairseq:overwrite\n\u00a0x 1\r\n", encoding="utf-8", newline="")
     assert Dictionary(path).symbols == ["<s>", "<pad>", "</s>", "<unk>", "a b", "</s>", "\u00a0x", "<mask>"]
@@ -95,9 +108,9 @@ def damage(folder: Path, what: str):
         "token": lambda: token(999),
         "mask": lambda: token(60),
         "malformed dict": lambda: (folder / "dict.txt").write_text("w0 1\nw1\n"),
-        "no sentences": lambda: data.write_dataset(folder / "train", [], 60),
-        "only separators": lambda: data.write_dataset(folder / "train", [[EOS]] * 5, 60),
-        "one long": lambda: data.write_dataset(folder / "train", [[*([5] * 600), EOS]], 60),
+        "no sentences": lambda: write_dataset(folder / "train", [], 60),
+        "only separators": lambda: write_dataset(folder / "train", [[EOS]] * 5, 60),
+        "one long": lambda: write_dataset(folder / "train", [[*([5] * 600), EOS]], 60),
     }[what]()
 
 
@@ -133,13 +146,13 @@ def damage(folder: Path, what: str):
         ("one long", "1 longer than 512"),
     ],
 )
-def test_a_broken_dataset_gets_one_line_that_says_what_and_where(tmp_path, what, message):
+def test_a_broken_dataset_ends_in_one_line_that_says_what_and_where(tmp_path, what, message):
     folder, _ = make_dataset(tmp_path / "set", [[5, 6, 7, 8, 9, 2], [2], [10, 11, 2]] * 20)
     damage(folder, what)
     with pytest.raises(InputError, match=message) as error:
-        call(data.main, "--data_path", folder, "--json", "--fairseq_exact", "--mask_prob", "0.9")
+        call(dataset.main, "--data_path", folder, "--json", "--fairseq_exact", "--mask_prob", "0.9")
     assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=message):  # and training meets it before its first update, or on the batch
+    with pytest.raises(InputError, match=message):  # training stops before its first update, or at the batch
         call(
             train.main,
             *FEW,
@@ -159,11 +172,11 @@ def test_a_broken_dataset_gets_one_line_that_says_what_and_where(tmp_path, what,
         )
 
 
-def test_the_demo_corpus_is_deterministic_and_its_splits_share_no_topic(tmp_path):
+def test_the_demo_corpus_is_deterministic_and_big_enough_to_train_on(tmp_path):
     for name in ("a", "b"):
-        call(data.main, "--make_demo", tmp_path / name)
+        call(dataset.main, "--make_demo", tmp_path / name)
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert files == ["dict.txt"] + [f"{s}.{e}" for s in ("test", "train", "valid") for e in ("bin", "idx")]
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
-    facts = json.loads(call(data.main, "--data_path", tmp_path / "a", "--json", "--config_name", "tiny"))
+    facts = json.loads(call(dataset.main, "--data_path", tmp_path / "a", "--json", "--config_name", "tiny"))
     assert facts["tokens"] > 50_000 and facts["documents"] > 40 and facts["dropped_percent"] == 0

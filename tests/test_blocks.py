@@ -1,22 +1,17 @@
-"""Blocks, batches and epochs against their rules, walked step by step."""
-
-
-# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
+"""Blocks, batches and epochs against their rules, walked one item at a time."""
 
 import numpy as np
 import pytest
 
-from data import (
-    Corpus,
-    DataConfig,
-    cut_batches,
-    cut_blocks,
-)
-from tests.helpers import blocks_by_walking, make_dataset
+from data import Corpus, DataConfig
+from dataset import binarized
+from dataset.binarized import TokenStream
+from dataset.blocks import cut_batches, cut_blocks, order_by_length
+from tests.helpers import blocks_by_walking, make_dataset, write_index
 
 
 @pytest.mark.parametrize("mode", ["complete", "complete_doc"])
-def test_blocks_equal_the_rule_walked_sentence_by_sentence(mode):
+def test_blocks_follow_the_rule_walked_sentence_by_sentence(mode):
     rng = np.random.default_rng(3)
     for _ in range(300):
         sizes = rng.integers(1, rng.integers(2, 30), rng.integers(0, 40))
@@ -39,6 +34,42 @@ def test_splitting_long_sentences_keeps_every_token_exactly_once(mode):
         assert np.array_equal(covered, expected)
 
 
+@pytest.mark.parametrize("piece", [1, 2, 7, 40])
+def test_a_corpus_handled_in_pieces_gives_the_same_blocks_tokens_and_digest(tmp_path, monkeypatch, piece):
+    random = np.random.default_rng(piece)
+    cases = []
+    for _ in range(60):
+        sizes = random.integers(random.integers(0, 2), random.integers(2, 30), random.integers(0, 60)).astype(np.int32)
+        for mode in ("none", "eos", "complete", "complete_doc"):
+            for split_long in (True, False):
+                argv = sizes, mode, int(random.integers(1, 25)), split_long
+                cases.append((argv, cut_blocks(*argv)))
+    sentences = [random.integers(4, 60, n).tolist() for n in random.integers(0, 9, 50)]
+    write_index(tmp_path / "train", sentences, 8)
+    write_index(tmp_path / "train1", sentences, 5)
+    digest = TokenStream(tmp_path, "train").digest()
+
+    monkeypatch.setattr(binarized, "PIECE", piece)
+    for (sizes, mode, block_size, split_long), whole in cases:
+        got = cut_blocks(sizes, mode, block_size, split_long)
+        assert all(np.array_equal(a, b) and a.dtype == np.int64 for a, b in zip(got, whole))
+        if mode.startswith("complete") and not split_long:
+            walked = blocks_by_walking(sizes[sizes > 0].tolist(), mode, block_size)
+            assert list(zip(*(x.tolist() for x in got))) == walked
+    stream, flat = TokenStream(tmp_path, "train"), sum(2 * sentences, [])
+    assert stream.read(0, stream.tokens).tolist() == flat and stream.digest() == digest
+    places = random.permutation(len(flat))
+    assert stream.take(places).tolist() == [flat[i] for i in places]
+
+
+def test_order_is_by_length_with_ties_by_the_legacy_permutation():
+    random = np.random.default_rng(6)
+    for n, longest in ((0, 2), (1, 2), (500, 8), (500, 600), (300, 100_000)):
+        lengths, seed = random.integers(2, longest + 1, n).astype(np.int32), int(random.integers(0, 2**32))
+        shuffled = np.random.RandomState(seed).permutation(n)
+        assert np.array_equal(order_by_length(lengths, seed), np.lexsort((shuffled, lengths)))
+
+
 def test_an_epoch_holds_every_token_of_the_corpus_once(block_dataset, corpus_dir):
     for world_size in (1, 3):
         dataset = block_dataset(long_sentences="split")
@@ -54,7 +85,7 @@ def test_an_epoch_holds_every_token_of_the_corpus_once(block_dataset, corpus_dir
 
 
 def batches_by_walking(lengths, max_tokens, batch_size, multiple):
-    """The rule for cutting batches, block by block: a batch, and a tail. Also whether a tail overflowed."""
+    """The rule for cutting batches, block by block, with a batch and a tail. Also whether a tail became too large."""
     done, batch, tail, overflowed = [], [], [], False
 
     def too_large(blocks):
@@ -76,7 +107,7 @@ def batches_by_walking(lengths, max_tokens, batch_size, multiple):
     return done + [part for part in (batch, tail) if part], overflowed
 
 
-def test_batches_equal_the_rule_walked_block_by_block():
+def test_batches_follow_the_rule_walked_block_by_block():
     rng = np.random.default_rng(5)
     overflows = 0
     for _ in range(3000):
@@ -91,10 +122,10 @@ def test_batches_equal_the_rule_walked_block_by_block():
         ends = cut_batches(lengths, max_tokens, batch_size, multiple).tolist()
         got = [lengths[a:b].tolist() for a, b in zip([0, *ends], ends)]
         assert got == expected, (lengths.tolist(), max_tokens, batch_size, multiple)
-    assert overflows >= 20  # the rare branch was reached
+    assert overflows >= 20  # so the rare branch is tested
 
 
-def test_batch_size_and_remainder(block_dataset):
+def test_batch_size_limits_a_batch_and_a_dropped_remainder_is_counted(block_dataset):
     dataset = block_dataset(batch_size=8)
     assert max(map(len, dataset.epoch_batches(1))) == 8
     kept, dropped = block_dataset(), block_dataset(drop_remainder=True)
@@ -102,7 +133,7 @@ def test_batch_size_and_remainder(block_dataset):
     assert lost == len(dropped.remainder) and sum(map(len, kept.epoch_batches(1))) == len(kept.order)
 
 
-def test_workers_share_an_epoch_and_a_short_one_gets_an_empty_batch(block_dataset):
+def test_workers_share_an_epoch_and_one_with_too_few_batches_gets_an_empty_one(block_dataset):
     dataset = block_dataset()
     one = [ids.tolist() for ids in dataset.epoch_batches(4)]
     for world_size in (2, 3, len(one) + 1):
@@ -112,7 +143,7 @@ def test_workers_share_an_epoch_and_a_short_one_gets_an_empty_batch(block_datase
             assert [ids.tolist() for ids in shard if len(ids)] == one[rank::world_size]
 
 
-def test_several_folders_are_epochs_in_turn_and_validation_reads_the_first(tmp_path):
+def test_several_folders_are_read_one_per_epoch_and_validation_reads_the_first(tmp_path):
     folders = [str(make_dataset(tmp_path / str(i), seed=i)[0]) for i in range(3)]
     corpus = Corpus(DataConfig(data_path=":".join(folders)))
     for epoch in range(1, 8):
@@ -120,7 +151,7 @@ def test_several_folders_are_epochs_in_turn_and_validation_reads_the_first(tmp_p
         assert str(corpus.split("valid", epoch).stream.folder) == folders[0]
 
 
-def test_masks_change_each_epoch_unless_fixed_and_validation_s_never(block_dataset):
+def test_masks_change_each_epoch_unless_fixed_and_never_in_validation(block_dataset):
     for split, fixed, same in (("train", False, False), ("train", True, True), ("valid", False, True)):
         dataset = block_dataset(split, fixed_masks=fixed)
         ids = dataset.epoch_batches(1)[-1]

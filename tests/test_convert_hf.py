@@ -14,7 +14,7 @@ import eval as evaluation
 import train
 from compat import fairseq_names
 from config import InputError
-from data import BOS, EOS, PAD, UNK, Dictionary, TokenStream
+from dataset.binarized import BOS, EOS, PAD, UNK, Dictionary, TokenStream
 from dataset.text import load_tokenizer
 from runtime import checkpoint
 from tests.converting import WORDS, random_file, run, same, saved  # noqa: F401

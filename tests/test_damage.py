@@ -142,7 +142,7 @@ def test_odd_characters_break_no_line_and_write_nothing_outside_the_save_directo
     words = (folder / "dict.txt").read_text().splitlines()
     words[0] = "\x1b[2J\x07../../x 9"
     (folder / "dict.txt").write_text("\n".join(words) + "\n")
-    printed = call(data.main, "--data_path", folder)
+    printed = call(dataset.main, "--data_path", folder)
     assert "\x1b" not in printed and "\x07" not in printed
     where = tmp_path / "o\nut" / "run"
     printed = call(train.main, *few(folder, where, "--max_update", 1))

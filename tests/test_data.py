@@ -1,7 +1,7 @@
-"""The fast loader gives what the plain one gives, to the bit: numpy's generator, masks, blocks, batches; the thread."""
+"""The fast loader equals the plain one, to the bit: numpy's generator, masks, batches. And the prefetch thread."""
 
 import dataclasses
-import hashlib
+import functools
 import json
 import threading
 
@@ -11,16 +11,9 @@ import pytest
 import bench
 import data
 from config import InputError
-from data import Corpus, DataConfig, TokenStream, mask_block, prefetch
-from fast import masks as rng
-from tests.helpers import (
-    GOLDEN,
-    blocks_by_walking,
-    call,
-    golden,
-    make_dataset,
-    write_index,
-)
+from data import Corpus, DataConfig, mask_block, prefetch
+from fast import masks
+from tests.helpers import GOLDEN, call, golden, make_dataset
 from tools import bench_data
 
 
@@ -41,42 +34,42 @@ def check_same_batches(got, expected):
                 assert type(x) is type(y) and x == y, field.name
 
 
-# ---------------------------------------------------------------------------------------------- rng
+# ---------------------------------------------------------------------------------------------- numpy's generator
 
 
-def test_hashes_of_three_integers_are_python_s():
+def test_hashes_of_three_integers_match_python():
     random = np.random.default_rng(0)
     for first, second in [(0, 0), (2**32 - 1, 10**6), *random.integers(0, 2**20, (50, 2)).tolist()]:
         thirds = np.concatenate([np.arange(20), random.integers(0, 2**61 - 1, 50)])
         expected = [hash((first, second, third)) for third in thirds.tolist()]
-        assert rng.tuple_hashes(first, second, thirds).tolist() == expected
+        assert masks.tuple_hashes(first, second, thirds).tolist() == expected
 
 
-def test_seeds_and_floats_are_numpy_s():
+def test_seeds_and_floats_match_numpy():
     seeds = np.concatenate([[0, 1, 10**6 - 1, 2**32 - 1], np.random.default_rng(1).integers(0, 2**32, 500)])
-    words, floats = rng._seed_words(seeds), rng.Generators(seeds).random()
+    words, floats = masks._seed_words(seeds), masks.Generators(seeds).random()
     for i, seed in enumerate(seeds.tolist()):
         assert np.array_equal(words[:, i], np.random.SeedSequence(seed).generate_state(4, np.uint64))
         assert floats[i] == np.random.default_rng(seed).random()
 
 
 def choices(seeds, n, count):
-    """The places chosen for each seed, as bool (n,); and the numbers of those that numpy may have redrawn."""
+    """The places chosen for each seed, as bool (n,); and which of the seeds numpy may have drawn again for."""
     begin, chosen = np.cumsum(n) - n, np.zeros(int(n.sum()), bool)
-    generators = rng.Generators(seeds)
+    generators = masks.Generators(seeds)
     generators.random()
     redrawn = generators.choose(n, count, begin, chosen)
     return np.split(chosen, begin[1:]), redrawn.tolist()
 
 
-def numpy_s_choice(seed, n, count):
+def numpy_choice(seed, n, count):
     generator, chosen = np.random.default_rng(seed), np.zeros(n, bool)
     generator.random()
     chosen[generator.choice(n, count, replace=False)] = True
     return chosen
 
 
-def test_choices_are_numpy_s_from_none_to_all():
+def test_choices_of_none_to_all_match_numpy():
     random, checked = np.random.default_rng(2), 0
     for most in (1, 2, 3, 70, 520, 10_000):
         n = np.concatenate([[most], random.integers(1, most + 1, 400)])
@@ -85,23 +78,23 @@ def test_choices_are_numpy_s_from_none_to_all():
         chosen, redrawn = choices(seeds, n, count)
         for i, case in enumerate(zip(seeds.tolist(), n.tolist(), count.tolist())):
             if i not in redrawn:
-                assert np.array_equal(chosen[i], numpy_s_choice(*case)), case
+                assert np.array_equal(chosen[i], numpy_choice(*case)), case
                 checked += 1
     assert checked > 2300
 
 
-def test_a_choice_for_which_numpy_draws_again_is_reported():
+def test_choices_for_which_numpy_draws_again_are_reported():
     seeds = np.arange(5000)
     n, count = np.full(len(seeds), 10_000), np.full(len(seeds), 1000)
     chosen, redrawn = choices(seeds, n, count)
-    wrong = [i for i in redrawn if not np.array_equal(chosen[i], numpy_s_choice(i, 10_000, 1000))]
+    wrong = [i for i in redrawn if not np.array_equal(chosen[i], numpy_choice(i, 10_000, 1000))]
     assert 0 < len(wrong) <= len(redrawn) < 50
 
 
 # ---------------------------------------------------------------------------------------------- masks
 
 
-def test_masks_of_many_blocks_at_once_are_those_of_one_at_a_time():
+def test_masks_of_many_blocks_at_once_match_the_rule_block_by_block():
     random, checked = np.random.default_rng(3), 0
     for longest, blocks, rounds in ((2, 20, 20), (80, 60, 40), (600, 50, 20), (12_000, 12, 10)):
         for _ in range(rounds):
@@ -114,22 +107,43 @@ def test_masks_of_many_blocks_at_once_are_those_of_one_at_a_time():
             lengths = random.integers(2, longest + 1, blocks)
             widths = lengths + random.integers(0, 5, blocks)
             begins, hidden = np.cumsum(widths) - widths, np.zeros(int(widths.sum()), bool)
-            data.hide_blocks(hidden, begins, lengths, None, cfg, epoch, ids)
+            rule = cfg.seed, epoch, cfg.mask_prob, cfg.mask_multiple_length
+            mask_one = functools.partial(mask_block, dictionary=None, cfg=cfg, epoch=epoch)
+            masks.hide_blocks(hidden, begins, lengths, ids, *rule, mask_one)
             for begin, width, length, index in zip(*(x.tolist() for x in (begins, widths, lengths, ids))):
                 expected = np.zeros(width, bool)
-                expected[:length] = mask_block(length, None, cfg, epoch, index)[0]
+                expected[:length] = mask_one(length, index=index).hidden
                 assert np.array_equal(hidden[begin : begin + width], expected), (cfg, epoch, length, index)
                 checked += 1
     assert checked > 3000
 
 
-def test_another_python_or_numpy_is_noticed_and_its_blocks_are_masked_one_at_a_time(corpus_dir, monkeypatch):
+def test_a_block_for_which_numpy_draws_again_gets_the_mask_of_the_rule():
+    cfg, ids = DataConfig(mask_multiple_length=1, mask_prob=0.1), np.arange(5000)
+    lengths = np.full(len(ids), 10_000)
+    seeds = masks.block_seeds(cfg.seed, 1, ids)
+    counts = np.array([int(1000 + np.random.default_rng(int(seed)).random()) for seed in seeds])
+    redrawn = choices(seeds, lengths, counts)[1]
+    asked = []
+
+    def mask_one(length, index):
+        asked.append(index)
+        return mask_block(length, None, cfg, 1, index)
+
+    hidden = np.zeros(lengths.sum(), bool)
+    masks.hide_blocks(hidden, ids * 10_000, lengths, ids, cfg.seed, 1, cfg.mask_prob, 1, mask_one)
+    assert asked == redrawn and len(asked) > 0
+    for index in asked:
+        assert np.array_equal(hidden[index * 10_000 :][:10_000], mask_block(10_000, None, cfg, 1, index).hidden)
+
+
+def test_another_python_or_numpy_is_noticed_and_blocks_are_then_masked_by_the_rule(corpus_dir, monkeypatch):
     dataset = Corpus(DataConfig(data_path=str(corpus_dir), tokens_per_sample=32, max_tokens=256)).split("train")
-    lists, exact = dataset.epoch_batches(1), data.hide_blocks_is_exact.__wrapped__
-    expected = list(dataset.batches(lists, 3))
+    lists, exact = dataset.epoch_batches(1), masks.hide_blocks_is_exact.__wrapped__
+    expected, tuple_hashes = list(dataset.batches(lists, 3)), masks.tuple_hashes
     assert exact()
     for where, name, other in (
-        (data, "tuple_hashes", lambda *args: rng.tuple_hashes(*args) + 2**40),
+        (masks, "tuple_hashes", lambda *args: tuple_hashes(*args) + 2**40),
         (np.random, "default_rng", lambda seed: np.random.Generator(np.random.MT19937(seed))),
     ):
         with monkeypatch.context() as patch:
@@ -140,53 +154,7 @@ def test_another_python_or_numpy_is_noticed_and_its_blocks_are_masked_one_at_a_t
     check_same_batches(dataset.batches(lists, 3), expected)
 
 
-# ---------------------------------------------------------------------------------------------- blocks and batches
-
-
-@pytest.mark.parametrize("piece", [1, 2, 7, 40])
-def test_a_corpus_worked_through_in_pieces_gives_the_same_blocks_runs_and_digest(tmp_path, monkeypatch, piece):
-    random = np.random.default_rng(piece)
-    cases = []
-    for _ in range(60):
-        sizes = random.integers(random.integers(0, 2), random.integers(2, 30), random.integers(0, 60)).astype(np.int32)
-        for mode in ("none", "eos", "complete", "complete_doc"):
-            for split_long in (True, False):
-                argv = sizes, mode, int(random.integers(1, 25)), split_long
-                cases.append((argv, data.cut_blocks(*argv)))
-    sentences = [random.integers(4, 60, n).tolist() for n in random.integers(0, 9, 50)]
-    write_index(tmp_path / "train", sentences, 8, order=random.permutation(50))
-    write_index(tmp_path / "train1", sentences, 5)
-    digest = TokenStream(tmp_path, "train").digest()
-
-    monkeypatch.setattr(data, "PIECE", piece)
-    for (sizes, mode, block_size, split_long), whole in cases:
-        got = data.cut_blocks(sizes, mode, block_size, split_long)
-        assert all(np.array_equal(a, b) and a.dtype == np.int64 for a, b in zip(got, whole))
-        if mode.startswith("complete") and not split_long:
-            walked = blocks_by_walking(sizes[sizes > 0].tolist(), mode, block_size)
-            assert list(zip(*(x.tolist() for x in got))) == walked
-    stream, flat = TokenStream(tmp_path, "train"), sum(2 * sentences, [])
-    assert stream.read(0, stream.tokens).tolist() == flat and stream.digest() == digest
-    places = random.permutation(len(flat))
-    assert stream.take(places).tolist() == [flat[i] for i in places]
-
-
-@golden
-def test_the_corpus_s_digest_is_that_of_sizes_and_samples_as_older_checkpoints_hold_it():
-    stream = TokenStream(GOLDEN / "corpora" / "bpe-bin", "train")
-    tokens = np.fromfile(GOLDEN / "corpora" / "bpe-bin" / "train.bin", np.uint16).astype(np.int64)
-    digest = hashlib.sha256(np.asarray(stream.sizes, np.int64).tobytes())
-    for start in np.linspace(0, len(tokens) - 1024, 64).astype(np.int64):
-        digest.update(tokens[start : start + 1024].tobytes())
-    assert stream.digest() == digest.hexdigest() and stream.tokens == len(tokens)
-
-
-def test_order_is_by_length_with_ties_by_the_legacy_permutation():
-    random = np.random.default_rng(6)
-    for n, longest in ((0, 2), (1, 2), (500, 8), (500, 600), (300, 100_000)):
-        lengths, seed = random.integers(2, longest + 1, n).astype(np.int32), int(random.integers(0, 2**32))
-        shuffled = np.random.RandomState(seed).permutation(n)
-        assert np.array_equal(data.order_by_length(lengths, seed), np.lexsort((shuffled, lengths)))
+# ---------------------------------------------------------------------------------------------- batches
 
 
 @pytest.mark.parametrize("teacher_input", ["full", "masked"])
@@ -203,7 +171,7 @@ def test_order_is_by_length_with_ties_by_the_legacy_permutation():
         dict(mask_prob=1e-6),
     ],
 )
-def test_batches_equal_those_of_the_plain_loop(corpus_dir, monkeypatch, teacher_input, options):
+def test_batches_match_the_plain_loop(corpus_dir, monkeypatch, teacher_input, options):
     monkeypatch.setattr(data, "PIECE", 1000)  # three batches at once
     cfg = DataConfig(
         data_path=str(corpus_dir), tokens_per_sample=32, max_tokens=256, teacher_input=teacher_input, **options
@@ -213,14 +181,14 @@ def test_batches_equal_those_of_the_plain_loop(corpus_dir, monkeypatch, teacher_
         lists = dataset.epoch_batches(2)[:12]
         plain = [bench_data.plain_batch(dataset, ids, 2) for ids in lists]
         check_same_batches(dataset.batches([lists[0][:0], *lists, lists[0][:0]], 2), plain)
-        turned = [ids[::-1] for ids in lists]  # the longest first
+        turned = [ids[::-1] for ids in lists]  # longest first
         plain = [bench_data.plain_batch(dataset, ids, 2) for ids in turned]
         check_same_batches(map(dataset.batch, turned, [2] * 99), plain)
 
 
 @golden
 @pytest.mark.parametrize("tokens_per_sample", [64, 512])
-def test_batches_of_the_golden_corpus_equal_those_of_the_plain_loop(tokens_per_sample):
+def test_batches_of_the_golden_corpus_match_the_plain_loop(tokens_per_sample):
     for teacher_input in ("full", "masked"):
         cfg = DataConfig(
             data_path=str(GOLDEN / "corpora" / "bpe-bin"),
@@ -244,7 +212,7 @@ def test_a_pad_symbol_in_the_text_counts_as_padding(tmp_path):
     assert {batch.target_padded for batch in dataset.batches(dataset.epoch_batches(1), 1)} == {True, False}
 
 
-def test_the_batches_before_a_bad_token_come_and_its_own_names_the_sentence(tmp_path):
+def test_batches_before_a_bad_token_are_yielded_and_the_error_names_its_sentence(tmp_path):
     folder, _ = make_dataset(tmp_path)
     cfg = DataConfig(data_path=str(folder), tokens_per_sample=32, max_tokens=256)
     dataset = Corpus(cfg).split("train")
@@ -285,7 +253,7 @@ def test_prefetch_keeps_the_order_and_is_at_most_depth_items_ahead():
     assert not threads()
 
 
-def test_prefetch_raises_an_error_at_its_place_and_leaves_no_thread():
+def test_prefetch_raises_an_error_in_place_of_its_item_and_leaves_no_thread():
     def source(error):
         yield from range(7)
         raise error
@@ -298,7 +266,7 @@ def test_prefetch_raises_an_error_at_its_place_and_leaves_no_thread():
         assert came == list(range(7)) and not threads()
 
 
-def test_prefetch_ends_its_thread_when_it_is_closed_or_its_reader_fails():
+def test_prefetch_stops_its_thread_when_it_is_closed_or_its_consumer_fails():
     made = []
 
     def source():
@@ -307,25 +275,25 @@ def test_prefetch_ends_its_thread_when_it_is_closed_or_its_reader_fails():
             yield i
 
     items = prefetch(source(), 3)
-    assert not threads()  # nothing begins before the first item is asked for
+    assert not threads()  # nothing starts before the first item is asked for
     assert next(items) == 0 and threads()
     items.close()
     assert not threads() and len(made) <= 4
 
-    def reader():
+    def consumer():
         for item in prefetch(source(), 3):
             if item == 5:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        reader()
+        consumer()
     assert not threads()
 
 
 # ---------------------------------------------------------------------------------------------- bench
 
 
-def test_the_bench_of_loader_and_start_print_their_figures(corpus_dir, monkeypatch):
+def test_the_loader_and_startup_benchmarks_print_their_figures(corpus_dir, monkeypatch):
     monkeypatch.setattr(bench_data.loader, "__defaults__", (0.002, 1))
     printed = call(bench.main, "--loader", "--data_path", corpus_dir).splitlines()
     rows = json.loads(printed[-1])["loader"]

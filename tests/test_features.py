@@ -11,9 +11,9 @@ import torch
 
 import convert
 import eval as evaluation
-from config import InputError
-from data import BOS, EOS, Dictionary
 from compat import fairseq_names
+from config import InputError
+from dataset.binarized import BOS, EOS, Dictionary
 from runtime import checkpoint
 from tests.helpers import SMALL, call, make_dataset, random_encoder
 from tools import features

@@ -14,7 +14,8 @@ import torch
 import eval as evaluation
 import train
 from config import InputError
-from data import EOS, UNK, Corpus, DataConfig
+from data import Corpus, DataConfig
+from dataset.binarized import EOS, UNK
 from runtime import probe
 from runtime.log import TensorBoard
 from tests.helpers import FEW, call, make_dataset, make_run, rows_of

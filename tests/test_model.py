@@ -9,10 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import (
-    PAD,
-    Batch,
-)
+from data import Batch
+from dataset.binarized import PAD
 from fast import kernels
 from model import (
     Data2VecText,
@@ -173,6 +171,7 @@ def test_a_block_with_nothing_masked_gives_no_nan():
         target=torch.tensor([[5, 6, 7], [PAD, PAD, PAD]]),
         masked=torch.tensor([0, 1, 2]),
         target_places=torch.tensor([0, 1, 2]),
+        chosen=torch.tensor([0, 1, 2]),
         ids=np.arange(2),
         ntokens=20,
         source_padded=False,

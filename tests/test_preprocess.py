@@ -15,8 +15,8 @@ import pytest
 
 import preprocess
 from config import InputError, RunError
-from data import Dictionary, TokenFile, TokenStream
 from dataset import files
+from dataset.binarized import Dictionary, TokenFile, TokenStream
 from dataset.text import Tokenizer
 from tests.helpers import (
     GOLDEN,

@@ -21,7 +21,6 @@ import pytest
 import bench
 import config
 import convert
-import data
 
 # first: device has a word with torch before torch is imported
 import device  # noqa: F401  # isort: split
@@ -31,12 +30,12 @@ import train
 from config import InputError
 from tests import soak
 from tests.helpers import FEW, HERE, call, copy_of_the_project
-from tools import plot
+from tools import dataset, plot
 
 PAGES = {name: (HERE / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")}
 PROGRAMS = {
     "train.py": train,
-    "data.py": data,
+    "data.py": dataset,
     "eval.py": evaluation,
     "bench.py": bench,
     "preprocess.py": preprocess,

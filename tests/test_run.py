@@ -6,12 +6,12 @@ import re
 # must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 import pytest
 
-import data
 import eval as evaluation
 import train
 from config import InputError
 from runtime import checkpoint
 from tests.helpers import FEW, call, compare_checkpoints, rows_of, torchrun
+from tools import dataset
 
 
 def test_a_finished_run_continues_when_max_update_is_raised_and_a_used_directory_is_guarded(tmp_path, corpus_dir):
@@ -55,7 +55,7 @@ def test_train_warns_of_text_that_is_never_seen(tmp_path, corpus_dir):
 
 
 def test_the_small_model_learns_more_than_to_predict_the_mean(tmp_path):
-    call(data.main, "--make_demo", tmp_path / "demo")
+    call(dataset.main, "--make_demo", tmp_path / "demo")
     call(
         train.main,
         "--config_name",

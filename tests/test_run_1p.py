@@ -14,7 +14,7 @@ import pytest
 
 import preprocess
 from config import InputError
-from data import TokenFile
+from dataset.binarized import TokenFile
 from runtime import checkpoint
 from tests.helpers import (
     FEW,

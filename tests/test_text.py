@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from config import InputError
-from data import EOS, UNK, Dictionary
 from dataset import files, text
+from dataset.binarized import EOS, UNK, Dictionary
 from dataset.text import BPE_FILES, Tokenizer, load_tokenizer
 from tests.helpers import (
     GOLDEN,

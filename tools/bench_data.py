@@ -18,18 +18,8 @@ import numpy as np
 
 import config
 from config import InputError
-from data import (
-    BOS,
-    HEADER,
-    MAGIC,
-    PAD,
-    Batch,
-    BlockDataset,
-    Corpus,
-    DataConfig,
-    mask_block,
-    pieces,
-)
+from data import Batch, BlockDataset, Corpus, DataConfig, mask_block
+from dataset.binarized import BOS, HEADER, MAGIC, PAD, pieces
 
 # ---------------------------------------------------------------------------------------------- loader
 
@@ -62,6 +52,7 @@ def plain_batch(dataset: BlockDataset, ids: np.ndarray, epoch: int) -> Batch:
         target,
         np.flatnonzero(masked),
         place[masked],
+        np.flatnonzero(hidden),
         ids,
         ntokens=sum(lengths),
         source_padded=bool((source == PAD).any()),

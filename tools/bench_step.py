@@ -20,7 +20,8 @@ import torch.nn.functional as F
 import ema
 from bench import Matmuls, endless, measure, timed, update_flops
 from config import InputError
-from data import EOS, PAD, Batch, Corpus, write_dataset
+from data import Batch, Corpus
+from dataset.binarized import EOS, PAD, write_dataset
 from model import Data2VecText, Encoder, ModelConfig, RegressionHead, data2vec_loss
 from runtime import checkpoint
 from runtime.resume import contents

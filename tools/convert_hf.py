@@ -15,7 +15,8 @@ import torch
 from compat import fairseq_config
 from compat.fairseq_names import merge_qkv, split_qkv
 from config import InputError
-from data import SPECIAL, UNK, DataConfig, Dictionary
+from data import DataConfig
+from dataset.binarized import SPECIAL, UNK, Dictionary
 from model import LAYER_NORM_EPS, PAD, ModelConfig
 from runtime import checkpoint
 from runtime.checkpoint import Loaded

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import InputError
-from data import BOS, EOS, PAD
+from dataset.binarized import BOS, EOS, PAD
 from device import Device
 from model import Encoder
 from runtime import checkpoint
