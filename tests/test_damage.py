@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import train
 from compat import fairseq_names
 from config import InputError
@@ -33,6 +32,7 @@ from tests.helpers import (
     make_dataset,
     rows_of,
 )
+from tools import dataset
 
 
 def test_resume_falls_back_to_the_next_older_good_file_and_says_so(saved, corpus_dir, tmp_path):

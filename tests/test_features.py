@@ -14,7 +14,6 @@ import eval as evaluation
 from compat import fairseq_names
 from config import InputError
 from dataset.binarized import BOS, EOS, Dictionary
-from runtime import checkpoint
 from tests.helpers import SMALL, call, make_dataset, random_encoder
 from tools import features
 
