@@ -79,6 +79,8 @@ def check_ranges(config):
     inside = {"at least": operator.ge, "at most": operator.le, "above": operator.gt, "below": operator.lt}
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), field.metadata["choices"]
+        if not isinstance(value, (int, float) if field.type is float else field.type):  # out of a checkpoint
+            raise InputError(f"--{field.name} {str(value)[:100]}: must be of type {field.type.__name__}")
         if choices and value not in choices:
             raise InputError(f"--{field.name} {value}: choose from {', '.join(map(str, choices))}")
         for part in value if isinstance(value, tuple) else (value,):

@@ -17,6 +17,7 @@ import json
 from device import DeviceConfig, open_device  # isort: split
 
 import config
+from compat.fairseq_names import reference_settings
 from config import InputError
 from data import Corpus
 from dataset.text import load_tokenizer
@@ -33,7 +34,7 @@ def saved_settings(loaded: checkpoint.Loaded, path) -> dict:
     values = loaded.config
     if loaded.kind == "fairseq":
         fields = {name: field for part in PARTS for name, field in part.__dataclass_fields__.items()}
-        values = checkpoint.reference_settings(loaded.config, fields, path)
+        values = reference_settings(loaded.config, fields, path)
     where = DeviceConfig.__dataclass_fields__
     return {k: v for k, v in values.items() if k not in where and k != "init_from"}
 

@@ -18,6 +18,7 @@ from data import DataConfig, mask_block
 from dataset.binarized import BOS, PAD, Dictionary
 from ema import EmaConfig
 from model import ModelConfig, data2vec_loss, teacher_targets
+from compat import fairseq_names
 from runtime import checkpoint
 from tests.helpers import (  # noqa: F401, fixtures
     CPU,
@@ -167,7 +168,7 @@ def test_a_whole_run_equals_the_references_recorded_one(tmp_path, name):
     assert rows_of(tmp_path, "valid_loss")[-1]["valid_loss"] == pytest.approx(recorded["final_valid"]["loss"], rel=5e-6)
     saved = checkpoint.load(tmp_path / "checkpoint_last.pt")
     mine, final = (
-        checkpoint.to_reference(saved.student, saved.teacher),
+        fairseq_names.to_reference(saved.student, saved.teacher),
         torch.load(folder / "final.pt", weights_only=True),
     )
     for a, b in ((mine, final), (mine["encoder._ema"], final["encoder._ema"])):

@@ -308,7 +308,7 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         if device.rank == 0:
             resume.prepare_save_dir(folder, args)
             stack.callback(Lock(folder).release)
-            resume.remove(folder, "checkpoint_*.pt.tmp", "train.jsonl.tmp")  # what a broken save left
+            resume.remove(folder, "checkpoint_*.pt.tmp", "train.*jsonl.tmp")  # what a broken save left
         device.barrier()  # rank 0 has prepared the directory
         run = Run(cfg, device, len(corpus.dictionary))
         log = Log(device, folder / "train.jsonl", t.tensorboard_logdir)

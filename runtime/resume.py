@@ -121,7 +121,9 @@ def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoin
         )
 
     run.load(loaded.student, loaded.teacher, path)
-    run.optimizer.load(loaded.content["optimizer"]["state"], loaded.content["scaler"])
+    shapes = [p.shape for p in run.student.parameters()]
+    moments = checkpoint.checked_moments(loaded.content["optimizer"]["state"], shapes, path)
+    run.optimizer.load(moments, loaded.content["scaler"])
     run.device.set_rng_state(loaded.content["rng"])
     run.num_updates, run.teacher_updates = progress["num_updates"], progress["teacher_updates"]
     run.optimizer.skipped, run.best_loss = progress["skipped"], progress["best_loss"]

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import config
+import convert
 import preprocess
 import train
 from data import Corpus, DataConfig
@@ -182,6 +183,13 @@ def make_run(corpus_dir, seed=1, device=CPU, **options):
     cfg = train.Config(*config.parse(train.PARTS, "", argv)[0])
     corpus = Corpus(cfg.data)
     return train.Run(cfg, device, len(corpus.dictionary)), corpus.split("train")
+
+
+def small_content(updates=0, **entries) -> dict:
+    """A small checkpoint that is complete."""
+    state = {"weight": torch.arange(100.0)}
+    made = {**convert.beginning(1), "config": {"lr": 0.1}, "student": state, "teacher": state, **entries}
+    return {**made, "progress": {**made["progress"], "num_updates": updates}}
 
 
 def compare_checkpoints(a, b, exactly=True):

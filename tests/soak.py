@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 import config
+import convert
 import data
 from config import InputError
 from dataset.binarized import EOS, write_dataset
@@ -172,7 +173,7 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0) -> dict:
 
     state = {f"encoder.sentence_encoder.layers.0.self_attn.{p}_proj.weight": torch.randn(8, 8) for p in "qkv"}
     fairseq = {"model": {**state, "encoder._ema": {}}, "cfg": {"model": {"layers": 1}}, "extra_state": {"loss": 1.0}}
-    checkpoint.save({key: state for key in checkpoint.REQUIRED}, folder / "ours.pt")
+    checkpoint.save({**convert.beginning(1), "config": {}, "student": state, "teacher": state}, folder / "ours.pt")
     torch.save(fairseq, folder / "fairseq.pt")
     torch.save(fairseq, folder / "old.pt", _use_new_zipfile_serialization=False)
     files = [(folder / name).read_bytes() for name in ("ours.pt", "fairseq.pt", "old.pt")]

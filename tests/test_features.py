@@ -11,9 +11,9 @@ import torch
 
 import convert
 import eval as evaluation
+from compat import fairseq_names
 from config import InputError
 from dataset.binarized import BOS, EOS, Dictionary
-from runtime import checkpoint
 from tests.helpers import SMALL, call, make_dataset, random_encoder
 from tools import features
 
@@ -30,7 +30,7 @@ def model(tmp_path_factory, corpus_dir):
     """An encoder with random weights, and its checkpoint."""
     folder = tmp_path_factory.mktemp("model")
     student, _ = random_encoder(0, len(Dictionary(corpus_dir / "dict.txt")))
-    torch.save(checkpoint.to_reference(student.state_dict(), dict(student.encoder.state_dict())), folder / "bare.pt")
+    torch.save(fairseq_names.to_reference(student.state_dict(), dict(student.encoder.state_dict())), folder / "bare.pt")
     settings = {**SMALL, "data_path": corpus_dir, "tokens_per_sample": BLOCK, "max_tokens": 100}
     argv = [part for k, v in settings.items() for part in (f"--{k}", v)]
     call(convert.main, "--ckpt", folder / "bare.pt", "--to", "native", folder / "model.pt", *argv)

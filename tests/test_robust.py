@@ -4,10 +4,7 @@ The long versions are in tests/soak.py.
 """
 
 import dataclasses
-import errno
 import os
-import random
-import re
 import shutil
 import signal
 
@@ -32,54 +29,6 @@ from tests.helpers import (
 )
 
 # ---------------------------------------------------------------------------------------------- files
-
-
-def test_a_flipped_or_cut_byte_anywhere_is_detected_and_torch_alone_can_read_the_file(saved, tmp_path):
-    good = (saved / "checkpoint_last.pt").read_bytes()
-    assert set(torch.load(saved / "checkpoint_last.pt", weights_only=True)) > {"student", "teacher", "optimizer"}
-    rng, file = random.Random(0), tmp_path / "x.pt"
-    ends = [0, 1, 5, len(good) - 1, len(good) - 30, len(good) - 40, len(good) - 60, len(good) - 54]
-    for at in ends + [rng.randrange(len(good)) for _ in range(60)]:
-        file.write_bytes(good[:at] + bytes([good[at] ^ (1 << rng.randrange(8))]) + good[at + 1 :])
-        with pytest.raises(InputError, match="damaged|cannot be read"):
-            checkpoint.load(file)
-        file.write_bytes(good[:at])
-        with pytest.raises(InputError, match="damaged|cannot be read"):
-            checkpoint.load(file)
-
-
-def failing_writes(monkeypatch, fails):
-    """The save of update n runs out of space half-way if fails(n)."""
-    plain, save, numbers = checkpoint._Sealed._put, checkpoint.save, []
-
-    def remember(content, *paths):
-        numbers.append(content["progress"]["num_updates"])
-        save(content, *paths)
-
-    def put(self, part, keep=0):
-        plain(self, part, keep)
-        if fails(numbers[-1]) and self.file.tell() > 20_000:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(checkpoint, "save", remember)
-    monkeypatch.setattr(checkpoint._Sealed, "_put", put)
-
-
-def test_a_save_that_fails_loses_nothing_and_is_tried_again(monkeypatch, corpus_dir, tmp_path):
-    failing_writes(monkeypatch, lambda number: number in (2, 3))
-    printed = call(train.main, *few(corpus_dir, tmp_path, "--max_update", 4, "--save_interval_updates", 1))
-    assert len(re.findall(r"warning: update [23] could not be saved .*No space left", printed)) == 2
-    assert checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"] == 4
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_a_final_save_that_fails_is_an_error_and_leaves_the_older_file(monkeypatch, corpus_dir, tmp_path):
-    call(train.main, *few(corpus_dir, tmp_path, "--max_update", 2))
-    before = {p.name: p.read_bytes() for p in tmp_path.glob("*.pt")}
-    failing_writes(monkeypatch, lambda number: True)
-    with pytest.raises(RunError, match="update 3 could not be saved.*No space left"):
-        call(train.main, *few(corpus_dir, tmp_path, "--max_update", 3))
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix in (".pt", ".tmp")} == before
 
 
 def test_a_bad_block_in_the_middle_of_a_run_costs_no_update(corpus_dir, tmp_path):

@@ -1,0 +1,227 @@
+"""Conversions to and from transformers.
+
+The tests against transformers itself skip where it is not installed: pip install transformers.
+"""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from compat import fairseq_names
+from config import InputError
+from dataset.binarized import BOS, EOS, PAD, UNK, Dictionary, TokenStream
+from dataset.text import load_tokenizer
+from runtime import checkpoint
+from tests.converting import WORDS, random_file, run, same, saved  # noqa: F401
+from tests.helpers import FEW, GOLDEN, SMALL, Payload, call, golden, random_encoder
+from tools import convert_hf
+
+safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed: pip install safetensors")
+
+
+def transformers():
+    return pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_transformers_computes_the_same_hidden_states_in_every_layer(tmp_path, random_file, teacher, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path, (student, other) = random_file
+    run(path, "hf", tmp_path / "hf", *(["--teacher"] if teacher else []))
+    theirs = transformers().AutoModel.from_pretrained(tmp_path / "hf").eval()
+    encoder = (other if teacher else student).encoder
+    tokens = torch.randint(4, WORDS, (5, 24), generator=torch.Generator().manual_seed(0))
+    for row, length in enumerate((24, 17, 3, 24, 9)):
+        tokens[row, 0], tokens[row, length - 1], tokens[row, length:] = BOS, EOS, PAD
+    tokens[3, 5] = PAD  # inside, too
+    real = tokens != PAD
+    with torch.no_grad():
+        ours = encoder.hidden_states(tokens)
+        found = theirs(input_ids=tokens, attention_mask=real.long(), output_hidden_states=True).hidden_states
+    assert len(ours) == len(found) == SMALL["layers"] + 1
+    for a, b in zip(ours, found):
+        assert (a - b)[real].abs().max() < 1e-5 and a[real].std() > 0.1
+
+
+@golden
+def test_transformers_tokenizer_gives_fairseqs_ids_for_byte_level_bpe(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder, bpe = GOLDEN / "corpora" / "bpe-bin", GOLDEN / "corpora" / "gpt2_bpe"
+    dictionary = Dictionary(folder / "dict.txt")
+    convert_hf.write_tokenizer(tmp_path, dictionary, bpe / "encoder.json", bpe / "vocab.bpe", 512)
+    (tmp_path / "config.json").write_text('{"model_type": "data2vec-text"}')
+    tokenizer = transformers().AutoTokenizer.from_pretrained(tmp_path)
+    lines = (GOLDEN / "corpora" / "raw" / "wiki.valid.raw").read_text("utf-8").split("\n")
+    rows = TokenStream(folder, "valid")
+    checked = 0
+    for i in range(900):
+        if "<unk>" not in lines[i]:  # transformers takes that text for the special token
+            row = rows.read(rows.starts[i], rows.starts[i + 1])
+            assert tokenizer(lines[i].strip())["input_ids"] == [BOS, *row.tolist()]
+            checked += rows.sizes[i] > 1
+    assert checked > 100
+    masked = tokenizer("Hello <mask> world")["input_ids"]
+    assert masked.count(dictionary.mask_id) == 1 and len(masked) == 5
+    ids = [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
+    assert ids == [0, 1, 2, 3] and tokenizer.mask_token_id == dictionary.mask_id and len(tokenizer) == len(dictionary)
+    assert len(tokenizer("word " * 900, truncation=True)["input_ids"]) == 512
+
+
+def test_transformers_tokenizer_gives_the_dictionarys_ids_for_words(tmp_path, saved, corpus_dir, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run(saved / "checkpoint_last.pt", "hf", tmp_path / "hf")  # the checkpoint knows its data
+    tokenizer = transformers().AutoTokenizer.from_pretrained(tmp_path / "hf")
+    symbols = Dictionary(corpus_dir / "dict.txt").symbols
+    text = f" {symbols[9]}\t{symbols[4]} nowhere  {symbols[20]} <mask>\n"
+    assert tokenizer(text)["input_ids"] == [BOS, 9, 4, 3, 20, len(symbols) - 1, EOS]
+    assert tokenizer([symbols[5], symbols[5] + " " + symbols[6]], padding=True)["input_ids"][0][-1] == PAD
+
+
+def test_tokens_of_the_bpe_that_the_dictionary_lacks_are_unk_to_the_model(tmp_path, saved, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hf = transformers()
+    alphabet = sorted(pytest.importorskip("tokenizers").pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, "th", "the", "\u0120the"]
+    (tmp_path / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\nt h\nth e\n\u0120 the\n")
+    known = [i for i, token in enumerate(tokens) if token not in ("th", "q", "z")]
+    (tmp_path / "dict.txt").write_text("".join(f"{i} 1\n" for i in reversed(known)))
+    dictionary = Dictionary(tmp_path / "dict.txt")
+    student, cfg = random_encoder(0, len(dictionary))
+    bare = fairseq_names.to_reference(student.state_dict(), dict(student.encoder.state_dict()))
+    torch.save(bare, tmp_path / "bare.pt")
+    shape = [part for k, v in SMALL.items() for part in (f"--{k}", v)]
+    run(tmp_path / "bare.pt", "hf", tmp_path / "hf", "--data_path", tmp_path, *shape)
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = hf.AutoModel.from_pretrained(tmp_path / "hf").eval()
+    assert len(tokenizer) == model.config.vocab_size == len(dictionary) + 3
+    text = "the quiz: the thick thin zoo"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    (ours,) = load_tokenizer(tmp_path, dictionary)([text])
+    assert np.array_equal(np.where(ids[0] < len(dictionary), ids[0], UNK), [BOS, *ours]) and UNK in ours
+    with torch.no_grad():
+        found, expected = model(ids).last_hidden_state, student.encoder(torch.tensor([[BOS, *ours]]))[0]
+    assert torch.allclose(found, expected, atol=1e-5)
+    run(tmp_path / "hf", "native", tmp_path / "back.pt")
+    back = checkpoint.load(tmp_path / "back.pt").student
+    assert torch.equal(back["encoder.embed_tokens.weight"], student.encoder.embed_tokens.weight)
+
+
+def test_the_way_to_transformers_and_back_is_exact(tmp_path, random_file):
+    path, (student, _) = random_file
+    run(path, "hf", tmp_path / "hf")
+    assert "not taken over" not in run(tmp_path / "hf", "native", tmp_path / "back.pt", "--from", "hf")
+    back = checkpoint.load(tmp_path / "back.pt")
+    assert same(back.student, {f"encoder.{k}": v for k, v in student.encoder.state_dict().items()})
+    assert same(back.teacher, dict(student.encoder.state_dict()))  # which training begins with
+    assert {k: back.config[k] for k in SMALL} == SMALL
+    run(tmp_path / "back.pt", "hf", tmp_path / "again")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_without_the_safetensors_package_one_line_says_what_to_install(tmp_path, random_file, monkeypatch):
+    run(random_file[0], "hf", tmp_path / "hf")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(InputError, match="pip install safetensors"):
+        run(random_file[0], "hf", tmp_path / "again")
+    with pytest.raises(InputError, match="pip install safetensors"):
+        run(tmp_path / "hf", "native", tmp_path / "back.pt")
+    assert [p.name for p in tmp_path.iterdir() if p.name != "random.pt"] == ["hf"]
+
+
+def test_what_came_from_transformers_evaluates_and_trains(tmp_path, random_file, corpus_dir, capsys):
+    path, _ = random_file
+    run(path, "hf", tmp_path / "hf")
+    run(tmp_path / "hf", "native", tmp_path / "back.pt")
+    few = ["--data_path", corpus_dir, "--device", "cpu"]
+    result = json.loads(call(evaluation.main, "--ckpt", tmp_path / "back.pt", *few, "--json"))
+    assert np.isfinite(result["loss"]) and "no regression head" in capsys.readouterr().err
+    argv = [*FEW, "--data_path", corpus_dir, "--save_dir", tmp_path / "run", "--max_update", 1, "--lr", 0]
+    call(train.main, *argv, "--init_from", tmp_path / "back.pt", "--weight_decay", 0)
+    trained = checkpoint.load(tmp_path / "run" / "checkpoint_last.pt")
+    given = checkpoint.load(tmp_path / "back.pt")
+    assert all(torch.equal(trained.student[k], v) for k, v in given.student.items())
+
+
+def hf_state(folder) -> dict:
+    return safetensors.load_file(folder / "model.safetensors")
+
+
+def test_a_pickled_float16_model_with_a_head_and_token_types_is_read(tmp_path, random_file):
+    path, (student, _) = random_file
+    run(path, "hf", tmp_path / "hf")
+    state = {f"data2vec_text.{k}": v.half() for k, v in hf_state(tmp_path / "hf").items()}
+    state |= {"classifier.dense.weight": torch.ones(2, 2), "data2vec_text.embeddings.position_ids": torch.arange(66)}
+    row = torch.linspace(-1, 1, SMALL["embed_dim"]).half()
+    state["data2vec_text.embeddings.token_type_embeddings.weight"] = row[None].repeat(2, 1)
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    mark = tmp_path / "ran"
+    torch.save({**state, "lm_head.bias": Payload(mark)}, tmp_path / "hf" / "pytorch_model.bin")
+    said = run(tmp_path / "hf", "native", tmp_path / "back.pt")
+    assert "not taken over: classifier.dense" in said and "not taken over: lm_head.bias" in said and not mark.exists()
+    back = checkpoint.load(tmp_path / "back.pt").student
+    for name, tensor in student.encoder.state_dict().items():
+        expected = tensor.half().float()
+        if name == "embed_positions.weight":
+            expected[2:] += row.float()
+        assert torch.equal(back[f"encoder.{name}"], expected), name
+
+
+def edited(**changes):
+    def edit(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+def without_eps(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "layer_norm_eps"}))
+
+
+def weights(change):
+    def edit(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (edited(layer_norm_eps=1e-12), "layer_norm_eps is 1e-12; our model has only 1e-05"),
+        (without_eps, "layer_norm_eps is 1e-12; our model has only 1e-05"),
+        (edited(model_type="bert"), "model_type is bert"),
+        (edited(hidden_act="gelu_new"), "gelu_new: choose from gelu, relu"),
+        (edited(hidden_size="wide"), "config.json: model.embed_dim=wide"),
+        (edited(num_hidden_layers=3), "has no layers.2"),
+        (edited(max_position_embeddings=None), "cannot be read as a config"),
+        (edited(max_position_embeddings=float("inf")), "cannot be read as a config"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "cannot be read as a config"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "cannot be read as a config"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),
+        (weights(lambda raw: raw[:-4]), "not a complete safetensors file"),
+        (weights(lambda raw: raw[:100]), "not a complete safetensors file"),
+        (weights(lambda raw: b""), "not a complete safetensors file"),
+        (weights(lambda raw: b"\xff" * 8 + raw[8:]), "not a complete safetensors file"),
+        (weights(lambda raw: raw.replace(b'"shape":[16', b'"shape":[61')), "not a complete safetensors file"),
+        (weights(lambda raw: raw.replace(b'"F32"', b'"F99"')), "not a complete safetensors file"),
+        (weights(lambda raw: raw.replace(b"layer.1.attention.self.key", b"layer.1.attention.self.kez")), "no k_proj"),
+        (weights(lambda raw: raw.replace(b"intermediate", b"intermediatf")), "has no"),
+    ],
+)
+def test_folders_of_transformers_that_are_damaged_or_other_models_get_one_line(tmp_path, random_file, edit, message):
+    run(random_file[0], "hf", tmp_path / "hf")
+    edit(tmp_path / "hf")
+    with pytest.raises(InputError, match=message) as error:
+        run(tmp_path / "hf", "native", tmp_path / "back.pt")
+    assert "\n" not in str(error.value) and not (tmp_path / "back.pt").exists()

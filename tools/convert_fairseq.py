@@ -1,0 +1,186 @@
+"""fairseq's checkpoints: one of ours as fairseq would have saved it, and optimizer and position from one of its own.
+
+    python convert.py --ckpt CHECKPOINT --to fairseq FILE
+    python convert.py --ckpt FAIRSEQ.pt --to native FILE
+
+Both ways keep weights, teacher, optimizer and the position in the data bit for bit.
+"""
+
+import dataclasses
+from collections import OrderedDict
+
+from compat import fairseq_config
+from compat.fairseq_names import TEACHER, from_reference, to_reference
+from config import InputError
+from eval import saved_settings
+from runtime.checkpoint import MOMENTS, Loaded, checked_moments
+from train import PARTS, TrainConfig, lr_at
+
+# The groups of fairseq's config, and the settings in them that we have, under its names. Its loader fills in a missing
+# group, but fails on an empty one.
+GROUPS = {
+    "common": "seed log_interval",
+    "dataset": "max_tokens batch_size required_batch_size_multiple validate_interval validate_interval_updates"
+    " disable_validation",
+    "optimization": "max_epoch max_update clip_norm update_freq lr",
+    "checkpoint": "save_dir save_interval save_interval_updates keep_interval_updates",
+    "model": "head_layers average_top_k_layers batch_norm_target_layer instance_norm_target_layer"
+    " layer_norm_target_layer layer_norm_targets instance_norm_targets loss_beta loss_scale ema_decay ema_end_decay"
+    " ema_anneal_end_step ema_transformer_layers_only",
+    "model.transformer": "activation_fn dropout attention_dropout activation_dropout max_source_positions",
+    "model.transformer.encoder": "embed_dim ffn_embed_dim layers attention_heads normalize_before",
+    "task": "data sample_break_mode tokens_per_sample mask_prob mask_multiple_length mask_stdev random_token_prob"
+    " leave_unmasked_prob seed",
+    "criterion": "",
+    "optimizer": "adam_betas adam_eps weight_decay lr",
+    "lr_scheduler": "warmup_updates lr max_update",
+}
+TRAINING_GROUPS = ("optimization", "optimizer", "lr_scheduler")
+OURS = "data2vec_text"  # in extra_state of a fairseq file that we wrote: our entries that fairseq has no place for
+KNOWN = r"encoder\.(sentence_encoder|regression_head|lm_head\.\d+|_ema$)"  # names that a conversion takes over
+THEIRS = "fairseq"  # in a file of ours made from one of fairseq's: its entries that we have no place for
+
+
+def reference_config(flat: dict) -> dict:
+    """Our settings as fairseq's config tree."""
+    tree = {"_name": None, "scoring": None, "bpe": None, "tokenizer": None}
+    spelled = dict(
+        data=flat["data_path"],
+        lr=[flat["lr"]],
+        update_freq=[flat["update_freq"]],
+        adam_betas=str(tuple(flat["adam_betas"])),
+        batch_size=flat["batch_size"] or None,
+    )
+    for group, names in GROUPS.items():
+        node = tree
+        for part in group.split("."):
+            node = node.setdefault(part, {"_name": fairseq_config.BUILT_IN_NAMES.get(part)})
+        node.update((name, spelled[name] if name in spelled else flat[name]) for name in names.split())
+    tree["common"]["user_dir"] = "examples/data2vec"
+    tree["model"]["max_positions"] = flat["tokens_per_sample"]
+    tree["model"]["transformer"].update(layernorm_embedding=True, no_scale_embedding=True)
+    tree["model"]["transformer"]["encoder"]["learned_pos"] = True
+    # the model has no decoder, but the loader looks up the decoder's defaults, and in the wrong place
+    tree["model"]["transformer"]["decoder"] = {"input_dim": flat["embed_dim"], "output_dim": flat["embed_dim"]}
+    return tree
+
+
+def reference_names(student: dict) -> list[str]:
+    """fairseq's names of the student's parameters, in the order in which its optimizer numbers them."""
+    names = [k for k in to_reference(student, {}) if k != TEACHER and not k.endswith(".version")]
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    return sorted(names, key=lambda name: modules.index(name.rpartition(".")[0]))  # a module's weight, then its bias
+
+
+def to_fairseq(content: dict, flat: dict) -> dict:
+    """The content of a checkpoint of ours as fairseq's trainer would have saved it. flat: its settings, including those
+    that this command's flags changed."""
+    student, progress, states = content["student"], content["progress"], content["optimizer"]["state"]
+    names, moments = reference_names(student), {}
+    for moment in MOMENTS if states else ():
+        moments[moment] = to_reference({k: states[i][moment] for i, k in enumerate(student)}, {})
+    train = TrainConfig(**{field.name: flat[field.name] for field in dataclasses.fields(TrainConfig)})
+    group = dict(
+        lr=lr_at(progress["num_updates"], train),
+        betas=flat["adam_betas"],
+        eps=flat["adam_eps"],
+        weight_decay=flat["weight_decay"],
+        amsgrad=False,
+        params=list(range(len(names))),
+    )
+    made = dict(
+        args=None,
+        cfg=reference_config(flat),
+        criterion=None,
+        optimizer_history=[
+            dict(
+                criterion_name="ModelCriterion",
+                optimizer_name="FairseqAdam",
+                lr_scheduler_state={"best": None},
+                num_updates=progress["num_updates"],
+            )
+        ],
+        task_state={},
+        extra_state=dict(
+            metrics=OrderedDict(),
+            previous_training_time=0.0,
+            train_iterator=dict(
+                version=2, epoch=progress["epoch"], iterations_in_epoch=progress["batches"], shuffle=True
+            ),
+            val_loss=progress["best_loss"],
+            best=progress["best_loss"],
+        ),
+    )
+    if THEIRS in content and flat == content["config"]:
+        made = dict(content[THEIRS])
+        group = made.pop("param_group")
+    else:
+        kept = {k: v for k, v in content.items() if k not in ("format", "student", "teacher", "optimizer", THEIRS)}
+        made["extra_state"][OURS] = {**kept, "param_groups": content["optimizer"]["param_groups"]}
+    step = int(states[0]["step"]) if states else 0
+    made["model"] = OrderedDict(to_reference(student, content["teacher"]))
+    made["last_optimizer_state"] = dict(
+        state={i: {"step": step, **{m: moments[m][k] for m in MOMENTS}} for i, k in enumerate(names) if states},
+        param_groups=[group],
+    )
+    if content["scaler"]:
+        made["last_optimizer_state"]["loss_scale"] = content["scaler"]["scale"]
+    return made
+
+
+def from_fairseq(content: dict, template: dict, path) -> dict:
+    """What a fairseq checkpoint holds besides the weights (optimizer, position and so on), as entries of one of ours.
+
+    template: a student's state dict, for its names and shapes. Raises KeyError, TypeError and the like for a file that
+    another optimizer made, and InputError for moments that do not fit the model.
+    """
+    extra, last = content["extra_state"], content["last_optimizer_state"]
+    states, updates = last["state"], content["optimizer_history"][-1]["num_updates"]
+    theirs, names, moments = to_reference(template, {}), reference_names(template), {}
+    for moment in MOMENTS if states else ():
+        parts = [states[i][moment] for i in range(len(states))]
+        if len(parts) == 1:  # fairseq's fp16 optimizer keeps all parameters in one vector
+            sizes = [theirs[name].numel() for name in names]
+            parts = [part.view(theirs[name].shape) for name, part in zip(names, parts[0].split(sizes))]
+        moments[moment], _ = from_reference(dict(zip(names, parts, strict=True)))
+    step = int(states[0]["step"]) if states else 0
+    state = {i: {"step": step, **{m: moments[m][name] for m in MOMENTS}} for i, name in enumerate(template) if states}
+    state = checked_moments(state, [tensor.shape for tensor in template.values()], path)
+    if OURS in extra and extra[OURS]["progress"]["num_updates"] == updates:
+        kept = dict(extra[OURS])
+        return {"optimizer": {"state": state, "param_groups": kept.pop("param_groups")}, **kept}
+    place = extra["train_iterator"]
+    rest = {k: v for k, v in content.items() if k not in ("model", "last_optimizer_state")}
+    rest["param_group"] = last["param_groups"][0]
+    return dict(
+        optimizer={"state": state, "param_groups": []},
+        scaler={"scale": float(last["loss_scale"])} if "loss_scale" in last else {},
+        progress=dict(
+            num_updates=updates,
+            teacher_updates=max(0, updates - 1),  # fairseq's teacher has not followed the last update
+            skipped=updates - step,
+            epoch=place["epoch"],
+            batches=place["iterations_in_epoch"],
+            world_size=content["cfg"]["distributed_training"]["distributed_world_size"],
+            best_loss=extra.get("best"),
+            data={},  # no fingerprint, so a resume accepts the data it finds
+        ),
+        **({THEIRS: rest} if len(states) == len(names) else {}),
+    )
+
+
+def settings_of(loaded: Loaded, path) -> tuple[dict, str]:
+    """The settings in a checkpoint of any kind, and, if those of its training cannot be read, why not."""
+    if loaded.kind != "fairseq":
+        return loaded.config, ""
+    try:
+        return {**loaded.content["extra_state"][OURS]["config"]}, ""
+    except (KeyError, TypeError):  # we did not write it
+        pass
+    values, tree = saved_settings(loaded, path), loaded.content.get("cfg") or {}
+    fields = {field.name: field for part in PARTS for field in dataclasses.fields(part)}
+    training = {group: tree[group] for group in TRAINING_GROUPS if group in tree}
+    try:
+        return {**values, **fairseq_config.from_reference(training, fields, str(path))[0]}, ""
+    except InputError as e:
+        return values, str(e)

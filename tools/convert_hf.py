@@ -1,0 +1,245 @@
+"""Hugging Face transformers: an encoder as a folder for AutoModel and AutoTokenizer, and back.
+
+    python convert.py --ckpt CHECKPOINT --to hf DIR
+
+Names and settings are those of transformers' Data2VecTextModel. Weights are copied exactly (float16 becomes float32).
+"""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from compat import fairseq_config
+from compat.fairseq_names import merge_qkv, split_qkv
+from config import InputError
+from data import DataConfig
+from dataset.binarized import SPECIAL, UNK, Dictionary
+from model import LAYER_NORM_EPS, PAD, ModelConfig
+from runtime import checkpoint
+from runtime.checkpoint import Loaded
+
+# Parts of names: on the left fairseq's, after `encoder.sentence_encoder.`, on the right those of Data2VecTextModel.
+NAMES = {
+    "embed_tokens.": "embeddings.word_embeddings.",
+    "embed_positions.": "embeddings.position_embeddings.",
+    "layernorm_embedding.": "embeddings.LayerNorm.",
+    "layers.": "encoder.layer.",
+    ".self_attn.q_proj.": ".attention.self.query.",
+    ".self_attn.k_proj.": ".attention.self.key.",
+    ".self_attn.v_proj.": ".attention.self.value.",
+    ".self_attn.out_proj.": ".attention.output.dense.",
+    ".self_attn_layer_norm.": ".attention.output.LayerNorm.",
+    ".fc1.": ".intermediate.dense.",
+    ".fc2.": ".output.dense.",
+    ".final_layer_norm.": ".output.LayerNorm.",
+}
+TOKEN_TYPES = "embeddings.token_type_embeddings.weight"  # BERT's sentences A and B, which only transformers has
+ENCODER, NOT_OURS = ("embeddings.", "encoder.layer."), (TOKEN_TYPES, "embeddings.position_ids")
+SYMBOLS = "dictionary_size"  # our own entry in config.json: how many of the token embeddings the dictionary has
+KNOWN = r"embeddings\.|encoder\.layer\."  # names that a conversion takes over
+PREFIX = "data2vec_text."  # of all names in a model with a task's head
+
+# ModelConfig's field -> name in config.json
+CONFIG = dict(
+    layers="num_hidden_layers",
+    embed_dim="hidden_size",
+    ffn_embed_dim="intermediate_size",
+    attention_heads="num_attention_heads",
+    activation_fn="hidden_act",
+    dropout="hidden_dropout_prob",
+    attention_dropout="attention_probs_dropout_prob",
+)
+# What our model cannot vary: written into every config.json, and required of each that is read.
+BUILT_IN = dict(layer_norm_eps=LAYER_NORM_EPS, pad_token_id=PAD, bos_token_id=0, eos_token_id=2, is_decoder=False)
+DEFAULT_EPS = 1e-12  # transformers' own; its other defaults equal BUILT_IN
+
+# Flags of convert.py: the file's name in a data folder, and what it is.
+FILES = dict(
+    dict=("dict.txt", "dict.txt of the training data"),
+    encoder_json=("encoder.json", "the BPE's vocabulary"),
+    vocab_bpe=("vocab.bpe", "the BPE's merges"),
+)
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise InputError("model.safetensors needs the safetensors package: pip install safetensors") from None
+    return safetensors
+
+
+def load(folder: Path) -> Loaded:
+    """Read a folder that save_pretrained wrote for a Data2VecText model, with or without a task's head. Raises
+    InputError."""
+    where = folder / "config.json"
+    try:
+        theirs = json.loads(where.read_text(encoding="utf-8"))
+        kind, rows = theirs.get("model_type"), int(theirs.get("max_position_embeddings", 512))
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as e:
+        raise InputError(f"{where}: cannot be read as a config of transformers: {e}") from None
+    if kind != "data2vec-text":
+        raise InputError(f"{where}: model_type is {kind}; only data2vec-text can be converted")
+    for name, value in BUILT_IN.items():
+        found = theirs.get(name, DEFAULT_EPS if name == "layer_norm_eps" else value)
+        if found != value:
+            raise InputError(f"{where}: {name} is {found}; our model has only {value}")
+    shape = {ours: theirs[name] for ours, name in CONFIG.items() if name in theirs}  # the other defaults equal ours
+    shape["max_source_positions"] = rows - PAD - 1
+    fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    settings, _ = fairseq_config.from_reference({"model": shape}, fields, str(where))
+    layers = settings.get("layers", ModelConfig.layers)
+    settings["average_top_k_layers"] = min(layers, ModelConfig.average_top_k_layers)
+    settings["tokens_per_sample"] = min(settings["max_source_positions"], DataConfig.tokens_per_sample)
+
+    path = folder / "model.safetensors"
+    if path.is_file():
+        package = _safetensors()
+        try:
+            state = package.torch.load_file(path)
+        except (package.SafetensorError, OSError, ValueError, KeyError) as e:
+            raise InputError(f"{path}: not a complete safetensors file: {' '.join(str(e).split())[:200]}") from None
+    elif (folder / "pytorch_model.bin").is_file():
+        path = folder / "pytorch_model.bin"
+        state = checkpoint.read(path)
+    else:
+        raise InputError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, in one piece each")
+    state = {str(name).removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    try:
+        encoder = merge_qkv(_encoder(state, theirs.get(SYMBOLS)), path)
+    except (TypeError, AttributeError, RuntimeError, IndexError) as e:
+        raise InputError(f"{path}: not a Data2VecText model's weights: {' '.join(str(e).split())[:200]}") from None
+    return Loaded("hf", settings, {f"encoder.{name}": tensor for name, tensor in encoder.items()}, None, state)
+
+
+def _encoder(state: dict, symbols: int | None) -> dict:
+    """Their state dict -> an encoder's under fairseq's names. symbols: how many embeddings the dictionary has."""
+    encoder = {}
+    for name, tensor in state.items():
+        if name.startswith(ENCODER) and name not in NOT_OURS:
+            for ours, part in NAMES.items():
+                name = name.replace(part, ours)
+            encoder[name] = tensor
+    if symbols is not None and "embed_tokens.weight" in encoder:
+        encoder["embed_tokens.weight"] = encoder["embed_tokens.weight"][:symbols]
+    types = state.get(TOKEN_TYPES)
+    if types is not None and types[:1].any() and "embed_positions.weight" in encoder:
+        # every token is of the first type and has a position, so the position's row can carry both
+        positions = encoder["embed_positions.weight"].float()
+        encoder["embed_positions.weight"] = torch.cat([positions[: PAD + 1], positions[PAD + 1 :] + types[:1].float()])
+    return encoder
+
+
+def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int = 0):
+    """Write config.json and model.safetensors of a Data2VecTextModel.
+
+    encoder: state dict of an Encoder; unknown: how many ids after its own get the embedding of <unk>. Raises InputError
+    for a model that transformers cannot express.
+    """
+    for name, value in (("normalize_before", False), ("activation_dropout", 0.0)):
+        if getattr(cfg, name) != value:
+            raise InputError(f"--{name} {getattr(cfg, name)}: transformers' Data2VecText has only {value}")
+    tokens, tensors = encoder["embed_tokens.weight"], {}
+    encoder = {**encoder, "embed_tokens.weight": torch.cat([tokens, tokens[UNK].repeat(unknown, 1)])}
+    for name, tensor in split_qkv(encoder).items():
+        for ours, part in NAMES.items():
+            name = name.replace(ours, part)
+        tensors[name] = tensor
+    tensors[TOKEN_TYPES] = torch.zeros(1, cfg.embed_dim)
+    theirs = dict(
+        architectures=["Data2VecTextModel"],
+        model_type="data2vec-text",
+        vocab_size=len(tokens) + unknown,
+        # transformers counts the rows of the table, which has rows below the first position
+        max_position_embeddings=len(encoder["embed_positions.weight"]),
+        type_vocab_size=1,
+        initializer_range=0.02,
+        **{theirs: getattr(cfg, ours) for ours, theirs in CONFIG.items()},
+        **BUILT_IN,
+        **{SYMBOLS: len(tokens)},
+    )
+    (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
+    # transformers refuses a file whose metadata do not say 'pt'
+    (folder / "model.safetensors").write_bytes(_safetensors().torch.save(tensors, {"format": "pt"}))
+
+
+def find_dictionary(args, data_path: str) -> tuple[Dictionary | None, list]:
+    """The dictionary, and the BPE's two files or None twice: those named by flags, else those in the data folder."""
+    folder = Path(data_path.split(":")[0]) if data_path else None
+    found = []
+    for flag, (name, _) in FILES.items():
+        given = getattr(args, flag)
+        if given and not Path(given).is_file():
+            raise InputError(f"--{flag} {given}: no such file")
+        path = Path(given) if given else folder / name if folder else None
+        found.append(path if path and path.is_file() else None)
+    dictionary, encoder_json, vocab_bpe = found
+    if (encoder_json is None) != (vocab_bpe is None):
+        raise InputError("--encoder_json and --vocab_bpe go together: the BPE's vocabulary and its merges")
+    if encoder_json and not dictionary:
+        raise InputError("--encoder_json needs the dictionary that gives its tokens their ids: --dict or --data_path")
+    return dictionary and Dictionary(dictionary), [encoder_json, vocab_bpe]
+
+
+def write_tokenizer(
+    folder: Path, dictionary: Dictionary, encoder_json: Path | None, vocab_bpe: Path | None, longest: int
+) -> int:
+    """Write the files from which AutoTokenizer makes `<s> ... </s>` in this dictionary's ids, by byte-level BPE, or by
+    words where the BPE's files are None.
+
+    Returns how many ids it has after the dictionary's: those of tokens that are <unk> to the model.
+    """
+    special = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), SPECIAL))
+    settings = dict(
+        **special,
+        cls_token=special["bos_token"],
+        sep_token=special["eos_token"],
+        # lstrip: without it transformers 5 makes a token of the blank before <mask>
+        mask_token={"__type": "AddedToken", "content": "<mask>", "lstrip": True, "normalized": False, "special": True},
+        model_max_length=longest,
+    )
+    unknown = 0
+    if encoder_json:
+        unknown = _write_bpe(folder, dictionary, encoder_json, vocab_bpe)
+        settings.update(tokenizer_class="RobertaTokenizer", add_prefix_space=False)
+    else:
+        _write_words(folder, dictionary.ids)
+        settings.update(tokenizer_class="PreTrainedTokenizerFast")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return unknown
+
+
+def _write_bpe(folder: Path, dictionary: Dictionary, encoder_json: Path, vocab_bpe: Path) -> int:
+    try:
+        tokens = {str(number): token for token, number in json.loads(encoder_json.read_text("utf-8")).items()}
+        "".join(tokens.values()).encode()  # a lone surrogate cannot be written
+    except (ValueError, AttributeError, RecursionError) as e:
+        raise InputError(f"{encoder_json}: not a BPE vocabulary in JSON: {e}") from None
+    vocabulary = {tokens.get(symbol, symbol): i for symbol, i in dictionary.ids.items()}
+    # fairseq turns a token that its dictionary lacks into <unk>; here each gets an id of its own
+    lacking = [token for token in tokens.values() if token not in vocabulary]
+    vocabulary.update((token, i) for i, token in enumerate(lacking, len(dictionary)))
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    shutil.copyfile(vocab_bpe, folder / "merges.txt")
+    return len(lacking)
+
+
+def _write_words(folder: Path, ids: dict):
+    flags = dict(single_word=False, rstrip=False, normalized=False, special=True)
+    added = [dict(id=ids[s], content=s, lstrip=s == "<mask>", **flags) for s in (*SPECIAL, "<mask>")]
+    bos, eos = ("<s>", ids["<s>"]), ("</s>", ids["</s>"])
+    made = dict(
+        version="1.0",
+        truncation=None,
+        padding=None,
+        added_tokens=sorted(added, key=lambda token: token["id"]),
+        normalizer=None,
+        pre_tokenizer={"type": "WhitespaceSplit"},
+        post_processor=dict(type="RobertaProcessing", sep=eos, cls=bos, trim_offsets=True, add_prefix_space=False),
+        decoder=None,
+        model={"type": "WordLevel", "vocab": ids, "unk_token": "<unk>"},
+    )
+    (folder / "tokenizer.json").write_text(json.dumps(made, ensure_ascii=False), encoding="utf-8")
