@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-VERSION = "0.1.0"  # docs/changelog.md begins with it
+VERSION = "0.2.0"  # docs/changelog.md begins with it
 
 # Fields of the reference's text config, as examples/data2vec/config/text/pretraining/base.yaml sets them, are the
 # defaults in the dataclasses; a preset holds what differs.
