@@ -17,7 +17,7 @@ import re
 import sys
 from pathlib import Path
 
-VERSION = "0.1.0"  # docs/changelog.md begins with it
+VERSION = "0.2.0"  # docs/changelog.md begins with it
 
 # The defaults in the dataclasses are those of fairseq's examples/data2vec/config/text/pretraining/base.yaml; a preset
 # holds what differs.

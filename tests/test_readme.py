@@ -1,12 +1,14 @@
-"""How do we know: the READMEs. Their commands run, they name what exists and all of it, and both say the same.
+"""The README and the pages in docs/: their commands run, what they name exists, and each pair of languages agrees.
 
-A command is run if nothing keeps it from that: no word in capitals, which is the reader's to fill in, and no comment
-that says what it `needs`. The others are parsed.
+A command is run unless it holds a word in capitals, which is the reader's to fill in, or its comment begins with
+"needs". The others are parsed.
 """
 
+import contextlib
 import glob
 import gzip
 import importlib
+import io
 import re
 import shlex
 import subprocess
@@ -22,7 +24,7 @@ import bench
 import config
 import convert
 
-# first: device has a word with torch before torch is imported
+# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 import device  # noqa: F401  # isort: split
 import eval as evaluation
 import preprocess
@@ -32,7 +34,11 @@ from tests import soak
 from tests.helpers import FEW, HERE, call, copy_of_the_project
 from tools import dataset, plot
 
-PAGES = {name: (HERE / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")}
+README, CHINESE = "README.md", "README.zh-CN.md"
+DOCS = sorted(path.relative_to(HERE).as_posix() for path in HERE.glob("docs/*.md"))
+PAGES = {name: (HERE / name).read_text(encoding="utf-8") for name in (README, CHINESE, *DOCS)}
+ENGLISH = [name for name in PAGES if not name.endswith(".zh-CN.md")]
+PAIRS = [(name, other) for name in ENGLISH if (other := name.replace(".md", ".zh-CN.md")) in PAGES]
 PROGRAMS = {
     "train.py": train,
     "data.py": dataset,
@@ -40,7 +46,8 @@ PROGRAMS = {
     "bench.py": bench,
     "preprocess.py": preprocess,
     "convert.py": convert,
-    "tools/plot.py": plot,
+    "tools.plot": plot,
+    "tests.soak": soak,
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 
@@ -56,7 +63,7 @@ def commands(text: str) -> list[tuple[list[str], str]]:
     return [(shlex.split(words), comment.strip()) for words, _, comment in lines]
 
 
-COMMANDS = commands(PAGES["README.md"])
+COMMANDS = [command for name in ENGLISH for command in commands(PAGES[name])]
 
 
 def program(words: list[str]) -> str | None:
@@ -77,7 +84,7 @@ def is_run(words: list[str], comment: str) -> bool:
 
 
 @pytest.mark.parametrize("words", [words for words, comment in COMMANDS if not is_run(words, comment)], ids=" ".join)
-def test_program_and_flags_of_a_command_that_is_not_run_exist(words):
+def test_program_and_flags_of_a_command_that_is_not_run_exist(words, monkeypatch):
     name = program(words)
     if name is None:
         assert words[0] in ("pip", "source") and all((HERE / w).exists() for w in words if w.endswith(".txt"))
@@ -87,18 +94,20 @@ def test_program_and_flags_of_a_command_that_is_not_run_exist(words):
         assert words[0] == "bash" and f"#   bash run_1p.sh {mode} " in script
         assert all(f"{option.split('=')[0]}=*)" in script for option in options)
     else:
+        before = words[: words.index(name)]
         if words[0] == "torchrun":
             from torch.distributed.run import get_args_parser
 
             get_args_parser().parse_args(words[1:])
         else:
-            assert words[words.index(name) - 1] == "python"
-        # what there is to read comes after the flags, or before what is wrong
+            assert before[-1] == "python" if name.endswith(".py") else before == ["python", "-m"]
+        # the flags are read before the files that the command names
+        monkeypatch.setattr(sys, "argv", [name, *flags(words), "--lr", "-1"])
         with pytest.raises(InputError, match="--lr|no such file"):
-            PROGRAMS[name].main([*flags(words), "--lr", "-1"])
+            PROGRAMS[name].main()
 
 
-# Later ones override: whatever a command asks for is done small, and on a CPU.
+# Later flags override earlier ones: whatever a command asks for is done small, and on a CPU.
 SMALLER = {
     "train.py": [*FEW, "--max_update", 3],
     "eval.py": ["--device", "cpu", "--probe_places", 50],
@@ -108,8 +117,8 @@ SMALLER = {
 
 
 def stand_ins(folder: Path):
-    """Small files under the names of those that a reader brings along; their text is that of the READMEs."""
-    english, chinese = (text.encode() for text in PAGES.values())
+    """Small files under the names of those that a reader brings along, with the READMEs' text."""
+    english, chinese = (PAGES[name].encode() for name in (README, CHINESE))
     for archive, members in {
         "wikitext-103-raw-v1.zip": [f"wikitext-103-raw/wiki.{split}.raw" for split in ("train", "valid", "test")],
         "books.zip": ["books/train.txt", "books/valid.txt"],
@@ -122,9 +131,9 @@ def stand_ins(folder: Path):
     (folder / "zh2.txt.gz").write_bytes(gzip.compress(chinese))
     bpe = ("encoder.json", "vocab.bpe", "dict.txt")  # GPT-2's
     if has("tokenizers"):
-        train_bpe = ["--train", folder / "README.md", "--bpe", "train", "--vocab_size", 300, "--workers", 1]
+        train_bpe = ["--train", folder / README, "--bpe", "train", "--vocab_size", 300, "--workers", 1]
         call(preprocess.main, *train_bpe, "--dest", folder / "bpe")
-    for name in bpe:  # empty ones are never read, since the package is asked for first
+    for name in bpe:  # without the package the empty ones are never read: its absence is noticed first
         (folder / "bpe" / name).rename(folder / name) if has("tokenizers") else (folder / name).touch()
 
 
@@ -146,14 +155,16 @@ def places(words: list[str]) -> list[str]:
 
 
 def results(words: list[str]) -> list[str]:
-    """The files that a command promises, from its flags."""
+    """The files that a command promises by its flags."""
     if program(words) == "run_1p.sh":
-        return ["output/0/demo/checkpoint_best.pt", "output/0/demo/train.jsonl", "output/0/train_0.log"]
+        return ["output/0/demo/checkpoint_last.pt", "output/0/demo/train.jsonl", "output/0/train_0.log"]
     made = [after(words, "--out")] if "--out" in words else []
     if dest := after(words, "--dest") or after(words, "--make_demo"):
         made += [f"{dest}/{name}" for name in ("dict.txt", "train.bin", "train.idx", "valid.bin", "valid.idx")]
         made += [f"{dest}/test.idx"] * ("--test" in words)
-        made += [f"{dest}/{name}" for name in preprocess.BPE_FILES if after(words, "--bpe") in ("gpt2", "train")]
+        made += [
+            f"{dest}/{name}" for name in ("encoder.json", "vocab.bpe") if after(words, "--bpe") in ("gpt2", "train")
+        ]
     if folder := after(words, "--save_dir"):
         made += [f"{folder}/{name}" for name in ("checkpoint_last.pt", "checkpoint_best.pt", "train.jsonl")]
     if folder := after(words, "--tensorboard_logdir"):
@@ -167,13 +178,13 @@ def results(words: list[str]) -> list[str]:
 
 def test_the_commands_run_in_order_and_leave_the_files_they_promise(tmp_path, monkeypatch):
     env = copy_of_the_project(tmp_path)
-    python = tmp_path / "bin" / "python3"  # this one, which need not be asked whether it has the packages
+    python = tmp_path / "bin" / "python3"  # this Python; run_1p.sh need not ask whether it has the packages
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     env["PATH"] = f"{python.parent}:{env['PATH']}"
-    for name, text in PAGES.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    for name in (README, CHINESE):
+        (tmp_path / name).write_text(PAGES[name], encoding="utf-8")
     stand_ins(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -187,7 +198,7 @@ def test_the_commands_run_in_order_and_leave_the_files_they_promise(tmp_path, mo
         if after(words, "--bpe") == "train":
             argv += ["--vocab_size", "300"]
         if name == "run_1p.sh":
-            assert not flags(words), words  # the other modes want a corpus
+            assert not flags(words), words  # the other modes need a corpus
             small = ["bash", name, "demo", *map(str, SMALLER["train.py"])]
             done = subprocess.run(small, capture_output=True, text=True, env=env)
             assert done.returncode == 0 and "FPS (blocks/s)" in done.stdout, done.stdout + done.stderr
@@ -203,27 +214,27 @@ def test_the_commands_run_in_order_and_leave_the_files_they_promise(tmp_path, mo
             lacking |= set(places(words))
         missing = [path for path in results(words) if not glob.glob(path)]
         assert not missing or lacking & set(places(words)), (words, missing)
-    for source, vectors in (("README.md", "output/lines.npy"), ("README.zh-CN.md", "output/zh.npy")):
+    for source, vectors in ((README, "output/lines.npy"), (CHINESE, "output/zh.npy")):
         if vectors not in lacking:
             assert len(np.load(vectors)) == PAGES[source].count("\n"), vectors
-    if has("transformers"):
-        (block,) = (block for kind, block in FENCE.findall(PAGES["README.md"]) if kind == "python")
+    if has("transformers") and "output/demo-hf" not in lacking:
+        (block,) = (block for kind, block in FENCE.findall(PAGES[README]) if kind == "python")
         found = {}
         exec(block, found)
         assert found["states"].shape[1] == len("<s> how to write a loop </s>".split())
     else:
         packages.add("transformers")
     if packages:
-        pytest.skip(f"all ran but what needs {', '.join(sorted(packages))}")
+        pytest.skip(f"all ran except what needs {', '.join(sorted(packages))}")
 
 
-def test_every_program_tells_its_version_and_the_changelog_begins_with_it(monkeypatch, capsys):
+def test_every_program_prints_its_version_and_the_changelog_begins_with_it(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["program", "--version"])
-    for module in (*PROGRAMS.values(), soak):
+    for module in PROGRAMS.values():
         with pytest.raises(SystemExit, match="^0$"):
             module.main()
         assert capsys.readouterr().out == f"data2vec-text {config.VERSION}\n", module
-    assert re.search(r"^## ([\d.]+),", (HERE / "docs" / "changelog.md").read_text(), re.M)[1] == config.VERSION
+    assert re.search(r"^## ([\d.]+),", PAGES["docs/changelog.md"], re.M)[1] == config.VERSION
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -234,22 +245,21 @@ def sections(text: str) -> list[str]:
 
 
 def shape(section: str) -> tuple:
-    """What a translation keeps: rows and columns of tables, list items, pictures, spans of code, numbers."""
+    """What a translation keeps: rows and columns of tables, list items, pictures, spans of code."""
     rows = [line.count("|") for line in section.splitlines() if line.startswith("|")]
-    code = sorted(re.findall(r"`[^`]+`", section))
-    return rows, section.count("\n- "), section.count("!["), code
+    return rows, section.count("\n- "), section.count("!["), sorted(re.findall(r"`[^`]+`", section))
 
 
-def test_both_readmes_have_the_same_commands_sections_tables_and_code():
-    english, chinese = PAGES.values()
-    assert [words for words, _ in COMMANDS] == [words for words, _ in commands(chinese)]
-    blocks = [FENCE.findall(text) for text in (english, chinese)]
-    assert [kind for kind, _ in blocks[0]] == [kind for kind, _ in blocks[1]]
-    assert all(a == b for a, b in zip(*blocks) if a[0] != "bash")  # output and Python to the letter
-    a, b = sections(english), sections(chinese)
-    assert len(a) == len(b) > 10
-    for left, right in zip(a, b):
-        assert shape(left) == shape(right), left.splitlines()[0]
+@pytest.mark.parametrize("english, chinese", PAIRS)
+def test_two_languages_have_the_same_commands_sections_tables_and_code(english, chinese):
+    left, right = PAGES[english], PAGES[chinese]
+    assert [words for words, _ in commands(left)] == [words for words, _ in commands(right)]
+    blocks = [[(kind, text) for kind, text in FENCE.findall(page) if kind != "bash"] for page in (left, right)]
+    assert blocks[0] == blocks[1]  # output and Python to the letter
+    for a, b in zip(sections(left), sections(right), strict=True):
+        assert shape(a) == shape(b), a.splitlines()[0]
+    # a line break between two Chinese characters is shown as a blank
+    assert not re.search(r"[\u3000-\u9fff\uff00-\uffef]\n[\u4e00-\u9fff]", FENCE.sub("", right))
 
 
 def anchor(heading: str) -> str:
@@ -258,26 +268,50 @@ def anchor(heading: str) -> str:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_flags_and_tests_that_a_readme_names_exist(name):
+def test_links_and_tests_that_a_page_names_exist(name):
     text = PAGES[name]
-    anchors = {anchor(heading) for heading in re.findall(r"^## (.+)$", text, re.M)}
+    anchors = {anchor(heading) for heading in re.findall(r"^##+ (.+)$", text, re.M)}
     targets = re.findall(r"\]\(([^)]+)\)", text)
     for target in targets:
-        there = target[1:] in anchors if target[0] == "#" else target.startswith("https:") or (HERE / target).exists()
-        assert there, target
-    assert {"README.md", "README.zh-CN.md"} - {name} <= set(targets[:2])
+        there = (HERE / name).parent / target
+        assert target[1:] in anchors if target[0] == "#" else target.startswith("https:") or there.exists(), target
+    for pair in PAIRS:
+        if name in pair:
+            assert Path(pair[pair[0] == name]).name in targets
     tests = "".join(path.read_text(encoding="utf-8") for path in [HERE / "test_core.py", *HERE.glob("tests/*.py")])
     for test in re.findall(r"\btest_\w{20,}", text):
         assert f"def {test}(" in tests, test
-    sources = "".join((HERE / program).read_text(encoding="utf-8") for program in PROGRAMS)
-    fields = {field.name for part in train.PARTS for field in part.__dataclass_fields__.values()}
-    for flag in re.findall(r"`--(\w+)", text):
-        assert flag in fields | {"fairseq_exact", "version"} or f'"--{flag}"' in sources, flag
 
 
-def test_every_file_is_in_the_tables_of_both_readmes():
+@pytest.fixture(scope="module")
+def known_flags() -> dict[str, set]:
+    """The flags in each program's --help."""
+    found = {}
+    for name, module in PROGRAMS.items():
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+            patch.setattr(sys, "argv", [name, "--help"])
+            with pytest.raises(SystemExit):
+                module.main()
+        found[name] = set(re.findall(r"^  (?:-\w, )?--(\w+)", out.getvalue(), re.M))
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "docs/changelog.md"])  # names old flags, too
+def test_flags_that_a_page_names_exist(name, known_flags):
+    for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", PAGES[name])):
+        started = next((p for p in PROGRAMS if re.match(rf"(python (-m )?|torchrun .*)?{re.escape(p)} ", code)), None)
+        known = known_flags[started] if started else set().union(*known_flags.values())
+        if started or code.startswith("--"):
+            for flag in re.findall(r"(?<!\S)--([\w-]+)(?![\w.-])", code[code.index(started) if started else 0 :]):
+                assert flag.replace("-", "_") in known, code
+
+
+def test_the_readmes_are_short_name_every_file_and_room_and_link_every_page():
     files = {path.name for suffix in ("py", "sh", "md") for path in HERE.glob(f"*.{suffix}")}
     files |= {path.name for path in HERE.glob("requirements*.txt")} | {"LICENSE"}
-    for text in PAGES.values():
-        named = re.findall(r"^\| `([\w.-]+\.(?:py|sh|txt|md)|LICENSE)` \|", text, re.M)
-        assert sorted(named) == sorted(files)
+    rooms = {f"{path.parent.name}/" for path in HERE.glob("[a-z]*/*") if path.suffix in (".py", ".md")}
+    for name in (README, CHINESE):
+        rows = re.findall(r"^\| (`[^|]+) \|", PAGES[name].split("\n## ")[-1], re.M)
+        assert sorted(re.findall(r"`([^`]+)`", "".join(rows))) == sorted(files | rooms)
+        assert PAGES[name].count("\n") <= 180
+    assert set(re.findall(r"\]\((docs/[\w-]+\.md)\)", PAGES[README])) == set(DOCS) & set(ENGLISH)
