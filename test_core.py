@@ -14,11 +14,11 @@ import torch
 
 import ema
 import train
+from compat import fairseq_names
 from data import DataConfig, mask_block
 from dataset.binarized import BOS, PAD, Dictionary
 from ema import EmaConfig
 from model import ModelConfig, data2vec_loss, teacher_targets
-from compat import fairseq_names
 from runtime import checkpoint
 from tests.helpers import (  # noqa: F401, fixtures
     CPU,

@@ -20,11 +20,11 @@ from tests.helpers import (
     FEW,
     GOLDEN,
     call,
-    small_content,
     golden,
     make_dataset,
     random_encoder,
     rows_of,
+    small_content,
 )
 
 

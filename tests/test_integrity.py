@@ -14,7 +14,6 @@ from config import InputError
 from runtime import checkpoint, integrity
 from tests.helpers import few, small_content
 
-
 # ---------------------------------------------------------------------------------------------- damaged files
 
 
