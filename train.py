@@ -25,7 +25,6 @@ import ema
 import mlm
 from config import InputError, RunError, option
 from data import Batch, Corpus, DataConfig, prefetch
-from dataset.binarized import TokenFile
 from ema import EmaConfig
 from fast.vectors import LongVectors, Separate
 from model import Data2VecText, ModelConfig, data2vec_loss, teacher_targets
@@ -292,8 +291,6 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         dataset = corpus.split("train", 1)
         if not t.disable_validation:
             corpus.split("valid")  # what is wrong with it shows now
-        for other in corpus.folders[1:]:  # they are read epochs later; what is wrong with them shows now
-            TokenFile(other / "train")
         fingerprint = resume.fingerprint_of(corpus)
         if device.rank == 0:
             resume.prepare_save_dir(folder, args)

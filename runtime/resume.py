@@ -1,25 +1,30 @@
 """How a run continues: what a checkpoint must hold, which one is taken, and what may not have changed since."""
 
 import dataclasses
+import hashlib
 import os
 import sys
 from pathlib import Path
 
 from config import InputError, printable
 from data import Corpus
+from dataset.binarized import TokenStream
 from model import ModelConfig
 from runtime import checkpoint
 
 
 def fingerprint_of(corpus: Corpus) -> dict:
-    """What tells the training data apart from other data."""
-    dataset = corpus.split("train", 1)
+    """What tells the training data apart from other data. Raises InputError for a folder that cannot be read."""
+    dataset, others = corpus.split("train", 1), hashlib.sha256()
+    for folder in corpus.folders[1:]:  # they are read epochs later; what is wrong with them shows now
+        others.update(TokenStream(folder, "train").digest().encode())
     return dict(
         folders=len(corpus.folders),
         sentences=len(dataset.stream.sizes),
         tokens=dataset.stream.tokens,
         batches=len(dataset.batch_ends),
         dataset=dataset.stream.digest(),
+        other_folders=others.hexdigest(),
     )
 
 
@@ -111,8 +116,12 @@ def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoin
     if batches % world_size:  # this many workers are never at that batch
         saved["world_size"], now["world_size"] = progress["world_size"], world_size
         moved.append("world_size")
+    reset = "--reset_data_position to continue from the next epoch"
     if moved and not reset_position:
-        refuse(moved, "use the old settings, or --reset_data_position to continue from the next epoch")
+        refuse(moved, f"use the old settings, or {reset}")
+    has = len(corpus.split("train", progress["epoch"]).batch_ends)
+    if batches and batches >= has + -has % world_size and not reset_position:
+        raise InputError(f"{path} is at batch {batches} of epoch {progress['epoch']}, which has {has}; use {reset}")
     unimportant = tuple("data_path init_from device npu_ log_ tensor validate_ save_ keep_ disable_".split())
     other = [k for k in differing(set(loaded.config) - set(moved)) if not k.startswith(unimportant)]
     if other:

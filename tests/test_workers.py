@@ -132,3 +132,21 @@ def test_settings_that_move_the_data_position_are_refused_by_name_or_reset_it(sa
     )
     assert "note: changed since the checkpoint: lr" in printed
     assert [(row["num_updates"], row["epoch"]) for row in rows_of(folder)][-3:] == [(4, 1), (5, 2), (6, 2)]
+
+
+def test_a_changed_second_folder_and_a_position_beyond_the_epoch_are_refused(corpus_dir, tmp_path):
+    second, sentences = make_dataset(tmp_path / "second", seed=5)
+    argv = few(f"{corpus_dir}:{second}", tmp_path / "run", "--save_interval", 0, "--disable_validation")
+    first = len(make_run(corpus_dir)[1].batch_ends)
+    call(train.main, *argv, "--max_update", first + 8)
+    loaded = checkpoint.load(tmp_path / "run" / "checkpoint_last.pt")
+    assert (loaded.content["progress"]["epoch"], loaded.content["progress"]["batches"]) == (2, 8)
+    make_dataset(second, sentences[: len(sentences) // 3])
+    with pytest.raises(InputError, match="other_folders was .*--reset_data_position"):
+        call(train.main, *argv, "--max_update", first + 9)
+    del loaded.content["progress"]["data"]["other_folders"], loaded.content["format"]  # as 0.1.0 wrote it
+    checkpoint.save(loaded.content, tmp_path / "run" / "checkpoint_last.pt")
+    with pytest.raises(InputError, match=r"at batch 8 of epoch 2, which has \d; use --reset_data_position"):
+        call(train.main, *argv, "--max_update", first + 9)
+    printed = call(train.main, *argv, "--max_update", first + 9, "--reset_data_position")
+    assert "epoch 3" in printed
