@@ -307,7 +307,7 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         elif t.init_from:
             resume.init_from(run, corpus, checkpoint.load(t.init_from), t.init_from)
         device.check_profile(t.npu_profile, run.num_updates, t.max_update)
-        device.barrier()  # every worker has read what it needs
+        resume.check_agreement(run, corpus, fingerprint)  # and every worker has read what it needs
         if device.rank == 0 and args.no_resume:
             resume.remove(folder, "checkpoint_*.pt", "train.jsonl")  # only after every check has passed
         log.open(run.num_updates, t.max_update)
@@ -342,9 +342,10 @@ def main(argv: list | None = None) -> int:
     try:
         figures, code = train(cfg, device, args)
     except RuntimeError as e:
-        if isinstance(e, RunError) or not device.is_lost_worker(e):
+        why = "" if isinstance(e, RunError) else device.lost_worker(e)
+        if not why:
             raise
-        raise RunError(f"worker {device.rank}: another worker ended; its own message says why") from None
+        raise RunError(why) from None
     finally:
         device.close()
     if device.rank == 0 and figures and code == 0:

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from config import InputError, printable
+from config import InputError, RunError, printable
 from data import Corpus
 from dataset.binarized import TokenStream
 from model import ModelConfig
@@ -140,6 +140,23 @@ def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoin
     run.epoch, run.batches_done = progress["epoch"], batches // world_size
     if reset_position and run.batches_done:
         run.epoch, run.batches_done = run.epoch + 1, 0
+
+
+def check_agreement(run, corpus: Corpus, fingerprint: dict):
+    """Raise RunError in every worker, with the field's name, unless all of them have the same settings (paths apart),
+    data, dictionary and position."""
+    paths = ("data_path", "save_dir", "tensorboard_logdir", "init_from")
+    fields = {k: v for k, v in run.cfg.flat().items() if k not in paths}
+    fields |= dict(fingerprint, dictionary=corpus.dictionary.digest(), num_updates=run.num_updates)
+    fields |= dict(epoch=run.epoch, batches_done=run.batches_done)
+    digests = [int(hashlib.sha256(repr(v).encode()).hexdigest()[:15], 16) for v in fields.values()]
+    largest = run.device.agree([*digests, *(-d for d in digests)])
+    for name, most, least in zip(fields, largest, largest[len(digests) :]):
+        if most != -least:
+            raise RunError(
+                f"worker {run.device.rank}: the workers differ in {name}, here {fields[name]}; all need the same"
+                " command, the same data, and one --save_dir that they share"
+            )
 
 
 def init_from(run, corpus: Corpus, loaded: checkpoint.Loaded, path):

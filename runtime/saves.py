@@ -93,7 +93,7 @@ class Saves:
 
     def __exit__(self, kind, error, _):
         run = self.run
-        lost_worker = isinstance(error, RuntimeError) and run.device.is_lost_worker(error)
+        lost_worker = isinstance(error, RuntimeError) and run.device.lost_worker(error)
         try:
             # The state is consistent between updates, so save before failing on a bad block or a lost worker.
             if isinstance(error, (InputError, Unhealthy)) or (lost_worker and not isinstance(error, RunError)):
