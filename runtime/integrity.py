@@ -28,7 +28,7 @@ ENTRIES = dict(
         world_size=FROM_ONE,
         best_loss=(*NUMBER, NONE),
         data={str: SCALAR},
-        **{"first_target_var?": (*NUMBER, NONE)},  # 0.1.0 did not save it
+        **{name: (*NUMBER, NONE) for name in ("best_gain?", "first_target_var?")},  # 0.1.0 saved neither
     ),
     log=dict(
         updates=[dict(number=COUNT, loss=NUMBER, gnorm=NUMBER, counts=[COUNT] * 3)], skipped=[bool], seconds=NUMBER
