@@ -175,7 +175,9 @@ def class_numbers(table: Table, names: list[str]) -> np.ndarray:
     for line, label in zip(table.lines, table.labels):
         if label not in numbers:
             known = ", ".join(names[:10])
-            raise InputError(f"{table.path}, line {line}: label {label!r} does not occur in training, which has {known}")
+            raise InputError(
+                f"{table.path}, line {line}: label {label!r} does not occur in training, which has {known}"
+            )
     return np.array([numbers[label] for label in table.labels], np.int64)
 
 
@@ -234,8 +236,10 @@ def read_binarized_labels(folder: Path, split: str) -> tuple[np.ndarray, list[st
     ends = np.cumsum(file.sizes, dtype=np.int64)
     numbers = file.take(ends - file.sizes).astype(np.int64) - 4  # after the four special symbols
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(names):
-        raise InputError(f"{folder / 'label' / split}: row {int(((numbers < 0) | (numbers >= len(names))).argmax())}"
-                         f" has a label that label/dict.txt does not name")
+        raise InputError(
+            f"{folder / 'label' / split}: row {int(((numbers < 0) | (numbers >= len(names))).argmax())}"
+            f" has a label that label/dict.txt does not name"
+        )
     return numbers, names
 
 
@@ -250,7 +254,9 @@ def read_binarized(folder, split: str, dictionary: Dictionary, longest: int) -> 
         file = TokenFile(folder / name / split)
         tokens = file.take(np.arange(file.tokens)).astype(np.int64)
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(dictionary):
-            raise InputError(f"{folder / name / split}: holds token id {tokens.max()}, but dict.txt has {len(dictionary)}")
+            raise InputError(
+                f"{folder / name / split}: holds token id {tokens.max()}, but dict.txt has {len(dictionary)}"
+            )
         if len(file.sizes) != len(labels):
             raise InputError(f"{folder / name / split}: {len(file.sizes)} rows, but there are {len(labels)} labels")
         texts.append(np.split(tokens, np.cumsum(file.sizes)[:-1]) if len(labels) else [])

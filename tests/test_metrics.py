@@ -35,7 +35,9 @@ def test_spearman_ranks_ties_by_their_mean():
 
 def test_a_measure_that_is_not_defined_is_zero():
     constant, label = np.zeros(4, int), np.array([0, 1, 1, 0])
-    assert metrics.pearson(constant, label) == metrics.matthews(constant, label) == metrics.spearman(constant, label) == 0
+    assert (
+        metrics.pearson(constant, label) == metrics.matthews(constant, label) == metrics.spearman(constant, label) == 0
+    )
     assert metrics.f1(constant, constant, 1) == 0
 
 

@@ -6,13 +6,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-
 from config import InputError, printable
 from convert import load_hf
 from data import SPECIAL, Dictionary
+from dataset import labelled
 from model import PAD, Encoder, ModelConfig, init_weights
+from preprocess import Tokenizer, load_tokenizer
 from runtime import checkpoint
 
 FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
@@ -99,26 +98,26 @@ def shape_of(weights: dict, settings: dict, attention_heads: int, path) -> Model
 # ---------------------------------------------------------------------------------------------- text to tokens
 
 
-def text_files(given: dict, source: Pretrained, *folders) -> dict[str, bytes]:
+def text_files(given: dict, source: Pretrained) -> dict[str, bytes]:
     """The contents of dict.txt and, where the tokens are a BPE's, of encoder.json and vocab.bpe.
 
-    given: {name: path or ""} from flags; else all come from one folder: the first of `folders` with a dict.txt, the
-    Hugging Face folder itself, or the folder of the pretraining data. Raises InputError.
+    given: {name: path or ""} from flags. What is not given is looked for beside a given dict.txt, else in a Hugging
+    Face folder itself, beside the checkpoint, or in the folder of the pretraining data. Raises InputError.
     """
     if source.path.is_dir() and not given["dict.txt"]:
         return hf_text_files(source.path, source.vocabulary)
-    places = [Path(folder) for folder in (*folders, source.folder.split(":")[0]) if folder]
-    place = next((folder for folder in places if (folder / "dict.txt").is_file()), None)
-    if not (place or given["dict.txt"]):
-        looked = f" in {', '.join(map(str, places))}" if places else ""
+    places = [Path(given["dict.txt"]).parent] if given["dict.txt"] else [source.path.parent]
+    places += [Path(source.folder.split(":")[0])] if source.folder and not given["dict.txt"] else []
+    place = next((folder for folder in places if given["dict.txt"] or (folder / "dict.txt").is_file()), None)
+    if not place:
         raise InputError(
-            f"no dict.txt{looked}: name the dictionary of {source.path} with --dict F, and for a BPE --encoder_json F"
-            " --vocab_bpe F"
+            f"no dict.txt in {' or '.join(map(str, places))}: name the dictionary of {source.path} with --dict F, and"
+            " for a BPE --encoder_json F --vocab_bpe F"
         )
     found = {}
     for name in TEXT_FILES:
-        path = Path(given[name]) if given[name] else place / name if place and not given["dict.txt"] else None
-        if path and (given[name] or path.is_file()):
+        path = Path(given[name] or place / name)
+        if given[name] or path.is_file():
             try:
                 found[name] = path.read_bytes()
             except OSError as e:
@@ -140,7 +139,9 @@ def hf_text_files(folder: Path, vocabulary: int) -> dict[str, bytes]:
         else:
             made = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
             if made["type"] != "WordLevel":
-                raise InputError(f"{folder / 'tokenizer.json'}: a {made['type']} tokenizer without vocab.json beside it")
+                raise InputError(
+                    f"{folder / 'tokenizer.json'}: a {made['type']} tokenizer without vocab.json beside it"
+                )
             symbols, files = {i: word for word, i in made["vocab"].items()}, {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise InputError(
@@ -151,6 +152,19 @@ def hf_text_files(folder: Path, vocabulary: int) -> dict[str, bytes]:
     return {"dict.txt": "".join(f"{symbol} 0\n" for symbol in rows).encode(), **files}
 
 
+def prepare_text(cfg, source: Pretrained, folder: Path) -> tuple[Dictionary, Tokenizer | None]:
+    """The dictionary, and the tokenizer where raw text is to be read. cfg: finetune.py's settings. Copies their files
+    to `folder`, so that the fine-tuned checkpoint there can read raw text."""
+    given = {"dict.txt": cfg.dict, "encoder.json": cfg.encoder_json, "vocab.bpe": cfg.vocab_bpe}
+    binarized = bool(cfg.data_path) and labelled.is_binarized(cfg.data_path)
+    if binarized and not cfg.dict:
+        given["dict.txt"] = str(Path(cfg.data_path) / "input0" / "dict.txt")
+    for name, content in text_files(given, source).items():
+        (folder / name).write_bytes(content)
+    dictionary = read_dictionary(folder / "dict.txt", source)
+    return dictionary, None if binarized else load_tokenizer(folder, dictionary)
+
+
 def read_dictionary(path, source: Pretrained) -> Dictionary:
     """A dict.txt that must be the encoder's. Raises InputError."""
     dictionary = Dictionary(path)
@@ -159,38 +173,3 @@ def read_dictionary(path, source: Pretrained) -> Dictionary:
     if source.dictionary and source.dictionary["digest"] != dictionary.digest():
         raise InputError(f"{path}: {source.path} was trained with another dictionary of the same size")
     return dictionary
-
-
-# ---------------------------------------------------------------------------------------------- heads
-
-
-class SentenceHead(nn.Module):
-    """The reference's head: the hidden state at <s> -> Linear -> tanh -> Linear."""
-
-    def __init__(self, width: int, outputs: int, dropout: float):
-        super().__init__()
-        self.dense = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, outputs)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, hidden: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """hidden (B, T, C), real (B, T) bool, True at text -> (B, outputs)."""
-        x = self.dropout(hidden[:, 0])
-        x = self.dropout(torch.tanh(self.dense(x)))
-        return self.out_proj(x)
-
-
-class LinearProbe(nn.Module):
-    """The mean of an example's hidden states -> Linear: what frozen features tell a linear classifier."""
-
-    def __init__(self, width: int, outputs: int):
-        super().__init__()
-        self.out_proj = nn.Linear(width, outputs)
-
-    def forward(self, hidden: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        return self.out_proj(self.features(hidden, real))
-
-    @staticmethod
-    def features(hidden: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) -> (B, C) float32."""
-        return (hidden.float() * real[:, :, None]).sum(1) / real.sum(1, keepdim=True)
