@@ -31,6 +31,8 @@ import config
 from config import InputError, RunError, option
 from dataset import labelled
 from dataset.labelled import Split
+from fast.vectors import Separate
+from optim import OptimConfig, Optimizer
 from runtime import checkpoint
 from runtime.guard import Lock
 from tools import finetune_report as report
@@ -112,8 +114,10 @@ class FinetuneConfig:
             return
         if not self.save_dir:
             raise InputError("--save_dir is missing: the folder for the fine-tuned checkpoint")
+        if not isinstance(self.lr, tuple):
+            raise InputError("--config_name is for pretraining; --task sets the recipe of a GLUE task")
         if len(self.adam_betas) != 2 or not self.lr:
-            raise InputError(f"--adam_betas {self.adam_betas}, --lr {self.lr}: two decays, and one lr or more")
+            raise InputError(f"--adam_betas {self.adam_betas}, --lr {self.lr}: two decays, and at least one lr")
         if bool(self.train or self.valid) == bool(self.data_path):
             raise InputError("--data_path DIR, or --train F and --valid F: one of them says where the labelled text is")
         if self.train and not (self.valid and self.text and self.label):
@@ -166,8 +170,9 @@ class Run:
         self.total = cfg.max_update or cfg.max_epoch * per_epoch  # where the learning rate reaches 0
         self.end = min(self.total, cfg.max_epoch * per_epoch) if cfg.max_epoch else self.total
         self.warmup = round(cfg.warmup_share * self.total) if cfg.warmup_updates < 0 else cfg.warmup_updates
-        self.optimizer = torch.optim.AdamW(model.parameters(), betas=cfg.adam_betas, weight_decay=cfg.weight_decay)
-        self.scaler = device.scaler(cfg.update_freq)
+        weights = Separate(self.model, self.model.encoder, device.amp)
+        rules = OptimConfig(cfg.clip_norm, cfg.adam_betas, cfg.adam_eps, cfg.weight_decay)
+        self.optimizer = Optimizer(weights, rules, device, cfg.update_freq)
         self.num_updates = 0
 
     def updates_of(self, epoch: int) -> list:
@@ -185,34 +190,24 @@ def forward(run: Run, ids: np.ndarray) -> Tensor:
 
 
 def update(run: Run, batches: list) -> dict | None:
-    """One optimizer step. Returns its log row, or None if the loss scaler skipped the step. Raises RunError."""
-    cfg, sample_size, loss = run.cfg, sum(map(len, batches)), 0.0
+    """One optimizer step. Returns its log row, or None if float16 overflowed, which is no update. Raises RunError."""
     lr = lr_at(run.num_updates, run.lr, run.warmup, run.total)
     run.device.seed(run.seed + run.num_updates)
+    size, total = sum(map(len, batches)), run.optimizer.begin()
     for ids in batches:
-        part = forward(run, ids)
-        run.scaler.scale(part).backward()
-        loss += part.item() / sample_size
-
-    run.scaler.unscale_(run.optimizer)
-    parameters = [p for p in run.model.parameters() if p.grad is not None]
-    torch._foreach_div_([p.grad for p in parameters], sample_size)
-    gnorm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_norm or math.inf).item()
-    if not math.isfinite(loss) or not (math.isfinite(gnorm) or run.scaler.is_enabled()):
-        raise RunError(f"update {run.num_updates + 1}: loss {loss}, gradient norm {gnorm}; try a lower --lr")
-    group = run.optimizer.param_groups[0]
-    # fairseq adds eps to the uncorrected second moment's root, torch to the corrected one's
-    group["lr"], group["eps"] = lr, cfg.adam_eps / math.sqrt(1 - cfg.adam_betas[1] ** (run.num_updates + 1))
-    scale = run.scaler.get_scale()
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad()
-    if run.scaler.get_scale() < scale:  # gradients overflowed in float16
-        if run.scaler.get_scale() < LOWEST_LOSS_SCALE:
+        loss = forward(run, ids)
+        run.optimizer.backward(loss)
+        total += loss.detach()
+    step = run.optimizer.step(lr, run.num_updates, total, torch.tensor([size, size, 0]))
+    if step is None:
+        if run.optimizer.loss_scale < LOWEST_LOSS_SCALE:
             raise RunError("gradients overflow float16 at any loss scale; lower --lr, or use --amp bf16")
         return None
+    loss, gnorm = step.loss.item() / size, step.gnorm.item()
+    if not math.isfinite(loss + gnorm):
+        raise RunError(f"update {run.num_updates + 1}: loss {loss}, gradient norm {gnorm}; try a lower --lr")
     run.num_updates += 1
-    return dict(num_updates=run.num_updates, loss=loss, sample_size=sample_size, gnorm=gnorm, lr=lr)
+    return dict(num_updates=run.num_updates, loss=loss, sample_size=size, gnorm=gnorm, lr=lr)
 
 
 def evaluate(run: Run, splits: dict[str, Split]) -> dict[str, dict]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import InputError, printable
-from convert import load_hf
 from data import SPECIAL, Dictionary
 from dataset import labelled
 from model import PAD, Encoder, ModelConfig, init_weights
@@ -52,6 +51,8 @@ class Pretrained:
 def load(path, teacher: bool = False, attention_heads: int = 0) -> Pretrained:
     """The student's encoder, or the teacher's, of a checkpoint of this project or of fairseq, of a bare state dict, or
     of a Hugging Face folder. attention_heads: 0 takes the file's. Raises InputError."""
+    from convert import load_hf
+
     path = Path(path)
     loaded = load_hf(path) if path.is_dir() else checkpoint.load(path)
     if teacher and not loaded.teacher:
