@@ -111,6 +111,8 @@ class FinetuneConfig:
         if self.ckpt and self.init_from:
             raise InputError("--ckpt and --init_from both name the weights to start from; give one of them")
         if self.predict:
+            if not self.ckpt:
+                raise InputError("--predict needs --ckpt, the checkpoint_best.pt of a fine-tuning")
             return
         if not self.save_dir:
             raise InputError("--save_dir is missing: the folder for the fine-tuned checkpoint")
@@ -323,10 +325,11 @@ class Program:
 
 def finetune(cfg: FinetuneConfig, device: Device) -> int:
     folder = Path(cfg.save_dir)
-    report.prepare(folder, cfg.overwrite)
+    older = report.prepare(folder, cfg.ckpt or cfg.init_from, cfg.overwrite)
     lock = Lock(folder)
     try:
         program, results = Program(cfg, device), []
+        report.remove(older)
         report.describe(program.source, program.data, program.metric)
         lrs = (0.0,) if cfg.freeze else cfg.lr
         plan = [(lr, seed, u) for u in (False, True)[: 1 + cfg.untrained] for lr in lrs for seed in seeds_of(cfg, u)]

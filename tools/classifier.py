@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config import InputError
 from dataset import labelled
 from dataset.labelled import Split
 from model import PAD, Encoder
@@ -93,16 +94,35 @@ def figures_of(outputs: Tensor, split: Split, names: list | None) -> dict:
     return dict(loss=loss, **metrics.of_classes(outputs.argmax(1).numpy(), split.labels, positive))
 
 
+# ---------------------------------------------------------------------------------------------- in a checkpoint
+
+
+def entry_of(loaded: Loaded, path) -> dict:
+    """The entry `classifier` of a fine-tuned checkpoint: head (a state dict), labels (the names of the classes, or None
+    for scores), texts (1, or 2 for pairs), label_scale. Raises InputError."""
+    made = loaded.content.get("classifier") if loaded.kind == "ours" else None
+    if made is None:
+        raise InputError(f"{path}: not fine-tuned; this needs the checkpoint_best.pt of a fine-tuning")
+    try:
+        labels, whole = made["labels"], isinstance(made["head"], dict) and made["texts"] in (1, 2)
+        whole &= labels is None or (len(labels) > 1 and all(isinstance(name, str) for name in labels))
+        whole &= float(made["label_scale"]) > 0
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path}: damaged: its classifier is not what finetune.py writes there")
+    return made
+
+
+def rebuild(made: dict, encoder: Encoder, path) -> Classifier:
+    """The classifier of such an entry around an encoder. Raises InputError if the head does not fit."""
+    kind = SentenceHead if "dense.weight" in made["head"] else LinearProbe
+    model = Classifier(encoder, kind(encoder.embed_tokens.embedding_dim, len(made["labels"] or ["score"])))
+    checkpoint.put(made["head"], model.head, "the classification head", path)
+    return model
+
+
 def state_of(loaded: Loaded) -> dict:
     """A Classifier's state dict from its checkpoint."""
     head = loaded.content["classifier"]["head"]
     return {**loaded.student, **{f"head.{name}": tensor for name, tensor in head.items()}}
-
-
-def read(loaded: Loaded, encoder: Encoder, path) -> Classifier:
-    """The classifier of a fine-tuned checkpoint. Raises InputError if it does not fit."""
-    made, width = loaded.content["classifier"], encoder.embed_tokens.embedding_dim
-    kind = SentenceHead if "dense.weight" in made["head"] else LinearProbe
-    model = Classifier(encoder, kind(width, len(made["labels"] or ["score"])))
-    checkpoint.put(made["head"], model.head, "the classification head", path)
-    return model

@@ -12,15 +12,21 @@ from config import InputError, printable
 from runtime import checkpoint
 
 
-def prepare(folder: Path, overwrite: bool):
-    """Make --save_dir. Raises InputError if it holds an older fine-tuning that --overwrite does not remove."""
+def prepare(folder: Path, ckpt: str, overwrite: bool) -> list[Path]:
+    """Make --save_dir. Returns what an older fine-tuning left there, which goes once all inputs are known to be good.
+    Raises InputError if --overwrite does not allow that, or if something else would be lost."""
     folder.mkdir(parents=True, exist_ok=True)
-    held = [
-        p for pattern in ("finetune.jsonl", "results.json", "checkpoint_*.pt", "*_seed_*") for p in folder.glob(pattern)
-    ]
+    if (folder / "train.jsonl").exists() or Path(ckpt).resolve().parent == folder.resolve():
+        raise InputError(f"--save_dir {folder} holds the run to start from; choose another folder")
+    held = [folder / name for name in ("finetune.jsonl", "results.json", "checkpoint_best.pt")]
+    held = [path for path in held if path.exists()] + [path.parent for path in folder.glob("*_seed_*/finetune.jsonl")]
     if held and not overwrite:
         raise InputError(f"--save_dir {folder} holds {held[0].name}; add --overwrite, or choose another folder")
-    for path in held:
+    return held
+
+
+def remove(paths: list[Path]):
+    for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

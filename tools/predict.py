@@ -9,8 +9,8 @@ import torch
 from config import InputError
 from dataset import labelled
 from dataset.labelled import Columns
+from dataset.text import load_tokenizer
 from device import Device
-from preprocess import load_tokenizer
 from runtime import checkpoint
 from tools import classifier, pretrained
 from tools.classifier import outputs_of
@@ -46,12 +46,9 @@ def read_texts(path: str, text: str, header: str, texts: int) -> list[list[str]]
 def predict(cfg, device: Device) -> int:
     """Write a line for each example: the class's name and all probabilities, or the score; the first row names the
     columns. cfg: finetune.py's settings. Raises InputError."""
-    loaded = checkpoint.load(cfg.ckpt)
-    made = loaded.content.get("classifier")
-    if not made:
-        raise InputError(f"{cfg.ckpt}: not fine-tuned; --predict needs the checkpoint_best.pt of a fine-tuning")
+    made = classifier.entry_of(checkpoint.load(cfg.ckpt), cfg.ckpt)
     source = pretrained.load(cfg.ckpt, attention_heads=cfg.attention_heads)
-    model = classifier.read(loaded, source.encoder(), cfg.ckpt).to(device.torch_device).eval()
+    model = classifier.rebuild(made, source.encoder(), cfg.ckpt).to(device.torch_device).eval()
     folder = Path(cfg.dict or source.path).parent
     dictionary = pretrained.read_dictionary(cfg.dict or folder / "dict.txt", source)
     tokenize = load_tokenizer(folder, dictionary, cfg.encoder_json, cfg.vocab_bpe)

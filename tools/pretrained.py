@@ -10,7 +10,7 @@ from config import InputError, printable
 from data import SPECIAL, Dictionary
 from dataset import labelled
 from model import PAD, Encoder, ModelConfig, init_weights
-from preprocess import Tokenizer, load_tokenizer
+from dataset.text import Tokenizer, load_tokenizer
 from runtime import checkpoint
 
 FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
