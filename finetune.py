@@ -117,7 +117,7 @@ class FinetuneConfig:
         if not self.save_dir:
             raise InputError("--save_dir is missing: the folder for the fine-tuned checkpoint")
         if not isinstance(self.lr, tuple):
-            raise InputError("--config_name is for pretraining; --task sets the recipe of a GLUE task")
+            raise InputError("--config_name: its presets are for pretraining; --task sets the recipe of a GLUE task")
         if len(self.adam_betas) != 2 or not self.lr:
             raise InputError(f"--adam_betas {self.adam_betas}, --lr {self.lr}: two decays, and at least one lr")
         if bool(self.train or self.valid) == bool(self.data_path):
