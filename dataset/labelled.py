@@ -72,6 +72,9 @@ class Split:
 
 def read_cells(path: Path) -> list[tuple[int, list | dict]]:
     """(line number, cells) of each row that is not blank; cells are a dict for .jsonl. Raises InputError."""
+    kind, rows = path.suffix.lower(), []
+    if kind not in (".tsv", ".csv", ".jsonl"):
+        raise InputError(f"{path}: expected a name that ends in .tsv, .csv or .jsonl")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
@@ -79,7 +82,6 @@ def read_cells(path: Path) -> list[tuple[int, list | dict]]:
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None
     lines = text.replace("\r\n", "\n").split("\n")
-    kind, rows = path.suffix.lower(), []
     if kind == ".csv":
         reader = csv.reader([line + "\n" for line in lines], strict=True)
         csv.field_size_limit(2**31 - 1)
@@ -97,10 +99,8 @@ def read_cells(path: Path) -> list[tuple[int, list | dict]]:
                 if not isinstance(cells, dict):
                     raise InputError(f"{path}, line {number}: expected a JSON object, such as {{...}}")
                 rows.append((number, cells))
-    elif kind == ".tsv":  # quotes mean nothing here, as in GLUE's files
+    else:  # quotes mean nothing in a .tsv, as in GLUE's files
         rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip()]
-    else:
-        raise InputError(f"{path}: expected a name that ends in .tsv, .csv or .jsonl")
     if not rows:
         raise InputError(f"{path}: no rows in it")
     return rows
