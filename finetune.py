@@ -116,8 +116,6 @@ class FinetuneConfig:
             return
         if not self.save_dir:
             raise InputError("--save_dir is missing: the folder for the fine-tuned checkpoint")
-        if not isinstance(self.lr, tuple):
-            raise InputError("--config_name: its presets are for pretraining; --task sets the recipe of a GLUE task")
         if len(self.adam_betas) != 2 or not self.lr:
             raise InputError(f"--adam_betas {self.adam_betas}, --lr {self.lr}: two decays, and at least one lr")
         if bool(self.train or self.valid) == bool(self.data_path):
@@ -348,6 +346,9 @@ def seeds_of(cfg: FinetuneConfig, untrained: bool) -> list[int]:
 
 
 def main(argv: list | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word.replace("-", "_").startswith(("__config_name", "__config_dir")) for word in argv):
+        raise InputError("--config_name, --config_dir: those settings are for pretraining; --task sets GLUE's recipe")
     (cfg, where), _ = config.parse(PARTS, __doc__, argv)
     (cfg, where), _ = config.parse(PARTS, __doc__, argv, base=implied(cfg))
     cfg.check()

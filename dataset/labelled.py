@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from config import InputError
-from data import BOS, EOS, PAD, Dictionary, TokenFile
+from dataset.binarized import BOS, EOS, PAD, Dictionary, TokenFile
 
 
 @dataclass(frozen=True)

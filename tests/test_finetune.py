@@ -193,7 +193,8 @@ def test_a_frozen_encoder_stays_as_it_is_under_a_linear_probe(place, tmp_path):
     best, before = checkpoint.load(tmp_path / "checkpoint_best.pt"), checkpoint.load(place / "pretrained.pt")
     assert all(torch.equal(best.student[k], v) for k, v in before.student.items() if k.startswith("encoder."))
     assert json.loads((tmp_path / "results.json").read_text())["runs"][0]["valid"]["accuracy"] > 0.8
-    said = call(finetune.main, "--ckpt", tmp_path / "checkpoint_best.pt", "--predict", place / "valid.tsv", "--text=text")
+    predict = ["--predict", place / "valid.tsv", "--text", "text"]
+    said = call(finetune.main, "--ckpt", tmp_path / "checkpoint_best.pt", *predict)
     truth = [line.split("\t")[1] for line in (place / "valid.tsv").read_text().splitlines()[1:]]
     right = np.mean([row.split("\t")[0] == label for row, label in zip(said.splitlines()[1:], truth, strict=True)])
     assert right == max(row["valid_accuracy"] for row in rows_of(tmp_path, "valid_accuracy"))

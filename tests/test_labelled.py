@@ -160,7 +160,7 @@ def test_other_input_that_cannot_be_used_is_one_line(place, tmp_path):  # noqa: 
         (dict(ckpt=None), "--ckpt is missing"),
         (dict(dict=place / "train.tsv"), "expected '<symbol> <count>'"),
         (dict(predict="x"), "not fine-tuned"),
-        (dict(config_name="tiny"), "presets are for pretraining"),
+        (dict(config_name="tiny"), "settings are for pretraining"),
     ):
         with pytest.raises(InputError, match=message):
             finetune.main(flags(place, tmp_path / "out", **options))

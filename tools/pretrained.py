@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import InputError, printable
-from data import SPECIAL, Dictionary
 from dataset import labelled
-from model import PAD, Encoder, ModelConfig, init_weights
+from dataset.binarized import SPECIAL, Dictionary
 from dataset.text import Tokenizer, load_tokenizer
+from model import PAD, Encoder, ModelConfig, init_weights
 from runtime import checkpoint
 
 FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
