@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import config
+import convert
 from config import InputError, RunError, option
 from dataset import labelled
 from dataset.labelled import Split
@@ -307,7 +308,7 @@ class Program:
         """What checkpoint.load reads as a checkpoint of this project without a teacher, and the classifier."""
         state, symbols = {k: v.detach().cpu() for k, v in model.state_dict().items()}, self.dictionary
         place = dict(data_path=str(self.folder.resolve()), tokens_per_sample=self.source.longest)
-        return dict(
+        return convert.beginning(self.cfg.seed) | dict(
             config={**vars(self.source.shape), **place},
             dictionary=dict(size=len(symbols), digest=symbols.digest(), mask_id=symbols.mask_id),
             student={k: v for k, v in state.items() if k.startswith("encoder.")},
@@ -317,7 +318,7 @@ class Program:
                 texts=self.data.texts,
                 label_scale=self.cfg.label_scale,
             ),
-            **{part: {} for part in ("teacher", "optimizer", "scaler", "rng", "progress", "log")},
+            teacher={},
         )
 
 

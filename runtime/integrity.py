@@ -35,6 +35,8 @@ ENTRIES = dict(
     ),
     # of a file that convert.py made from one of fairseq's: what only fairseq has a place for
     **{"fairseq?": {"param_group": dict, str: object}},
+    # of a file that finetune.py wrote: texts is 2 for pairs, labels None for a regression
+    **{"classifier?": dict(head={str: torch.Tensor}, labels=(NONE, [str]), texts=range(1, 3), label_scale=NUMBER)},
 )
 MOST_VALUES, DEEPEST = 1_000_000, 50  # of the dict in any file; the base model's has a few thousand
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import config
+import convert
 import finetune
 from dataset import labelled
 from model import Data2VecText, ModelConfig
@@ -41,7 +42,7 @@ def place(tmp_path_factory):
     cfg = ModelConfig(**SMALL)
     model = Data2VecText(cfg, 40)
     student, encoder = model.state_dict(), model.encoder.state_dict()
-    parts = {name: {} for name in ("dictionary", "optimizer", "scaler", "rng", "progress", "log")}
+    parts = convert.beginning(1)
     teacher = {k: v + 0.01 for k, v in encoder.items()}
     settings = {**vars(cfg), "data_path": str(folder / "data")}
     checkpoint.save({"config": settings, "student": student, "teacher": teacher, **parts}, folder / "pretrained.pt")

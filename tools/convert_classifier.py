@@ -9,8 +9,7 @@ import json
 from pathlib import Path
 
 from config import InputError
-
-PREFIX = "data2vec_text."  # of the encoder's names in a model with a head
+from tools.convert_hf import PREFIX
 
 
 def add_head(folder: Path, made: dict, path):
@@ -19,7 +18,7 @@ def add_head(folder: Path, made: dict, path):
     made: the entry `classifier` of the fine-tuned checkpoint at `path`. The scores of a regression come out in the
     units of its labels. Raises InputError for a linear probe, which transformers cannot express.
     """
-    from safetensors import torch as safetensors  # convert_hf has explained how to install it
+    from safetensors import torch as safetensors  # which convert_hf has just used
 
     if "dense.weight" not in made["head"]:
         raise InputError(f"{path}: a linear probe on mean features (--freeze); transformers has no model for it")

@@ -6,12 +6,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from compat import fairseq_names
 from config import InputError, printable
 from dataset import labelled
 from dataset.binarized import SPECIAL, Dictionary
 from dataset.text import Tokenizer, load_tokenizer
 from model import PAD, Encoder, ModelConfig, init_weights
 from runtime import checkpoint
+from tools import convert_hf
 
 FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
 FAIRSEQ_HEAD = "classification_heads.sentence_classification_head."
@@ -51,17 +53,15 @@ class Pretrained:
 def load(path, teacher: bool = False, attention_heads: int = 0) -> Pretrained:
     """The student's encoder, or the teacher's, of a checkpoint of this project or of fairseq, of a bare state dict, or
     of a Hugging Face folder. attention_heads: 0 takes the file's. Raises InputError."""
-    from convert import load_hf
-
     path = Path(path)
-    loaded = load_hf(path) if path.is_dir() else checkpoint.load(path)
+    loaded = convert_hf.load(path) if path.is_dir() else checkpoint.load(path)
     if teacher and not loaded.teacher:
         raise InputError(f"--teacher: {path} has none")
     student = {k.removeprefix("encoder."): v for k, v in loaded.student.items() if k.startswith("encoder.")}
     weights = {k: v.float() for k, v in (loaded.teacher if teacher else student).items()}
     settings, folder = loaded.config, loaded.config.get("data_path", "")
     if loaded.kind == "fairseq":
-        settings = checkpoint.reference_settings(loaded.config, FIELDS, path)
+        settings = fairseq_names.reference_settings(loaded.config, FIELDS, path)
         folder = loaded.config.get("task", {}).get("data") or ""
     state = loaded.content.get("model", loaded.content) if loaded.kind in ("fairseq", "state_dict") else {}
     head = {k.removeprefix(FAIRSEQ_HEAD): v.float() for k, v in state.items() if k.startswith(FAIRSEQ_HEAD)}
