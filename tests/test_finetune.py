@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import config
 import convert
+import eval as evaluation
 import finetune
 from dataset import labelled
 from model import Data2VecText, ModelConfig
@@ -248,3 +249,16 @@ def test_a_checkpoint_of_fairseq_is_fine_tuned(tmp_path):
     start = ["--ckpt", GOLDEN / "checkpoint" / "fairseq_doc128.pt", "--dict", tmp_path / "dict.txt", "--max_update", 2]
     call(finetune.main, *start, *own, "--save_dir", tmp_path / "out", "--device", "cpu")
     assert len(rows_of(tmp_path / "out")) == 2
+
+
+def test_a_fine_tuned_checkpoint_serves_features_and_a_damaged_one_is_refused(place, tmp_path):
+    call(finetune.main, *flags(place, tmp_path / "out", max_epoch=1))
+    best = tmp_path / "out" / "checkpoint_best.pt"
+    features = ["--features", place / "train.tsv", "--out", tmp_path / "f.npy", "--data_path", tmp_path / "out"]
+    call(evaluation.main, "--ckpt", best, *features, "--device", "cpu")
+    assert np.load(tmp_path / "f.npy").shape == (121, 16)
+    content = torch.load(best, weights_only=True)
+    content["classifier"]["labels"] = [1, 2]
+    torch.save(content, best)
+    with pytest.raises(config.InputError, match="its classifier is not what"):
+        finetune.main(["--ckpt", str(best), "--predict", str(place / "train.tsv")])
