@@ -13,10 +13,11 @@ import config
 import convert
 import eval as evaluation
 import finetune
+import train
 from dataset import labelled
 from model import Data2VecText, ModelConfig
 from runtime import checkpoint
-from tests.helpers import CPU, GOLDEN, SMALL, call, golden
+from tests.helpers import CPU, GOLDEN, SMALL, call, few, golden
 
 WORDS = [f"w{i}" for i in range(36)]
 
@@ -262,3 +263,13 @@ def test_a_fine_tuned_checkpoint_serves_features_and_a_damaged_one_is_refused(pl
     torch.save(content, best)
     with pytest.raises(config.InputError, match="its classifier is not what"):
         finetune.main(["--ckpt", str(best), "--predict", str(place / "train.tsv")])
+
+
+@pytest.mark.parametrize("objective", ["data2vec", "mlm"])
+def test_what_train_py_wrote_is_fine_tuned(objective, corpus_dir, place, tmp_path):
+    call(train.main, *few(corpus_dir, tmp_path / "run", "--objective", objective, "--max_update", 2))
+    last = tmp_path / "run" / "checkpoint_last.pt"
+    call(finetune.main, *flags(place, tmp_path / "out", ckpt=last, lr=0, max_epoch=1))
+    found, made = (checkpoint.load(path).student for path in (tmp_path / "out" / "checkpoint_best.pt", last))
+    assert all(torch.equal(found[name], made[name]) for name in found)
+    assert set(found) == {name for name in made if name.startswith("encoder.")}
