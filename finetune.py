@@ -364,7 +364,8 @@ def main(argv: list | None = None) -> int:
     except (RuntimeError, MemoryError) as e:
         if isinstance(e, RunError) or not device.is_out_of_memory(e):
             raise
-        raise RunError(f"out of memory; lower --batch_size or --max_tokens and raise --update_freq: {e}") from None
+        said = " ".join(str(e).split())[:200]
+        raise RunError(f"out of memory; lower --batch_size or --max_tokens, raise --update_freq; {said}") from None
     finally:
         device.close()
 

@@ -9,6 +9,7 @@ import config
 import finetune
 from config import InputError
 from dataset import labelled
+from dataset.binarized import write_dataset
 from dataset.labelled import Columns
 from tests.helpers import GOLDEN, call, golden
 from tests.test_finetune import flags, place, rows_of  # noqa: F401
@@ -151,7 +152,7 @@ def test_other_input_that_cannot_be_used_is_one_line(place, tmp_path):  # noqa: 
         (dict(train=tmp_path / "latin.tsv"), "not UTF-8 at byte 11"),
         (dict(train=place / "pretrained.pt"), "ends in .tsv, .csv or .jsonl"),
         (dict(regression=True), "'good' is no number"),
-        (dict(num_classes=1), "--num_classes 1: training has"),
+        (dict(num_classes=1), "--num_classes 1: the labels are good, bad|bad, good"),
         (dict(metric="pearson"), "--metric pearson: choose from accuracy"),
         (dict(data_path=tmp_path), "one of them says where the labelled text is"),
         (dict(train=None, valid=None, data_path=tmp_path), "no folder input0 in it"),
@@ -173,6 +174,28 @@ def test_a_text_longer_than_the_table_is_cut_and_counted(place, tmp_path, capsys
     assert "warning: 1 of 2 examples of train are longer than 64 tokens, and cut there" in capsys.readouterr().err
     with pytest.raises(InputError, match="--fairseq_exact: 1 examples of train are longer than 64"):
         finetune.main(flags(place, tmp_path / "out2", fairseq_exact=True, **own))
+
+
+def test_a_task_can_be_read_from_fairseqs_binarized_folders(place, tmp_path):  # noqa: F811
+    for name, rows in (("input0", [[5, 6, 2], [7, 2]]), ("input1", [[8, 2], [9, 5, 2]]), ("label", [[5, 2], [4, 2]])):
+        (tmp_path / name).mkdir()
+        symbols = "yes 1\nno 1\nmadeupword0000 0\n" if name == "label" else (place / "data" / "dict.txt").read_text()
+        (tmp_path / name / "dict.txt").write_text(symbols)
+        for split in ("train", "valid", "valid1"):
+            write_dataset(tmp_path / name / split, rows, 40)
+    own = dict(train=None, valid=None, text=None, label=None, lr=None)
+    argv = flags(place, tmp_path / "out", task="mnli", data_path=tmp_path, max_update=2, max_epoch=0, **own)
+    call(finetune.main, *argv)
+    assert "valid1_accuracy" in rows_of(tmp_path / "out", "valid_loss")[-1]
+    split, names = labelled.read_binarized(tmp_path, "train", labelled.Dictionary(place / "data" / "dict.txt"), 512)
+    assert [row.tolist() for row in split.rows] == [[0, 5, 6, 2, 2, 8, 2], [0, 7, 2, 2, 9, 5, 2]]
+    assert names == ["yes", "no"] and split.labels.tolist() == [1, 0]
+    write_dataset(tmp_path / "label" / "valid", [[4, 2]], 40)
+    with pytest.raises(InputError, match="valid: 2 rows, but there are 1 labels"):
+        finetune.main([*argv, "--overwrite"])
+    write_dataset(tmp_path / "label" / "valid", [[4, 2], [6, 2]], 40)
+    with pytest.raises(InputError, match="row 1 has a label that label/dict.txt does not name"):
+        finetune.main([*argv, "--overwrite"])
 
 
 @golden

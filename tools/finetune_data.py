@@ -30,14 +30,16 @@ class Data:
 
 def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
     """Raises InputError for whatever cannot be used."""
-    if cfg.data_path and cfg.task == "none":
-        folder = Path(cfg.data_path)
-        if not labelled.is_binarized(folder):
-            raise InputError(f"{folder}: no folder input0 in it; for GLUE's files name the task, as --task rte")
-        splits = ["train", "valid"] + ["test"] * (folder / "label" / "test.idx").is_file()
+    folder = Path(cfg.data_path)
+    if cfg.data_path and labelled.is_binarized(folder):
+        labels = folder / "label"
+        others = [s for s in ("valid1", "test") if (labels / f"{s}.idx").is_file() or (labels / f"{s}.label").is_file()]
+        splits = ["train", "valid", *others]
         read = {split: labelled.read_binarized(folder, split, dictionary, longest) for split in splits}
         names, texts = read["train"][1], 1 + (folder / "input1").is_dir()
         found = {split: examples for split, (examples, _) in read.items()}
+    elif cfg.data_path and cfg.task == "none":
+        raise InputError(f"{folder}: no folder input0 in it; for GLUE's files name the task, as --task rte")
     else:
         tables = read_tables(cfg)
         texts, names = len(tables["train"].texts), None
@@ -49,10 +51,10 @@ def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
             found[split] = labelled.make_split([tokenize(column) for column in table.texts], labels, longest)
     if cfg.regression and names:
         raise InputError(f"--regression: {cfg.data_path} has classes in label/dict.txt, and no label/train.label")
-    if names and cfg.num_classes:
-        if cfg.num_classes < len(set(found["train"].labels.tolist())):
-            raise InputError(f"--num_classes {cfg.num_classes}: training has {', '.join(names[:20])}")
-        names = names[: cfg.num_classes]
+    if names and cfg.num_classes:  # as fairseq, whose head may have more than occur
+        if cfg.num_classes <= max(examples.labels.max() for examples in found.values()):
+            raise InputError(f"--num_classes {cfg.num_classes}: the labels are {', '.join(names[:20])}")
+        names = [*names, *(f"unused{i}" for i in range(len(names), cfg.num_classes))][: cfg.num_classes]
     if names and len(names) < 2:
         raise InputError(f"all training labels are {names[0]!r}; there is nothing to learn")
     for split, examples in found.items():
