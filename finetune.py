@@ -262,7 +262,7 @@ class Program:
     def __init__(self, cfg: FinetuneConfig, device: Device):
         self.cfg, self.device, self.folder = cfg, device, Path(cfg.save_dir)
         self.source = pretrained.load(cfg.ckpt or cfg.init_from, cfg.teacher, cfg.attention_heads)
-        self.dictionary, tokenize = pretrained.prepare_text(cfg, self.source, self.folder)
+        self.dictionary, tokenize, self.texts = pretrained.prepare_text(cfg, self.source)
         self.data = read_data(cfg, self.source.longest, self.dictionary, tokenize)
         allowed = METRICS[:4] if self.data.names else METRICS[4:]
         self.metric = cfg.metric if cfg.metric != "auto" else "accuracy" if self.data.names else allowed[-1]
@@ -329,6 +329,7 @@ def finetune(cfg: FinetuneConfig, device: Device) -> int:
     try:
         program, results = Program(cfg, device), []
         report.remove(older)
+        pretrained.write_text_files(folder, program.texts)
         report.describe(program.source, program.data, program.metric)
         lrs = (0.0,) if cfg.freeze else cfg.lr
         plan = [(lr, seed, u) for u in (False, True)[: 1 + cfg.untrained] for lr in lrs for seed in seeds_of(cfg, u)]

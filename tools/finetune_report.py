@@ -16,8 +16,9 @@ def prepare(folder: Path, ckpt: str, overwrite: bool) -> list[Path]:
     """Make --save_dir. Returns what an older fine-tuning left there, which goes once all inputs are known to be good.
     Raises InputError if --overwrite does not allow that, or if something else would be lost."""
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "train.jsonl").exists() or Path(ckpt).resolve().parent == folder.resolve():
-        raise InputError(f"--save_dir {folder} holds the run to start from; choose another folder")
+    taken = any((folder / name).exists() for name in ("train.jsonl", "train.idx"))
+    if taken or Path(ckpt).resolve().parent == folder.resolve():
+        raise InputError(f"--save_dir {folder} holds the run to start from, or a dataset; choose another folder")
     held = [folder / name for name in ("finetune.jsonl", "results.json", "checkpoint_best.pt")]
     held = [path for path in held if path.exists()] + [path.parent for path in folder.glob("*_seed_*/finetune.jsonl")]
     if held and not overwrite:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,14 +100,12 @@ def shape_of(weights: dict, settings: dict, attention_heads: int, path) -> Model
 # ---------------------------------------------------------------------------------------------- text to tokens
 
 
-def text_files(given: dict, source: Pretrained) -> dict[str, bytes]:
-    """The contents of dict.txt and, where the tokens are a BPE's, of encoder.json and vocab.bpe.
+def text_files(given: dict, source: Pretrained) -> dict[str, Path]:
+    """Where dict.txt and, if the tokens are a BPE's, encoder.json and vocab.bpe are.
 
-    given: {name: path or ""} from flags. What is not given is looked for beside a given dict.txt, else in a Hugging
-    Face folder itself, beside the checkpoint, or in the folder of the pretraining data. Raises InputError.
+    given: {name: path or ""} from flags. What is not given is looked for beside a given dict.txt, else beside the
+    checkpoint, or in the folder of the pretraining data. Raises InputError.
     """
-    if source.path.is_dir() and not given["dict.txt"]:
-        return hf_text_files(source.path, source.vocabulary)
     places = [Path(given["dict.txt"]).parent] if given["dict.txt"] else [source.path.parent]
     places += [Path(source.folder.split(":")[0])] if source.folder and not given["dict.txt"] else []
     place = next((folder for folder in places if given["dict.txt"] or (folder / "dict.txt").is_file()), None)
@@ -115,15 +114,8 @@ def text_files(given: dict, source: Pretrained) -> dict[str, bytes]:
             f"no dict.txt in {' or '.join(map(str, places))}: name the dictionary of {source.path} with --dict F, and"
             " for a BPE --encoder_json F --vocab_bpe F"
         )
-    found = {}
-    for name in TEXT_FILES:
-        path = Path(given[name] or place / name)
-        if given[name] or path.is_file():
-            try:
-                found[name] = path.read_bytes()
-            except OSError as e:
-                raise InputError(f"{path}: {e.strerror}") from None
-    return found
+    paths = {name: Path(given[name] or place / name) for name in TEXT_FILES}
+    return {name: path for name, path in paths.items() if given[name] or path.is_file()}
 
 
 def hf_text_files(folder: Path, vocabulary: int) -> dict[str, bytes]:
@@ -153,17 +145,33 @@ def hf_text_files(folder: Path, vocabulary: int) -> dict[str, bytes]:
     return {"dict.txt": "".join(f"{symbol} 0\n" for symbol in rows).encode(), **files}
 
 
-def prepare_text(cfg, source: Pretrained, folder: Path) -> tuple[Dictionary, Tokenizer | None]:
-    """The dictionary, and the tokenizer where raw text is to be read. cfg: finetune.py's settings. Copies their files
-    to `folder`, so that the fine-tuned checkpoint there can read raw text."""
+def prepare_text(cfg, source: Pretrained) -> tuple[Dictionary, Tokenizer | None, dict[str, bytes]]:
+    """The dictionary, the tokenizer where raw text is to be read, and the contents of their files by name. cfg:
+    finetune.py's settings. Raises InputError."""
     given = {"dict.txt": cfg.dict, "encoder.json": cfg.encoder_json, "vocab.bpe": cfg.vocab_bpe}
     binarized = bool(cfg.data_path) and labelled.is_binarized(cfg.data_path)
     if binarized and not cfg.dict:
         given["dict.txt"] = str(Path(cfg.data_path) / "input0" / "dict.txt")
-    for name, content in text_files(given, source).items():
-        (folder / name).write_bytes(content)
-    dictionary = read_dictionary(folder / "dict.txt", source)
-    return dictionary, None if binarized else load_tokenizer(folder, dictionary)
+    with tempfile.TemporaryDirectory() as folder:
+        if source.path.is_dir() and not given["dict.txt"]:
+            paths = {}
+            for name, content in hf_text_files(source.path, source.vocabulary).items():
+                paths[name] = Path(folder) / name
+                paths[name].write_bytes(content)
+        else:
+            paths = text_files(given, source)
+        dictionary = read_dictionary(paths["dict.txt"], source)
+        bpe = [paths.get(name) for name in TEXT_FILES[1:]]
+        tokenize = None if binarized else load_tokenizer(paths["dict.txt"].parent, dictionary, *bpe)
+        return dictionary, tokenize, {name: path.read_bytes() for name, path in paths.items()}
+
+
+def write_text_files(folder: Path, contents: dict[str, bytes]):
+    """Put the tokenizer's files beside the fine-tuned checkpoint, which can then read raw text."""
+    for name in TEXT_FILES:
+        (folder / name).unlink(missing_ok=True)
+        if name in contents:
+            (folder / name).write_bytes(contents[name])
 
 
 def read_dictionary(path, source: Pretrained) -> Dictionary:
