@@ -16,12 +16,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-import device  # noqa: F401  # isort: split
-
 import torch
 
 import config
+
+# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
+import device  # noqa: F401  # isort: split
 from config import InputError, printable
 from dataset.binarized import Dictionary
 from model import Data2VecText, ModelConfig
