@@ -16,18 +16,18 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
+import device  # noqa: F401  # isort: split
+
 import torch
 
 import config
-
-# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-import device  # noqa: F401  # isort: split
 from config import InputError, printable
 from dataset.binarized import Dictionary
 from model import Data2VecText, ModelConfig
 from runtime import checkpoint, integrity
 from runtime.checkpoint import Loaded
-from tools import convert_fairseq, convert_hf
+from tools import convert_classifier, convert_fairseq, convert_hf
 from train import PARTS
 
 HEADS = ("regression_head.", "lm_head.")
@@ -60,6 +60,8 @@ def to_hf(source: Source, out: Path) -> list[str]:
         if has_tokenizer:
             unknown = convert_hf.write_tokenizer(folder, source.dictionary, *source.bpe, longest)
         convert_hf.write(folder, encoder, source.model, unknown, head)
+        if "classifier" in source.content:  # of finetune.py
+            convert_classifier.add_head(folder, source.content["classifier"], source.path)
     return [] if has_tokenizer else ["no tokenizer: give --data_path, or --dict, --encoder_json and --vocab_bpe"]
 
 
@@ -125,7 +127,7 @@ def complete(loaded: Loaded, cfg: ModelConfig, seed: int, untrained: str, path) 
             state = checkpoint.own_state(state, module, f"the student's {name}", path)
             student.update((f"{name}.{k}", v) for k, v in state.items())
     teacher = loaded.teacher
-    if teacher is None:  # as at the start of training
+    if not teacher:  # as at the start of training
         teacher = {k.removeprefix("encoder."): v for k, v in student.items() if k.startswith("encoder.")}
     teacher = checkpoint.own_state(teacher, model.encoder, "the teacher", path)
     weights, template = dict(student=student, teacher=teacher), {k: v.to("meta") for k, v in student.items()}
@@ -169,7 +171,7 @@ def main(argv: list | None = None) -> int:
     found = next(name for name, kinds in KINDS.items() if loaded.kind in kinds)
     if args.source not in (None, found):
         raise InputError(f"--from {args.source}: {path} is {found}")
-    if args.teacher and loaded.teacher is None:
+    if args.teacher and not loaded.teacher:
         raise InputError(f"--teacher: {path} has none")
     settings, untrained = convert_fairseq.settings_of(loaded, path)
     parts, args = config.parse(PARTS, __doc__, argv, extra=extra, base=settings)

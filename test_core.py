@@ -7,7 +7,6 @@ import json
 import math
 import re
 
-# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 import numpy as np
 import pytest
 import torch
@@ -20,21 +19,8 @@ from dataset.binarized import BOS, PAD, Dictionary
 from ema import EmaConfig
 from model import ModelConfig, data2vec_loss, teacher_targets
 from runtime import checkpoint
-from tests.helpers import (  # noqa: F401, fixtures
-    CPU,
-    FEW,
-    GOLDEN,
-    HERE,
-    SMALL,
-    block_dataset,
-    call,
-    compare_checkpoints,
-    corpus_dir,
-    golden,
-    make_run,
-    random_encoder,
-    rows_of,
-)
+from tests.helpers import CPU, FEW, GOLDEN, HERE, SMALL, call, compare_checkpoints, golden, make_run, random_encoder
+from tests.helpers import block_dataset, corpus_dir, rows_of  # noqa: F401, fixtures
 from tools import dataset
 
 
