@@ -1,6 +1,6 @@
 """Checkpoints to and from other ecosystems: Hugging Face transformers and fairseq.
 
-    python convert.py --ckpt CHECKPOINT --to hf DIR [--teacher] [--data_path DIR]     for AutoModel.from_pretrained(DIR)
+    python convert.py --ckpt CHECKPOINT --to hf DIR [--teacher] [--data_path DIR]     for transformers' AutoModel
     python convert.py --ckpt CHECKPOINT --to fairseq FILE                             for fairseq's data2vec_text
     python convert.py --ckpt FAIRSEQ.pt --to native FILE                              for our train.py and eval.py
     python convert.py --ckpt HF_DIR --from hf --to native FILE
@@ -51,14 +51,15 @@ class Source:
 
 def to_hf(source: Source, out: Path) -> list[str]:
     has_tokenizer = source.dictionary and (source.bpe[0] or not source.dictionary.holds_bpe_ids())
-    encoder = source.content["teacher"] if source.teacher else source.content["student"]
-    encoder = {k.removeprefix("encoder."): v for k, v in encoder.items() if not k.startswith(HEADS)}
+    weights = source.content["teacher"] if source.teacher else source.content["student"]
+    encoder = {k.removeprefix("encoder."): v for k, v in weights.items() if not k.startswith(HEADS)}
+    head = {k: v for k, v in weights.items() if k.startswith(convert_hf.WORD_HEAD)}  # the teacher has none
     with checkpoint.whole(out) as folder:
         folder.mkdir()
         unknown, longest = 0, source.flat["tokens_per_sample"]
         if has_tokenizer:
             unknown = convert_hf.write_tokenizer(folder, source.dictionary, *source.bpe, longest)
-        convert_hf.write(folder, encoder, source.model, unknown)
+        convert_hf.write(folder, encoder, source.model, unknown, head)
         if "classifier" in source.content:  # of finetune.py
             convert_classifier.add_head(folder, source.content["classifier"], source.path)
     return [] if has_tokenizer else ["no tokenizer: give --data_path, or --dict, --encoder_json and --vocab_bpe"]
