@@ -15,6 +15,9 @@ from datetime import timedelta
 # torch_npu hooks itself into `import torch`, and where its driver is missing that import fails. It is imported by name
 # below instead. Must come before the first import of torch.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+# Threads that wait by spinning take the cores away from whoever else works on the machine, and from each other. OpenMP
+# reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -121,6 +124,12 @@ class Device:
     def synchronize(self):
         if self.type != "cpu":
             self._module.synchronize()
+
+    def memory(self) -> int:
+        """Bytes that the device has in all, also those in use."""
+        if self.type != "cpu":
+            return self._module.mem_get_info()[1]
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def peak_memory(self) -> int:
         """Bytes: the allocator's peak on an accelerator, the process's peak resident size on a CPU."""

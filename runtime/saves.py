@@ -1,6 +1,7 @@
 """When a run saves, and what a failed save or an error means for it."""
 
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ class Saves:
         self.run, self.corpus, self.fingerprint, self.log, self.health = run, corpus, fingerprint, log, health
         self.folder = Path(run.cfg.train.save_dir)
         self.saver = checkpoint.Saver(run.device)
+        self.since = time.monotonic()  # the last save, or the start
         self.writing = None  # update number of the save under way
         self.best_written = self.best_saved = self.best()  # in the save under way, and in the last good one
         self.failure = ""  # of the last save
@@ -31,14 +33,15 @@ class Saves:
         self.settle()
         self.failure = ""
         # a norm could overflow where the weights did not; isfinite() of each weight takes ten times as long
-        ends = torch.stack([end for p in run.weights.parameters for end in (p.amin(), p.amax())])
+        weights = (*run.weights.parameters, *run.teacher.parameters())
+        ends = torch.stack([end for p in weights for end in (p.amin(), p.amax())])
         if not ends.isfinite().all():
             raise RunError(
                 f"update {run.num_updates}: the weights are not finite, so the last checkpoint stays as it is; resume"
                 " from it with a lower --lr"
             )
         self.look_at_skipped()
-        self.writing, self.best_written = run.num_updates, self.best()
+        self.writing, self.best_written, self.since = run.num_updates, self.best(), time.monotonic()
         if run.device.rank == 0:
             content = {**contents(run, self.corpus, self.fingerprint), "log": self.log.state()}
             self.saver.start(content, *(self.folder / name for name in ("checkpoint_last.pt", *also)))
@@ -59,6 +62,11 @@ class Saves:
         self.save()
         self.settle()
         self.log.say(self.failure or f"update {self.run.num_updates}: saved, {why}")
+
+    def is_late(self) -> bool:
+        """Whether the clock asks for a save (--save_interval_minutes). Workers' clocks differ: they must agree first."""
+        minutes = self.run.cfg.train.save_interval_minutes
+        return 0 < 60 * minutes <= time.monotonic() - self.since
 
     def settle_if_idle(self):
         if not self.saver.is_busy():
@@ -105,3 +113,8 @@ class Saves:
             raise RunError(f"update {run.num_updates}: {error} ({saved})") from None
         if error is None and self.failure:
             raise RunError(self.failure)
+        if error is None and run.is_finished() and 2 * run.optimizer.skipped > run.num_updates:
+            raise RunError(
+                f"{run.optimizer.skipped} of {run.num_updates} updates were skipped, since their loss or gradient was"
+                " not finite, so little or nothing was learned; lower --lr, raise --warmup_updates or try --amp off"
+            )
