@@ -49,8 +49,8 @@ class Signals:
             signal.signal(number, handler)
 
     def agreed(self, late: bool = False) -> tuple[int, int, int]:
-        """(the number of a signal to stop or 0, whether to save now, whether `late` is true in some worker), the same on
-        all workers."""
+        """(the number of a signal to stop or 0, whether to save now, whether `late` is true anywhere), the same on all
+        workers."""
         stop, save, late = self.device.agree([self.stop, self.save, int(late)])
         self.save = 0
         return stop, save, late
