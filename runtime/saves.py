@@ -44,14 +44,14 @@ class Saves:
         self.writing, self.best_written, self.since = run.num_updates, self.best(), time.monotonic()
         if run.device.rank == 0:
             content = {**contents(run, self.corpus, self.fingerprint), "log": self.log.state()}
-            self.saver.start(content, *(self.folder / name for name in ("checkpoint_last.pt", *also)))
+            paths = (self.folder / name for name in ("checkpoint_last.pt", *also))
+            self.saver.start(content, *paths, keep=run.cfg.train.keep_interval_updates)
 
     def settle(self):
         """Wait for the save under way, if any. A failed save loses nothing, and the next one tries again."""
         try:
             if self.saver.finish():
                 self.best_saved = self.best_written
-                checkpoint.prune(self.folder, self.run.cfg.train.keep_interval_updates)
         except OSError as e:
             self.run.best_loss, self.run.best_gain = self.best_saved  # the better one's file was not written
             self.failure = f"update {self.writing} could not be saved in {self.folder}: {e.strerror or e}"
@@ -64,7 +64,7 @@ class Saves:
         self.log.say(self.failure or f"update {self.run.num_updates}: saved, {why}")
 
     def is_late(self) -> bool:
-        """Whether the clock asks for a save (--save_interval_minutes). Workers' clocks differ: they must agree first."""
+        """Whether the clock asks for a save (--save_interval_minutes). Clocks of workers differ: they must agree."""
         minutes = self.run.cfg.train.save_interval_minutes
         return 0 < 60 * minutes <= time.monotonic() - self.since
 
