@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import InputError
+from config import InputError, read_text
 from dataset.binarized import EOS, UNK, Dictionary, token_type
 from dataset.files import disk_size, read_all
 
@@ -53,16 +53,10 @@ def read_bpe(encoder_json, vocab_bpe):
     Raises InputError if a file is missing, cut, or belongs to something else.
     """
     tokenizers = need_tokenizers()
-    texts = []
-    for path in (encoder_json, vocab_bpe):
-        try:
-            texts.append(Path(path).read_text(encoding="utf-8"))
-        except UnicodeDecodeError as e:
-            raise InputError(f"{path}: not UTF-8 at byte {e.start}") from None
-        except OSError as e:
-            raise InputError(f"{path}: {e.strerror}") from None
+    texts = [read_text(path) for path in (encoder_json, vocab_bpe)]
     try:
         vocab = json.loads(texts[0])
+        "".join(vocab).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as e:
         raise InputError(f"{encoder_json}: not JSON: {e}") from None
     if not isinstance(vocab, dict) or not all(type(i) is int and 0 <= i < 1 << 24 for i in vocab.values()):
