@@ -204,7 +204,10 @@ def write_split(steps: Steps, split: str, names: list[str], pool: Pool, made_fro
 
     def chunks():
         nonlocal empty, unknown
-        for tokens, sizes, unk in pool.map("encode", read_all(names, split)):
+        begun = 0  # tokens of a line that is not complete
+        for tokens, sizes, unk, is_cut in pool.map("encode", read_all(names, split)):
+            sizes[0] += begun
+            sizes, begun = (sizes[:-1], sizes[-1]) if is_cut else (sizes, 0)
             empty, unknown = empty + int((sizes == 1).sum()), unknown + unk
             yield tokens, sizes
 
