@@ -122,6 +122,14 @@ def test_whole_files_that_are_incomplete_checkpoints_are_refused(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")  # zipfile warns of what a mutation asks for
+def test_files_with_one_wrong_field_record_opcode_or_value_load_or_are_refused_in_one_line(tmp_path):
+    for package in ("safetensors", "tokenizers", "yaml"):
+        pytest.importorskip(package)
+    figures = soak.fuzz(0, 0, tmp_path, seed=1, structured=12)
+    assert figures["structured"] == 120 and figures["other_errors"] == [] and figures["structured_errors"] > 60
+
+
 def test_mutated_datasets_and_checkpoints_load_or_are_refused_in_one_line(tmp_path):
     figures = soak.fuzz(400, 40, tmp_path, seed=1)
     assert figures["datasets"] == 400 and figures["checkpoints"] == 40 and figures["other_errors"] == []
