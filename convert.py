@@ -1,6 +1,6 @@
 """Checkpoints to and from other ecosystems: Hugging Face transformers and fairseq.
 
-    python convert.py --ckpt CHECKPOINT --to hf DIR [--teacher] [--data_path DIR]     for AutoModel.from_pretrained(DIR)
+    python convert.py --ckpt CHECKPOINT --to hf DIR [--teacher] [--data_path DIR]     for transformers' AutoModel
     python convert.py --ckpt CHECKPOINT --to fairseq FILE                             for fairseq's data2vec_text
     python convert.py --ckpt FAIRSEQ.pt --to native FILE                              for our train.py and eval.py
     python convert.py --ckpt HF_DIR --from hf --to native FILE
@@ -27,7 +27,7 @@ from dataset.binarized import SPECIAL, Dictionary
 from model import Data2VecText, ModelConfig
 from runtime import checkpoint, integrity
 from runtime.checkpoint import Loaded
-from tools import convert_fairseq, convert_hf
+from tools import convert_classifier, convert_fairseq, convert_hf
 from train import PARTS
 
 HEADS = ("regression_head.", "lm_head.")
@@ -51,14 +51,17 @@ class Source:
 
 def to_hf(source: Source, out: Path) -> list[str]:
     has_tokenizer = source.dictionary and (source.bpe[0] or not source.dictionary.holds_bpe_ids())
-    encoder = source.content["teacher"] if source.teacher else source.content["student"]
-    encoder = {k.removeprefix("encoder."): v for k, v in encoder.items() if not k.startswith(HEADS)}
+    weights = source.content["teacher"] if source.teacher else source.content["student"]
+    encoder = {k.removeprefix("encoder."): v for k, v in weights.items() if not k.startswith(HEADS)}
+    head = {k: v for k, v in weights.items() if k.startswith(convert_hf.WORD_HEAD)}  # the teacher has none
     with checkpoint.whole(out) as folder:
         folder.mkdir()
         unknown, longest = 0, source.flat["tokens_per_sample"]
         if has_tokenizer:
             unknown = convert_hf.write_tokenizer(folder, source.dictionary, *source.bpe, longest)
-        convert_hf.write(folder, encoder, source.model, unknown)
+        convert_hf.write(folder, encoder, source.model, unknown, head)
+        if "classifier" in source.content:  # of finetune.py
+            convert_classifier.add_head(folder, source.content["classifier"], source.path)
     return [] if has_tokenizer else ["no tokenizer: give --data_path, or --dict, --encoder_json and --vocab_bpe"]
 
 
@@ -124,7 +127,7 @@ def complete(loaded: Loaded, cfg: ModelConfig, seed: int, untrained: str, path) 
             state = checkpoint.own_state(state, module, f"the student's {name}", path)
             student.update((f"{name}.{k}", v) for k, v in state.items())
     teacher = loaded.teacher
-    if teacher is None:  # as at the start of training
+    if not teacher:  # as at the start of training
         teacher = {k.removeprefix("encoder."): v for k, v in student.items() if k.startswith("encoder.")}
     teacher = checkpoint.own_state(teacher, model.encoder, "the teacher", path)
     weights, template = dict(student=student, teacher=teacher), {k: v.to("meta") for k, v in student.items()}
@@ -168,7 +171,7 @@ def main(argv: list | None = None) -> int:
     found = next(name for name, kinds in KINDS.items() if loaded.kind in kinds)
     if args.source not in (None, found):
         raise InputError(f"--from {args.source}: {path} is {found}")
-    if args.teacher and loaded.teacher is None:
+    if args.teacher and not loaded.teacher:
         raise InputError(f"--teacher: {path} has none")
     settings, untrained = convert_fairseq.settings_of(loaded, path)
     parts, args = config.parse(PARTS, __doc__, argv, extra=extra, base=settings)

@@ -85,6 +85,14 @@ class Device:
             return torch.npu.amp.GradScaler(**rules)
         return torch.amp.GradScaler(self.type, **rules)
 
+    def check_profile(self, updates: int, done: int, max_update: int):
+        """Raise InputError if a profile of so many updates cannot be made after `done` ones."""
+        last = done + PROFILE_FROM + updates - 1
+        if updates and self.type != "npu":
+            raise InputError(f"--npu_profile: the profiler is torch_npu's, and this is {self.type}")
+        if updates and last > max_update:
+            raise InputError(f"--npu_profile {updates} ends with update {last}, above --max_update")
+
     @contextlib.contextmanager
     def profile(self, updates: int, folder):
         """Yields a function to call after each update. With updates > 0, torch_npu's profiler writes a trace of that

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from device import PROFILE_FROM, Device, DeviceConfig, open_device, worker  # isort: split
+from device import Device, DeviceConfig, open_device, worker  # isort: split
 
 import torch
 from torch.profiler import record_function
@@ -280,16 +280,6 @@ def loop(
     return figures, 0 if run.is_finished() else 128 + stop
 
 
-def check_profile(run: Run):
-    """Raise InputError if --npu_profile cannot be done."""
-    t, kind = run.cfg.train, run.device.type
-    last = run.num_updates + PROFILE_FROM + t.npu_profile - 1
-    if t.npu_profile and kind != "npu":
-        raise InputError(f"--npu_profile: the profiler is torch_npu's, and this is {kind}")
-    if t.npu_profile and last > t.max_update:
-        raise InputError(f"--npu_profile {t.npu_profile} ends with update {last}, above --max_update")
-
-
 def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
     """The run from its start, or from where it was interrupted, to its end or a signal.
 
@@ -319,7 +309,7 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
             log.restore(found[1].content["log"])
         elif t.init_from:
             resume.init_from(run, corpus, checkpoint.load(t.init_from), t.init_from)
-        check_profile(run)
+        device.check_profile(t.npu_profile, run.num_updates, t.max_update)
         device.barrier()  # every worker has read what it needs
         if device.rank == 0 and args.no_resume:
             resume.remove(folder, "checkpoint_*.pt", "train.jsonl")  # only after every check has passed

@@ -156,6 +156,8 @@ def add_spellings(parser):
         if action := parser.flag(f"--{name}"):
             parser.also(action, f"--{spelling}", f"--{spelling.split('.')[-1]}")
     for name in (*ONLY, *IGNORED, *INSTEAD):
+        if parser.flag(f"--{name}"):  # finetune.py has a --task of its own
+            continue
         action = parser.add_argument(
             f"--{name}", action=Answer, nargs="?", const="true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from config import InputError, RunError, option
 from device import LOWEST_LOSS_SCALE, Device
+from runtime.quality import ALIKE
 
-HALF_COLLAPSE, ALIKE = 3, 0.9  # a warning: the targets' variance fell to a third, or their mean has this cosine
+HALF_COLLAPSE = 3  # the variance of the targets fell to a third: a warning
 UNHEALTHY_INTERVALS = 10  # log intervals in a row with a collapsed variance after which the run stops
 
 

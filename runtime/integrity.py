@@ -28,13 +28,15 @@ ENTRIES = dict(
         world_size=FROM_ONE,
         best_loss=(*NUMBER, NONE),
         data={str: SCALAR},
-        **{"first_target_var?": (*NUMBER, NONE)},  # 0.1.0 did not save it
+        **{name: (*NUMBER, NONE) for name in ("best_gain?", "first_target_var?")},  # 0.1.0 saved neither
     ),
     log=dict(
         updates=[dict(number=COUNT, loss=NUMBER, gnorm=NUMBER, counts=[COUNT] * 3)], skipped=[bool], seconds=NUMBER
     ),
     # of a file that convert.py made from one of fairseq's: what only fairseq has a place for
     **{"fairseq?": {"param_group": dict, str: object}},
+    # of a file that finetune.py wrote: texts is 2 for pairs, labels None for a regression
+    **{"classifier?": dict(head={str: torch.Tensor}, labels=(NONE, [str]), texts=range(1, 3), label_scale=NUMBER)},
 )
 MOST_VALUES, DEEPEST = 1_000_000, 50  # of the dict in any file; the base model's has a few thousand
 

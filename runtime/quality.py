@@ -25,6 +25,7 @@ from data import Batch, BlockDataset
 from model import data2vec_loss, teacher_targets
 
 FIT_BATCHES = 32  # of the training split, for the position guess
+ALIKE = 0.9  # a constant guess with a higher cosine: half a collapse
 LEAST_GAIN, LEAST_ERRORS = 0.02, 3  # a gain of R2 counts if it is above the first, and above so many errors
 GUESSES = ("position", "block")
 
@@ -71,6 +72,8 @@ def verdict(figures: dict) -> str:
     told = "R2 {r2:.3f}, position {r2_position:.3f}, position and block {r2_block:.3f}; " + told
     what = "positions and the block's mean" if beaten["position"] else "positions"
     begin = "learned: " if all(beaten.values()) else f"NOT learned: no better than {what}: "
+    if figures["cosine_constant"] > ALIKE:  # there R2 is a share of next to nothing
+        begin = "NOT learned: the targets are alike, their mean has a cosine of {cosine_constant:.3f}: "
     return begin + told.format(**figures) + ("\n" + words if words else "")
 
 

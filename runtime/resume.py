@@ -136,10 +136,17 @@ def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoin
 def init_from(run, corpus: Corpus, loaded: checkpoint.Loaded, path):
     """Take the weights and the teacher of any readable checkpoint; optimizer and schedule start fresh."""
     check_dictionary(loaded, corpus, path)
-    if not any(name.startswith("regression_head.") for name in loaded.student):
-        print(f"warning: {printable(str(path))} has no regression head; it starts from random weights", file=sys.stderr)
-        loaded.student.update({k: v for k, v in run.student.state_dict().items() if k.startswith("regression_head.")})
-    run.load(loaded.student, loaded.teacher, path)
+    weights, shown = dict(loaded.student), printable(str(path))
+    for prefix, head in (("regression_head.", "regression head"), ("lm_head.", "head for words")):
+        ours = {k: v for k, v in run.student.state_dict().items() if k.startswith(prefix)}
+        found = [k for k in weights if k.startswith(prefix)]
+        if ours and not found:
+            print(f"warning: {shown} has no {head}; it starts from random weights", file=sys.stderr)
+            weights.update(ours)
+        if found and not ours:
+            print(f"warning: the {head} in {shown} is not used by this objective", file=sys.stderr)
+            weights = {k: v for k, v in weights.items() if k not in found}
+    run.load(weights, loaded.teacher, path)
 
 
 def prepare_save_dir(folder: Path, args):

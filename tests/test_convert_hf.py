@@ -18,7 +18,7 @@ from dataset.binarized import BOS, EOS, PAD, UNK, Dictionary, TokenStream
 from dataset.text import load_tokenizer
 from runtime import checkpoint
 from tests.converting import WORDS, random_file, run, same, saved  # noqa: F401
-from tests.helpers import FEW, GOLDEN, SMALL, Payload, call, golden, random_encoder
+from tests.helpers import FEW, GOLDEN, SMALL, Payload, call, golden, random_encoder, small_content
 from tools import convert_hf
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed: pip install safetensors")
@@ -82,16 +82,21 @@ def test_transformers_tokenizer_gives_the_dictionarys_ids_for_words(tmp_path, sa
     assert tokenizer([symbols[5], symbols[5] + " " + symbols[6]], padding=True)["input_ids"][0][-1] == PAD
 
 
+def write_bpe(folder) -> Dictionary:
+    """Write encoder.json, vocab.bpe, and a dict.txt that lacks three of the BPE's tokens."""
+    alphabet = sorted(pytest.importorskip("tokenizers").pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, "th", "the", "\u0120the"]
+    (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "vocab.bpe").write_text("#version: 0.2\nt h\nth e\n\u0120 the\n")
+    known = [i for i, token in enumerate(tokens) if token not in ("th", "q", "z")]
+    (folder / "dict.txt").write_text("".join(f"{i} 1\n" for i in reversed(known)))
+    return Dictionary(folder / "dict.txt")
+
+
 def test_tokens_of_the_bpe_that_the_dictionary_lacks_are_unk_to_the_model(tmp_path, saved, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     hf = transformers()
-    alphabet = sorted(pytest.importorskip("tokenizers").pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, "th", "the", "\u0120the"]
-    (tmp_path / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (tmp_path / "vocab.bpe").write_text("#version: 0.2\nt h\nth e\n\u0120 the\n")
-    known = [i for i, token in enumerate(tokens) if token not in ("th", "q", "z")]
-    (tmp_path / "dict.txt").write_text("".join(f"{i} 1\n" for i in reversed(known)))
-    dictionary = Dictionary(tmp_path / "dict.txt")
+    dictionary = write_bpe(tmp_path)
     student, cfg = random_encoder(0, len(dictionary))
     bare = fairseq_names.to_reference(student.state_dict(), dict(student.encoder.state_dict()))
     torch.save(bare, tmp_path / "bare.pt")
@@ -110,6 +115,51 @@ def test_tokens_of_the_bpe_that_the_dictionary_lacks_are_unk_to_the_model(tmp_pa
     run(tmp_path / "hf", "native", tmp_path / "back.pt")
     back = checkpoint.load(tmp_path / "back.pt").student
     assert torch.equal(back["encoder.embed_tokens.weight"], student.encoder.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("kind", ["words", "bpe"])
+@pytest.mark.parametrize("options", [dict(objective="mlm"), dict(mlm_weight=1.0)])
+def test_a_head_for_words_fills_masks_in_transformers_with_the_same_logits(
+    tmp_path, corpus_dir, kind, options, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hf, data = transformers(), corpus_dir if kind == "words" else tmp_path
+    dictionary = Dictionary(corpus_dir / "dict.txt") if kind == "words" else write_bpe(tmp_path)
+    size, lacking = len(dictionary), 0 if kind == "words" else 3
+    student, _ = random_encoder(0, size, **options)
+    weights = dict(student=student.state_dict(), teacher=student.encoder.state_dict())
+    checkpoint.save(small_content(config={**SMALL, **options}, **weights), tmp_path / "words.pt")
+    run(tmp_path / "words.pt", "hf", tmp_path / "hf", "--data_path", data)
+    model, loading = hf.AutoModelForMaskedLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert type(model).__name__ == "Data2VecTextForMaskedLM" and not any(loading.values())
+    encoder, loading = hf.AutoModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False, output_loading_info=True)
+    assert not loading["missing_keys"] and all(name.startswith("lm_head.") for name in loading["unexpected_keys"])
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "w3 w7 <mask> w5 w1" if kind == "words" else "the quiz<mask> thick"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    ours = ids.where(ids < size, UNK)
+    with torch.no_grad():
+        states, _ = student.encoder(ours)
+        assert torch.allclose(encoder(ids).last_hidden_state, states, atol=1e-5)
+        expected = student.lm_head(states.flatten(0, 1), student.encoder.embed_tokens.weight)
+        found = model.eval()(ids).logits[0]
+    assert found.shape[1] == size + lacking and torch.allclose(found[:, :size], expected, atol=1e-4)
+    assert not found.softmax(1)[:, size:].any() and expected.std() > 0.1  # what is <unk> to the model is never proposed
+    answers = hf.pipeline("fill-mask", model=str(tmp_path / "hf"), tokenizer=tokenizer, device="cpu", top_k=size)(text)
+    at = int((ids[0] == dictionary.mask_id).nonzero())
+    probability, best = expected[at].softmax(0).topk(size)
+    assert [a["token"] for a in answers[:3]] == best.tolist()[:3] and max(a["token"] for a in answers) < size
+    assert np.allclose([a["score"] for a in answers], probability, atol=1e-5)
+
+    assert "not taken over" not in run(tmp_path / "hf", "native", tmp_path / "back.pt")
+    back = checkpoint.load(tmp_path / "back.pt")
+    assert back.config["objective"] == "mlm"
+    assert same(back.student, {k: v for k, v in student.state_dict().items() if not k.startswith("regression_head.")})
+    model.save_pretrained(tmp_path / "again", safe_serialization=True)
+    run(tmp_path / "again", "native", tmp_path / "again.pt")
+    assert same(checkpoint.load(tmp_path / "again.pt").student, back.student)
+    run(tmp_path / "words.pt", "hf", tmp_path / "teacher", "--data_path", data, "--teacher")
+    assert json.loads((tmp_path / "teacher" / "config.json").read_text())["architectures"] == ["Data2VecTextModel"]
 
 
 def test_the_way_to_transformers_and_back_is_exact(tmp_path, random_file):

@@ -281,11 +281,12 @@ def test_a_picture_shows_every_run_and_every_panel(finished, tmp_path):
         runs[i].write_text((finished / "train.jsonl").read_text())
     call(plot.main, *runs, "--out", tmp_path / "all.svg")
     picture = (tmp_path / "all.svg").read_text()
-    for text in [f"run_{i}" for i in range(7)] + [title for title, *_ in plot.PANELS] + ["validation", "prediction"]:
-        assert f"<!-- {text}" in picture, text
+    titles = [title for title, *_ in plot.PANELS]
+    for text in [f"run_{i}" for i in range(7)] + titles + ["validation", "prediction", "R2", "block", "constant"]:
+        assert (f"<!-- {text}" in picture) == (text not in ("probe's gain", "words")), text  # which this run has not
     call(plot.main, finished, "--out", tmp_path / "one.png")
     head = (tmp_path / "one.png").read_bytes()[:24]
-    assert head.startswith(b"\x89PNG") and int.from_bytes(head[16:20], "big") == 900
+    assert head.startswith(b"\x89PNG") and int.from_bytes(head[16:20], "big") == 1200
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -302,10 +303,32 @@ def test_odd_rows_names_and_links_do_not_spoil_a_picture(tmp_path, capsys):
     (tmp_path / "mine").write_text("mine")
     for name in ("x.svg", "x.png", "x\x1b[2J.pdf"):
         (tmp_path / f"{name}.tmp").symlink_to(tmp_path / "mine")
-        call(plot.main, run, other, "--out", tmp_path / name)
+        for runs in ((run,), (run, other)):
+            call(plot.main, *runs, "--out", tmp_path / name)
         assert (tmp_path / name).stat().st_size > 1000
     assert "\\frac{$ \\x1b[2J_\\n" in (tmp_path / "x.svg").read_text() and (tmp_path / "mine").read_text() == "mine"
     assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_picture_shows_the_words_and_the_probe_of_the_runs_that_have_them(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = {
+        "old": '{"loss": 5.5, "lr": 0.1, "target_var": null, "num_updates": 20}\n',
+        "probed": '{"valid_loss": 3.5, "valid_probe_gain": 0.1, "num_updates": 20}\n',
+        "mlm": '{"valid_loss": 7, "valid_mlm_loss": 7, "valid_mlm_loss_frequency": 7.1, "num_updates": 20}\n',
+    }
+    for name, text in rows.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(text)
+    expected = {"old": ["loss", "learning rate"], "probed": ["loss", "probe's gain"], "mlm": ["loss", "words"]}
+    expected["old probed mlm"] = ["loss", "probe's gain", "words", "learning rate"]
+    for names, titles in expected.items():
+        call(plot.main, *(tmp_path / name for name in names.split()), "--out", tmp_path / "all.svg")
+        picture = (tmp_path / "all.svg").read_text()
+        drawn = [
+            title for title, unit, *_ in plot.PANELS if f"<!-- {title}{f' ({unit})' if unit else ''} -->" in picture
+        ]
+        assert drawn == titles
 
 
 def test_what_cannot_be_drawn_is_refused_in_one_line(finished, tmp_path, monkeypatch):

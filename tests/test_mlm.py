@@ -13,6 +13,7 @@ import train
 from data import Corpus
 from mlm import evaluate_words
 from model import data2vec_loss, teacher_targets
+from runtime import checkpoint
 from tests.helpers import CPU, FEW, call, make_run, rows_of
 
 BASELINE = "--objective mlm --mask_multiple_length 1 --mask_prob 0.3 --random_token_prob 0.1 --leave_unmasked_prob 0.1"
@@ -72,7 +73,7 @@ def test_it_is_evaluated_beside_the_word_frequencies(corpus_dir):
 
 
 @pytest.mark.parametrize("flags", [BASELINE.split(), ["--mlm_weight", "1"]])
-def test_such_a_run_trains_validates_and_serves_eval(tmp_path, corpus_dir, flags):
+def test_such_a_run_trains_validates_and_serves_eval(tmp_path, corpus_dir, flags, capsys):
     call(train.main, *FEW, "--data_path", corpus_dir, "--save_dir", tmp_path, "--max_update", 6, *flags)
     last = tmp_path / "checkpoint_last.pt"
     row = rows_of(tmp_path, "valid_mlm_loss")[-1]
@@ -81,3 +82,20 @@ def test_such_a_run_trains_validates_and_serves_eval(tmp_path, corpus_dir, flags
     assert result["mlm_loss"] == pytest.approx(row["valid_mlm_loss"], rel=1e-5) and "probe" in result
     printed = call(evaluation.main, "--ckpt", last)
     assert "words: " in printed and "frequencies" in printed
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_run_begins_with_the_encoder_of_another_objective_and_says_which_heads_differ(tmp_path, corpus_dir, capsys):
+    few = [*FEW, "--data_path", corpus_dir, "--max_update", 1, "--lr", 0, "--weight_decay", 0, "--save_dir"]
+    call(train.main, *few, tmp_path / "words", "--objective", "mlm")
+    call(train.main, *few, tmp_path / "plain", "--init_from", tmp_path / "words" / "checkpoint_last.pt")
+    said = capsys.readouterr().err
+    assert "no regression head; it starts" in said and "the head for words in" in said
+    call(
+        train.main, *few, tmp_path / "both", "--init_from", tmp_path / "plain" / "checkpoint_last.pt", "--mlm_weight", 1
+    )
+    said = capsys.readouterr().err
+    assert "no head for words; it starts" in said and "regression head" not in said
+    words, both = (checkpoint.load(tmp_path / name / "checkpoint_last.pt").student for name in ("words", "both"))
+    encoder = [name for name in words if name.startswith("encoder.")]
+    assert all(torch.equal(words[name], both[name]) for name in encoder) and "lm_head.bias" in both

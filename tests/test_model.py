@@ -1,6 +1,5 @@
 """Encoder, head, targets and dropout against the formula written out."""
 
-# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 import dataclasses
 import math
 

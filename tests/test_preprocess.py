@@ -258,6 +258,7 @@ def test_ctrl_c_ends_with_one_line_and_the_next_run_continues(tmp_path, monkeypa
         return plain(self, chunk)
 
     monkeypatch.setattr(Tokenizer, "encode", interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     argv = [str(a) for s, n in texts.items() for a in (f"--{s}", *n)]
     argv += ["--dest", str(tmp_path / "out"), "--bpe", "none", "--workers", "1"]
     assert preprocess.main(argv) == 130

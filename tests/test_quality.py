@@ -66,22 +66,22 @@ def test_the_guesses_equal_their_definition_place_by_place(corpus_dir, options):
 
 
 def test_learned_is_said_only_above_both_guesses_by_the_margin_and_three_errors():
-    def said(position, block, error=0.001):
+    def said(position, block, error=0.001, constant=0.2):
         figures = dict(r2=0.8, r2_position=0.8 - position, r2_block=0.8 - block, gain_position=position)
         return quality.verdict(
-            dict(figures, gain_block=block, gain_position_error=error, gain_block_error=error)
+            dict(figures, cosine_constant=constant, gain_block=block, gain_position_error=error, gain_block_error=error)
         ).partition(":")[0]
 
     assert said(0.3, 0.1) == "learned" == said(0.3, 0.021)
     assert said(0.3, 0.019) == said(0.3, 0.1, error=0.04) == said(0.3, -0.2) != "learned"
-    assert said(0.3, 0.019) == "NOT learned"
+    assert said(0.3, 0.019) == "NOT learned" == said(0.3, 0.1, constant=0.91)  # half a collapse
     told = quality.verdict(
-        dict(r2=0.8, r2_position=0.5, r2_block=0.9, gain_position=0.3, gain_block=-0.1)
+        dict(r2=0.8, r2_position=0.5, r2_block=0.9, gain_position=0.3, gain_block=-0.1, cosine_constant=0.2)
         | dict(gain_position_error=0.01, gain_block_error=0.01)
     )
     assert "no better than positions and the block's mean: R2 0.800" in told
     assert "no better than positions: R2" in quality.verdict(
-        dict(r2=0.8, r2_position=0.8, r2_block=0.9, gain_position=0.0, gain_block=-0.1)
+        dict(r2=0.8, r2_position=0.8, r2_block=0.9, gain_position=0.0, gain_block=-0.1, cosine_constant=0.2)
         | dict(gain_position_error=0.01, gain_block_error=0.01)
     )
 

@@ -27,6 +27,7 @@ import convert
 # must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 import device  # noqa: F401  # isort: split
 import eval as evaluation
+import finetune
 import preprocess
 import train
 from config import InputError
@@ -46,6 +47,7 @@ PROGRAMS = {
     "bench.py": bench,
     "preprocess.py": preprocess,
     "convert.py": convert,
+    "finetune.py": finetune,
     "tools.plot": plot,
     "tests.soak": soak,
 }

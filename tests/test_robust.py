@@ -207,7 +207,7 @@ def test_a_collapse_warns_and_after_ten_intervals_stops_with_a_checkpoint(corpus
     assert capsys.readouterr().out.count("may be collapsing") == 9
     assert checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"] == 15
     health = guard.Health(guard.GuardConfig(min_target_var=0, min_pred_var=0), 0, say=pytest.fail)
-    health.check_variance(dict(num_updates=9, target_var=0.0, pred_var=0.0))
+    health.check_variance(dict(num_updates=9, target_var=0.0, pred_var=0.0, cosine_constant=0.1), None)
 
 
 def test_out_of_memory_says_what_was_tried_and_what_helps(monkeypatch, corpus_dir, tmp_path):

@@ -3,7 +3,6 @@
 import json
 import re
 
-# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 import pytest
 
 import eval as evaluation

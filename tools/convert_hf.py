@@ -2,7 +2,8 @@
 
     python convert.py --ckpt CHECKPOINT --to hf DIR
 
-Names and settings are those of transformers' Data2VecTextModel. Weights are copied exactly (float16 becomes float32).
+Names and settings are those of transformers' Data2VecTextModel; a student with a head for words (mlm.py) becomes a
+Data2VecTextForMaskedLM, for the fill-mask pipeline. Weights are copied exactly (float16 becomes float32).
 """
 
 import dataclasses
@@ -11,13 +12,14 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from compat import fairseq_config
 from compat.fairseq_names import merge_qkv, split_qkv
 from config import InputError, read_text
 from data import DataConfig
 from dataset.binarized import SPECIAL, UNK, Dictionary
-from model import LAYER_NORM_EPS, PAD, ModelConfig
+from model import LAYER_NORM_EPS, PAD, ModelConfig, WordHead
 from runtime import checkpoint
 from runtime.checkpoint import Loaded
 
@@ -36,11 +38,14 @@ NAMES = {
     ".fc2.": ".output.dense.",
     ".final_layer_norm.": ".output.LayerNorm.",
 }
+TOKENS = "embeddings.word_embeddings.weight"
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"  # BERT's sentences A and B, which only transformers has
 ENCODER, NOT_OURS = ("embeddings.", "encoder.layer."), (TOKEN_TYPES, "embeddings.position_ids")
 SYMBOLS = "dictionary_size"  # our own entry in config.json: how many of the token embeddings the dictionary has
 KNOWN = r"embeddings\.|encoder\.layer\."  # names that a conversion takes over
 PREFIX = "data2vec_text."  # of all names in a model with a task's head
+WORD_HEAD = "lm_head."  # of its own names, which are ours
+NEVER = -1e4  # a bias that makes a token's probability 0, also in float16
 
 # ModelConfig's field -> name in config.json
 CONFIG = dict(
@@ -109,10 +114,13 @@ def load(folder: Path) -> Loaded:
         raise InputError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, in one piece each")
     state = {str(name).removeprefix(PREFIX): tensor for name, tensor in state.items()}
     try:
+        head = _word_head(state, theirs.get(SYMBOLS))
         encoder = merge_qkv(_encoder(state, theirs.get(SYMBOLS)), path)
     except (TypeError, AttributeError, RuntimeError, IndexError) as e:
         raise InputError(f"{path}: not a Data2VecText model's weights: {' '.join(str(e).split())[:200]}") from None
-    return Loaded("hf", settings, {f"encoder.{name}": tensor for name, tensor in encoder.items()}, None, state)
+    if head:
+        settings["objective"] = "mlm"
+    return Loaded("hf", settings, {**{f"encoder.{k}": v for k, v in encoder.items()}, **head}, None, state)
 
 
 def _encoder(state: dict, symbols: int | None) -> dict:
@@ -133,11 +141,26 @@ def _encoder(state: dict, symbols: int | None) -> dict:
     return encoder
 
 
-def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int = 0):
-    """Write config.json and model.safetensors of a Data2VecTextModel.
+def _word_head(state: dict, symbols: int | None) -> dict:
+    """A WordHead's entries in their state dict, from which they are taken; {} if it has no complete one or if its last
+    matrix is not the token embeddings, which ours always is."""
+    names = [WORD_HEAD + name for name in WordHead(ModelConfig(embed_dim=1, attention_heads=1), 1).state_dict()]
+    tied = {WORD_HEAD + "decoder.weight": TOKENS, WORD_HEAD + "decoder.bias": WORD_HEAD + "bias"}
+    if any(name not in state for name in names):
+        return {}
+    if any(name in state and not torch.equal(state[name], state[source]) for name, source in tied.items()):
+        return {}
+    head = {name: state.pop(name) for name in names}
+    for name in tied:
+        state.pop(name, None)
+    return {**head, WORD_HEAD + "bias": head[WORD_HEAD + "bias"][:symbols]}
 
-    encoder: state dict of an Encoder; unknown: how many ids after its own get the embedding of <unk>. Raises InputError
-    for a model that transformers cannot express.
+
+def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int = 0, head: dict | None = None):
+    """Write config.json and model.safetensors of a Data2VecTextModel, or with a head of a Data2VecTextForMaskedLM.
+
+    encoder: state dict of an Encoder; unknown: how many ids after its own get the embedding of <unk>; head: the entries
+    of a WordHead. Raises InputError for a model that transformers cannot express.
     """
     for name, value in (("normalize_before", False), ("activation_dropout", 0.0)):
         if getattr(cfg, name) != value:
@@ -149,8 +172,12 @@ def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int = 0):
             name = name.replace(ours, part)
         tensors[name] = tensor
     tensors[TOKEN_TYPES] = torch.zeros(1, cfg.embed_dim)
+    if head:
+        # a token that the dictionary lacks is never the answer: <unk>, which it is to the model, would count twice
+        bias = F.pad(head[WORD_HEAD + "bias"], (0, unknown), value=NEVER)
+        tensors = {**{PREFIX + name: v for name, v in tensors.items()}, **head, WORD_HEAD + "bias": bias}
     theirs = dict(
-        architectures=["Data2VecTextModel"],
+        architectures=["Data2VecTextForMaskedLM" if head else "Data2VecTextModel"],
         model_type="data2vec-text",
         vocab_size=len(tokens) + unknown,
         # transformers counts the rows of the table, which has rows below the first position

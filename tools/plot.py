@@ -2,8 +2,8 @@
 
     python -m tools.plot RUN [RUN ...] --out curves.png
 
-RUN is a --save_dir or a train.jsonl; the run may still be going. The suffix of --out chooses the format (png, svg,
-pdf). Needs matplotlib.
+RUN is a --save_dir or a train.jsonl; the run may still be going. A panel of which no run has a figure is left out. The
+suffix of --out chooses the format (png, svg, pdf). Needs matplotlib.
 """
 
 import json
@@ -18,16 +18,21 @@ from runtime import checkpoint
 # Okabe and Ito's palette for colour-blind readers, without yellow (faint on white) and black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
+GUESSES = (("", "student"), ("_position", "position"), ("_block", "block"), ("_constant", "constant"))
 # (title, unit, log scale, ((key in train.jsonl, name in the panel's own legend) of each line))
 PANELS = (
     ("loss", "per masked token", False, (("loss", "training"), ("valid_loss", "validation"))),
-    ("learning rate", "", False, (("lr", ""),)),
-    ("gradient norm", "before clipping", False, (("gnorm", ""),)),
-    ("EMA decay of the teacher", "", False, (("ema_decay", ""),)),
+    ("cosine", "validation", False, tuple((f"valid_cosine{guess}", name) for guess, name in GUESSES)),
+    ("R2", "validation", False, tuple((f"valid_r2{guess}", name) for guess, name in GUESSES[:3])),
+    ("probe's gain", "nats per word", False, (("valid_probe_gain", ""),)),
+    ("words", "nats", False, (("valid_mlm_loss", "student"), ("valid_mlm_loss_frequency", "word frequencies"))),
     ("variance", "0: collapse", True, (("target_var", "target"), ("pred_var", "prediction"))),
+    ("gradient norm", "before clipping", False, (("gnorm", ""),)),
+    ("learning rate", "", False, (("lr", ""),)),
+    ("EMA decay of the teacher", "", False, (("ema_decay", ""),)),
     ("throughput", "tokens/s", False, (("wps", ""),)),
 )
-STYLES = ("-", "--")  # for the first and second line of a panel
+STYLES = ("-", "--", ":", "-.")  # for the lines of a panel, in order
 
 
 def read_run(run: str) -> dict:
@@ -88,19 +93,30 @@ def draw(runs: dict, path: Path):
         raise InputError(f"--out {path}: the suffix chooses the format; use one of {', '.join(sorted(known))}")
     colours = COLOURS if len(runs) <= len(COLOURS) else plt.cm.viridis([i / len(runs) for i in range(len(runs))])
     plt.rcParams.update({"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(2, 3, figsize=(9, 4.8), dpi=100, layout="constrained")
-    for i, (axis, (title, unit, log, keys)) in enumerate(zip(axes.flat, PANELS)):
+    seen = {key for series in runs.values() for key, (_, values) in series.items() if any(map(math.isfinite, values))}
+    panels = [panel for panel in PANELS if any(key in seen for key, _ in panel[-1])]
+    columns = 3 if len(panels) <= 6 or len(panels) == 9 else 4
+    last = max(max(updates, default=0) for series in runs.values() for updates, _ in series.values())
+    rows = -(-len(panels) // columns)
+    size = (3 * columns, 2.4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=100, layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for i, (axis, (title, unit, log, keys)) in enumerate(zip(axes.flat, panels)):
+        lines = {}  # one run: a colour for each line of a panel; several: a colour for each run
         for series, colour in zip(runs.values(), colours):
-            for (key, _), style in zip(keys, STYLES):
-                few = len(series[key][0]) < (30 if key == "valid_loss" else 2)  # too few to be seen as a line
-                marker = "o" if few else ""
-                axis.plot(*series[key], style, color=colour, linewidth=1.2, marker=marker, markersize=3)
+            for (key, name), style, own in zip(keys, STYLES, COLOURS):
+                marker = "o" if len(series[key][0]) < 6 else ""  # too few to be seen as a line
+                look = dict(color=own if len(runs) == 1 else colour, linestyle=style, linewidth=1.2)
+                axis.plot(*series[key], **look, marker=marker, markersize=3)
+                if key in seen:
+                    lines[name] = Line2D([], [], **{**look, "color": own if len(runs) == 1 else "0.3"})
         axis.set_title(title + (f" ({unit})" if unit else ""))
         axis.grid(color="0.9", linewidth=0.6)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.margins(x=0.02)
-        if i >= 3:
+        axis.set_xlim(0, 1.02 * last)
+        if i + columns >= len(panels):
             axis.set_xlabel("updates")
         if log:
             axis.set_yscale("log", nonpositive="mask")
@@ -108,13 +124,18 @@ def draw(runs: dict, path: Path):
             axis.yaxis.set_major_formatter(EngFormatter(sep="") if title == "throughput" else "{x:g}")
         if title == "throughput":
             axis.set_ylim(bottom=0)
+        if title == "probe's gain":
+            low, high = axis.get_ylim()
+            axis.set_ylim(min(low, -0.01), max(high, 0.05))  # so that noise does not fill the panel
         if len(keys) > 1:
-            lines = [Line2D([], [], color="0.3", linestyle=s, linewidth=1.2) for s in STYLES]
-            axis.legend(lines, [name for _, name in keys], frameon=False)
-    handles = [Line2D([], [], color=colour, linewidth=2) for colour in colours[: len(runs)]]
-    names = figure.legend(handles, list(runs), loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
-    for name in names.get_texts():
-        name.set_parse_math(False)  # a $ in it is a $
+            axis.legend(lines.values(), lines, frameon=False)
+    if len(runs) == 1:
+        figure.suptitle(*runs, parse_math=False)  # a $ in a name is a $
+    else:
+        handles = [Line2D([], [], color=colour, linewidth=2) for colour in colours[: len(runs)]]
+        names = figure.legend(handles, list(runs), loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
+        for name in names.get_texts():
+            name.set_parse_math(False)
     with checkpoint.whole(path) as part:
         figure.savefig(part, format=path.suffix[1:].lower())
     plt.close(figure)

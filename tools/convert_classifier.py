@@ -1,0 +1,38 @@
+"""A fine-tuned checkpoint as transformers' Data2VecTextForSequenceClassification.
+
+    python convert.py --ckpt DIR/checkpoint_best.pt --to hf HF_DIR
+
+transformers.pipeline("text-classification", model=HF_DIR) then gives the names of the classes, from the same logits.
+"""
+
+import json
+from pathlib import Path
+
+from config import InputError
+from tools.convert_hf import PREFIX
+
+
+def add_head(folder: Path, made: dict, path):
+    """Turn a Data2VecTextModel's config.json and model.safetensors in `folder` into those of a classifier.
+
+    made: the entry `classifier` of the fine-tuned checkpoint at `path`. The scores of a regression come out in the
+    units of its labels. Raises InputError for a linear probe, which transformers cannot express.
+    """
+    from safetensors import torch as safetensors  # which convert_hf has just used
+
+    if "dense.weight" not in made["head"]:
+        raise InputError(f"{path}: a linear probe on mean features (--freeze); transformers has no model for it")
+    head, names = {k: v.float() for k, v in made["head"].items()}, made["labels"]
+    for part in ("out_proj.weight", "out_proj.bias"):
+        head[part] = head[part] * made["label_scale"]
+    where, weights = folder / "config.json", folder / "model.safetensors"
+    settings = json.loads(where.read_text(encoding="utf-8"))
+    settings["architectures"] = ["Data2VecTextForSequenceClassification"]
+    settings["problem_type"] = "single_label_classification" if names else "regression"
+    settings["id2label"] = {str(i): name for i, name in enumerate(names or ["score"])}
+    settings["label2id"] = {name: i for i, name in enumerate(names or ["score"])}
+    settings["classifier_dropout"] = 0.0
+    where.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    tensors = {PREFIX + name: tensor for name, tensor in safetensors.load_file(weights).items()}
+    tensors |= {f"classifier.{name}": tensor.contiguous() for name, tensor in head.items()}
+    weights.write_bytes(safetensors.save(tensors, {"format": "pt"}))

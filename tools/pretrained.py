@@ -1,0 +1,184 @@
+"""What fine-tuning starts from: the encoder of any checkpoint, and the files that turn text into its tokens."""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from compat import fairseq_names
+from config import InputError, printable
+from dataset import labelled
+from dataset.binarized import SPECIAL, Dictionary
+from dataset.text import Tokenizer, load_tokenizer
+from model import PAD, Encoder, ModelConfig, init_weights
+from runtime import checkpoint
+from tools import convert_hf
+
+FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
+FAIRSEQ_HEAD = "classification_heads.sentence_classification_head."
+TEXT_FILES = ("dict.txt", "encoder.json", "vocab.bpe")
+
+
+@dataclass
+class Pretrained:
+    """An encoder to start from. weights: its state dict; head: a sentence head's state dict, if the file has one."""
+
+    path: Path
+    shape: ModelConfig
+    weights: dict
+    head: dict | None
+    dictionary: dict  # size, digest and mask_id, as our checkpoints have them; else empty
+    folder: str  # of the pretraining data, on the machine that trained it
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.weights["embed_tokens.weight"])
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of an example: positions count from PAD + 1."""
+        return len(self.weights["embed_positions.weight"]) - PAD - 1
+
+    def encoder(self, untrained: bool = False, **dropouts) -> Encoder:
+        """A new encoder with these weights, or with the random ones that pretraining begins with."""
+        encoder = Encoder(dataclasses.replace(self.shape, **dropouts), self.vocabulary)
+        if untrained:
+            encoder.apply(init_weights)
+        else:
+            checkpoint.put(self.weights, encoder, "the encoder", self.path)
+        return encoder
+
+
+def load(path, teacher: bool = False, attention_heads: int = 0) -> Pretrained:
+    """The student's encoder, or the teacher's, of a checkpoint of this project or of fairseq, of a bare state dict, or
+    of a Hugging Face folder. attention_heads: 0 takes the file's. Raises InputError."""
+    path = Path(path)
+    loaded = convert_hf.load(path) if path.is_dir() else checkpoint.load(path)
+    if teacher and not loaded.teacher:
+        raise InputError(f"--teacher: {path} has none")
+    student = {k.removeprefix("encoder."): v for k, v in loaded.student.items() if k.startswith("encoder.")}
+    weights = {k: v.float() for k, v in (loaded.teacher if teacher else student).items()}
+    settings, folder = loaded.config, loaded.config.get("data_path", "")
+    if loaded.kind == "fairseq":
+        settings = fairseq_names.reference_settings(loaded.config, FIELDS, path)
+        folder = loaded.config.get("task", {}).get("data") or ""
+    state = loaded.content.get("model", loaded.content) if loaded.kind in ("fairseq", "state_dict") else {}
+    head = {k.removeprefix(FAIRSEQ_HEAD): v.float() for k, v in state.items() if k.startswith(FAIRSEQ_HEAD)}
+    head = head or loaded.content.get("classifier", {}).get("head")
+    shape = shape_of(weights, settings, attention_heads, path)
+    dictionary = loaded.content.get("dictionary", {}) if loaded.kind == "ours" else {}
+    return Pretrained(path, shape, weights, head, dictionary, folder)
+
+
+def shape_of(weights: dict, settings: dict, attention_heads: int, path) -> ModelConfig:
+    """The encoder's shape: as far as the weights show it by them, else by the settings beside them."""
+    try:
+        layers = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
+        seen = dict(
+            layers=layers,
+            embed_dim=weights["embed_tokens.weight"].shape[1],
+            ffn_embed_dim=len(weights["layers.0.fc1.weight"]),
+            max_source_positions=len(weights["embed_positions.weight"]) - PAD - 1,
+            normalize_before="layer_norm.weight" in weights,
+            activation_fn=settings.get("activation_fn", "gelu"),
+            average_top_k_layers=min(layers, ModelConfig.average_top_k_layers),
+        )
+    except (KeyError, IndexError) as e:
+        raise InputError(f"{path}: has no encoder's weights in it: {e} is missing") from None
+    heads = attention_heads or settings.get("attention_heads")
+    if not heads:
+        heads = max(4, seen["embed_dim"] // 64)  # 64 channels each, as in all published sizes, or a small model's four
+        note = f"note: {path} does not say how many attention heads it has; taking {heads} (--attention_heads)"
+        print(printable(note), file=sys.stderr)
+    shape = ModelConfig(**seen, attention_heads=heads)
+    shape.check()
+    return shape
+
+
+# ---------------------------------------------------------------------------------------------- text to tokens
+
+
+def text_files(given: dict, source: Pretrained) -> dict[str, Path]:
+    """Where dict.txt and, if the tokens are a BPE's, encoder.json and vocab.bpe are.
+
+    given: {name: path or ""} from flags. What is not given is looked for beside a given dict.txt, else beside the
+    checkpoint, or in the folder of the pretraining data. Raises InputError.
+    """
+    places = [Path(given["dict.txt"]).parent] if given["dict.txt"] else [source.path.parent]
+    places += [Path(source.folder.split(":")[0])] if source.folder and not given["dict.txt"] else []
+    place = next((folder for folder in places if given["dict.txt"] or (folder / "dict.txt").is_file()), None)
+    if not place:
+        raise InputError(
+            f"no dict.txt in {' or '.join(map(str, places))}: name the dictionary of {source.path} with --dict F, and"
+            " for a BPE --encoder_json F --vocab_bpe F"
+        )
+    paths = {name: Path(given[name] or place / name) for name in TEXT_FILES}
+    return {name: path for name, path in paths.items() if given[name] or path.is_file()}
+
+
+def hf_text_files(folder: Path, vocabulary: int) -> dict[str, bytes]:
+    """The tokenizer of a Hugging Face folder as our three files: RoBERTa's vocab.json and merges.txt, or the word list
+    in a tokenizer.json. Raises InputError."""
+    try:
+        if (folder / "vocab.json").is_file():
+            ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            merges = (folder / "merges.txt").read_text(encoding="utf-8")
+            made = {"".join(row.split(" ")) for row in merges.split("\n") if not row.startswith("#version")}
+            encoder = {token: i for token, i in ids.items() if token in made or len(token) == 1}
+            symbols = {i: str(i) for i in encoder.values()} | {ids["<mask>"]: "<mask>"}
+            files = {"encoder.json": json.dumps(encoder).encode(), "vocab.bpe": merges.encode()}
+        else:
+            made = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+            if made["type"] != "WordLevel":
+                raise InputError(
+                    f"{folder / 'tokenizer.json'}: a {made['type']} tokenizer without vocab.json beside it"
+                )
+            symbols, files = {i: word for word, i in made["vocab"].items()}, {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise InputError(
+            f"{folder}: no tokenizer that can be read ({getattr(e, 'strerror', None) or e}); give --dict F, and for a"
+            " BPE --encoder_json F --vocab_bpe F"
+        ) from None
+    rows = [symbols.get(i, f"unused{i}") for i in range(len(SPECIAL), vocabulary)]
+    return {"dict.txt": "".join(f"{symbol} 0\n" for symbol in rows).encode(), **files}
+
+
+def prepare_text(cfg, source: Pretrained) -> tuple[Dictionary, Tokenizer | None, dict[str, bytes]]:
+    """The dictionary, the tokenizer where raw text is to be read, and the contents of their files by name. cfg:
+    finetune.py's settings. Raises InputError."""
+    given = {"dict.txt": cfg.dict, "encoder.json": cfg.encoder_json, "vocab.bpe": cfg.vocab_bpe}
+    binarized = bool(cfg.data_path) and labelled.is_binarized(cfg.data_path)
+    if binarized and not cfg.dict:
+        given["dict.txt"] = str(Path(cfg.data_path) / "input0" / "dict.txt")
+    with tempfile.TemporaryDirectory() as folder:
+        if source.path.is_dir() and not given["dict.txt"]:
+            paths = {}
+            for name, content in hf_text_files(source.path, source.vocabulary).items():
+                paths[name] = Path(folder) / name
+                paths[name].write_bytes(content)
+        else:
+            paths = text_files(given, source)
+        dictionary = read_dictionary(paths["dict.txt"], source)
+        bpe = [paths.get(name) for name in TEXT_FILES[1:]]
+        tokenize = None if binarized else load_tokenizer(paths["dict.txt"].parent, dictionary, *bpe)
+        return dictionary, tokenize, {name: path.read_bytes() for name, path in paths.items()}
+
+
+def write_text_files(folder: Path, contents: dict[str, bytes]):
+    """Put the tokenizer's files beside the fine-tuned checkpoint, which can then read raw text."""
+    for name in TEXT_FILES:
+        (folder / name).unlink(missing_ok=True)
+        if name in contents:
+            (folder / name).write_bytes(contents[name])
+
+
+def read_dictionary(path, source: Pretrained) -> Dictionary:
+    """A dict.txt that must be the encoder's. Raises InputError."""
+    dictionary = Dictionary(path)
+    if len(dictionary) != source.vocabulary:
+        raise InputError(f"{path}: {len(dictionary)} symbols, but {source.path} has {source.vocabulary} embeddings")
+    if source.dictionary and source.dictionary["digest"] != dictionary.digest():
+        raise InputError(f"{path}: {source.path} was trained with another dictionary of the same size")
+    return dictionary
