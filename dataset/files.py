@@ -101,8 +101,8 @@ def whole_lines(name: str, advance):
 
 def read_chunks(name: str, advance=lambda n: None):
     """The text of a file in pieces of whole lines. "\\n", "\\r" and "\\r\\n" end a line, as in Python's text files, and
-    become "\\n". A piece that ends with "\\r" ends within a very long line, and the next begins with "\\r". `advance` is
-    called with each number of bytes read from the disk.
+    become "\\n". A piece that ends with "\\r" ends within a very long line, and the next begins with "\\r".
+    `advance` is called with each number of bytes read from the disk.
 
     Raises InputError if the file cannot be read, or, with the number of the line, if it is not UTF-8.
     """
