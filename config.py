@@ -66,6 +66,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def read_text(path, errors: str = "strict") -> str:
+    """The text of an ordinary file; a pipe or a device could be endless. Raises InputError."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    try:
+        return path.read_text(encoding="utf-8", errors=errors)
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not UTF-8 at byte {e.start}") from None
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from None
+
+
 def option(default, help, low=None, high=None, above=None, below=None, choices=None):
     """A dataclass field that becomes a command-line flag. low and high are allowed values, above and below are not."""
     if type(default) is int and high is None:
@@ -81,6 +94,8 @@ def check_ranges(config):
         value, choices = getattr(config, field.name), field.metadata["choices"]
         if not isinstance(value, (int, float) if field.type is float else field.type):  # out of a checkpoint
             raise InputError(f"--{field.name} {str(value)[:100]}: must be of type {field.type.__name__}")
+        if isinstance(value, str) and not re.fullmatch("[^\0\ud800-\udc7f\udd00-\udfff]*", value):
+            raise InputError(f"--{field.name} {value[:100]}: holds a character that no path can hold")
         if choices and value not in choices:
             raise InputError(f"--{field.name} {value}: choose from {', '.join(map(str, choices))}")
         for part in value if isinstance(value, tuple) else (value,):

@@ -23,7 +23,7 @@ import config
 # must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 import device  # noqa: F401  # isort: split
 from config import InputError, printable
-from dataset.binarized import Dictionary
+from dataset.binarized import SPECIAL, Dictionary
 from model import Data2VecText, ModelConfig
 from runtime import checkpoint, integrity
 from runtime.checkpoint import Loaded
@@ -116,7 +116,7 @@ def complete(loaded: Loaded, cfg: ModelConfig, seed: int, untrained: str, path) 
     Returns it and the reason why the optimizer starts anew, if it does. Raises InputError if the weights do not fit.
     """
     tokens = loaded.student.get("encoder.embed_tokens.weight")
-    if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2:
+    if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2 or len(tokens) < len(SPECIAL):
         raise InputError(f"{path}: the student has no embed_tokens.weight; is it a data2vec_text model?")
     with torch.device("meta"):  # for names and shapes
         model = Data2VecText(cfg, len(tokens))

@@ -321,9 +321,8 @@ class Corpus:
         self.folders = [Path(folder) for folder in cfg.data_path.split(":") if folder]
         if not self.folders:
             raise InputError(f"--data_path {cfg.data_path}: names no folder")
-        for folder in self.folders:
-            if not folder.is_dir():
-                raise InputError(f"{folder}: no such folder (--data_path)")
+        if missing := [folder for folder in self.folders if not folder.is_dir()]:
+            raise InputError(f"{missing[0]}: no such folder (--data_path)")
         self.dictionary = Dictionary(self.folders[0] / "dict.txt")
         self._kept = {}
 

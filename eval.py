@@ -18,7 +18,7 @@ from device import DeviceConfig, open_device  # isort: split
 
 import config
 from compat.fairseq_names import reference_settings
-from config import InputError
+from config import InputError, printable
 from data import Corpus
 from dataset.text import load_tokenizer
 from runtime import checkpoint
@@ -50,7 +50,7 @@ def table(result: dict) -> str:
             rows[guess] = [result.get(f"{name}_{guess}") for name in names]
         rows["constant"] = [None, None, None, result["cosine_constant"], 0.0]
     lines = [
-        f"{result['ckpt']}, {result['split']}: {result['sample_size']:,} masked tokens",
+        f"{printable(result['ckpt'])}, {result['split']}: {result['sample_size']:,} masked tokens",
         f"{'':10}" + "".join(f"{name:>12}" for name in names),
     ]
     for label, figures in rows.items():
@@ -76,7 +76,9 @@ def write_features(cfg: Config, device, corpus: Corpus, loaded: checkpoint.Loade
         run.student.encoder, device, tokenize, args.features, args.out, args.layer, args.pool, cfg.data
     )
     shown = "{out}: {lines:,} lines, {tokens:,} tokens, width {width}, layer {layer}, pool {pool}, {seconds:.1f} s"
-    print(json.dumps(dict(ckpt=str(path), amp=device.amp_name, **done)) if args.json else shown.format(**done))
+    print(
+        json.dumps(dict(ckpt=str(path), amp=device.amp_name, **done)) if args.json else printable(shown.format(**done))
+    )
     return 0
 
 

@@ -35,7 +35,7 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import config
-from config import InputError, RunError
+from config import InputError, RunError, printable, read_text
 from dataset import files
 from dataset.binarized import (
     Dictionary,
@@ -141,8 +141,9 @@ class Steps:
     def __init__(self, folder: Path):
         self.folder, self.log, self.rows = folder, folder / "preprocess.log", {}
         if self.log.exists():
-            for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):  # fairseq's own log, or a row cut by a crash
+            for line in read_text(self.log, "replace").splitlines():
+                # fairseq's own log, or a row cut by a crash
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                     row = json.loads(line)
                     if isinstance(row["made_from"], dict):
                         self.rows[row["step"]] = row
@@ -155,7 +156,7 @@ class Steps:
         *_, last = paths = self.paths(step)
         if not last.exists():
             return False
-        if contents and [path.read_bytes() for path in paths if path.exists()] == contents:
+        if contents and [path.read_bytes() for path in paths if path.is_file()] == contents:
             return True
         before = self.rows.get(step, {}).get("made_from")
         if before is None:
@@ -166,7 +167,7 @@ class Steps:
                 raise InputError(f"{last} was made with {key} {old}, not {new}; --overwrite replaces it")
         if [path.stat().st_size for path in paths if path.exists()] == self.rows[step].get("bytes"):
             return True
-        print(f"{last}: its size has changed since it was made; making it again", flush=True)
+        print(f"{printable(str(last))}: its size has changed since it was made; making it again", flush=True)
         return False
 
     def finish(self, step: str, made_from: dict, **facts):
@@ -203,7 +204,10 @@ def write_split(steps: Steps, split: str, names: list[str], pool: Pool, made_fro
 
     def chunks():
         nonlocal empty, unknown
-        for tokens, sizes, unk in pool.map("encode", read_all(names, split)):
+        begun = 0  # tokens of a line that is not complete
+        for tokens, sizes, unk, is_cut in pool.map("encode", read_all(names, split)):
+            sizes[0] += begun
+            sizes, begun = (sizes[:-1], sizes[-1]) if is_cut else (sizes, 0)
             empty, unknown = empty + int((sizes == 1).sum()), unknown + unk
             yield tokens, sizes
 
@@ -211,7 +215,7 @@ def write_split(steps: Steps, split: str, names: list[str], pool: Pool, made_fro
     seconds = round(time.perf_counter() - began, 3)
     steps.finish(split, made_from, sentences=sentences, empty=empty, tokens=tokens, unk=unknown, seconds=seconds)
     print(
-        f"{steps.folder / split}: {sentences:,} sentences, {empty:,} of them empty, {tokens:,} tokens,"
+        f"{printable(str(steps.folder / split))}: {sentences:,} sentences, {empty:,} of them empty, {tokens:,} tokens,"
         f" {100 * unknown / max(1, tokens):.1f}% <unk>, {seconds:.1f} s",
         flush=True,
     )
@@ -274,6 +278,8 @@ def preprocess(args: argparse.Namespace):
     texts = {split: names for split in SPLITS if (names := getattr(args, split))}
     inputs = {split: [identity(name) for name in names] for split, names in texts.items()}
     given = {"dict": [args.dict], "bpe": [args.encoder_json, args.vocab_bpe]}
+    for path in filter(None, sum(given.values(), [])):
+        read_text(path)  # refuses what is no file or no text
     given = {step: [Path(path).read_bytes() for path in paths] for step, paths in given.items() if paths[0]}
     digests = {f"{step}_sha256": hashlib.sha256(b"".join(contents)).hexdigest() for step, contents in given.items()}
     made_from = dict(bpe=args.bpe, **digests)
@@ -293,7 +299,7 @@ def preprocess(args: argparse.Namespace):
     left = {split: names for split, names in texts.items() if not done[split]}
     for split in texts:
         if done[split]:
-            print(f"{dest / split}: already done", flush=True)
+            print(f"{printable(str(dest / split))}: already done", flush=True)
     if not left and done["dict"] and (done["bpe"] or args.bpe == "none"):
         return
 

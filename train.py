@@ -354,7 +354,8 @@ def main(argv: list | None = None) -> int:
     finally:
         device.close()
     if device.rank == 0 and figures and code == 0:
-        print(f"valid loss {figures['loss']:.4f}, {verdict(figures)}\n{cfg.train.save_dir}/checkpoint_last.pt")
+        print(f"valid loss {figures['loss']:.4f}, {verdict(figures)}")
+        print(config.printable(f"{cfg.train.save_dir}/checkpoint_last.pt"))
     return code
 
 

@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from config import READERS, InputError
+from config import READERS, InputError, printable, read_text
 
 # fairseq's groups and those of our settings that are in them, under its names.
 GROUPS = {
@@ -133,7 +133,7 @@ class Answer(argparse.Action):
         if self.dest in ONLY:
             _check_built_in(option_string, value, ONLY[self.dest])
         elif self.dest in IGNORED:
-            print(f"{option_string}={value} ignored: {IGNORED[self.dest]}", file=sys.stderr)
+            print(f"{option_string}={printable(value)} ignored: {IGNORED[self.dest]}", file=sys.stderr)
         else:
             raise InputError(f"{option_string}: no option of that name here; {INSTEAD[self.dest]}")
 
@@ -147,7 +147,7 @@ def _check_built_in(name: str, value, built_in):
         except (ValueError, TypeError):
             same = False
     if not same:
-        raise InputError(f"{name}={value} is not supported: only {name}={built_in} is built in")
+        raise InputError(f"{name}={str(value)[:100]} is not supported: only {name}={built_in} is built in")
 
 
 def add_spellings(parser):
@@ -190,9 +190,15 @@ def read_yaml(path: Path, fields: dict, explain: bool) -> dict:
         import yaml
     except ImportError:
         raise InputError("reading a YAML config needs the PyYAML package: pip install pyyaml") from None
+    text = read_text(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        # a few of them can stand for a billion values, or for one that holds itself
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise InputError(f"{path}: has an alias (*NAME); write out what it stands for")
+        tree = yaml.safe_load(text) or {}
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # a date that is none; a number that is too long
         raise InputError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: not a fairseq config: the top level is not a mapping")
@@ -202,12 +208,12 @@ def read_yaml(path: Path, fields: dict, explain: bool) -> dict:
         why = IGNORED.get(name) or INSTEAD.get(name) or "it has no meaning here"
         if name == "distributed_training.distributed_world_size":
             why = "torchrun sets the number of workers"
-            if text.isdecimal() and int(text) > 1:
+            if text.isdecimal() and len(text) < 10 and int(text) > 1:
                 why += (
                     f"; with one worker the batch is {text} times smaller than with {text}, and"
                     f" --update_freq {int(text) * values.get('update_freq', 1)} keeps it"
                 )
-        print(f"{path.name}: {name}={text} ignored: {why}", file=sys.stderr)
+        print(f"{path.name}: {printable(name)[:100]}={printable(text)[:100]} ignored: {why}", file=sys.stderr)
     return values
 
 
@@ -225,20 +231,23 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
                 yield f"{prefix}{key}", value
 
     values, others = {}, {}
-    flat = dict(leaves(tree))
-    for name, value in flat.items():
-        ours, text = OURS.get(name), str(value)
+    try:
+        flat = {name: (value, str(value)) for name, value in leaves(tree)}
+    except (ValueError, RecursionError) as e:  # Python does not print an integer of thousands of digits
+        raise InputError(f"{where}: not a fairseq config: {e}") from None
+    for name, (value, text) in flat.items():
+        ours = OURS.get(name)
         if value is None or text == "???":  # OmegaConf's 'must be given'
             continue
         if ours in fields:
             if link := re.fullmatch(r"\$\{([\w.]+)\}", text):
-                text = str(flat.get(link[1], text))
+                text = flat[link[1]][1] if link[1] in flat else text
             if text.startswith("${"):
-                raise InputError(f"{where}: {name}={text} cannot be resolved; write the value")
+                raise InputError(f"{where}: {name}={text[:100]} cannot be resolved; write the value")
             try:
                 values[ours] = READERS[fields[ours].type](text)
             except (ValueError, argparse.ArgumentTypeError) as e:
-                raise InputError(f"{where}: {name}={text}: {e}") from None
+                raise InputError(f"{where}: {name}={text[:100]}: {str(e)[:100]}") from None
         elif name in ONLY:
             _check_built_in(name, value, ONLY[name])
         else:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import InputError
+from config import InputError, read_text
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
@@ -43,16 +43,9 @@ class Dictionary:
         path = Path(path)
         self.symbols = list(SPECIAL)
         ids = {symbol: i for i, symbol in enumerate(SPECIAL)}
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except FileNotFoundError:
-            raise InputError(
-                f"no dict.txt in {path.parent}: preprocessing writes it into the folder of the .bin files"
-            ) from None
-        except UnicodeDecodeError as e:
-            raise InputError(f"{path}: not UTF-8 at byte {e.start}") from None
-        except OSError as e:
-            raise InputError(f"{path}: {e.strerror}") from None
+        if not path.exists():
+            raise InputError(f"no dict.txt in {path.parent}: preprocessing writes it into the folder of the .bin files")
+        lines = read_text(path).split("\n")
         if lines[-1] == "":
             lines.pop()
         for number, line in enumerate(lines, 1):

@@ -17,6 +17,8 @@ from tqdm import tqdm
 from config import InputError
 
 CHUNK = 1 << 20  # bytes of text that one worker takes at a time
+LONG = 1 << 20  # bytes of one line that are held; a longer one is cut where that changes no token
+BETWEEN_WORDS = re.compile(rb"(?<=[!-~])(?= [!-~])")
 
 
 class Source(NamedTuple):
@@ -72,7 +74,8 @@ def open_file(name: str):
 
 
 def whole_lines(name: str, advance):
-    """The bytes of a file, cut after line ends into pieces of about CHUNK. `advance` as in read_chunks."""
+    """Yield (bytes, whether their last line continues in the next): a file cut after line ends into pieces of about
+    CHUNK, and within a line longer than LONG between two words. `advance` as in read_chunks."""
     held = []  # the beginning of a line whose end has not been read yet
     with readable(f"{name}: cannot be read"), open_file(name) as (file, raw):
         at = raw.tell()
@@ -81,21 +84,30 @@ def whole_lines(name: str, advance):
             at = raw.tell()
             end = 1 + max(block.rfind(b"\n"), block.rfind(b"\r", 0, -1))  # a last \r may be half of a \r\n
             if end:
-                yield b"".join([*held, block[:end]])
+                yield b"".join([*held, block[:end]]), False
                 held = []
             held.append(block[end:])
+            if sum(map(len, held)) > LONG:
+                line = b"".join(held)
+                *_, end = 0, *(match.start() for match in BETWEEN_WORDS.finditer(line, len(line) - LONG // 2))
+                if end:
+                    yield line[:end], True
+                elif len(line) > 64 * LONG:
+                    raise InputError(f"{name}: {len(line) >> 20} MiB without a line end or a space; not a text")
+                held = [line[end:]]
     if rest := b"".join(held):
-        yield rest
+        yield rest, False
 
 
 def read_chunks(name: str, advance=lambda n: None):
     """The text of a file in pieces of whole lines. "\\n", "\\r" and "\\r\\n" end a line, as in Python's text files, and
-    become "\\n". `advance` is called with each number of bytes read from the disk.
+    become "\\n". A piece that ends with "\\r" ends within a very long line, and the next begins with "\\r".
+    `advance` is called with each number of bytes read from the disk.
 
     Raises InputError if the file cannot be read, or, with the number of the line, if it is not UTF-8.
     """
-    line = 1
-    for chunk in whole_lines(name, advance):
+    line, begun = 1, ""
+    for chunk, is_cut in whole_lines(name, advance):
         error = None
         try:
             text = chunk.decode("utf-8")
@@ -106,7 +118,7 @@ def read_chunks(name: str, advance=lambda n: None):
         line += text.count("\n")
         if error:
             raise InputError(f"{name}, line {line}: not UTF-8 ({error.reason}); convert the file first, as iconv does")
-        yield text
+        yield begun + text + (begun := "\r" * is_cut)
 
 
 def read_all(names: list[str], label: str):

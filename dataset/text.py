@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import InputError
+from config import InputError, read_text
 from dataset.binarized import EOS, UNK, Dictionary, token_type
 from dataset.files import disk_size, read_all
 
@@ -53,16 +53,10 @@ def read_bpe(encoder_json, vocab_bpe):
     Raises InputError if a file is missing, cut, or belongs to something else.
     """
     tokenizers = need_tokenizers()
-    texts = []
-    for path in (encoder_json, vocab_bpe):
-        try:
-            texts.append(Path(path).read_text(encoding="utf-8"))
-        except UnicodeDecodeError as e:
-            raise InputError(f"{path}: not UTF-8 at byte {e.start}") from None
-        except OSError as e:
-            raise InputError(f"{path}: {e.strerror}") from None
+    texts = [read_text(path) for path in (encoder_json, vocab_bpe)]
     try:
         vocab = json.loads(texts[0])
+        json.dumps(vocab, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as e:
         raise InputError(f"{encoder_json}: not JSON: {e}") from None
     if not isinstance(vocab, dict) or not all(type(i) is int and 0 <= i < 1 << 24 for i in vocab.values()):
@@ -155,16 +149,17 @@ class Tokenizer:
         return self.table[self.bpe.encode(text, add_special_tokens=False).ids].tobytes()
 
     def _row(self, line: str) -> bytes:
-        """The tokens of one line as bytes."""
-        words, line = line.split(), line.strip()
+        """The tokens of one line as bytes. A "\\r" at its beginning or end says that it is only a part of one."""
+        words, eos, space = line.split(), b"" if line[-1:] == "\r" else self.eos, " " * (line[:1] == "\r")
+        line = line.strip()
         if self.bpe is None or not words:
-            return b"".join(map(self.later.__getitem__, words)) + self.eos
+            return b"".join(map(self.later.__getitem__, words)) + eos
         if " ".join(words) != line:  # other white space than single spaces
-            return b"".join(map(self.first.__getitem__, CUT.split(line))) + self.eos
-        return self.first[words[0]] + b"".join(map(self.later.__getitem__, words[1:])) + self.eos
+            return b"".join(map(self.first.__getitem__, CUT.split(space + line))) + eos
+        return self.first[space + words[0]] + b"".join(map(self.later.__getitem__, words[1:])) + eos
 
     def __call__(self, lines: list[str]) -> list[np.ndarray]:
-        return [np.frombuffer(self._row(line), self.dtype).astype(np.int64) for line in lines]
+        return [np.frombuffer(self._row(line.strip()), self.dtype).astype(np.int64) for line in lines]
 
     def head(self, line: str, tokens: int) -> str:
         """The beginning of a line that holds at least its first `tokens` tokens, for a caller that keeps no more.
@@ -179,19 +174,21 @@ class Tokenizer:
         return line if self.bpe is None else line[: 2 * tokens * self.longest]
 
     def encode(self, chunk: str):
-        """Some lines -> (their tokens as bytes, sizes int32 (lines,), number of UNK)."""
+        """Some lines -> (their tokens as bytes, sizes int32 (lines,), number of UNK, whether the last line is not
+        complete)."""
         rows = [self._row(line) for line in lines_of(chunk)]
         tokens = b"".join(rows)
         sizes = np.fromiter(map(len, rows), np.int32, len(rows)) // self.dtype.itemsize
-        return tokens, sizes, int(np.count_nonzero(np.frombuffer(tokens, self.dtype) == UNK))
+        unknown = int(np.count_nonzero(np.frombuffer(tokens, self.dtype) == UNK))
+        return tokens, sizes, unknown, chunk.endswith("\r")
 
     def count(self, chunk: str) -> Counter:
         """Some lines -> how often each word, or each id, occurs; EOS is not counted."""
         if self.bpe is None:
             return Counter(chunk.split())
-        tokens, sizes, _ = self.encode(chunk)
+        tokens, sizes, _, is_cut = self.encode(chunk)
         counts = np.bincount(np.frombuffer(tokens, self.dtype), minlength=EOS + 1)
-        counts[EOS] -= len(sizes)  # the one that ends each line
+        counts[EOS] -= len(sizes) - is_cut  # the one that ends each line
         return Counter({str(i): int(counts[i]) for i in np.flatnonzero(counts).tolist()})
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import printable
+from config import printable, read_text
 from data import BlockDataset
 from device import Device
 from runtime.checkpoint import write_text
@@ -37,9 +37,7 @@ class Log:
     def open(self, num_updates: int, max_update: int):
         """Open the bar, and drop the rows that a crashed run wrote after its last checkpoint: they will come again."""
         if self.device.rank == 0 and self.path.exists():
-            rows = [
-                row for row in self.path.read_text(errors="replace").splitlines() if _updates_of(row) <= num_updates
-            ]
+            rows = [row for row in read_text(self.path, "replace").splitlines() if _updates_of(row) <= num_updates]
             write_text(self.path, "".join(row + "\n" for row in rows))
         if self.curves is not None:
             self.draw(self.curves.open, num_updates)
@@ -192,9 +190,9 @@ class Log:
 
 def _updates_of(row: str) -> float:
     try:
-        return json.loads(row)["num_updates"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a row that a crash cut short
+        return float(json.loads(row)["num_updates"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return math.inf  # a row that a crash cut short, or no row of ours
 
 
 def describe_start(run, train: BlockDataset, log: Log):

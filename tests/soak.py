@@ -1,7 +1,8 @@
 """Stress tests that take minutes. Each prints its figures as one JSON object; run them from the project's root.
 
 python -m tests.soak kills [--kills 30]                           SIGKILL a run that saves every update, at random times
-python -m tests.soak fuzz [--datasets 20000] [--checkpoints 5000] damaged files must load or give a one-line error
+python -m tests.soak fuzz [--datasets 20000] [--checkpoints 5000] [--structured 500]
+                                                                  damaged files must load or give a one-line error
 python -m tests.soak memory [--updates 2000]                      resident memory early in a run and at its end
 """
 
@@ -10,7 +11,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import struct
@@ -29,9 +29,11 @@ import torch
 import config
 import convert
 import data
+import train
 from config import InputError
 from dataset.binarized import EOS, write_dataset
 from runtime import checkpoint
+from tests import mutations
 
 HERE = Path(__file__).parent.parent  # the project
 TINY = (
@@ -129,33 +131,14 @@ def mutate(raw: bytes, rng: random.Random) -> bytes:
     return bytes(raw)
 
 
-def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0) -> dict:
-    """Every damaged file must load or raise a one-line InputError, without allocating much memory."""
+def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0, structured: int = 0) -> dict:
+    """Every damaged file must load or raise a one-line InputError, without allocating much memory. structured: how many
+    of each kind get the damage of tests/mutations.py."""
     rng = random.Random(seed)
     source, target = small_corpus(folder / "source"), folder / "mutated"
     shutil.copytree(source, target, dirs_exist_ok=True)
     originals = {name: (source / name).read_bytes() for name in ("train.idx", "train.bin", "dict.txt")}
     cfg = data.DataConfig(data_path=str(target), tokens_per_sample=32, max_tokens=256)
-    errors, other = dict(dataset=0, checkpoint=0), []
-    slowest = peak = 0.0
-
-    def peak_mib():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-    def attempt(kind, what, load):
-        nonlocal slowest, peak
-        begin, peak = time.perf_counter(), peak_mib()
-        try:
-            load()
-        except InputError as e:
-            errors[kind] += 1
-            if "\n" in str(e):
-                other.append(f"{what}: two lines")
-        except Exception as e:  # these are what fuzzing is for
-            other.append(f"{what}: {type(e).__name__}: {e}"[:300])
-        slowest = max(slowest, time.perf_counter() - begin)
-        if peak_mib() > peak + 50:  # every file here is much smaller than 1 MB
-            other.append(f"{what}: took {peak_mib() - peak:.0f} MiB")
 
     def read_all():
         dataset = data.Corpus(cfg).split("train")
@@ -164,11 +147,11 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0) -> dict:
         dataset.stream.check_all(dataset.dictionary)
 
     read_all()  # so that memory which libraries allocate at first use is not counted
-    began_with = peak_mib()
+    began_with, of_datasets, of_checkpoints = mutations.peak_mib(), mutations.Attempts(), mutations.Attempts()
     for i in range(datasets):
         name = rng.choice(["train.idx"] * 3 + ["train.bin", "dict.txt"])
         (target / name).write_bytes(mutate(originals[name], rng))
-        attempt("dataset", f"dataset {i} ({name})", read_all)
+        of_datasets(f"dataset {i} ({name})", read_all)
         (target / name).write_bytes(originals[name])
 
     state = {f"encoder.sentence_encoder.layers.0.self_attn.{p}_proj.weight": torch.randn(8, 8) for p in "qkv"}
@@ -180,22 +163,30 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0) -> dict:
     checkpoint.load(folder / "ours.pt")
     for i in range(checkpoints):
         (folder / "mutated.pt").write_bytes(mutate(files[i % 3], rng))
-        attempt("checkpoint", f"checkpoint {i}", lambda: checkpoint.load(folder / "mutated.pt"))
+        of_checkpoints(f"checkpoint {i}", lambda: checkpoint.load(folder / "mutated.pt"))
+
+    run, others = folder / "run", mutations.Attempts()
+    if structured:
+        flags = ["--data_path", str(target), "--save_dir", str(run), "--max_update", "3", "--log_interval", "1"]
+        mutations.Attempts()("a short run", lambda: train.main([*TINY, *flags]))
+        (folder / "structured").mkdir()
+        others = mutations.fuzz(structured, folder / "structured", target, run, seed)
+    all_three = (of_datasets, of_checkpoints, others)
     return dict(
         datasets=datasets,
-        dataset_errors=errors["dataset"],
+        dataset_errors=of_datasets.refused,
         checkpoints=checkpoints,
-        checkpoint_errors=errors["checkpoint"],
-        other_errors=other,
-        slowest_seconds=round(slowest, 3),
-        memory_grown_mib=round(peak_mib() - began_with),
+        checkpoint_errors=of_checkpoints.refused,
+        structured=others.files,
+        structured_errors=others.refused,
+        other_errors=sum((part.other for part in all_three), []),
+        slowest=max(part.slowest for part in all_three),
+        memory_grown_mib=round(mutations.peak_mib() - began_with),
     )
 
 
 def memory(updates: int, folder: Path) -> dict:
     """Resident memory of a run after a tenth of its updates and at its end, with a checkpoint every 100 updates."""
-    import train
-
     corpus = small_corpus(folder / "corpus")
     saves = ["--save_dir", str(folder / "run"), "--save_interval_updates", "100", "--log_interval", "50"]
     flags = [*TINY, "--data_path", str(corpus), "--max_update", str(updates), *saves]
@@ -233,13 +224,14 @@ def main():
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--datasets", type=int, default=20000)
     parser.add_argument("--checkpoints", type=int, default=5000)
+    parser.add_argument("--structured", type=int, default=500, help="files of each kind in tests/mutations.py")
     parser.add_argument("--updates", type=int, default=2000)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         result = {
             "kills": lambda: kills(args.kills, folder),
-            "fuzz": lambda: fuzz(args.datasets, args.checkpoints, folder),
+            "fuzz": lambda: fuzz(args.datasets, args.checkpoints, folder, structured=args.structured),
             "memory": lambda: memory(args.updates, folder),
         }[args.what]()
     print(json.dumps(result))

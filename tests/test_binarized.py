@@ -11,7 +11,7 @@ import pytest
 import train
 from config import InputError
 from dataset.binarized import DTYPES, EOS, Dictionary, TokenStream, write_dataset
-from tests.helpers import FEW, GOLDEN, call, golden, make_dataset, write_index
+from tests.helpers import FEW, GOLDEN, call, dataset_files, golden, make_dataset, write_index
 from tools import dataset
 
 
@@ -180,3 +180,18 @@ def test_the_demo_corpus_is_deterministic_and_big_enough_to_train_on(tmp_path):
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
     facts = json.loads(call(dataset.main, "--data_path", tmp_path / "a", "--json", "--config_name", "tiny"))
     assert facts["tokens"] > 50_000 and facts["documents"] > 40 and facts["dropped_percent"] == 0
+
+
+def test_the_demo_corpus_replaces_nothing_that_it_did_not_write(tmp_path):
+    folder, _ = make_dataset(tmp_path / "mine")
+    before = dataset_files(folder)
+    with pytest.raises(InputError, match="mine: .* in it is not this demo's"):
+        dataset.main(["--make_demo", str(folder)])
+    assert dataset_files(folder) == before and list(tmp_path.iterdir()) == [folder]
+    for _ in range(2):  # its own files may be written again
+        call(dataset.main, "--make_demo", tmp_path / "demo")
+    (tmp_path / "demo" / "train.idx").unlink()  # a killed run's
+    call(dataset.main, "--make_demo", tmp_path / "demo")
+    (tmp_path / "demo" / "notes").write_text("")
+    with pytest.raises(InputError, match="notes in it is not this demo's"):
+        dataset.main(["--make_demo", str(tmp_path / "demo")])

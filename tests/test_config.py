@@ -250,6 +250,44 @@ def test_a_fairseq_yaml_is_read_and_ignored_entries_are_printed(tmp_path, capsys
             settings(*argv[:4])
 
 
+LAUGHS = "a0: &a0 [ha]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, "has an alias"),
+        (MERGED, "has an alias"),
+        ("a: &a {b: *a}\n", "has an alias"),
+        ("a: " + "[" * 5000, "not YAML"),
+        ("{a: " * 200 + "1" + "}" * 200 + "\n", "not YAML|ignored"),
+        ("a: " + "9" * 5000 + "\n", "not YAML"),
+        ("a: 0x" + "f" * 5000 + "\n", "not a fairseq config"),
+        ("a: [0x" + "f" * 5000 + "]\n", "not a fairseq config"),
+        ("a: 2026-13-45\n", "not YAML"),
+        ("distributed_training: {distributed_world_size: '" + "9" * 5000 + "'}\n", "ignored"),
+        ("optimization: {lr: 1e999}\n", "lr inf: must be a finite number"),
+        ("checkpoint: {save_dir: 'a\ud800'}\n".encode("utf-8", "surrogatepass"), "not UTF-8"),
+        ('checkpoint: {save_dir: "a\\0"}\n', "save_dir a\0: holds a character that no path"),
+        ('checkpoint: {save_dir: "a\\ud800"}\n', "save_dir a\ud800: holds a character that no path"),
+        ("model: {layers: [" + "1, " * 500 + "1]}\n", r"model.layers=\[1, 1"),
+        ('"\\e[2Jkey": "\\e[31mvalue"\n', r"\\x1b\[2Jkey=\\x1b\[31mvalue ignored"),
+        ("other: [" + "1, " * 500 + "1]\n", "ignored"),
+    ],
+)
+def test_a_hostile_yaml_is_refused_or_ignored_in_one_short_line(tmp_path, capsys, text, message):
+    pytest.importorskip("yaml", reason="PyYAML is optional")
+    (tmp_path / "mine.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    try:
+        settings("--config-dir", str(tmp_path), "--config-name", "mine")
+        shown = capsys.readouterr().err
+    except InputError as e:
+        shown = str(e)
+    assert re.search(message, shown) and "\x1b" not in shown
+    assert len(shown.splitlines()) == 1 and len(shown) < len(str(tmp_path)) + 400
+
+
 def test_fairseq_exact_overrides_defaults_and_flags_override_it():
     exact = config.parse([DataConfig], "", ["--fairseq_exact"])[0][0]
     assert (exact.teacher_input, exact.long_sentences, exact.drop_remainder) == ("masked", "skip", True)

@@ -6,6 +6,7 @@ A longer version of the mutations is in tests/soak.py.
 import argparse
 import collections
 import dataclasses
+import os
 import pickle
 import re
 import resource
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+import convert
+import preprocess
 import train
 from compat import fairseq_names
 from config import InputError
@@ -32,7 +35,7 @@ from tests.helpers import (
     make_dataset,
     rows_of,
 )
-from tools import dataset
+from tools import dataset, plot
 
 
 def test_resume_falls_back_to_the_next_older_good_file_and_says_so(saved, corpus_dir, tmp_path):
@@ -67,6 +70,41 @@ def test_resume_falls_back_to_the_next_older_good_file_and_says_so(saved, corpus
     assert sorted(p.name for p in folder.glob("*.pt")) == before
 
 
+def test_rows_of_other_types_do_not_end_a_resume(saved, corpus_dir, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    odd = ['{"num_updates": "x"}', '{"num_updates": [1]}', "[" * 100_000, '{"num_updates": %s}' % ("9" * 400), "7"]
+    with open(tmp_path / "run" / "train.jsonl", "a") as file:
+        file.write("\n".join(odd) + "\n")
+    call(train.main, *few(corpus_dir, tmp_path / "run", "--max_update", 5))
+    assert [row["num_updates"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+def test_pipes_and_devices_in_place_of_files_are_refused_at_once(saved, tmp_path, kind):
+    def put(path):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+        return path
+
+    folder, _ = make_dataset(tmp_path / "data")
+    shutil.copytree(saved, tmp_path / "run")
+    put(tmp_path / "run" / "train.jsonl")
+    text, odd = tmp_path / "text", put(tmp_path / "odd")
+    text.write_text("w1 w2\n")
+    prepare = ["--bpe", "none", "--workers", "1", "--dest", str(tmp_path / "out"), "--train"]
+    for main, argv in (
+        (train.main, few(folder, tmp_path / "run", "--max_update", 5)),
+        (plot.main, [str(odd)]),
+        (preprocess.main, [*prepare, str(odd)]),
+        (preprocess.main, [*prepare, str(text), "--dict", str(odd)]),
+        (preprocess.main, [*prepare, str(text), "--dict", str(put(folder / "dict.txt"))]),
+        (dataset.main, ["--data_path", str(folder)]),
+        (convert.main, ["--ckpt", str(put(tmp_path / "config.json").parent), "--to", "native", str(tmp_path / "x")]),
+    ):
+        with pytest.raises(InputError, match="not a file"):
+            main(argv)
+
+
 def test_whole_files_that_are_incomplete_checkpoints_are_refused(tmp_path):
     part = "encoder.sentence_encoder.layers.0.self_attn.{}_proj.weight"
     same = {part.format(p): torch.zeros(4, 4) for p in "qkv"}
@@ -82,6 +120,14 @@ def test_whole_files_that_are_incomplete_checkpoints_are_refused(tmp_path):
         with pytest.raises(InputError) as error:
             checkpoint.load(tmp_path / "x.pt")
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")  # zipfile warns of what a mutation asks for
+def test_files_with_one_wrong_field_record_opcode_or_value_load_or_are_refused_in_one_line(tmp_path):
+    for package in ("safetensors", "tokenizers", "yaml"):
+        pytest.importorskip(package)
+    figures = soak.fuzz(0, 0, tmp_path, seed=1, structured=12)
+    assert figures["structured"] == 120 and figures["other_errors"] == [] and figures["structured_errors"] > 60
 
 
 def test_mutated_datasets_and_checkpoints_load_or_are_refused_in_one_line(tmp_path):

@@ -290,6 +290,26 @@ def test_a_picture_shows_every_run_and_every_panel(finished, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_odd_rows_names_and_links_do_not_spoil_a_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run, other = tmp_path / "$\\frac{$ \x1b[2J_\n", tmp_path / "_b"
+    huge = ["1e308", "-1e308", "1e999", "9" * 400, "9" * 5000, "[" * 100_000, '"5"', "true", "1e-320"]
+    rows = [
+        f'{{"loss": {v}, "lr": {v}, "wps": {v}, "target_var": {v}, "num_updates": {u}}}' for v in huge for u in (1, v)
+    ]
+    for folder in (run, other):
+        folder.mkdir()
+        (folder / "train.jsonl").write_text("\n".join(rows))
+    (tmp_path / "mine").write_text("mine")
+    for name in ("x.svg", "x.png", "x\x1b[2J.pdf"):
+        (tmp_path / f"{name}.tmp").symlink_to(tmp_path / "mine")
+        for runs in ((run,), (run, other)):
+            call(plot.main, *runs, "--out", tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000
+    assert "\\frac{$ \\x1b[2J_\\n" in (tmp_path / "x.svg").read_text() and (tmp_path / "mine").read_text() == "mine"
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_a_picture_shows_the_words_and_the_probe_of_the_runs_that_have_them(tmp_path):
     pytest.importorskip("matplotlib")
     rows = {
@@ -318,6 +338,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(finished, tmp_path, monkeyp
         ([tmp_path], "train.jsonl: no such file"),
         ([tmp_path / "empty.jsonl"], "no row of a log interval or a validation .*1 lines"),
         ([], "required: RUN"),
+        (["/dev/zero"], "/dev/zero: not a file"),
     ):
         with pytest.raises(InputError, match=message):
             plot.main([*map(str, argv), "--out", str(tmp_path / "x.png")])
@@ -328,6 +349,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(finished, tmp_path, monkeyp
     pytest.importorskip("matplotlib")
     for name, message in (
         ("x.doc", "the suffix chooses the format; use one of .*png"),
+        ("x.pgf", "the suffix chooses the format"),
         ("no/x.png", "no: no such folder"),
     ):
         with pytest.raises(InputError, match=message):

@@ -243,7 +243,7 @@ def test_a_killed_worker_is_an_error_not_a_hang(tmp_path, monkeypatch):
     (tmp_path / "t.txt").write_text("a b c\n" * 20)
     with preprocess.Pool(2, Tokenizer({"a": 4}, "<u2"), [str(tmp_path / "t.txt")]) as pool:
         chunks = list(files.read_chunks(str(tmp_path / "t.txt")))
-        assert sum(unk for *_, unk in pool.map("encode", chunks)) == 40
+        assert sum(unk for _, _, unk, _ in pool.map("encode", chunks)) == 40
         for process in multiprocessing.active_children():
             process.kill()
         with pytest.raises(RunError, match="a worker was killed"):

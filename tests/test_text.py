@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import sys
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -75,6 +76,9 @@ def test_cut_or_foreign_bpe_files_are_refused(tokenizers, tmp_path):
     encoder, vocab = (GPT2 / "encoder.json").read_text(), (GPT2 / "vocab.bpe").read_text()
     for texts, message in (
         ((encoder[:1000], vocab), "encoder.json: not JSON"),
+        (("[" * 100_000, vocab), "encoder.json: not JSON"),
+        (('{"a": 1e999}', vocab), "expected GPT-2's encoder.json"),
+        ((r'{"\ud800": 1}', vocab), "encoder.json: not JSON"),
         (("[1, 2]", vocab), "expected GPT-2's encoder.json"),
         ((encoder, vocab[: len(vocab) // 2]), "does not merge two tokens|has no merge"),
         ((encoder, "#version: 0.2\n" + "\n".join(vocab.split("\n")[1:900])), "one of the files is cut"),
@@ -173,6 +177,48 @@ def test_lines_end_as_in_pythons_text_files_wherever_a_chunk_ends(tmp_path, monk
             expected = [line.rstrip("\n") for line in f]
         chunks = list(files.read_chunks(str(tmp_path / "t.txt")))
         assert [line for chunk in chunks for line in text.lines_of(chunk)] == expected
+
+
+@pytest.mark.parametrize("how", ["words", "bpe"])
+def test_a_very_long_line_is_read_in_pieces_and_gives_the_same_dataset(tmp_path, monkeypatch, how, request):
+    rng = random.Random(0)
+    words = ["a", "b,", "don't", "é", "中文", "...", "  x", "\u3000", "\t", "\x85", "12"]
+    lines = [" ".join(rng.choice(words) for _ in range(n)) for n in (3, 4000, 1, 0, 2500)]
+    (tmp_path / "t.txt").write_text("\n".join(lines), encoding="utf-8", newline="")
+    (tmp_path / "u.txt").write_text(lines[1], encoding="utf-8", newline="")
+    argv = ["--bpe", "none", "--workers", 1]
+    if how == "bpe":
+        request.getfixturevalue("tokenizers")
+        run_preprocess(tmp_path / "bpe", "--bpe", "train", "--vocab_size", 300, train=[tmp_path / "t.txt"])
+        named = [f"--{name.replace('.', '_')}" for name in BPE_FILES]
+        argv = ["--bpe", "gpt2", "--workers", 1]
+        argv += sum(([flag, tmp_path / "bpe" / name] for flag, name in zip(named, BPE_FILES)), [])
+    made = []
+    for folder, chunk, long in (("whole", 1 << 20, 1 << 20), ("cut", 50, 300)):
+        monkeypatch.setattr(files, "CHUNK", chunk)
+        monkeypatch.setattr(files, "LONG", long)
+        run_preprocess(
+            tmp_path / folder, *argv, train=[tmp_path / "t.txt", tmp_path / "u.txt"], valid=[tmp_path / "u.txt"]
+        )
+        made.append(dataset_files(tmp_path / folder))
+    assert made[0] == made[1] and len(sentences_of(tmp_path / "cut", "train")) == 6
+    assert sum(is_cut for _, is_cut in files.whole_lines(str(tmp_path / "t.txt"), lambda n: None)) > 50
+
+
+def test_an_endless_line_takes_little_memory(tmp_path):
+    with open(tmp_path / "t.txt", "w") as file:
+        for _ in range(30):
+            file.write("word other " * 100_000)
+    with gzip.open(tmp_path / "zeros.gz", "wb") as file:
+        for _ in range(80):
+            file.write(bytes(1 << 20))
+    tracemalloc.start()
+    preprocess_words(tmp_path / "out", train=[tmp_path / "t.txt"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [len(row) for row in sentences_of(tmp_path / "out", "train")] == [6_000_001] and peak < 100e6
+    with pytest.raises(InputError, match="zeros.gz: 6. MiB without a line end or a space"):
+        preprocess_words(tmp_path / "zeros", train=[tmp_path / "zeros.gz"])
 
 
 def test_unreadable_text_is_one_line_that_says_where(tmp_path, monkeypatch):

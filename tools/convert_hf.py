@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from compat import fairseq_config
 from compat.fairseq_names import merge_qkv, split_qkv
-from config import InputError
+from config import InputError, read_text
 from data import DataConfig
 from dataset.binarized import SPECIAL, UNK, Dictionary
 from model import LAYER_NORM_EPS, PAD, ModelConfig, WordHead
@@ -82,7 +82,7 @@ def load(folder: Path) -> Loaded:
     InputError."""
     where = folder / "config.json"
     try:
-        theirs = json.loads(where.read_text(encoding="utf-8"))
+        theirs = json.loads(read_text(where))
         kind, rows = theirs.get("model_type"), int(theirs.get("max_position_embeddings", 512))
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise InputError(f"{where}: cannot be read as a config of transformers: {e}") from None
@@ -91,7 +91,7 @@ def load(folder: Path) -> Loaded:
     for name, value in BUILT_IN.items():
         found = theirs.get(name, DEFAULT_EPS if name == "layer_norm_eps" else value)
         if found != value:
-            raise InputError(f"{where}: {name} is {found}; our model has only {value}")
+            raise InputError(f"{where}: {name} is {str(found)[:100]}; our model has only {value}")
     shape = {ours: theirs[name] for ours, name in CONFIG.items() if name in theirs}  # the other defaults equal ours
     shape["max_source_positions"] = rows - PAD - 1
     fields = {field.name: field for field in dataclasses.fields(ModelConfig)}

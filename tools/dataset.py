@@ -7,10 +7,12 @@
 The settings of a run are options here too.
 """
 
+import filecmp
 import hashlib
 import json
 import re
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -18,7 +20,7 @@ from pydoc_data.topics import topics
 import numpy as np
 
 import config
-from config import InputError
+from config import InputError, printable
 from data import BlockDataset, Corpus, DataConfig
 from dataset.binarized import (
     EOS,
@@ -82,7 +84,7 @@ def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int)
 
 
 def print_description(facts: dict, dataset: BlockDataset):
-    first = config.printable(dataset.dictionary.decode(dataset.read_block(0))) if facts["blocks"] else ""
+    first = printable(dataset.dictionary.decode(dataset.read_block(0))) if facts["blocks"] else ""
     first = first if len(first) <= 600 else first[:600] + " ..."
     share = 100 / max(1, facts["tokens"])
     for name, text in (
@@ -123,13 +125,28 @@ def make_demo(folder, words: int = 4000):
     """Write a demo corpus from the help topics that come with Python: a document is a topic, a sentence a paragraph.
 
     train, valid and test share no topic. The dictionary holds the most frequent words of train, padded to a multiple of
-    8 as fairseq-preprocess does. The same Python version writes the same bytes.
+    8 as fairseq-preprocess does. The same Python version writes the same bytes. Raises InputError if the folder holds
+    anything else: it may be someone's dataset.
     """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise InputError(f"{folder}: {e.strerror}") from None
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as made:
+        made = Path(made)
+        lines = _write_demo(made, words)
+        for path in folder.iterdir():
+            if not (made / path.name).exists() or not filecmp.cmp(path, made / path.name, shallow=False):
+                raise InputError(f"--make_demo {folder}: {path.name} in it is not this demo's; choose a new folder")
+        for path in sorted(made.iterdir(), key=lambda path: path.name == "train.idx"):  # it marks the set as complete
+            path.replace(folder / path.name)
+    for line in lines:
+        print(printable(f"{folder}/{line}"))
+
+
+def _write_demo(folder: Path, words: int) -> list[str]:
+    """The files of `make_demo`; returns a line about each split."""
     names = sorted(topics)
     splits = {"valid": names[3::8], "test": names[7::8]}
     splits["train"] = [name for name in names if name not in splits["valid"] + splits["test"]]
@@ -147,13 +164,15 @@ def make_demo(folder, words: int = 4000):
     counts = Counter(word for document in documents["train"] for sentence in document for word in sentence)
     (folder / "dict.txt").write_text(build_dictionary(counts, words + len(SPECIAL)), encoding="utf-8")
     dictionary = Dictionary(folder / "dict.txt")
+    lines = []
     for split, members in documents.items():
         sentences = []
         for document in members:
             sentences += [[dictionary.ids.get(word, UNK) for word in sentence] + [EOS] for sentence in document]
             sentences.append([EOS])
         count, tokens = write_dataset(folder / split, sentences, dictionary.rows)
-        print(f"{folder / split}: {count:,} sentences, {tokens:,} tokens, {len(members)} documents")
+        lines.append(f"{split}: {count:,} sentences, {tokens:,} tokens, {len(members)} documents")
+    return lines
 
 
 def main(argv: list | None = None) -> int:

@@ -47,10 +47,10 @@ class Rows:
 
 def read_lines(source: str):
     """Yield lists of lines of a file, or of standard input for '-'. Raises InputError if they are not UTF-8."""
-    try:
-        file = sys.stdin.buffer if source == "-" else open(source, "rb")
-    except OSError as e:
-        raise InputError(f"--features {source}: {e.strerror}") from None
+    if source != "-" and not Path(source).is_file():  # a pipe that nobody writes to would be waited for
+        why = "not a file (- reads standard input)" if Path(source).exists() else "no such file"
+        raise InputError(f"--features {source}: {why}")
+    file = sys.stdin.buffer if source == "-" else open(source, "rb")
     lines, size = [], 0
     with file if source != "-" else contextlib.nullcontext():
         for number, line in enumerate(file, 1):

@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 
 import config
-from config import InputError
+from config import InputError, printable, read_text
+from runtime import checkpoint
 
 # Okabe and Ito's palette for colour-blind readers, without yellow (faint on white) and black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -40,19 +41,16 @@ def read_run(run: str) -> dict:
     Raises InputError if there is nothing to draw.
     """
     path = Path(run) / "train.jsonl" if Path(run).is_dir() else Path(run)
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; RUN is a --save_dir of train.py, or its train.jsonl") from None
-    except OSError as e:
-        raise InputError(f"{path}: {e.strerror}") from None
+    if not path.exists():
+        raise InputError(f"{path}: no such file; RUN is a --save_dir of train.py, or its train.jsonl")
+    lines = read_text(path, "replace").splitlines()
     series = {key: ([], []) for *_, keys in PANELS for key, _ in keys}
     for line in lines:
         try:
             row = json.loads(line)
             update = float(row["num_updates"])
-            found = {key: math.nan if row[key] is None else float(row[key]) for key in series if key in row}
-        except (ValueError, KeyError, TypeError):  # cut short by a crash or a full disk
+            found = {key: _drawable(row[key]) for key in series if key in row and _drawable(update) == update}
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # cut short by a crash or a full disk
             continue
         for key, value in found.items():
             series[key][0].append(update)
@@ -62,13 +60,18 @@ def read_run(run: str) -> dict:
     return series
 
 
+def _drawable(value) -> float:
+    """NaN for null, and for what matplotlib cannot put on an axis."""
+    return float(value) if value is not None and 1e-30 < abs(float(value)) < 1e30 or value == 0 else math.nan
+
+
 def names_of(runs: list[str]) -> list[str]:
     """The runs' paths without train.jsonl and without the leading folders that all share."""
     parts = [Path(run).parts[:-1] if Path(run).name == "train.jsonl" else Path(run).parts for run in runs]
     shared = 0
     while all(shared < len(p) - 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1
-    return [os.path.join(*p[shared:]) if p[shared:] else run for p, run in zip(parts, runs)]
+    return [printable(os.path.join(*p[shared:]) if p[shared:] else run) for p, run in zip(parts, runs)]
 
 
 def draw(runs: dict, path: Path):
@@ -84,7 +87,7 @@ def draw(runs: dict, path: Path):
 
     if not path.parent.is_dir():
         raise InputError(f"--out {path}: {path.parent}: no such folder")
-    known = plt.gcf().canvas.get_supported_filetypes()
+    known = plt.gcf().canvas.get_supported_filetypes().keys() - {"pgf"}  # which needs LaTeX
     plt.close()
     if path.suffix[1:].lower() not in known:
         raise InputError(f"--out {path}: the suffix chooses the format; use one of {', '.join(sorted(known))}")
@@ -127,14 +130,15 @@ def draw(runs: dict, path: Path):
         if len(keys) > 1:
             axis.legend(lines.values(), lines, frameon=False)
     if len(runs) == 1:
-        figure.suptitle(*runs)
+        figure.suptitle(*runs, parse_math=False)  # a $ in a name is a $
     else:
         handles = [Line2D([], [], color=colour, linewidth=2) for colour in colours[: len(runs)]]
-        figure.legend(handles, list(runs), loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
-    part = path.with_name(path.name + ".tmp")
-    figure.savefig(part, format=path.suffix[1:].lower())
+        names = figure.legend(handles, list(runs), loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
+        for name in names.get_texts():
+            name.set_parse_math(False)
+    with checkpoint.whole(path) as part:
+        figure.savefig(part, format=path.suffix[1:].lower())
     plt.close(figure)
-    os.replace(part, path)
 
 
 def main(argv: list | None = None) -> int:
@@ -144,7 +148,7 @@ def main(argv: list | None = None) -> int:
     args = parser.parse_args(argv)
     series = [read_run(run) for run in args.runs]
     draw(dict(zip(names_of(args.runs), series)), Path(args.out))
-    print(args.out)
+    print(printable(args.out))
     return 0
 
 
