@@ -127,8 +127,8 @@ class Device:
 
     def memory(self) -> int:
         """Bytes that the device has in all, also those in use."""
-        if self.type != "cpu":
-            return self._module.mem_get_info()[1]
+        if self.type != "cpu":  # an emulated device cannot say
+            return self._module.mem_get_info()[1] if hasattr(self._module, "mem_get_info") else sys.maxsize
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def peak_memory(self) -> int:
@@ -310,7 +310,7 @@ def _import_npu():
             what = "torch_npu refuses to load beside a CUDA build of torch; install the CPU build of the same version"
         else:
             what = (
-                f"torch_npu cannot be loaded ({_first_line(e)}); install CANN in the version that README.md names, and"
+                f"torch_npu cannot be loaded ({_first_line(e)}); install CANN in the version that docs/ascend.md names, and"
                 " source its environment: source /usr/local/Ascend/ascend-toolkit/set_env.sh"
             )
         raise InputError(f"--device npu: {what}") from None

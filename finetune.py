@@ -38,15 +38,7 @@ from runtime import checkpoint
 from runtime.guard import Lock
 from tools import finetune_report as report
 from tools import predict, pretrained
-from tools.classifier import (
-    Classifier,
-    LinearProbe,
-    SentenceHead,
-    figures_of,
-    loss_sum,
-    outputs_of,
-    state_of,
-)
+from tools.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum, outputs_of, state_of
 from tools.finetune_data import Data, read_data
 from tools.linear_probe import probe
 

@@ -37,22 +37,9 @@ from pathlib import Path
 import config
 from config import InputError, RunError, printable, read_text
 from dataset import files
-from dataset.binarized import (
-    Dictionary,
-    build_dictionary,
-    publish,
-    token_type,
-    write_parts,
-)
+from dataset.binarized import Dictionary, build_dictionary, publish, token_type, write_parts
 from dataset.files import disk_size, identity, read_all
-from dataset.text import (
-    BPE_FILES,
-    Tokenizer,
-    need_tokenizers,
-    read_bpe,
-    text_ids,
-    train_bpe,
-)
+from dataset.text import BPE_FILES, Tokenizer, need_tokenizers, read_bpe, text_ids, train_bpe
 from runtime.guard import Lock
 
 SPLITS = ("test", "valid", "train")  # train last, since a folder without it is not taken for a dataset

@@ -19,18 +19,7 @@ from dataset.binarized import BOS, PAD, Dictionary
 from ema import EmaConfig
 from model import ModelConfig, data2vec_loss, teacher_targets
 from runtime import checkpoint
-from tests.helpers import (
-    CPU,
-    FEW,
-    GOLDEN,
-    HERE,
-    SMALL,
-    call,
-    compare_checkpoints,
-    golden,
-    make_run,
-    random_encoder,
-)
+from tests.helpers import CPU, FEW, GOLDEN, HERE, SMALL, call, compare_checkpoints, golden, make_run, random_encoder
 
 # isort: split
 from tests.helpers import block_dataset, corpus_dir, rows_of  # noqa: F401

@@ -30,14 +30,7 @@ from fast.vectors import LongVectors, Separate
 from model import Data2VecText, ModelConfig, data2vec_loss, teacher_targets
 from optim import OptimConfig, Optimizer, Step
 from runtime import checkpoint, resume
-from runtime.guard import (
-    GuardConfig,
-    Health,
-    Lock,
-    Signals,
-    check_memory,
-    explained_out_of_memory,
-)
+from runtime.guard import GuardConfig, Health, Lock, Signals, check_memory, explained_out_of_memory
 from runtime.log import Log, describe_start
 from runtime.quality import verdict
 from runtime.saves import Saves

@@ -17,17 +17,7 @@ import train
 from compat import fairseq_names
 from config import InputError, RunError
 from runtime import checkpoint
-from tests.helpers import (
-    CPU,
-    FEW,
-    GOLDEN,
-    call,
-    golden,
-    make_dataset,
-    random_encoder,
-    rows_of,
-    small_content,
-)
+from tests.helpers import CPU, FEW, GOLDEN, call, golden, make_dataset, random_encoder, rows_of, small_content
 
 
 def test_our_names_and_fairseqs_map_one_to_one():

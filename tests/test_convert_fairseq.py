@@ -16,16 +16,7 @@ from compat import fairseq_config, fairseq_names
 from config import InputError
 from runtime import checkpoint
 from tests.converting import random_file, run, same, saved  # noqa: F401
-from tests.helpers import (
-    FEW,
-    GOLDEN,
-    SMALL,
-    Payload,
-    call,
-    compare_checkpoints,
-    golden,
-    random_encoder,
-)
+from tests.helpers import FEW, GOLDEN, SMALL, Payload, call, compare_checkpoints, golden, random_encoder
 from tools import convert_fairseq
 
 FAIRSEQ = GOLDEN / "checkpoint" / "fairseq_doc128.pt"

@@ -25,16 +25,7 @@ from compat import fairseq_names
 from config import InputError
 from runtime import checkpoint
 from tests import soak
-from tests.helpers import (
-    GOLDEN,
-    HERE,
-    Payload,
-    call,
-    few,
-    golden,
-    make_dataset,
-    rows_of,
-)
+from tests.helpers import GOLDEN, HERE, Payload, call, few, golden, make_dataset, rows_of
 from tools import dataset, plot
 
 

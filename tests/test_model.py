@@ -11,13 +11,7 @@ import torch.nn.functional as F
 from data import Batch
 from dataset.binarized import PAD
 from fast import kernels
-from model import (
-    Data2VecText,
-    ModelConfig,
-    RegressionHead,
-    data2vec_loss,
-    teacher_targets,
-)
+from model import Data2VecText, ModelConfig, RegressionHead, data2vec_loss, teacher_targets
 from tests.helpers import CPU, SMALL, random_encoder
 
 

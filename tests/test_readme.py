@@ -33,7 +33,7 @@ import train
 from config import InputError
 from tests import soak
 from tests.helpers import FEW, HERE, call, copy_of_the_project
-from tools import dataset, plot
+from tools import dataset, plot, reviews
 
 README, CHINESE = "README.md", "README.zh-CN.md"
 DOCS = sorted(path.relative_to(HERE).as_posix() for path in HERE.glob("docs/*.md"))
@@ -49,6 +49,7 @@ PROGRAMS = {
     "convert.py": convert,
     "finetune.py": finetune,
     "tools.plot": plot,
+    "tools.reviews": reviews,
     "tests.soak": soak,
 }
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)

@@ -20,17 +20,7 @@ from config import InputError, RunError
 from data import Corpus, prefetch
 from runtime import checkpoint, guard, saves
 from tests import soak
-from tests.helpers import (
-    CPU,
-    call,
-    compare_checkpoints,
-    few,
-    make_run,
-    rows_of,
-    speed_aside,
-    start_training,
-    wait_for,
-)
+from tests.helpers import CPU, call, compare_checkpoints, few, make_run, rows_of, speed_aside, start_training, wait_for
 
 # ---------------------------------------------------------------------------------------------- files
 

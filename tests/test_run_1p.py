@@ -16,14 +16,7 @@ import preprocess
 from config import InputError
 from dataset.binarized import TokenFile
 from runtime import checkpoint
-from tests.helpers import (
-    FEW,
-    HERE,
-    copy_of_the_project,
-    few,
-    small_corpus,
-    terminate_after,
-)
+from tests.helpers import FEW, HERE, copy_of_the_project, few, small_corpus, terminate_after
 from tools.report import report
 
 # A python3 that only notes how it is called. It lacks the packages of LACKS until its own pip has run, its venv is a

@@ -16,16 +16,7 @@ from config import InputError
 from dataset import files, text
 from dataset.binarized import EOS, UNK, Dictionary
 from dataset.text import BPE_FILES, Tokenizer, load_tokenizer
-from tests.helpers import (
-    GOLDEN,
-    GPT2,
-    RAW,
-    dataset_files,
-    golden,
-    preprocess_words,
-    run_preprocess,
-    sentences_of,
-)
+from tests.helpers import GOLDEN, GPT2, RAW, dataset_files, golden, preprocess_words, run_preprocess, sentences_of
 
 CHINESE = [
     "自监督学习 不需要 人工标注的数据。",

@@ -22,15 +22,7 @@ import numpy as np
 import config
 from config import InputError, printable
 from data import BlockDataset, Corpus, DataConfig
-from dataset.binarized import (
-    EOS,
-    PAD,
-    SPECIAL,
-    UNK,
-    Dictionary,
-    build_dictionary,
-    write_dataset,
-)
+from dataset.binarized import EOS, PAD, SPECIAL, UNK, Dictionary, build_dictionary, write_dataset
 
 
 def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int) -> dict:

