@@ -127,9 +127,9 @@ class Device:
 
     def memory(self) -> int:
         """Bytes that the device has in all, also those in use."""
-        if self.type != "cpu":  # an emulated device cannot say
-            return self._module.mem_get_info()[1] if hasattr(self._module, "mem_get_info") else sys.maxsize
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if hasattr(self._module, "mem_get_info"):
+            return self._module.mem_get_info()[1]
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # of the host
 
     def peak_memory(self) -> int:
         """Bytes: the allocator's peak on an accelerator, the process's peak resident size on a CPU."""

@@ -50,16 +50,12 @@ class TrainConfig:
     disable_validation: bool = option(False, "never validate; no valid split is needed")
     validate_interval: int = option(1, "epochs between two validations (0: not at epoch ends)", low=0)
     validate_interval_updates: int = option(0, "updates between two validations (0: not by updates)", low=0)
-    probe_interval_updates: int = option(
-        0, "updates between two validations with the probe of hidden words (0: never)", low=0
-    )
+    probe_interval_updates: int = option(0, "updates between two validations with the probe (0: never)", low=0)
     best_by: str = option(
         "loss", "what checkpoint_best.pt goes by: the lowest loss, or the probe's gain", choices=("loss", "probe")
     )
     save_interval: int = option(1, "epochs between two checkpoints (0: not at epoch ends)", low=0)
-    save_interval_updates: int = option(
-        50000, "updates between two kept checkpoints, with a validation (0: none)", low=0
-    )
+    save_interval_updates: int = option(50000, "updates between kept checkpoints, with a validation (0: none)", low=0)
     keep_interval_updates: int = option(1, "how many of those to keep (-1: all)", low=-1)
     save_interval_minutes: float = option(30.0, "minutes after which checkpoint_last.pt is saved (0: never)", low=0)
     save_dir: str = option("checkpoints", "where checkpoints and train.jsonl go")
@@ -347,8 +343,7 @@ def main(argv: list | None = None) -> int:
     try:
         figures, code = train(cfg, device, args)
     except RuntimeError as e:
-        why = "" if isinstance(e, RunError) else device.lost_worker(e)
-        if not why:
+        if isinstance(e, RunError) or not (why := device.lost_worker(e)):
             raise
         raise RunError(why) from None
     finally:
