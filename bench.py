@@ -45,6 +45,7 @@ import config
 from data import Batch, Corpus
 from dataset.binarized import PAD
 from model import ModelConfig
+from runtime.guard import check_memory
 from train import PARTS, Config, Run, turns, update
 
 PARTS_OF_AN_UPDATE = ("data", "teacher", "student", "backward", "optimizer", "ema")  # as train.update names them
@@ -227,6 +228,8 @@ def bench(cfg: Config, device: Device, folder: Path, args, synthetic_data: bool)
         print(f"{'device':16} {where}, amp {device.amp_name}, torch {torch.__version__}")
     if args.sweep:
         return result | dict(sweep=bench_step.sweep(cfg, device, args))
+    if synthetic_data:
+        check_memory(cfg.model, args.vocabulary, device, trained=True)
     cfg, corpus = bench_step.synthetic(cfg, folder, args.vocabulary) if synthetic_data else (cfg, Corpus(cfg.data))
     run = Run(cfg, device, len(corpus.dictionary))
     result["parameters"] = sum(p.numel() for p in run.student.parameters())

@@ -239,7 +239,9 @@ def program(main):
         code, text = 2, f"error: {e}"
     except RunError as e:
         code, text = 1, f"stopped: {e}"
-    except MemoryError as e:
+    except (MemoryError, RuntimeError) as e:  # torch's own kind for a CPU is a plain RuntimeError
+        if isinstance(e, RuntimeError) and not re.search("can't allocate memory|out of memory", str(e)):
+            raise
         code, text = 1, f"stopped: out of memory: {str(e)[:300]}"
     except OSError as e:
         code, text = 2, f"error: {e.filename}: {e.strerror or e}" if e.filename else f"error: {e.strerror or e}"

@@ -10,19 +10,24 @@ import os
 import platform
 import sys
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 
 # torch_npu hooks itself into `import torch`, and where its driver is missing that import fails. It is imported by name
 # below instead. Must come before the first import of torch.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+# Threads that wait by spinning take the cores away from whoever else works on the machine, and from each other. OpenMP
+# reads this when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch.profiler import record_function  # noqa: E402
 
-from config import InputError, option  # noqa: E402
+from config import InputError, RunError, option  # noqa: E402
 from fast.kernels import FIRST_GENERATION  # noqa: E402
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+WORKER_TIMEOUT = timedelta(minutes=30)  # for one collective; while rank 0 finishes a save, the others wait in one
 FIRST_LOSS_SCALE, LOWEST_LOSS_SCALE, GROWTH_UPDATES = 128.0, 1e-4, 2**14  # fairseq's
 PROFILE_FROM = 12  # the first update of a start that a profile shows; those before allocate and warm up
 
@@ -120,6 +125,12 @@ class Device:
         if self.type != "cpu":
             self._module.synchronize()
 
+    def memory(self) -> int:
+        """Bytes that the device has in all, also those in use."""
+        if self.type != "cpu":
+            return self._module.mem_get_info()[1]
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
     def peak_memory(self) -> int:
         """Bytes: the allocator's peak on an accelerator, the process's peak resident size on a CPU."""
         if self.type != "cpu":
@@ -175,10 +186,14 @@ class Device:
             or "can't allocate" in str(error)
         )
 
-    def is_lost_worker(self, error: Exception) -> bool:
-        """Whether a collective failed because another worker is gone."""
+    def lost_worker(self, error: Exception) -> str:
+        """What to say if a collective failed because another worker is gone or silent; empty for any other error."""
         words = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "HCCL", "gloo", "Timed out waiting")
-        return self.world_size > 1 and any(word in str(error) for word in words)
+        if self.world_size == 1 or not any(word in str(error) for word in words):
+            return ""
+        if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+            return f"worker {self.rank}: no answer from another worker for {WORKER_TIMEOUT}; it hangs or is unreachable"
+        return f"worker {self.rank}: another worker ended; its own message says why"
 
     def barrier(self):
         if self.world_size > 1:
@@ -217,7 +232,10 @@ def open_device(cfg: DeviceConfig) -> Device:
         _check_npu(cfg.amp, name, rank)
     if world_size > 1:
         backend = BACKENDS[kind] if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
-        torch.distributed.init_process_group(backend)
+        try:
+            torch.distributed.init_process_group(backend, timeout=WORKER_TIMEOUT)
+        except RuntimeError as e:
+            raise RunError(f"worker {rank} cannot join the {world_size - 1} others: {_first_line(e)}") from None
     return Device(device, name, _amp_type(cfg.amp, kind, name), rank, world_size)
 
 

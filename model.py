@@ -24,7 +24,7 @@ LAYER_NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class ModelConfig:
-    layers: int = option(12, "encoder layers", low=1)
+    layers: int = option(12, "encoder layers", low=1, high=1000)
     embed_dim: int = option(768, "width", low=1)
     ffn_embed_dim: int = option(3072, "inner width of the feed-forward part", low=1)
     attention_heads: int = option(12, "attention heads", low=1)
@@ -34,7 +34,7 @@ class ModelConfig:
     dropout: float = option(0.1, "after embedding, attention and feed-forward", low=0, below=1)
     attention_dropout: float = option(0.1, "on the attention weights", low=0, below=1)
     activation_dropout: float = option(0.0, "after the activation", low=0, below=1)
-    head_layers: int = option(2, "linear layers of the regression head", low=1)
+    head_layers: int = option(2, "linear layers of the regression head", low=1, high=100)
     average_top_k_layers: int = option(10, "how many of the teacher's last layers make the target", low=1)
     batch_norm_target_layer: bool = option(False, "normalize each layer's target per channel over the batch")
     instance_norm_target_layer: bool = option(False, "normalize each layer's target per channel over a block")

@@ -263,6 +263,8 @@ def parse(argv: list | None) -> argparse.Namespace:
     for name, low in (("workers", 1), ("vocab_size", 256), ("bpe_sample_mb", 1)):
         if getattr(args, name) < low:
             raise InputError(f"--{name} {getattr(args, name)}: must be at least {low}")
+    if args.vocab_size > 10**6:  # memory for all of them is taken at once
+        raise InputError(f"--vocab_size {args.vocab_size}: must be at most 1,000,000")
     if 0 < args.nwords < 5:
         raise InputError(f"--nwords {args.nwords}: four of them are special, so it must be at least 5")
     if not any(getattr(args, split) for split in SPLITS):

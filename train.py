@@ -25,13 +25,19 @@ import ema
 import mlm
 from config import InputError, RunError, option
 from data import Batch, Corpus, DataConfig, prefetch
-from dataset.binarized import TokenFile
 from ema import EmaConfig
 from fast.vectors import LongVectors, Separate
 from model import Data2VecText, ModelConfig, data2vec_loss, teacher_targets
 from optim import OptimConfig, Optimizer, Step
 from runtime import checkpoint, resume
-from runtime.guard import GuardConfig, Health, Lock, Signals, explained_out_of_memory
+from runtime.guard import (
+    GuardConfig,
+    Health,
+    Lock,
+    Signals,
+    check_memory,
+    explained_out_of_memory,
+)
 from runtime.log import Log, describe_start
 from runtime.quality import verdict
 from runtime.saves import Saves
@@ -62,6 +68,7 @@ class TrainConfig:
         50000, "updates between two kept checkpoints, with a validation (0: none)", low=0
     )
     keep_interval_updates: int = option(1, "how many of those to keep (-1: all)", low=-1)
+    save_interval_minutes: float = option(30.0, "minutes after which checkpoint_last.pt is saved (0: never)", low=0)
     save_dir: str = option("checkpoints", "where checkpoints and train.jsonl go")
     tensorboard_logdir: str = option("", "where TensorBoard curves go, under fairseq's names; needs tensorboard")
     npu_profile: int = option(0, "write torch_npu's profile of this many updates into --save_dir; on an NPU", low=0)
@@ -117,6 +124,7 @@ class Run:
 
     def __init__(self, cfg: Config, device: Device, vocabulary_size: int):
         self.cfg, self.device = cfg, device
+        check_memory(cfg.model, vocabulary_size, device)
         device.seed(cfg.data.seed)  # every worker begins with the same weights
         self.student = Data2VecText(cfg.model, vocabulary_size).to(device.torch_device).train()
         self.teacher = ema.make_teacher(self.student.encoder)
@@ -222,7 +230,7 @@ def turns(run: Run, corpus: Corpus):
     while True:
         epoch, dataset = run.epoch, corpus.split("train", run.epoch)
         rest = dataset.epoch_batches(epoch, device.rank, device.world_size)[run.batches_done :]
-        with contextlib.closing(prefetch(dataset.batches(rest, epoch), depth=2 * freq)) as batches:
+        with contextlib.closing(prefetch(dataset.batches(rest, epoch), depth=min(2 * freq, 32))) as batches:
             for first in range(0, len(rest), freq):
                 part = rest[first : first + freq]
                 ready = [next(batches) for ids in part if len(ids)]
@@ -274,9 +282,11 @@ def loop(
                     log.validation(figures, run.best_loss, run.num_updates, turn.epoch)
                 if save_now or best:
                     saves.save(*saves.names(best, done is not None, turn.epoch))
-                stop, wanted = signals.agreed()
+                stop, wanted, late = signals.agreed(saves.is_late())
                 if wanted or (stop and not run.is_finished()):
                     saves.save_now("as the signal asked")
+                elif late:
+                    saves.save()
     return figures, 0 if run.is_finished() else 128 + stop
 
 
@@ -292,14 +302,13 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         dataset = corpus.split("train", 1)
         if not t.disable_validation:
             corpus.split("valid")  # what is wrong with it shows now
-        for other in corpus.folders[1:]:  # they are read epochs later; what is wrong with them shows now
-            TokenFile(other / "train")
         fingerprint = resume.fingerprint_of(corpus)
         if device.rank == 0:
             resume.prepare_save_dir(folder, args)
             stack.callback(Lock(folder).release)
             resume.remove(folder, "checkpoint_*.pt.tmp", "train.*jsonl.tmp")  # what a broken save left
         device.barrier()  # rank 0 has prepared the directory
+        check_memory(cfg.model, len(corpus.dictionary), device, trained=True)
         run = Run(cfg, device, len(corpus.dictionary))
         log = Log(device, folder / "train.jsonl", t.tensorboard_logdir)
         stack.callback(log.close)
@@ -310,7 +319,7 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         elif t.init_from:
             resume.init_from(run, corpus, checkpoint.load(t.init_from), t.init_from)
         device.check_profile(t.npu_profile, run.num_updates, t.max_update)
-        device.barrier()  # every worker has read what it needs
+        resume.check_agreement(run, corpus, fingerprint)  # and every worker has read what it needs
         if device.rank == 0 and args.no_resume:
             resume.remove(folder, "checkpoint_*.pt", "train.jsonl")  # only after every check has passed
         log.open(run.num_updates, t.max_update)
@@ -345,9 +354,10 @@ def main(argv: list | None = None) -> int:
     try:
         figures, code = train(cfg, device, args)
     except RuntimeError as e:
-        if isinstance(e, RunError) or not device.is_lost_worker(e):
+        why = "" if isinstance(e, RunError) else device.lost_worker(e)
+        if not why:
             raise
-        raise RunError(f"worker {device.rank}: another worker ended; its own message says why") from None
+        raise RunError(why) from None
     finally:
         device.close()
     if device.rank == 0 and figures and code == 0:

@@ -15,6 +15,7 @@ import pickle
 import re
 import secrets
 import shutil
+import sys
 import threading
 import warnings
 from dataclasses import dataclass
@@ -79,14 +80,19 @@ class Saver:
     def __init__(self, device: Device):
         self.device, self._kept, self._thread, self._error = device, {}, None, None
 
-    def start(self, content: dict, path, *also):
-        """Begin to `save`; the content may change as soon as this returns. Call `finish` for the save before first."""
+    def start(self, content: dict, path, *also, keep: int = -1):
+        """Begin to `save`, and to `prune` after it; the content may change as soon as this returns. Call `finish` for
+        the save before first."""
         content = self._copy(content, ())
         self.device.synchronize()
 
         def write():
+            if sys.platform == "linux":  # where a priority is a thread's own: updates have the cores first
+                with contextlib.suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
             try:
                 save(content, path, *also)
+                prune(Path(path).parent, keep)
             except Exception as e:  # `finish` raises it
                 self._error = e
 

@@ -1,6 +1,7 @@
 """The figures of a run as TensorBoard curves."""
 
 import os
+import threading
 from pathlib import Path
 
 from config import InputError
@@ -33,6 +34,7 @@ class TensorBoard:
         except ImportError:
             raise InputError("--tensorboard_logdir needs the tensorboard package: pip install tensorboard") from None
         self._writer, self._writers, self.logdir = SummaryWriter, {}, Path(logdir)
+        threading.excepthook = _without_tensorboards(threading.excepthook)
         try:
             self.logdir.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -58,5 +60,16 @@ class TensorBoard:
         self._writers[name].flush()
 
     def close(self):
+        """Raises OSError if the last points cannot be written."""
         for writer in self._writers.values():
             writer.close()
+
+
+def _without_tensorboards(hook):
+    """The hook for errors in threads, but silent for tensorboard's: `row` raises the same error."""
+
+    def quieter(args):
+        if not type(args.thread).__module__.startswith("tensorboard"):
+            hook(args)
+
+    return quieter

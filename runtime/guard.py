@@ -11,6 +11,7 @@ from pathlib import Path
 
 from config import InputError, RunError, option
 from device import LOWEST_LOSS_SCALE, Device
+from model import ModelConfig
 from runtime.quality import ALIKE
 
 HALF_COLLAPSE = 3  # the variance of the targets fell to a third: a warning
@@ -47,11 +48,12 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def agreed(self) -> tuple[int, int]:
-        """(the number of a signal to stop or 0, whether to save now), the same on all workers."""
-        stop, save = self.device.agree([self.stop, self.save])
+    def agreed(self, late: bool = False) -> tuple[int, int, int]:
+        """(the number of a signal to stop or 0, whether to save now, whether `late` is true anywhere), the same on all
+        workers."""
+        stop, save, late = self.device.agree([self.stop, self.save, int(late)])
         self.save = 0
-        return stop, save
+        return stop, save, late
 
     def _stop(self, number, _):
         if self.stop == number and time.monotonic() < self._at + self.echo:
@@ -153,6 +155,19 @@ class Health:
                 " --teacher_input full"
             )
         self.half_collapsed = bool(signs)
+
+
+def check_memory(cfg: ModelConfig, vocabulary_size: int, device: Device, trained: bool = False):
+    """Raise InputError if not even the weights of student and teacher fit the device's memory, or, if they are to be
+    trained, the gradients and Adam's two moments beside them; all are float32."""
+    C, F = cfg.embed_dim, cfg.ffn_embed_dim
+    weights = (vocabulary_size + cfg.max_source_positions) * C + cfg.layers * (4 * C * C + 2 * C * F)  # and few more
+    needed, there = weights * (20 if trained else 8), device.memory()
+    if needed > there:
+        raise InputError(
+            f"too large for this {device.type}: {weights:,} weights need {needed / 2**30:,.1f} GiB, its memory is"
+            f" {there / 2**30:,.1f} GiB; lower --layers, --embed_dim or --ffn_embed_dim, or use a smaller vocabulary"
+        )
 
 
 @contextlib.contextmanager

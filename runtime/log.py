@@ -40,7 +40,7 @@ class Log:
             rows = [row for row in read_text(self.path, "replace").splitlines() if _updates_of(row) <= num_updates]
             write_text(self.path, "".join(row + "\n" for row in rows))
         if self.curves is not None:
-            self.curves.open(num_updates)
+            self.draw(self.curves.open, num_updates)
         if self.device.rank == 0 and sys.stderr.isatty():
             self.bar = tqdm(total=max_update, initial=num_updates, unit="update", dynamic_ncols=True)
 
@@ -138,11 +138,7 @@ class Log:
             self._torn = True
             self.say(f"warning: {self.path}: {e.strerror}; update {row['num_updates']} is not in it")
         if self.curves is not None:
-            try:
-                self.curves.row(row)
-            except OSError as e:
-                self.say(f"warning: {self.curves.logdir}: {e.strerror}; no more curves until the next start")
-                self.curves = None
+            self.draw(self.curves.row, row)
         if self.bar is not None and None not in (row.get("loss"), row.get("target_var")):
             self.bar.set_postfix_str(
                 f"epoch {row['epoch']} loss {row['loss']:.3f} gnorm {row['gnorm']:.2f} lr {row['lr']:.2e}"
@@ -181,7 +177,15 @@ class Log:
         if self.bar is not None:
             self.bar.close()
         if self.curves is not None:
-            self.curves.close()
+            self.draw(self.curves.close)
+
+    def draw(self, work, *args):
+        """Do a work of the curves; an error in it, such as a full disk, ends them but not the run."""
+        try:
+            work(*args)
+        except OSError as e:
+            self.say(f"warning: {self.curves.logdir}: {e.strerror or e}; no more curves until the next start")
+            self.curves = None
 
 
 def _updates_of(row: str) -> float:

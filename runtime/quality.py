@@ -61,20 +61,21 @@ def verdict(figures: dict) -> str:
     if "mlm_loss" in figures:
         words = "words: {mlm_loss:.3f} nats (perplexity {mlm_perplexity:.1f}), frequencies {mlm_loss_frequency:.3f};"
         words += " accuracy {mlm_accuracy:.3f}"
-        words = words.format(**figures)
     if "r2" not in figures:
-        return words
+        return words.format(**figures)
     beaten = {
         name: figures[f"gain_{name}"] > max(LEAST_GAIN, LEAST_ERRORS * figures[f"gain_{name}_error"])
         for name in GUESSES
     }
-    told = "; ".join(f"gain over {name} {{gain_{name}:.3f}} +- {{gain_{name}_error:.3f}}" for name in GUESSES)
-    told = "R2 {r2:.3f}, position {r2_position:.3f}, position and block {r2_block:.3f}; " + told
     what = "positions and the block's mean" if beaten["position"] else "positions"
-    begin = "learned: " if all(beaten.values()) else f"NOT learned: no better than {what}: "
+    begin = "learned: better than both guesses" if all(beaten.values()) else f"NOT learned: no better than {what}"
     if figures["cosine_constant"] > ALIKE:  # there R2 is a share of next to nothing
-        begin = "NOT learned: the targets are alike, their mean has a cosine of {cosine_constant:.3f}: "
-    return begin + told.format(**figures) + ("\n" + words if words else "")
+        begin = "NOT learned: the targets are alike, their mean has a cosine of {cosine_constant:.3f}"
+    told = (
+        "R2 {r2:.3f}; position {r2_position:.3f} (gain {gain_position:.3f} +- {gain_position_error:.3f}),"
+        " position and block {r2_block:.3f} (gain {gain_block:.3f} +- {gain_block_error:.3f})"
+    )
+    return "\n".join([begin, told, words][: 3 if words else 2]).format(**figures)
 
 
 class Guesses:

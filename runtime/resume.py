@@ -1,25 +1,30 @@
 """How a run continues: what a checkpoint must hold, which one is taken, and what may not have changed since."""
 
 import dataclasses
+import hashlib
 import os
 import sys
 from pathlib import Path
 
-from config import InputError, printable
+from config import InputError, RunError, printable
 from data import Corpus
+from dataset.binarized import TokenStream
 from model import ModelConfig
 from runtime import checkpoint
 
 
 def fingerprint_of(corpus: Corpus) -> dict:
-    """What tells the training data apart from other data."""
-    dataset = corpus.split("train", 1)
+    """What tells the training data apart from other data. Raises InputError for a folder that cannot be read."""
+    dataset, others = corpus.split("train", 1), hashlib.sha256()
+    for folder in corpus.folders[1:]:  # they are read epochs later; what is wrong with them shows now
+        others.update(TokenStream(folder, "train").digest().encode())
     return dict(
         folders=len(corpus.folders),
         sentences=len(dataset.stream.sizes),
         tokens=dataset.stream.tokens,
         batches=len(dataset.batch_ends),
         dataset=dataset.stream.digest(),
+        other_folders=others.hexdigest(),
     )
 
 
@@ -111,8 +116,12 @@ def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoin
     if batches % world_size:  # this many workers are never at that batch
         saved["world_size"], now["world_size"] = progress["world_size"], world_size
         moved.append("world_size")
+    reset = "--reset_data_position to continue from the next epoch"
     if moved and not reset_position:
-        refuse(moved, "use the old settings, or --reset_data_position to continue from the next epoch")
+        refuse(moved, f"use the old settings, or {reset}")
+    has = len(corpus.split("train", progress["epoch"]).batch_ends)
+    if batches and batches >= has + -has % world_size and not reset_position:
+        raise InputError(f"{path} is at batch {batches} of epoch {progress['epoch']}, which has {has}; use {reset}")
     unimportant = tuple("data_path init_from device npu_ log_ tensor validate_ save_ keep_ disable_".split())
     other = [k for k in differing(set(loaded.config) - set(moved)) if not k.startswith(unimportant)]
     if other:
@@ -131,6 +140,23 @@ def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoin
     run.epoch, run.batches_done = progress["epoch"], batches // world_size
     if reset_position and run.batches_done:
         run.epoch, run.batches_done = run.epoch + 1, 0
+
+
+def check_agreement(run, corpus: Corpus, fingerprint: dict):
+    """Raise RunError in every worker, with the field's name, unless all of them have the same settings (paths apart),
+    data, dictionary and position."""
+    paths = ("data_path", "save_dir", "tensorboard_logdir", "init_from")
+    fields = {k: v for k, v in run.cfg.flat().items() if k not in paths}
+    fields |= dict(fingerprint, dictionary=corpus.dictionary.digest(), num_updates=run.num_updates)
+    fields |= dict(epoch=run.epoch, batches_done=run.batches_done)
+    digests = [int(hashlib.sha256(repr(v).encode()).hexdigest()[:15], 16) for v in fields.values()]
+    largest = run.device.agree([*digests, *(-d for d in digests)])
+    for name, most, least in zip(fields, largest, largest[len(digests) :]):
+        if most != -least:
+            raise RunError(
+                f"worker {run.device.rank}: the workers differ in {name}, here {fields[name]}; all need the same"
+                " command, the same data, and one --save_dir that they share"
+            )
 
 
 def init_from(run, corpus: Corpus, loaded: checkpoint.Loaded, path):

@@ -1,6 +1,7 @@
 """When a run saves, and what a failed save or an error means for it."""
 
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ class Saves:
         self.run, self.corpus, self.fingerprint, self.log, self.health = run, corpus, fingerprint, log, health
         self.folder = Path(run.cfg.train.save_dir)
         self.saver = checkpoint.Saver(run.device)
+        self.since = time.monotonic()  # the last save, or the start
         self.writing = None  # update number of the save under way
         self.best_written = self.best_saved = self.best()  # in the save under way, and in the last good one
         self.failure = ""  # of the last save
@@ -31,24 +33,25 @@ class Saves:
         self.settle()
         self.failure = ""
         # a norm could overflow where the weights did not; isfinite() of each weight takes ten times as long
-        ends = torch.stack([end for p in run.weights.parameters for end in (p.amin(), p.amax())])
+        weights = (*run.weights.parameters, *run.teacher.parameters())
+        ends = torch.stack([end for p in weights for end in (p.amin(), p.amax())])
         if not ends.isfinite().all():
             raise RunError(
                 f"update {run.num_updates}: the weights are not finite, so the last checkpoint stays as it is; resume"
                 " from it with a lower --lr"
             )
         self.look_at_skipped()
-        self.writing, self.best_written = run.num_updates, self.best()
+        self.writing, self.best_written, self.since = run.num_updates, self.best(), time.monotonic()
         if run.device.rank == 0:
             content = {**contents(run, self.corpus, self.fingerprint), "log": self.log.state()}
-            self.saver.start(content, *(self.folder / name for name in ("checkpoint_last.pt", *also)))
+            paths = (self.folder / name for name in ("checkpoint_last.pt", *also))
+            self.saver.start(content, *paths, keep=run.cfg.train.keep_interval_updates)
 
     def settle(self):
         """Wait for the save under way, if any. A failed save loses nothing, and the next one tries again."""
         try:
             if self.saver.finish():
                 self.best_saved = self.best_written
-                checkpoint.prune(self.folder, self.run.cfg.train.keep_interval_updates)
         except OSError as e:
             self.run.best_loss, self.run.best_gain = self.best_saved  # the better one's file was not written
             self.failure = f"update {self.writing} could not be saved in {self.folder}: {e.strerror or e}"
@@ -59,6 +62,11 @@ class Saves:
         self.save()
         self.settle()
         self.log.say(self.failure or f"update {self.run.num_updates}: saved, {why}")
+
+    def is_late(self) -> bool:
+        """Whether the clock asks for a save (--save_interval_minutes). Clocks of workers differ: they must agree."""
+        minutes = self.run.cfg.train.save_interval_minutes
+        return 0 < 60 * minutes <= time.monotonic() - self.since
 
     def settle_if_idle(self):
         if not self.saver.is_busy():
@@ -93,7 +101,7 @@ class Saves:
 
     def __exit__(self, kind, error, _):
         run = self.run
-        lost_worker = isinstance(error, RuntimeError) and run.device.is_lost_worker(error)
+        lost_worker = isinstance(error, RuntimeError) and run.device.lost_worker(error)
         try:
             # The state is consistent between updates, so save before failing on a bad block or a lost worker.
             if isinstance(error, (InputError, Unhealthy)) or (lost_worker and not isinstance(error, RunError)):
@@ -105,3 +113,8 @@ class Saves:
             raise RunError(f"update {run.num_updates}: {error} ({saved})") from None
         if error is None and self.failure:
             raise RunError(self.failure)
+        if error is None and run.is_finished() and 2 * run.optimizer.skipped > run.num_updates:
+            raise RunError(
+                f"{run.optimizer.skipped} of {run.num_updates} updates were skipped, since their loss or gradient was"
+                " not finite, so little or nothing was learned; lower --lr, raise --warmup_updates or try --amp off"
+            )

@@ -1,6 +1,7 @@
 """The benchmark counts FLOPs as torch does, times the named parts, and compares steps that do the same."""
 
 import json
+import math
 import time
 
 import numpy as np
@@ -46,6 +47,7 @@ def test_bench_compares_steps_and_times_checkpoints():
     assert result["other_kept_bytes_per_token"] > result["kept_bytes_per_token"] > 0
     result = json_of("--checkpoint")
     assert result["bytes"] > 0 and 0 < result["pause_s"] < result["whole_s"]
+    assert result["updates_meanwhile"] >= 1 and math.isfinite(result["cost_s"])
 
 
 def test_parts_are_timed_by_their_names_and_a_part_without_a_name_is_0():

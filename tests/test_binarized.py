@@ -11,7 +11,15 @@ import pytest
 import train
 from config import InputError
 from dataset.binarized import DTYPES, EOS, Dictionary, TokenStream, write_dataset
-from tests.helpers import FEW, GOLDEN, call, dataset_files, golden, make_dataset, write_index
+from tests.helpers import (
+    FEW,
+    GOLDEN,
+    call,
+    dataset_files,
+    golden,
+    make_dataset,
+    write_index,
+)
 from tools import dataset
 
 

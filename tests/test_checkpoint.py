@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from compat import fairseq_names
 from config import InputError, RunError
 from runtime import checkpoint
 from tests.helpers import (
+    CPU,
     FEW,
     GOLDEN,
     call,
@@ -191,3 +193,14 @@ def test_a_resume_tries_checkpoints_from_the_most_updates_whatever_their_times(t
     (tmp_path / "checkpoint_odd.pt").write_text("not a checkpoint")
     found = [path.stem.removeprefix("checkpoint_") for path in checkpoint.candidates(tmp_path)]
     assert found == ["last", "3_20", "best", "2_10", "1_5", "odd"]
+
+
+def test_an_old_checkpoint_is_removed_as_soon_as_the_new_one_is_written(tmp_path):
+    saver = checkpoint.Saver(CPU)
+    for number in (1, 2):
+        saver.finish()
+        names = ("checkpoint_last.pt", f"checkpoint_1_{number}.pt")
+        saver.start(small_content(number), *(tmp_path / name for name in names), keep=1)
+        while saver.is_busy():
+            time.sleep(0.01)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_1_2.pt", "checkpoint_last.pt"]

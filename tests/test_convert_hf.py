@@ -18,7 +18,16 @@ from dataset.binarized import BOS, EOS, PAD, UNK, Dictionary, TokenStream
 from dataset.text import load_tokenizer
 from runtime import checkpoint
 from tests.converting import WORDS, random_file, run, same, saved  # noqa: F401
-from tests.helpers import FEW, GOLDEN, SMALL, Payload, call, golden, random_encoder, small_content
+from tests.helpers import (
+    FEW,
+    GOLDEN,
+    SMALL,
+    Payload,
+    call,
+    golden,
+    random_encoder,
+    small_content,
+)
 from tools import convert_hf
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed: pip install safetensors")

@@ -3,8 +3,10 @@
 import dataclasses
 import math
 import os
+import re
 import subprocess
 import sys
+import time
 
 # must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 from device import DeviceConfig, open_device  # isort: split
@@ -13,6 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import bench
+import config
+import preprocess
 import train
 from config import InputError
 from fast import kernels
@@ -58,16 +63,20 @@ def test_programs_import_without_torch_npu_and_keep_it_from_loading_itself():
         "class Finder:\n"
         "    def find_spec(self, name, *_):\n"
         f"        assert name != 'torch' or os.environ.get('{variable}') == '0', 'too late'\n"
+        "        assert name != 'torch' or os.environ.get('OMP_WAIT_POLICY') == 'PASSIVE', 'too late'\n"
         "sys.meta_path.insert(0, Finder())\n"
         "import {0}\n"
         f"assert 'torch_npu' not in sys.modules; print(os.environ['{variable}'])"
     )
-    env = {k: v for k, v in os.environ.items() if k != variable}
+    env = {k: v for k, v in os.environ.items() if k not in (variable, "OMP_WAIT_POLICY")}
     for name in ("train", "eval", "bench", "tests.soak"):
         run = subprocess.run(
             [sys.executable, "-c", code.format(name)], cwd=HERE, env=env, capture_output=True, text=True
         )
         assert run.stdout.strip() == "0", run.stderr
+    chosen = {**env, "OMP_WAIT_POLICY": "ACTIVE"}
+    code = "import os, device; print(os.environ['OMP_WAIT_POLICY'])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, env=chosen, capture_output=True).stdout == b"ACTIVE\n"
 
 
 def test_devices_that_are_not_there_are_refused_in_one_line():
@@ -99,3 +108,24 @@ def test_mixed_precision_trains_and_the_teacher_stays_in_float32(tmp_path, corpu
     assert mixed[0]["loss"] != plain[0]["loss"] and mixed[0]["loss_scale"] == (128 if amp == "fp16" else 1)
     saved = checkpoint.load(tmp_path / amp / "checkpoint_last.pt")
     assert all(t.dtype == torch.float32 for t in [*saved.teacher.values(), *saved.student.values()])
+
+
+def test_a_model_too_large_for_the_memory_is_refused_at_once(monkeypatch, tmp_path, corpus_dir):
+    argv = [*FEW, "--max_update", 1, "--data_path", corpus_dir, "--save_dir", tmp_path]
+    began = time.monotonic()
+    with pytest.raises(InputError, match="too large for this cpu: .* weights need .* GiB, its memory is"):
+        call(train.main, *argv, "--layers", 1000, "--embed_dim", 100_000)
+    with pytest.raises(InputError, match="--layers 20000: must be at most 1000"):
+        call(train.main, *argv, "--layers", 20_000)
+    with pytest.raises(InputError, match="too large for this cpu: .* weights need"):
+        call(bench.main, "--device", "cpu", "--vocabulary", 10**9)
+    with pytest.raises(InputError, match="--vocab_size 1000000000: must be at most"):
+        preprocess.main(f"--bpe train --vocab_size 1000000000 --train {tmp_path} --dest {tmp_path}".split())
+    assert time.monotonic() - began < 10
+
+
+def test_memory_that_cannot_be_had_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        config.program(lambda: torch.empty(2**50))
+    assert ended.value.code == 1
+    assert re.fullmatch(r".*: stopped: out of memory: .*can't allocate memory.*\n", capsys.readouterr().err)

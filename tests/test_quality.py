@@ -79,8 +79,8 @@ def test_learned_is_said_only_above_both_guesses_by_the_margin_and_three_errors(
         dict(r2=0.8, r2_position=0.5, r2_block=0.9, gain_position=0.3, gain_block=-0.1, cosine_constant=0.2)
         | dict(gain_position_error=0.01, gain_block_error=0.01)
     )
-    assert "no better than positions and the block's mean: R2 0.800" in told
-    assert "no better than positions: R2" in quality.verdict(
+    assert "no better than positions and the block's mean\nR2 0.800" in told
+    assert "no better than positions\nR2" in quality.verdict(
         dict(r2=0.8, r2_position=0.8, r2_block=0.9, gain_position=0.0, gain_block=-0.1, cosine_constant=0.2)
         | dict(gain_position_error=0.01, gain_block_error=0.01)
     )

@@ -4,9 +4,12 @@ The long versions are in tests/soak.py.
 """
 
 import dataclasses
+import errno
 import os
 import shutil
 import signal
+import threading
+import types
 
 import numpy as np
 import pytest
@@ -14,7 +17,8 @@ import torch
 
 import train
 from config import InputError, RunError
-from runtime import checkpoint, guard
+from data import Corpus, prefetch
+from runtime import checkpoint, guard, saves
 from tests import soak
 from tests.helpers import (
     CPU,
@@ -219,3 +223,78 @@ def test_out_of_memory_says_what_was_tried_and_what_helps(monkeypatch, corpus_di
         RunError, match=r"out of memory at update 1: batch of \d+ x \d+ tokens, peak [\d.]+ GiB; lower --max_tokens"
     ):
         call(train.main, *few(corpus_dir, tmp_path, "--max_update", 2))
+
+
+def test_a_teacher_that_is_not_finite_is_not_saved_over_the_good_file(monkeypatch, corpus_dir, tmp_path):
+    move = train.Run.move_teacher
+
+    def spoil(run):
+        move(run)
+        if run.num_updates == 3:
+            next(run.teacher.parameters()).data[0, 0] = float("nan")
+
+    monkeypatch.setattr(train.Run, "move_teacher", spoil)
+    with pytest.raises(RunError, match="update 3: the weights are not finite, so the last checkpoint stays"):
+        call(train.main, *few(corpus_dir, tmp_path, "--max_update", 9, "--save_interval_updates", 1))
+    assert checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"] == 2
+
+
+def test_a_run_whose_updates_were_skipped_ends_with_an_error(monkeypatch, corpus_dir, tmp_path):
+    poison(monkeypatch, {1, 2, 3})
+    with pytest.raises(RunError, match="3 of 4 updates were skipped.*lower --lr"):
+        call(train.main, *few(corpus_dir, tmp_path, "--max_update", 4, "--disable_validation"))
+    assert checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"] == 4
+
+
+def test_the_clock_saves_the_last_checkpoint_alone(monkeypatch, corpus_dir, tmp_path):
+    clock, seen, save, late = [0.0], [], checkpoint.save, saves.Saves.is_late
+    argv = few(corpus_dir, tmp_path, "--max_update", 7, "--disable_validation", "--save_interval_updates", 4)
+
+    def saving(content, *paths):
+        seen.append((content["progress"]["num_updates"], [path.name for path in paths]))
+        save(content, *paths)
+
+    def is_late(self):  # an update takes 11 minutes
+        clock[0] += 660
+        return late(self)
+
+    monkeypatch.setattr(checkpoint, "save", saving)
+    monkeypatch.setattr(saves, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(saves.Saves, "is_late", is_late)
+    call(train.main, *argv)
+    last, kept = ["checkpoint_last.pt"], (4, ["checkpoint_last.pt", "checkpoint_1_4.pt"])
+    assert seen == [(3, last), kept, (6, last), (7, last)]
+    seen.clear()
+    call(train.main, *argv, "--no_resume", "--overwrite", "--save_interval_minutes", 0)
+    assert seen == [kept, (7, last)]
+
+
+def test_a_signal_or_a_clock_of_one_worker_counts_for_all(monkeypatch):
+    with guard.Signals(CPU) as signals:
+        monkeypatch.setattr(type(CPU), "agree", lambda self, values: [max(pair) for pair in zip(values, (0, 0, 1))])
+        assert signals.agreed() == (0, 0, 1)
+
+
+def test_the_batches_made_ahead_are_few_however_many_make_an_update(monkeypatch, corpus_dir):
+    run, _ = make_run(corpus_dir, update_freq=10**9)
+    depths = []
+    monkeypatch.setattr(train, "prefetch", lambda items, depth: depths.append(depth) or prefetch(items, 2))
+    next(train.turns(run, Corpus(run.cfg.data)))
+    assert depths == [32]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_ends_the_curves_in_one_line_and_not_the_run(monkeypatch, corpus_dir, tmp_path):
+    writer = pytest.importorskip("tensorboard.summary.writer.record_writer").RecordWriter
+    write, room = writer.write, [9]
+
+    def full(self, data):
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(self, data)
+
+    monkeypatch.setattr(writer, "write", full)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    printed = call(train.main, *few(corpus_dir, tmp_path, "--max_update", 3, "--tensorboard_logdir", tmp_path / "tb"))
+    assert printed.count("No space left on device; no more curves until the next start") == 1

@@ -4,7 +4,9 @@ import dataclasses
 import os
 import re
 import shutil
+import socket
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -16,6 +18,7 @@ from config import InputError
 from runtime import checkpoint, resume
 from tests.helpers import (
     CPU,
+    HERE,
     call,
     compare_checkpoints,
     few,
@@ -132,3 +135,68 @@ def test_settings_that_move_the_data_position_are_refused_by_name_or_reset_it(sa
     )
     assert "note: changed since the checkpoint: lr" in printed
     assert [(row["num_updates"], row["epoch"]) for row in rows_of(folder)][-3:] == [(4, 1), (5, 2), (6, 2)]
+
+
+def test_a_changed_second_folder_and_a_position_beyond_the_epoch_are_refused(corpus_dir, tmp_path):
+    second, sentences = make_dataset(tmp_path / "second", seed=5)
+    argv = few(f"{corpus_dir}:{second}", tmp_path / "run", "--save_interval", 0, "--disable_validation")
+    first = len(make_run(corpus_dir)[1].batch_ends)
+    call(train.main, *argv, "--max_update", first + 8)
+    loaded = checkpoint.load(tmp_path / "run" / "checkpoint_last.pt")
+    assert (loaded.content["progress"]["epoch"], loaded.content["progress"]["batches"]) == (2, 8)
+    make_dataset(second, sentences[: len(sentences) // 3])
+    with pytest.raises(InputError, match="other_folders was .*--reset_data_position"):
+        call(train.main, *argv, "--max_update", first + 9)
+    del loaded.content["progress"]["data"]["other_folders"], loaded.content["format"]  # as 0.1.0 wrote it
+    checkpoint.save(loaded.content, tmp_path / "run" / "checkpoint_last.pt")
+    with pytest.raises(InputError, match=r"at batch 8 of epoch 2, which has \d; use --reset_data_position"):
+        call(train.main, *argv, "--max_update", first + 9)
+    printed = call(train.main, *argv, "--max_update", first + 9, "--reset_data_position")
+    assert "epoch 3" in printed
+
+
+def run_workers(argvs: list, setup: str = "") -> list:
+    """Runs train.py to its end in one process for each list of arguments, without torchrun; `setup` is code to run
+    before it. Returns (standard error, exit code) of each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = f"import os, time, datetime, device, train, config\n{setup}\nconfig.program(train.main)"
+    shared = dict(WORLD_SIZE=len(argvs), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS=1, PYTHONPATH=HERE)
+    started = []
+    for rank, argv in enumerate(argvs):
+        env = {**os.environ, **{k: str(v) for k, v in shared.items()}, "RANK": str(rank)}
+        options = dict(env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], **options))
+    return [(process.communicate(timeout=100)[1], process.returncode) for process in started]
+
+
+def test_workers_that_disagree_end_all_at_once_with_the_fields_name(saved, corpus_dir, tmp_path):
+    other = make_dataset(tmp_path / "other", seed=5)[0]
+    shutil.copytree(saved, tmp_path / "run")
+    same = few(corpus_dir, tmp_path / "run", "--max_update", 6)
+    for changed, name in (
+        (["--lr", 0.1], "lr, here 0.1"),
+        (["--data_path", other], "sentences"),
+        (["--save_dir", tmp_path / "none"], "num_updates, here 0"),
+    ):
+        ends = run_workers([same, [*same, *changed, "--reset_data_position"]])
+        assert [code for _, code in ends] == [1, 1], ends
+        assert all(re.search("^-c: stopped: worker .: the workers differ in ", text, re.M) for text, _ in ends)
+        assert f"stopped: worker 1: the workers differ in {name}" in ends[1][0]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted({".lock", *(p.name for p in saved.iterdir())})
+
+
+def test_a_worker_that_does_not_answer_ends_the_others_in_one_line(corpus_dir, tmp_path):
+    setup = (
+        "device.WORKER_TIMEOUT, update = datetime.timedelta(seconds=8), train.update\n"
+        "def late(run, batches):\n"
+        "    time.sleep(14 * (os.environ['RANK'] == '1' and run.num_updates == 2))\n"
+        "    return update(run, batches)\n"
+        "train.update = late"
+    )
+    ends = run_workers([few(corpus_dir, tmp_path, "--max_update", 4)] * 2, setup)
+    said = "-c: stopped: worker 0: no answer from another worker for 0:00:08; it hangs or is unreachable\n"
+    assert ends[0] == (said, 1)
+    assert re.search("^-c: stopped: worker 1: another worker ended", ends[1][0], re.M) and ends[1][1] == 1
+    assert checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"] == 2

@@ -7,6 +7,7 @@ Run as `python bench.py --compare | --peer transformers | --sweep | --checkpoint
 import dataclasses
 import statistics
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -279,6 +280,8 @@ class Save:
     pause: float  # training waits
     whole: float  # until the file is complete
     plain: float  # torch.save of the same state
+    cost: float  # what the updates while it is written, and the pause, take longer than as many updates without a save
+    updates: int  # that many
 
 
 def pauses(run: Run, corpus: Corpus, rounds: int) -> dict:
@@ -293,7 +296,15 @@ def pauses(run: Run, corpus: Corpus, rounds: int) -> dict:
             pause = timed(run.device, lambda: saver.start(state, path))
             whole = pause + timed(run.device, saver.finish)
             plain = timed(run.device, lambda: torch.save(state, Path(folder) / "plain.pt"))
-            saves.append(Save(pause, whole, plain))
+            begin, count = time.perf_counter(), 0
+            saver.start(state, path)
+            while saver.is_busy() or not count:
+                timed(run.device, lambda: update(run, next(source)))
+                count += 1
+            saver.finish()
+            cost = time.perf_counter() - begin
+            cost -= timed(run.device, lambda: [update(run, next(source)) for _ in range(count)])
+            saves.append(Save(pause, whole, plain, cost, count))
         size = path.stat().st_size
     source.close()
     later, middle = saves[1:], statistics.median
@@ -303,6 +314,8 @@ def pauses(run: Run, corpus: Corpus, rounds: int) -> dict:
         pause_s=middle(s.pause for s in later),
         whole_s=middle(s.whole for s in later),
         torch_save_s=middle(s.plain for s in later),
+        cost_s=middle(s.cost for s in later),
+        updates_meanwhile=middle(s.updates for s in later),
         pause_share=middle(s.pause / s.plain for s in later),
     )
 
@@ -311,6 +324,7 @@ def print_pauses(r: dict):
     print(f"{'state':16} {r['bytes'] / 2**20:,.0f} MiB")
     print(f"{'training waits':16} {r['pause_s']:.2f} s ({r['first_pause_s']:.2f} s for the first save)")
     print(f"{'written after':16} {r['whole_s']:.2f} s, including checksum and fsync")
+    print(f"{'costs in all':16} {r['cost_s']:.2f} s, over {r['updates_meanwhile']:.0f} updates while it is written")
     print(f"{'torch.save':16} {r['torch_save_s']:.2f} s; training waits {100 * r['pause_share']:.0f}% of that")
 
 
