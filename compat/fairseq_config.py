@@ -192,9 +192,13 @@ def read_yaml(path: Path, fields: dict, explain: bool) -> dict:
         raise InputError("reading a YAML config needs the PyYAML package: pip install pyyaml") from None
     text = read_text(path)
     try:
-        # a few of them can stand for a billion values, or for one that holds itself
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise InputError(f"{path}: has an alias (*NAME); write out what it stands for")
+        depth = 0
+        for event in yaml.parse(text):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            # a few aliases can stand for a billion values, or for one that holds itself
+            if depth > 50 or isinstance(event, yaml.AliasEvent):
+                where = f"{path}, line {event.start_mark.line + 1}"
+                raise InputError(f"{where}: an alias (*NAME) or a 51st level, which no fairseq config needs")
         tree = yaml.safe_load(text) or {}
     except InputError:
         raise

@@ -39,7 +39,8 @@ def readable(what: str):
     except InputError:
         raise
     except Exception as e:
-        raise InputError(f"{what}: {getattr(e, 'strerror', None) or e or type(e).__name__}") from None
+        why = str(getattr(e, "strerror", None) or e)[:200]  # zipfile quotes up to 64 KiB of the file
+        raise InputError(f"{what}: {why or type(e).__name__}") from None
 
 
 def locate(name: str) -> Source:

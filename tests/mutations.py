@@ -63,7 +63,7 @@ class Attempts:
     """Counts what becomes of damaged files, and collects every outcome that must not be."""
 
     def __init__(self):
-        self.files, self.refused, self.other, self.slowest = 0, 0, [], (0.0, "")
+        self.files, self.refused, self.other, self.slowest, self.grown = 0, 0, [], (0.0, ""), 0.0
 
     def __call__(self, what: str, load):
         begin, before, printed = time.perf_counter(), peak_mib(), io.StringIO()
@@ -81,6 +81,7 @@ class Attempts:
             self.other.append(f"{what}: printed an escape sequence")
         seconds = time.perf_counter() - begin
         self.slowest = max(self.slowest, (round(seconds, 3), what))
+        self.grown += peak_mib() - before
         if peak_mib() > before + 50:  # every file here is much smaller than 1 MB
             self.other.append(f"{what}: took {peak_mib() - before:.0f} MiB")
         if seconds > 20:

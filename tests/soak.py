@@ -147,7 +147,7 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0, structure
         dataset.stream.check_all(dataset.dictionary)
 
     read_all()  # so that memory which libraries allocate at first use is not counted
-    began_with, of_datasets, of_checkpoints = mutations.peak_mib(), mutations.Attempts(), mutations.Attempts()
+    of_datasets, of_checkpoints, others = (mutations.Attempts() for _ in range(3))
     for i in range(datasets):
         name = rng.choice(["train.idx"] * 3 + ["train.bin", "dict.txt"])
         (target / name).write_bytes(mutate(originals[name], rng))
@@ -165,8 +165,8 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0, structure
         (folder / "mutated.pt").write_bytes(mutate(files[i % 3], rng))
         of_checkpoints(f"checkpoint {i}", lambda: checkpoint.load(folder / "mutated.pt"))
 
-    run, others = folder / "run", mutations.Attempts()
     if structured:
+        run = folder / "run"
         flags = ["--data_path", str(target), "--save_dir", str(run), "--max_update", "3", "--log_interval", "1"]
         mutations.Attempts()("a short run", lambda: train.main([*TINY, *flags]))
         (folder / "structured").mkdir()
@@ -181,7 +181,7 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0, structure
         structured_errors=others.refused,
         other_errors=sum((part.other for part in all_three), []),
         slowest=max(part.slowest for part in all_three),
-        memory_grown_mib=round(mutations.peak_mib() - began_with),
+        memory_grown_mib=round(sum(part.grown for part in all_three)),
     )
 
 

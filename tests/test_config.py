@@ -257,11 +257,11 @@ MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i -
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (LAUGHS, "has an alias"),
-        (MERGED, "has an alias"),
-        ("a: &a {b: *a}\n", "has an alias"),
-        ("a: " + "[" * 5000, "not YAML"),
-        ("{a: " * 200 + "1" + "}" * 200 + "\n", "not YAML|ignored"),
+        (LAUGHS, "line [123]: an alias"),
+        (MERGED, "line [123]: an alias"),
+        ("a: &a {b: *a}\n", "line [123]: an alias"),
+        ("a: " + "[" * 100_000, "line 1: .* a 51st level"),
+        ("{a: " * 200 + "1" + "}" * 200 + "\n", "a 51st level"),
         ("a: " + "9" * 5000 + "\n", "not YAML"),
         ("a: 0x" + "f" * 5000 + "\n", "not a fairseq config"),
         ("a: [0x" + "f" * 5000 + "]\n", "not a fairseq config"),

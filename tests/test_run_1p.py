@@ -155,6 +155,14 @@ def test_the_projects_own_environment_gets_the_tests_packages_when_asked_for(tmp
     assert all("==" in line for line in pinned if line and line[0] not in "#-")
 
 
+def test_a_row_that_a_full_disk_cut_short_does_not_end_the_report(tmp_path):
+    row = '{"loss": 2.5, "ups": 1.0, "fps": 2.0, "epoch": 1}\n'
+    (tmp_path / "train.jsonl").write_text(row + row[:20] + "\n" + row)
+    (tmp_path / "run_1p_seconds.txt").write_text("3\n4\n")
+    (tmp_path / "train_0.log").write_text("1 x cpu (CPU), amp off | 5 parameters\n")
+    assert "E2E Training Duration sec : 7" in report(tmp_path, tmp_path, "0")
+
+
 def test_a_run_without_a_logged_loss_has_nothing_to_report(tmp_path):
     row = dict(num_updates=1, epoch=1, ups=1.0, fps=2.0)
     (tmp_path / "train.jsonl").write_text(json.dumps({**row, "loss": None}) + "\n")

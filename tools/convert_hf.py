@@ -87,7 +87,7 @@ def load(folder: Path) -> Loaded:
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as e:
         raise InputError(f"{where}: cannot be read as a config of transformers: {e}") from None
     if kind != "data2vec-text":
-        raise InputError(f"{where}: model_type is {kind}; only data2vec-text can be converted")
+        raise InputError(f"{where}: model_type is {str(kind)[:100]}; only data2vec-text can be converted")
     for name, value in BUILT_IN.items():
         found = theirs.get(name, DEFAULT_EPS if name == "layer_norm_eps" else value)
         if found != value:

@@ -6,6 +6,7 @@ SAVE_DIR holds train.jsonl and the seconds that each part of the run took (run_1
 holds train_DEVICE_ID.log, and receives data2vec_for_PyTorch_1p.log and train_data2vec_for_PyTorch_1p_loss.txt.
 """
 
+import contextlib
 import json
 import re
 import statistics
@@ -21,7 +22,10 @@ NAME = "data2vec_for_PyTorch_1p"
 
 def report(save_dir: Path, output: Path, device_id: str) -> str:
     """Write the files; returns the lines to print. Raises InputError if the run has logged no update."""
-    rows = [json.loads(line) for line in (save_dir / "train.jsonl").read_text().splitlines()]
+    rows = []
+    for line in (save_dir / "train.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):  # a row that a full disk cut short
+            rows.append(json.loads(line))
     train = [row for row in rows if row.get("loss") is not None]
     if not train:
         raise InputError(f"{save_dir / 'train.jsonl'}: no update was logged, so there is nothing to report")
