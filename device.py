@@ -310,8 +310,8 @@ def _import_npu():
             what = "torch_npu refuses to load beside a CUDA build of torch; install the CPU build of the same version"
         else:
             what = (
-                f"torch_npu cannot be loaded ({_first_line(e)}); install CANN in the version that docs/ascend.md names, and"
-                " source its environment: source /usr/local/Ascend/ascend-toolkit/set_env.sh"
+                f"torch_npu cannot be loaded ({_first_line(e)}); install CANN in a version that docs/ascend.md names,"
+                " and source its environment: source /usr/local/Ascend/ascend-toolkit/set_env.sh"
             )
         raise InputError(f"--device npu: {what}") from None
     try:

@@ -68,7 +68,9 @@ def verdict(figures: dict) -> str:
         for name in GUESSES
     }
     what = "positions and the block's mean" if beaten["position"] else "positions"
-    begin = "learned: better than both guesses; whether it learned words, --probe tells" if all(beaten.values()) else f"NOT learned: no better than {what}"
+    begin = f"NOT learned: no better than {what}"
+    if all(beaten.values()):
+        begin = "learned: better than both guesses; whether it learned words, --probe tells"
     if figures["cosine_constant"] > ALIKE:  # there R2 is a share of next to nothing
         begin = "NOT learned: the targets are alike, their mean has a cosine of {cosine_constant:.3f}"
     told = (

@@ -33,7 +33,7 @@ class Saves:
         self.settle()
         self.failure = ""
         # a norm could overflow where the weights did not; isfinite() of each weight takes ten times as long
-        weights = (*run.weights.parameters, *run.teacher.parameters())
+        weights = (*run.weights.parameters, *run.weights.averaged[0].parameters())  # the student's and the teacher's
         ends = torch.stack([end for p in weights for end in (p.amin(), p.amax())])
         if not ends.isfinite().all():
             raise RunError(
