@@ -66,13 +66,13 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def read_text(path, errors: str = "strict") -> str:
+def read_text(path, errors: str = "strict", encoding: str = "utf-8") -> str:
     """The text of an ordinary file; a pipe or a device could be endless. Raises InputError."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
-        return path.read_text(encoding="utf-8", errors=errors)
+        return path.read_text(encoding=encoding, errors=errors)
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: not UTF-8 at byte {e.start}") from None
     except OSError as e:

@@ -297,6 +297,9 @@ def publish(paths: list):
     Path(paths[-1]).unlink(missing_ok=True)
     for path in paths:
         os.replace(f"{path}.tmp", path)
+    folder = os.open(Path(paths[-1]).parent, os.O_RDONLY)
+    os.fsync(folder)  # so that the names outlive a power cut, too
+    os.close(folder)
 
 
 def write_dataset(prefix, sentences, vocabulary_size: int) -> tuple[int, int]:

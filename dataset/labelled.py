@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import InputError
+from config import InputError, read_text
 from dataset.binarized import BOS, EOS, PAD, Dictionary, TokenFile
 
 
@@ -75,13 +75,7 @@ def read_cells(path: Path) -> list[tuple[int, list | dict]]:
     kind, rows = path.suffix.lower(), []
     if kind not in (".tsv", ".csv", ".jsonl"):
         raise InputError(f"{path}: expected a name that ends in .tsv, .csv or .jsonl")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not UTF-8 at byte {e.start}; convert the file first, as iconv does") from None
-    except OSError as e:
-        raise InputError(f"{path}: {e.strerror}") from None
-    lines = text.replace("\r\n", "\n").split("\n")
+    lines = read_text(path, encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
     if kind == ".csv":
         reader = csv.reader([line + "\n" for line in lines], strict=True)
         csv.field_size_limit(2**31 - 1)
@@ -94,8 +88,8 @@ def read_cells(path: Path) -> list[tuple[int, list | dict]]:
             if line.strip():
                 try:
                     cells = json.loads(line)
-                except ValueError as e:
-                    raise InputError(f"{path}, line {number}: not JSON: {e}") from None
+                except (ValueError, RecursionError) as e:
+                    raise InputError(f"{path}, line {number}: not JSON: {str(e)[:200]}") from None
                 if not isinstance(cells, dict):
                     raise InputError(f"{path}, line {number}: expected a JSON object, such as {{...}}")
                 rows.append((number, cells))
@@ -225,7 +219,7 @@ def read_binarized_labels(folder: Path, split: str) -> tuple[np.ndarray, list[st
     """(class numbers int64, all class names) or, where label/SPLIT.label exists, (scores float32, None)."""
     path = folder / "label" / f"{split}.label"
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
         table = Table(path, list(range(1, len(lines) + 1)), [], [line.strip() for line in lines], False, 0)
         return scores(table), None
     dictionary = Dictionary(folder / "label" / "dict.txt")

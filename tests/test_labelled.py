@@ -1,6 +1,7 @@
 """Labelled text: GLUE's files, one's own tables, fairseq's folders, and one line for whatever cannot be used."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from dataset.binarized import write_dataset
 from dataset.labelled import Columns
 from tests.helpers import GOLDEN, call, golden
 from tests.test_finetune import flags, place, rows_of  # noqa: F401
+from tools import predict
 
 ROWS = [("a 'b", "c\td", "yes"), ('say "x"', "e", "no"), ("f", "g", "no")]
 
@@ -145,7 +147,7 @@ def test_other_input_that_cannot_be_used_is_one_line(place, tmp_path):  # noqa: 
         (dict(text="body"), "no column body; it has 'text', 'label'"),
         (dict(label="9"), "no column 9"),
         (dict(text="text,a,b"), "one column, or two joined by a comma"),
-        (dict(train=tmp_path / "none.tsv"), "none.tsv: No such file"),
+        (dict(train=tmp_path / "none.tsv"), "none.tsv: no such file"),
         (dict(train=tmp_path / "same.tsv", valid=tmp_path / "same.tsv"), "all training labels are 'good'"),
         (dict(train=tmp_path / "x.csv"), "not CSV"),
         (dict(train=tmp_path / "x.jsonl"), "line 2: expected a JSON object"),
@@ -210,3 +212,14 @@ def test_binarized_folders_hold_what_their_raw_text_holds(tmp_path):
         assert row[0] == 0 and row[end : end + 2].tolist() == [2, 2] and len(row) == end + len(b.split()) + 3
     rows = np.concatenate(split.rows)
     assert rows.dtype == np.int64 and 3 <= rows.max() < len(dictionary)
+
+
+def test_a_pipe_and_a_deep_row_are_refused_in_one_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe.tsv")
+    with pytest.raises(InputError, match="pipe.tsv: not a file"):
+        labelled.read_cells(tmp_path / "pipe.tsv")
+    with pytest.raises(InputError, match="pipe.tsv: not a file"):
+        predict.read_texts(str(tmp_path / "pipe.tsv"), "", "auto", 1)
+    (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(InputError, match="deep.jsonl, line 1: not JSON"):
+        labelled.read_cells(tmp_path / "deep.jsonl")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from config import InputError
+from config import InputError, read_text
 from dataset import labelled
 from dataset.labelled import Columns
 from dataset.text import load_tokenizer
@@ -27,10 +27,7 @@ def read_texts(path: str, text: str, header: str, texts: int) -> list[list[str]]
         if len(found) != texts:
             raise InputError(f"--text {text}: the classifier was trained on {texts} text column{'s' * (texts > 1)}")
         return found
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not UTF-8 at byte {e.start}; convert the file first, as iconv does") from None
+    lines = read_text(path, encoding="utf-8-sig").split("\n")
     lines = lines if lines[-1] else lines[:-1]
     if not lines:
         raise InputError(f"{path}: no lines in it")

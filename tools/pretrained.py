@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compat import fairseq_names
-from config import InputError, printable
+from config import InputError, printable, read_text
 from dataset import labelled
 from dataset.binarized import SPECIAL, Dictionary
 from dataset.text import Tokenizer, load_tokenizer
@@ -123,20 +123,20 @@ def hf_text_files(folder: Path, vocabulary: int) -> dict[str, bytes]:
     in a tokenizer.json. Raises InputError."""
     try:
         if (folder / "vocab.json").is_file():
-            ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-            merges = (folder / "merges.txt").read_text(encoding="utf-8")
+            ids = json.loads(read_text(folder / "vocab.json"))
+            merges = read_text(folder / "merges.txt")
             made = {"".join(row.split(" ")) for row in merges.split("\n") if not row.startswith("#version")}
             encoder = {token: i for token, i in ids.items() if token in made or len(token) == 1}
             symbols = {i: str(i) for i in encoder.values()} | {ids["<mask>"]: "<mask>"}
             files = {"encoder.json": json.dumps(encoder).encode(), "vocab.bpe": merges.encode()}
         else:
-            made = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+            made = json.loads(read_text(folder / "tokenizer.json"))["model"]
             if made["type"] != "WordLevel":
                 raise InputError(
                     f"{folder / 'tokenizer.json'}: a {made['type']} tokenizer without vocab.json beside it"
                 )
             symbols, files = {i: word for word, i in made["vocab"].items()}, {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(
             f"{folder}: no tokenizer that can be read ({getattr(e, 'strerror', None) or e}); give --dict F, and for a"
             " BPE --encoder_json F --vocab_bpe F"
