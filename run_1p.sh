@@ -115,10 +115,13 @@ if ! has "$needed"; then
 fi
 
 if [ $mode = test ]; then
-    [ "$python" = python3 ] || has "pytest, scipy, sklearn" || install -r requirements-dev.txt
+    [ "$python" = python3 ] || has "pytest, xdist, scipy, sklearn" || install -r requirements-dev.txt
     need pytest "the mode test"
+    processes=()
+    ! has xdist || processes=(-n 2 --dist loadfile)
     # the tests' tensors are small: on a busy machine threads would mostly wait for each other
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$python" -m pytest -q ${flags[@]+"${flags[@]}"}
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$python" -m pytest -q \
+        ${processes[@]+"${processes[@]}"} ${flags[@]+"${flags[@]}"}
 fi
 
 output=output/$device_id

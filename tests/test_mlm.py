@@ -35,8 +35,9 @@ def test_the_loss_is_the_cross_entropy_at_all_chosen_places(corpus_dir):
         batch = dataset.batch(ids, 1)
         tokens, source, hidden = dataset.mask(ids, 1)
         assert np.array_equal(batch.chosen, np.flatnonzero(hidden)) and len(batch.chosen) > len(batch.masked)
-        x, _ = run.student.encoder(torch.from_numpy(source))
-        logits = logits_by_formula(run.student, x.flatten(0, 1)[batch.chosen])
+        with torch.no_grad():
+            x, _ = run.student.encoder(torch.from_numpy(source))
+            logits = logits_by_formula(run.student, x.flatten(0, 1)[batch.chosen])
         words = torch.from_numpy(tokens.ravel()[batch.chosen])
         expected = float(F.cross_entropy(logits, words, reduction="sum"))
         done = train.update(run, [batch])
@@ -53,7 +54,7 @@ def test_beside_data2vec_it_adds_its_weight_times_the_loss_at_the_mask_places(co
     words = here.target.flatten()[here.target_places]
     expected = data2vec_loss(prediction, target, run.cfg.model) + 0.5 * F.cross_entropy(logits, words, reduction="sum")
     done = train.update(run, [batch])
-    assert float(done.loss) == pytest.approx(float(expected), rel=1e-6) and int(done.counts[0]) == batch.sample_size
+    assert float(done.loss) == pytest.approx(expected.item(), rel=1e-6) and int(done.counts[0]) == batch.sample_size
 
 
 def test_it_is_evaluated_beside_the_word_frequencies(corpus_dir):

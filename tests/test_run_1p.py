@@ -149,7 +149,7 @@ def test_a_python_of_the_users_own_is_never_installed_into(tmp_path):
 def test_the_projects_own_environment_gets_the_tests_packages_when_asked_for(tmp_path):
     env, calls = fake_python(tmp_path, lacks="*torch*|*pytest*")
     assert run_1p(tmp_path, env, "test", "-k", "some").returncode == 0
-    assert calls.read_text().splitlines()[-1] == "python -m pytest -q -k some"
+    assert calls.read_text().splitlines()[-1] == "python -m pytest -q -n 2 --dist loadfile -k some"
     pinned = (HERE / "requirements-dev.txt").read_text().splitlines()
     assert "-r requirements.txt" in pinned
     assert all("==" in line for line in pinned if line and line[0] not in "#-")
