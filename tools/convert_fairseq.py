@@ -16,25 +16,14 @@ from eval import saved_settings
 from runtime.checkpoint import MOMENTS, Loaded, checked_moments
 from train import PARTS, TrainConfig, lr_at
 
-# The groups of fairseq's config, and the settings in them that we have, under its names. Its loader fills in a missing
+# The groups of fairseq's config, and the settings in them that we write, under its names. Its loader fills in a missing
 # group, but fails on an empty one.
+OF_A_MACHINE = {"tensorboard_logdir", "distributed_world_size"}
 GROUPS = {
-    "common": "seed log_interval",
-    "dataset": "max_tokens batch_size required_batch_size_multiple validate_interval validate_interval_updates"
-    " disable_validation",
-    "optimization": "max_epoch max_update clip_norm update_freq lr",
-    "checkpoint": "save_dir save_interval save_interval_updates keep_interval_updates",
-    "model": "head_layers average_top_k_layers batch_norm_target_layer instance_norm_target_layer"
-    " layer_norm_target_layer layer_norm_targets instance_norm_targets loss_beta loss_scale ema_decay ema_end_decay"
-    " ema_anneal_end_step ema_transformer_layers_only",
-    "model.transformer": "activation_fn dropout attention_dropout activation_dropout max_source_positions",
-    "model.transformer.encoder": "embed_dim ffn_embed_dim layers attention_heads normalize_before",
-    "task": "data sample_break_mode tokens_per_sample mask_prob mask_multiple_length mask_stdev random_token_prob"
-    " leave_unmasked_prob seed",
-    "criterion": "",
-    "optimizer": "adam_betas adam_eps weight_decay lr",
-    "lr_scheduler": "warmup_updates lr max_update",
-}
+    group: [name for name in names.split() if name not in OF_A_MACHINE]
+    for group, names in fairseq_config.GROUPS.items()
+    if group != "distributed_training"
+} | {"criterion": []}
 TRAINING_GROUPS = ("optimization", "optimizer", "lr_scheduler")
 OURS = "data2vec_text"  # in extra_state of a fairseq file that we wrote: our entries that fairseq has no place for
 KNOWN = r"encoder\.(sentence_encoder|regression_head|lm_head\.\d+|_ema$)"  # names that a conversion takes over
@@ -55,7 +44,7 @@ def reference_config(flat: dict) -> dict:
         node = tree
         for part in group.split("."):
             node = node.setdefault(part, {"_name": fairseq_config.BUILT_IN_NAMES.get(part)})
-        node.update((name, spelled[name] if name in spelled else flat[name]) for name in names.split())
+        node.update((name, spelled[name] if name in spelled else flat[name]) for name in names)
     tree["common"]["user_dir"] = "examples/data2vec"
     tree["model"]["max_positions"] = flat["tokens_per_sample"]
     tree["model"]["transformer"].update(layernorm_embedding=True, no_scale_embedding=True)
