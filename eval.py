@@ -87,7 +87,9 @@ def main(argv: list | None = None) -> int:
         parser.add_argument("--ckpt", metavar="FILE", help="the checkpoint; --init_from is another name for it")
         parser.add_argument("--split", default="valid")
         parser.add_argument("--untrained", action="store_true", help="evaluate the same model before training, too")
-        parser.add_argument("--probe", action="store_true", help="do the features name hidden words? see probe.py")
+        parser.add_argument(
+            "--probe", action="store_true", help="do the features name hidden words? see runtime/probe.py"
+        )
         parser.add_argument("--probe_places", type=int, default=50_000, help="masked places to fit it on [50000]")
         parser.add_argument("--json", action="store_true", help="print one JSON object")
         parser.add_argument("--features", metavar="TEXT", help="a file of raw lines, or - for standard input")
@@ -111,7 +113,8 @@ def main(argv: list | None = None) -> int:
             return write_features(cfg, device, corpus, loaded, path, args)
         dataset = corpus.split(args.split)
         run = Run(cfg, device, len(corpus.dictionary))
-        train = corpus.split("train")
+        has_train = (corpus.folders[0] / "train.idx").is_file()
+        train = corpus.split("train") if has_train else None  # what the guesses are fitted on
         untrained = {"untrained": evaluate(run, dataset, train)} if args.untrained else {}
         probe = Probe(run, corpus, args.split, args.probe_places) if args.probe else None
         first_weights = probe.ask(run.student) if probe else None

@@ -49,32 +49,27 @@ def loss_of(run, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return loss, prediction, target
 
 
-@torch.no_grad()
-def evaluate_words(run, dataset: BlockDataset, train: BlockDataset) -> dict:
-    """How well the student names hidden words, over all workers: mean cross-entropy in nats, what always answering with
-    the word frequencies of the training split gets, perplexity, and accuracy."""
-    device, cfg = run.device, run.cfg.model
-    counts = np.ones(len(train.dictionary))  # as if each word had been seen once more
-    for tokens in train.stream.checked(train.dictionary):
-        counts += np.bincount(tokens, minlength=len(counts))
-    frequency = torch.tensor(np.log(counts / counts.sum()), dtype=torch.float32, device=device.torch_device)
-    sums = torch.zeros(4, device=device.torch_device)
-    run.student.eval()
-    for host in dataset.batches(dataset.epoch_batches(1, device.rank, device.world_size), 1):
-        batch = device.upload(host)
-        words = words_of(batch, cfg)
-        with device.autocast():
-            found = run.student(batch.source, places_of(batch, cfg), batch.source_padded)
-        logits = found if cfg.objective == "mlm" else found[1]
-        hits = (logits.argmax(1) == words).sum()
-        sums += torch.stack([word_loss(logits, words), hits, -frequency[words].sum(), hits.new_tensor(len(words))])
-    run.student.train()
-    loss, hits, unigram, places = device.all_reduce(sums).tolist()
-    loss, unigram = loss / max(1, places), unigram / max(1, places)
-    return dict(
-        mlm_loss=loss,
-        mlm_loss_frequency=unigram,
-        mlm_perplexity=math.exp(min(loss, 700)),
-        mlm_accuracy=hits / max(1, places),
-        mlm_places=int(places),
-    )
+class WordFigures:
+    """How well the student names hidden words, over all workers, beside the word frequencies of the training split."""
+
+    def __init__(self, run, train: BlockDataset | None):
+        """Without a training split the frequencies are not known, and left out."""
+        self.device, self.frequency = run.device, None
+        if train is not None:
+            counts = train.stream.counts(train.dictionary) + 1.0  # as if each word had been seen once more
+            self.frequency = run.device.tensor(np.log(counts / counts.sum()).astype(np.float32))
+        self.sums = torch.zeros(4, device=run.device.torch_device)
+
+    def add(self, logits: Tensor, words: Tensor):
+        """Take in a batch's logits (M, V) and its words (M,)."""
+        hits, places = (logits.argmax(1) == words).sum(), words.new_tensor(len(words))
+        unigram = places * 0 if self.frequency is None else -self.frequency[words].sum()
+        self.sums += torch.stack([word_loss(logits, words), hits, unigram, places])
+
+    def figures(self) -> dict:
+        """Mean cross-entropy in nats, that of the frequencies, perplexity, accuracy, and the number of places."""
+        loss, hits, unigram, places = self.device.all_reduce(self.sums).tolist()
+        loss, unigram = loss / max(1, places), unigram / max(1, places)
+        known = {} if self.frequency is None else dict(mlm_loss_frequency=unigram)
+        rest = dict(mlm_perplexity=math.exp(min(loss, 700)), mlm_accuracy=hits / max(1, places))
+        return dict(mlm_loss=loss, **known, **rest, mlm_places=int(places))

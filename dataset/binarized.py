@@ -183,7 +183,7 @@ class TokenStream:
     """
 
     def __init__(self, folder, split: str):
-        self.folder, self.split = Path(folder), split
+        self.folder, self.split, self._counts = Path(folder), split, None
         self._files = [TokenFile(self.folder / split)]
         while split == "train" and (self.folder / f"{split}{len(self._files)}.idx").exists():
             self._files.append(TokenFile(self.folder / f"{split}{len(self._files)}"))
@@ -245,6 +245,14 @@ class TokenStream:
             tokens = self.take(places)
             self.check_tokens(tokens, places, dictionary)
             yield tokens
+
+    def counts(self, dictionary: Dictionary) -> np.ndarray:
+        """How often each token id occurs, int64 (len(dictionary),). Reads the whole split, once."""
+        if self._counts is None:
+            self._counts = np.zeros(len(dictionary), np.int64)
+            for tokens in self.checked(dictionary):
+                self._counts += np.bincount(tokens.astype(np.int64), minlength=len(dictionary))
+        return self._counts
 
     def check_all(self, dictionary: Dictionary):
         """check_tokens for the whole split."""

@@ -39,9 +39,7 @@ LR, BATCH, MOST_EPOCHS, PATIENCE = 1e-3, 512, 50, 3  # for fitting the classifie
 
 def frequent_tokens(stream: TokenStream, dictionary) -> np.ndarray:
     """The class of each token id, (V,) int64: -1 outside the CLASSES most frequent ones. Reads the whole split once."""
-    counts = np.zeros(len(dictionary), np.int64)
-    for tokens in stream.checked(dictionary):
-        counts += np.bincount(tokens.astype(np.int64), minlength=len(dictionary))
+    counts = stream.counts(dictionary).copy()
     counts[: len(SPECIAL)] = 0
     order = np.argsort(-counts, kind="stable")[:CLASSES]
     order = order[counts[order] > 0]

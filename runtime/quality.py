@@ -57,12 +57,13 @@ def quality(sums: Tensor, count: int) -> dict:
 
 def verdict(figures: dict) -> str:
     """In words, whether the student beats the guesses that know no word. figures: of `evaluate`, with a train split."""
-    words = ""
+    words = []
     if "mlm_loss" in figures:
-        words = "words: {mlm_loss:.3f} nats (perplexity {mlm_perplexity:.1f}), frequencies {mlm_loss_frequency:.3f};"
-        words += " accuracy {mlm_accuracy:.3f}"
+        words = ["words: {mlm_loss:.3f} nats (perplexity {mlm_perplexity:.1f}); accuracy {mlm_accuracy:.3f}"]
+        words[0] += "; frequencies {mlm_loss_frequency:.3f} nats" if "mlm_loss_frequency" in figures else ""
     if "r2" not in figures:
-        return words.format(**figures)
+        nothing = ["no training split here, so what guesses without words would get is not known"]
+        return "\n".join(words if figures.get("mlm_loss_frequency") else [*words, *nothing]).format(**figures)
     beaten = {
         name: figures[f"gain_{name}"] > max(LEAST_GAIN, LEAST_ERRORS * figures[f"gain_{name}_error"])
         for name in GUESSES
@@ -77,7 +78,7 @@ def verdict(figures: dict) -> str:
         "R2 {r2:.3f}; position {r2_position:.3f} (gain {gain_position:.3f} +- {gain_position_error:.3f}),"
         " position and block {r2_block:.3f} (gain {gain_block:.3f} +- {gain_block_error:.3f})"
     )
-    return "\n".join([begin, told, words][: 3 if words else 2]).format(**figures)
+    return "\n".join([begin, told, *words]).format(**figures)
 
 
 class Guesses:
@@ -148,25 +149,28 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
     """Validation loss per masked place and the figures of `quality`, over all workers, without dropout; with the
     training split also those of `Guesses`. run: a train.Run. Raises InputError if nothing is masked."""
     device, cfg = run.device, run.cfg.model
-    words = mlm.evaluate_words(run, dataset, train) if cfg.predicts_words and train else {}
-    if cfg.objective == "mlm":
-        return dict(loss=words["mlm_loss"], sample_size=words["mlm_places"], **words)
     run.student.eval()
-    guesses = None if train is None else Guesses(run, train)
+    has_targets = cfg.objective == "data2vec"
+    guesses = Guesses(run, train) if train and has_targets else None
+    words = mlm.WordFigures(run, train) if cfg.predicts_words else None
     loss = torch.zeros((), device=device.torch_device)
     sums = torch.zeros(6, cfg.embed_dim, device=device.torch_device)
     sample_size = batches = 0
     for host in dataset.batches(dataset.epoch_batches(1, device.rank, device.world_size), 1):
         batch = device.upload(host)
         with device.autocast():
-            target = teacher_targets(run.teacher, batch, cfg)
-            prediction = run.student(batch.source, batch.masked, batch.source_padded)
-            prediction = prediction[0] if cfg.predicts_words else prediction
-            loss += data2vec_loss(prediction, target, cfg)
-        sums += moments(prediction, target)
+            found = run.student(batch.source, mlm.places_of(batch, cfg), batch.source_padded)
+            if has_targets:
+                target = teacher_targets(run.teacher, batch, cfg)
+                prediction = found[0] if words else found
+                loss += data2vec_loss(prediction, target, cfg)
+        if has_targets:
+            sums += moments(prediction, target)
         if guesses:
             guesses.add(batch, prediction, target)
-        sample_size, batches = sample_size + host.sample_size, batches + 1
+        if words:
+            words.add(found[1] if has_targets else found, mlm.words_of(batch, cfg))
+        sample_size, batches = sample_size + len(mlm.places_of(host, cfg)), batches + 1
     run.student.train()
     counts = torch.tensor([sample_size, batches], device=device.torch_device)
     for tensor in (loss, sums, counts):
@@ -174,6 +178,9 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
     sample_size, batches = counts.tolist()
     if sample_size == 0:
         raise InputError(f"{dataset.stream.folder}: {dataset.split} has nothing masked; is --mask_prob too small?")
+    named = words.figures() if words else {}
+    if not has_targets:
+        return dict(loss=named["mlm_loss"], sample_size=sample_size, batches=batches, **named)
     beside = guesses.figures(sums, sample_size) if guesses else {}
     counted = dict(loss=float(loss) / sample_size, sample_size=sample_size, batches=batches)
-    return {**counted, **quality(sums, sample_size), **beside, **words}
+    return {**counted, **quality(sums, sample_size), **beside, **named}

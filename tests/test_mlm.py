@@ -11,9 +11,8 @@ import torch.nn.functional as F
 import eval as evaluation
 import train
 from data import Corpus
-from mlm import evaluate_words
 from model import data2vec_loss, teacher_targets
-from runtime import checkpoint
+from runtime import checkpoint, quality
 from tests.helpers import CPU, FEW, call, make_run, rows_of
 
 BASELINE = "--objective mlm --mask_multiple_length 1 --mask_prob 0.3 --random_token_prob 0.1 --leave_unmasked_prob 0.1"
@@ -60,7 +59,7 @@ def test_beside_data2vec_it_adds_its_weight_times_the_loss_at_the_mask_places(co
 def test_it_is_evaluated_beside_the_word_frequencies(corpus_dir):
     run, dataset = make_run(corpus_dir, objective="mlm")
     valid = Corpus(run.cfg.data).split("valid")
-    figures = evaluate_words(run, valid, dataset)
+    figures = quality.evaluate(run, valid, dataset)
     counts = np.ones(len(dataset.dictionary))
     for begin, end in zip(dataset.stream.starts, dataset.stream.starts[1:]):
         np.add.at(counts, dataset.stream.read(int(begin), int(end)), 1)

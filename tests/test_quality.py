@@ -1,10 +1,13 @@
 """The guesses that read no word, and what is said about a student beside them."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import eval as evaluation
 import train
 from data import Corpus
 from model import data2vec_loss, teacher_targets
@@ -128,3 +131,14 @@ def test_the_probe_compares_with_the_weights_before_the_first_update(corpus_dir)
     corpus, state = Corpus(run.cfg.data), torch.get_rng_state()
     again = Validation(run, corpus).first_student().state_dict()
     assert all(torch.equal(first[k], again[k]) for k in first) and torch.equal(state, torch.get_rng_state())
+
+
+def test_a_folder_without_a_training_split_is_evaluated_without_the_guesses(tmp_path, corpus_dir):
+    call(train.main, *FEW, "--data_path", corpus_dir, "--save_dir", tmp_path / "run", "--max_update", 2)
+    for name in ("dict.txt", "valid.bin", "valid.idx"):
+        shutil.copy(corpus_dir / name, tmp_path)
+    last = tmp_path / "run" / "checkpoint_last.pt"
+    alone = call(evaluation.main, "--ckpt", last, "--data_path", tmp_path)
+    beside = call(evaluation.main, "--ckpt", last)
+    assert "no training split here" in alone and "r2" not in alone.splitlines()[-1]
+    assert alone.splitlines()[2].split()[1:5] == beside.splitlines()[2].split()[1:5]  # the student's own figures
