@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 import re
 import sys
 from pathlib import Path
@@ -246,4 +247,8 @@ def program(main):
     except OSError as e:
         code, text = 2, f"error: {e.filename}: {e.strerror or e}" if e.filename else f"error: {e.strerror or e}"
     print(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr)
+    if "MASTER_ADDR" in os.environ:  # torch's threads sometimes abort at a worker's exit after another one has ended
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
