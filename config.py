@@ -9,49 +9,62 @@ the flags are in compat/fairseq_config.py.
 """
 
 import argparse
+import ast
+import contextlib
 import dataclasses
 import difflib
+import errno
+import io
 import math
 import operator
 import os
 import re
+import shlex
+import signal
 import sys
+import textwrap
 from pathlib import Path
 
-VERSION = "0.2.0"  # docs/changelog.md begins with it
+VERSION = "0.3.0"  # docs/changelog.md begins with it
 
 # The defaults in the dataclasses are those of fairseq's examples/data2vec/config/text/pretraining/base.yaml; a preset
 # holds what differs.
+# fmt: off
 PRESETS = {
     "base": {},
     "npu_1p": dict(tokens_per_sample=64, max_tokens=1280),  # the Ascend ModelZoo's run on one device
-    "tiny": dict(  # learns something visible in a minute or two on a laptop's CPU
-        tokens_per_sample=128,
-        max_tokens=2048,
-        embed_dim=128,
-        ffn_embed_dim=512,
-        layers=4,
-        attention_heads=4,
-        average_top_k_layers=3,
-        dropout=0.0,
-        attention_dropout=0.0,
-        lr=1e-3,
-        warmup_updates=40,
-        max_update=400,
-        ema_anneal_end_step=200,
-        ema_decay=0.99,
-        ema_end_decay=0.999,
-        log_interval=20,
-        validate_interval_updates=200,
-        validate_interval=0,
-        save_interval=0,
+    "tiny": dict(  # shows in a minute or two on a laptop's CPU that everything works
+        tokens_per_sample=128, max_tokens=2048,
+        embed_dim=128, ffn_embed_dim=512, layers=4, attention_heads=4, dropout=0.0, attention_dropout=0.0,
+        average_top_k_layers=3, ema_decay=0.99, ema_end_decay=0.999, ema_anneal_end_step=200,
+        lr=1e-3, warmup_updates=40, max_update=400,
+        log_interval=20, validate_interval_updates=200, validate_interval=0, save_interval=0,
+    ),
+    "small": dict(  # learns words in a quarter of an hour on one CPU core (docs/results.md)
+        tokens_per_sample=64, max_tokens=2048, mask_prob=0.3, mask_multiple_length=1,
+        embed_dim=256, ffn_embed_dim=1024, layers=4, attention_heads=4, dropout=0.0, attention_dropout=0.0,
+        normalize_before=True, init="local", mlm_weight=1.0, loss_scale=0.2,
+        average_top_k_layers=4, instance_norm_target_layer=True,
+        ema_decay=1.0, ema_end_decay=0.999, ema_anneal_end_step=5000, ema_transformer_layers_only=False,
+        lr=2e-3, warmup_updates=200, max_update=2500,
+        log_interval=50, validate_interval_updates=625, probe_interval_updates=1250, validate_interval=0,
+        save_interval=0, save_interval_updates=0,
     ),
 }
+# fmt: on
 
 # What the released code does where it differs from the paper or loses text.
 FAIRSEQ_EXACT = dict(
     teacher_input="masked", long_sentences="skip", drop_remainder=True, min_target_var=0.0, min_pred_var=0.0
 )
+
+# The files with the settings of a run, whose groups in --help are named by their classes; the rest is for training.
+SETTINGS = "data.py model.py ema.py optim.py device.py runtime/guard.py train.py".split()
+TITLES = {"DataConfig": "data", "ModelConfig": "model", "EmaConfig": "teacher", "DeviceConfig": "device"}
+TITLES["FinetuneConfig"] = "fine-tuning"
+HELP_LINES = 60  # of --help, which explains only these settings where not all fit
+OFTEN = "data_path tokens_per_sample max_tokens layers embed_dim ema_decay device amp lr warmup_updates max_update"
+OFTEN = f"{OFTEN} update_freq save_dir".split()
 
 
 class InputError(ValueError):
@@ -118,28 +131,50 @@ def whole_number(text: str) -> int:
     text = text.strip("[] ")  # fairseq writes update_freq=[1]
     if text.lstrip("+-").isdigit():
         return int(text)
-    value = float(text)  # 1e6 is a whole number, too
+    value = number(text)  # 1e6 is a whole number, too
     if not value.is_integer():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(value)
 
 
 def number(text: str) -> float:
-    return float(text.strip("[] "))  # fairseq writes lr=[0.0002]
+    try:
+        return float(text.strip("[] "))  # fairseq writes lr=[0.0002]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
 def numbers(text: str) -> tuple:
-    return tuple(float(part) for part in text.strip("()[] ").split(",") if part.strip())
+    return tuple(number(part) for part in text.strip("()[] ").split(",") if part.strip())
 
 
 READERS = {bool: boolean, int: whole_number, float: number, str: str, tuple: numbers}
+FORMS = {bool: "yes|no", int: "N", float: "X", str: "TEXT", tuple: "X,Y"}  # of the values, in --help
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Fills the text to the width; an indented line, which is a command, is broken only where it is too long."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30)
+
+    def _fill_text(self, text, width, indent):
+        lines, text = [], re.sub(r"(?<=\S)\n(?=\S)", " ", text)
+        for line in text.splitlines():
+            start = re.match(" *", line)[0]
+            if start and len(line) > width:  # a command and, after some spaces, what it does
+                line = re.sub(r"(?<=\S) {2,}", f"\n{start}    ", line)
+            for part in line.splitlines() or [""]:
+                further = f"{start}    " if start else ""
+                lines += textwrap.wrap(part, width, subsequent_indent=further, break_on_hyphens=False) or [""]
+        return "\n".join(indent + line for line in lines)
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are InputErrors; each flag --a_b is --a-b, too."""
 
     def __init__(self, **options):
-        plain = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        plain = dict(allow_abbrev=False, formatter_class=Formatter)
         super().__init__(**(plain | options))
         self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-3 for a flag
         self.add_argument("--version", action="version", version=f"data2vec-text {VERSION}")
@@ -148,6 +183,30 @@ class Parser(argparse.ArgumentParser):
         action = super().add_argument(*names, **options)
         self.also(action, *names)
         return action
+
+    def format_help(self) -> str:
+        """As much as fits HELP_LINES lines."""
+        for explained in (None, OFTEN, ()):
+            text = self.help_on(explained)
+            if len(text.splitlines()) <= HELP_LINES:
+                break
+        return text
+
+    def help_on(self, explained=None) -> str:
+        """The help that explains the program's own flags and, of the settings, only these (None: all)."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            actions = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
+            own = explained is None or group in (self._optionals, self._positionals)
+            shown = [action for action in actions if own or action.dest in explained]
+            left = len(actions) - len(shown)
+            formatter.start_section(f"{group.title} (--help_all shows {left} more)" if left else group.title)
+            formatter.add_text(presets_on(group.names, explained) if group.title == "presets" else group.description)
+            formatter.add_arguments(shown)
+            formatter.end_section()
+        return formatter.format_help()
 
     def flag(self, name: str):
         """The action of the flag that is spelled like this, or None."""
@@ -177,6 +236,42 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
+def presets_on(names, explained=None) -> str:
+    """What each preset sets of these settings, and of the others how many (explained None: all)."""
+    lines = []
+    for title, preset in {**PRESETS, "--fairseq_exact": FAIRSEQ_EXACT}.items():
+        sets = {k: v for k, v in preset.items() if k in names}
+        shown = [f"{k}={v}" for k, v in sets.items() if len(sets) < 6 or explained is None or k in OFTEN]
+        more = [f"{len(sets) - len(shown)} more"] if len(shown) < len(sets) else []
+        lines.append(f" {title}: " + ", ".join(shown + more))
+    return "\n".join(lines[1:])
+
+
+class HelpAll(argparse.Action):
+    def __call__(self, parser, *_):
+        print(parser.help_on(), end="")
+        parser.exit()
+
+
+def words_of(value) -> str:
+    """A setting as it is written on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def flags_of(parts: list) -> str:
+    """The shortest command line that gives the settings in these instances."""
+    values = {name: value for part in parts for name, value in vars(part).items()}
+    plain = {field.name: field.default for part in parts for field in dataclasses.fields(part)}
+    if values.get("fairseq_exact"):
+        plain |= {**FAIRSEQ_EXACT, "fairseq_exact": None}
+    ways = []
+    for name, preset in PRESETS.items():
+        way = [f"--config_name {name}"] if preset else []
+        expected = plain | preset
+        ways.append(way + [f"--{k} {shlex.quote(words_of(v))}" for k, v in values.items() if v != expected[k]])
+    return " ".join(min(ways, key=len))
+
+
 def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: dict | None = None):
     """Read a command line into one instance of each dataclass in `configs` (no two share a field name).
 
@@ -187,21 +282,26 @@ def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: d
 
     # --fairseq_exact is a field of train.py's, but a flag of every program
     fields = {f.name: f for config in configs for f in dataclasses.fields(config) if f.name != "fairseq_exact"}
-    parser = Parser(description=doc)
+    parser = Parser(description=doc, usage="%(prog)s [--NAME VALUE ...]")
     if extra:
         extra(parser)
-    parser.add_argument("--config_name", help=f"preset: {', '.join(PRESETS)}; with --config_dir the name of a YAML")
-    parser.add_argument("--config_dir", help="folder of the fairseq YAML that --config_name names")
-    implied = ", ".join(f"{name}={value}" for name, value in FAIRSEQ_EXACT.items())
-    switch = dict(nargs="?", const=True, type=boolean, metavar="true|false")
-    text = f"the released code bug for bug: {implied}, and a teacher one update behind at validation"
-    parser.add_argument("--fairseq_exact", help=text, **switch)
-    for name, field in fields.items():
-        text, choices = field.metadata["help"].replace("%", "%%"), field.metadata["choices"]
-        text += f" ({'|'.join(map(str, choices))})" if choices else ""
-        text += f" [{field.default if field.default != '' else 'none'}]"
-        flag = switch if field.type is bool else dict(type=READERS[field.type], metavar=field.type.__name__)
-        parser.add_argument(f"--{name}", help=text, **flag)
+    parser.add_argument("--help_all", action=HelpAll, nargs=0, help="the same with all settings of a run, and exit")
+    parser.add_argument("--config_name", metavar="NAME", help="a preset, or with --config_dir a YAML")
+    parser.add_argument("--config_dir", metavar="DIR", help="the folder of that YAML, which is fairseq's")
+    switch = dict(nargs="?", const=True, type=boolean, metavar="yes|no")
+    parser.add_argument("--fairseq_exact", help="the released code bug for bug", **switch)
+    for config in sorted(configs, key=lambda config: config.__name__ not in TITLES):
+        title = TITLES.get(config.__name__, "training")
+        group = next((g for g in parser._action_groups if g.title == title), None) or parser.add_argument_group(title)
+        for name in (field.name for field in dataclasses.fields(config) if field.name in fields):
+            field, choices = fields[name], fields[name].metadata["choices"]
+            text = field.metadata["help"].replace("%", "%%")
+            text += f" [{words_of(field.default)}]" if field.default != "" else ""
+            form = "|".join(choices) if choices else FORMS[field.type]
+            flag = switch if field.type is bool else dict(type=READERS[field.type], metavar=form)
+            parser.also(group.add_argument(f"--{name}", help=text, **flag), f"--{name}")
+    if "mask_prob" in fields:  # of pretraining
+        parser.add_argument_group("presets").names = fields
     fairseq_config.add_spellings(parser)
     argv = fairseq_config.as_flags(sys.argv[1:] if argv is None else argv, parser)
     given = vars(parser.parse_args(argv))  # None: not given
@@ -229,23 +329,63 @@ def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: d
     return instances, argparse.Namespace(**{name: value for name, value in given.items() if name not in fields})
 
 
+def read_ahead(program: str, whole: bool = False):
+    """Answer --help, and refuse a command line that `parse` would refuse, before torch is imported: that takes seconds.
+
+    Of the files with settings and of the program's file only the dataclasses of settings and `add_flags` are run.
+    whole: no setting comes from elsewhere, so what does not fit together is refused, too.
+    """
+    names = {**globals(), "dataclass": dataclasses.dataclass, "config": sys.modules[__name__]}
+    for name in dict.fromkeys([*SETTINGS, Path(program).name]):
+        tree = ast.parse((Path(__file__).parent / name).read_text(encoding="utf-8"))
+        wanted = [node for node in tree.body if re.fullmatch(r"\w*Config|add_flags", getattr(node, "name", ""))]
+        exec(compile(ast.Module(wanted, []), name, "exec"), names)
+    parts = [part.type for part in dataclasses.fields(names["Config"])]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # of notes; they come again
+            instances, _ = parse(parts, ast.get_docstring(tree), extra=names["add_flags"])
+        if whole:
+            names["Config"](*instances)
+    except InputError as e:
+        end(2, f"error: {e}")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+        signal.signal(signal.SIGINT, interrupted)
+
+
+def interrupted(*_):
+    """Ctrl-C while modules are imported: nothing is to be kept."""
+    os.write(2, f"\n{Path(sys.argv[0]).name}: interrupted\n".encode())
+    os._exit(130)
+
+
 def program(main):
-    """Run a program's main() and exit. An InputError becomes one line on stderr and exit code 2, a RunError 1."""
+    """Run a program's main() and exit. An InputError becomes one line on stderr and exit code 2, a RunError or a full
+    disk 1, Ctrl-C 130."""
+    if signal.getsignal(signal.SIGINT) is interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main())
     except BrokenPipeError:  # `... | head`
         sys.stderr.close()
         sys.exit(141)
+    except KeyboardInterrupt:
+        end(130, "interrupted")
     except InputError as e:
-        code, text = 2, f"error: {e}"
+        end(2, f"error: {e}")
     except RunError as e:
-        code, text = 1, f"stopped: {e}"
+        end(1, f"stopped: {e}")
     except (MemoryError, RuntimeError) as e:  # torch's own kind for a CPU is a plain RuntimeError
         if isinstance(e, RuntimeError) and not re.search("can't allocate memory|out of memory", str(e)):
             raise
-        code, text = 1, f"stopped: out of memory: {str(e)[:300]}"
+        end(1, f"stopped: out of memory: {str(e)[:300]}")
     except OSError as e:
-        code, text = 2, f"error: {e.filename}: {e.strerror or e}" if e.filename else f"error: {e.strerror or e}"
+        text = f"{e.filename}: {e.strerror or e}" if e.filename else f"{e.strerror or e}"
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # no mistake in the command
+        end(1, f"stopped: {text}") if full else end(2, f"error: {text}")
+
+
+def end(code: int, text: str):
+    """Exit with one line on stderr."""
     print(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr)
     if "MASTER_ADDR" in os.environ:  # torch's threads sometimes abort at a worker's exit after another one has ended
         sys.stdout.flush()

@@ -17,15 +17,15 @@ from torch.profiler import record_function
 
 from config import InputError, option
 from fast import kernels
+from init import PAD, start
 
-PAD = 1
 LAYER_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     layers: int = option(12, "encoder layers", low=1, high=1000)
-    embed_dim: int = option(768, "width", low=1)
+    embed_dim: int = option(768, "width", low=1, high=100_000)
     ffn_embed_dim: int = option(3072, "inner width of the feed-forward part", low=1)
     attention_heads: int = option(12, "attention heads", low=1)
     max_source_positions: int = option(512, "rows of the position table", low=1)
@@ -43,6 +43,7 @@ class ModelConfig:
     instance_norm_targets: bool = option(False, "normalize the averaged target per channel over a block")
     loss_beta: float = option(4.0, "where smooth L1 turns from square to linear (0: squared error)", low=0)
     loss_scale: float = option(1.0, "factor of the loss (0 or less: 1 / sqrt(width))")
+    init: str = option("bert", "how the weights start (init.py)", choices=("bert", "local"))
     objective: str = option(
         "data2vec", "what the student predicts: the teacher's targets, or hidden words", choices=("data2vec", "mlm")
     )
@@ -227,7 +228,7 @@ class Data2VecText(nn.Module):
         self.encoder = Encoder(cfg, vocabulary_size)
         self.regression_head = RegressionHead(cfg) if cfg.objective == "data2vec" else None
         self.lm_head = WordHead(cfg, vocabulary_size) if cfg.predicts_words else None
-        self.apply(init_weights)
+        start(self, cfg.init)
 
     @record_function("student")
     def forward(self, source: Tensor, masked: Tensor, padded: bool = True) -> Tensor:
@@ -238,17 +239,6 @@ class Data2VecText(nn.Module):
             return self.regression_head(x)  # (M, C)
         logits = self.lm_head(x, self.encoder.embed_tokens.weight)  # (M, V)
         return logits if self.regression_head is None else (self.regression_head(x), logits)
-
-
-def init_weights(module: nn.Module):
-    """N(0, 0.02) for Linear and Embedding weights, zero for biases and the row of PAD."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)
-    if isinstance(module, nn.Embedding):
-        with torch.no_grad():
-            module.weight[module.padding_idx].zero_()
 
 
 @torch.no_grad()

@@ -110,10 +110,8 @@ def test_fairseqs_names_with_groups_are_spellings_of_ours():
 @pytest.mark.parametrize(
     "word",
     [
-        "common.log_format=json",
         "model.foo=3",
         "common.fp16=true",
-        "common.amp=false",
         "criterion=cross_entropy",
         "model.transformer.encoder.layerdrop=0.1",
         "model.transformer.decoder.layers=3",
@@ -172,7 +170,7 @@ def test_old_command_lines_work_as_they_are(line, expected):
     [
         ("--fp16", "--fp16: .*--amp"),
         ("--fp16 --max-update 5", "--fp16: .*--amp"),
-        ("common.fp16=false", "common.fp16: .*--amp"),
+        ("common.fp16=true", "common.fp16: .*--amp"),
         ("--cpu", "--device cpu"),
         ("--restore-file x.pt", "--restore-file: .*--init_from"),
         ("checkpoint.reset_optimizer=true", "reset_optimizer: .*--init_from"),
@@ -186,8 +184,8 @@ def test_old_command_lines_work_as_they_are(line, expected):
         ("--max-updates 5", "did you mean --max_update[?]"),
         ("--optimization.max_updates=5", "did you mean --max_update[?]"),
         ("ema.ema_decay=0.5", "ema.ema_decay: no option .*did you mean --ema_decay"),
-        ("--optimization.lr x", "argument --lr: invalid number"),
-        ("run_config=local", "run_config: no option of that name here .see"),
+        ("--optimization.lr x", "argument --lr: 'x' is not a number"),
+        ("--seed abc", "argument --seed: 'abc' is not a number"),
         ("generation.beam=5", "generation.beam: no option of that name here .see"),
         (".", r"\.: no option .*--data_path"),
     ],
@@ -204,7 +202,7 @@ def test_ignored_options_are_named_and_the_help_shows_only_our_spellings(capsys)
     with pytest.raises(SystemExit):
         settings("--help")
     text = capsys.readouterr().out
-    assert "--max_update int" in text
+    assert "--max_update N" in text
     assert not re.search(r"--max-update|--optimization|--layerdrop|--fp16|--common", text)
 
 
@@ -230,7 +228,7 @@ def test_a_fairseq_yaml_is_read_and_ignored_entries_are_printed(tmp_path, capsys
     )
     assert {name: given[name] for name in expected} == expected
     printed = capsys.readouterr().err.splitlines()
-    assert len(printed) == 3 and all(
+    assert len(printed) == 4 and all(
         any(name in line for line in printed) for name in ("common.fp16", "max_positions", "distributed_world_size")
     )
     # update_freq 2 on 16 workers is 32 on one
@@ -266,6 +264,9 @@ MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i -
         ("a: 0x" + "f" * 5000 + "\n", "not a fairseq config"),
         ("a: [0x" + "f" * 5000 + "]\n", "not a fairseq config"),
         ("a: 2026-13-45\n", "not YAML"),
+        ("a: !!bool foo\n", "not YAML"),
+        ("a: !!int ''\n", "not YAML"),
+        ("a: !!timestamp foo\n", "not YAML"),
         ("distributed_training: {distributed_world_size: '" + "9" * 5000 + "'}\n", "ignored"),
         ("optimization: {lr: 1e999}\n", "lr inf: must be a finite number"),
         ("checkpoint: {save_dir: 'a\ud800'}\n".encode("utf-8", "surrogatepass"), "not UTF-8"),
@@ -285,6 +286,9 @@ def test_a_hostile_yaml_is_refused_or_ignored_in_one_short_line(tmp_path, capsys
     except InputError as e:
         shown = str(e)
     assert re.search(message, shown) and "\x1b" not in shown
+    shown = shown.removeprefix(
+        "mine.yaml: without --fairseq_exact this trains the paper's way, not the released code's\n"
+    )
     assert len(shown.splitlines()) == 1 and len(shown) < len(str(tmp_path)) + 400
 
 
