@@ -1,12 +1,12 @@
 """How fast is a training step, what do its parts cost, and what share of the device's matmul speed does it reach?
 
-    python bench.py [--config_name base] [--data_path DIR] [--device ...] [--amp ...] [--updates 20]
-    python bench.py --compare                 compare with the same step written plainly
-    python bench.py --peer transformers       compare with the same step around Hugging Face's Data2VecTextModel
-    python bench.py --sweep                   cost per token for several block lengths and batch sizes
-    python bench.py --checkpoint              how long training waits for a checkpoint
-    python bench.py --loader --data_path DIR  tokens per second of the data loader, and of a plain loop
-    python bench.py --startup [--sentences 1.8e6,1e7]    time and memory from process start to the first batch
+    python bench.py [--data_path DIR]          a step, its parts, and matmuls
+    python bench.py --compare                  the same step written plainly
+    python bench.py --peer transformers        the same step with that library
+    python bench.py --sweep                    block lengths and batch sizes
+    python bench.py --checkpoint               how long training waits for one
+    python bench.py --loader --data_path DIR   the data loader
+    python bench.py --startup                  up to the first batch
 
 Without --data_path, the blocks are full and random. The output is a table, then one line of JSON. Throughput is the
 median over the updates after the warm-up, each timed between two synchronizations, data included. torch.profiler times
@@ -16,12 +16,6 @@ train.py's --npu_profile). Matmuls run after every update, so that a busy machin
 --loader goes from block numbers to finished host batches in one process, with the lengths of two presets, by default
 and under --fairseq_exact. --startup starts a process that does what train.py does before its first update, without the
 model; without --data_path it makes a corpus like WikiText-103. Both take train.py's data flags.
-
-Model FLOPs of a block of n tokens, m of them masked, for width C, feed-forward width F, and L layers:
-    layer(n, q)   = n * 6 C^2 + 4 n^2 C + q * (2 C^2 + 4 C F)    queries, keys, values; attention; output, feed-forward
-    encoder(n, m) = (L - 1) * layer(n, n) + layer(n, m)          what follows the last attention: at masked places only
-    update        = 3 * (encoder(student's n, m) + head) + encoder(teacher's n, m)    forward + backward; forward
-A multiply-add is 2 FLOPs; padding does not count. head = 2 * (its weights) * m.
 """
 
 import dataclasses
@@ -33,6 +27,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import config
+
+if __name__ == "__main__":
+    config.read_ahead(__file__)  # --help and mistakes, before torch is imported, which takes seconds
+
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch.profiler writes two lines to stderr; read on import
 # must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 from device import Device, open_device  # isort: split
@@ -41,11 +40,11 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-import config
 from data import Batch, Corpus
 from dataset.binarized import PAD
 from model import ModelConfig
 from runtime.guard import check_memory
+from runtime.progress import Bar
 from train import PARTS, Config, Run, turns, update
 
 PARTS_OF_AN_UPDATE = ("data", "teacher", "student", "backward", "optimizer", "ema")  # as train.update names them
@@ -62,7 +61,14 @@ def encoder_flops(lengths: np.ndarray, wanted: np.ndarray, cfg: ModelConfig) -> 
 
 
 def update_flops(batches: list[Batch], run: Run) -> float:
-    """Model FLOPs of one update, by the formula above."""
+    """Model FLOPs of one update. Of a block of n tokens, m of them masked, for width C, feed-forward width F, L layers:
+
+    layer(n, q)   = n * 6 C^2 + 4 n^2 C + q * (2 C^2 + 4 C F)    queries, keys, values; attention; output, feed-forward
+    encoder(n, m) = (L - 1) * layer(n, n) + layer(n, m)      what follows the last attention: at masked places only
+    update        = 3 * (encoder(student's n, m) + head) + encoder(teacher's n, m)    forward + backward; forward
+
+    A multiply-add is 2 FLOPs; padding does not count. head = 2 * (its weights) * m.
+    """
     head = 2 * sum(p.numel() for p in run.student.regression_head.parameters() if p.ndim == 2)
     total = 0.0
     for batch in batches:
@@ -124,7 +130,7 @@ class Timed:  # one update
 def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
     """Medians over `updates` updates, and the parts' means over as many more."""
     device, source, rows, matmuls = run.device, endless(run, corpus), [], None
-    for i in range(warmup + updates):
+    for i in Bar(range(warmup + updates), device.rank, unit="update"):
         batches = []
         seconds = timed(device, lambda: (batches.extend(next(source)), update(run, batches)))
         if i == warmup - 1 or matmuls is None:
@@ -163,7 +169,7 @@ def time_parts(device: Device, work, calls: int) -> dict[str, float]:
     """Milliseconds of each named part in one call of `work`, mean over `calls`; 0 for a part that it does not name."""
     on_cuda = device.type == "cuda"
     with torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]) as profile:
-        for _ in range(calls):
+        for _ in Bar(range(calls), device.rank, what="parts", unit="update"):
             work()
         device.synchronize()
     parts = dict.fromkeys(PARTS_OF_AN_UPDATE, 0.0)
@@ -174,26 +180,27 @@ def time_parts(device: Device, work, calls: int) -> dict[str, float]:
     return parts
 
 
-def main(argv: list | None = None) -> int:
-    def positive_ints(text):
+def add_flags(parser):
+    def whole_numbers(text):
         return [config.whole_number(part) for part in text.split(",")]
 
-    def extra(parser):
-        flag = parser.add_argument
-        flag("--compare", action="store_true", help="compare with the same step written plainly")
-        flag("--peer", choices=["transformers"], help="compare with the same step around that library")
-        flag("--sweep", action="store_true", help="measure several block lengths and batch sizes")
-        flag("--sweep_lengths", type=positive_ints, default=[64, 128, 512], help="tokens in a block")
-        flag("--sweep_tokens", type=positive_ints, default=[1280, 4096, 8192], help="tokens in a batch")
-        flag("--checkpoint", action="store_true", help="measure how long training waits for a checkpoint")
-        flag("--loader", action="store_true", help="measure the data loader alone")
-        flag("--startup", action="store_true", help="measure the start, up to the first batch")
-        flag("--sentences", type=config.numbers, default=(1.8e6,), help="corpus sizes for --startup [1.8e6]")
-        flag("--updates", type=int, default=20, help="updates to measure [20]")
-        flag("--warmup", type=int, default=3, help="updates before the measured ones [3]")
-        flag("--vocabulary", type=int, default=50264, help="vocabulary size of the synthetic corpus [50264]")
+    flag, some, number = parser.add_argument, dict(type=whole_numbers, metavar="N,N"), dict(type=int, metavar="N")
+    flag("--compare", action="store_true", help="compare with the same step written plainly")
+    flag("--peer", choices=["transformers"], help="compare with the same step around that library")
+    flag("--sweep", action="store_true", help="measure several block lengths and batch sizes")
+    flag("--sweep_lengths", default=[64, 128, 512], help="tokens in a block [64,128,512]", **some)
+    flag("--sweep_tokens", default=[1280, 4096, 8192], help="tokens in a batch [1280,4096,8192]", **some)
+    flag("--checkpoint", action="store_true", help="measure how long training waits for a checkpoint")
+    flag("--loader", action="store_true", help="measure the data loader alone")
+    flag("--startup", action="store_true", help="measure the start, up to the first batch")
+    flag("--sentences", type=config.numbers, default=(1.8e6,), metavar="N,N", help="its corpus sizes [1.8e6]")
+    flag("--updates", default=20, help="updates to measure [20]", **number)
+    flag("--warmup", default=3, help="updates before the measured ones [3]", **number)
+    flag("--vocabulary", default=50264, help="vocabulary size of the synthetic corpus [50264]", **number)
 
-    parts, args = config.parse(PARTS, __doc__, argv, extra=extra)
+
+def main(argv: list | None = None) -> int:
+    parts, args = config.parse(PARTS, __doc__, argv, extra=add_flags)
     if args.updates < 1 or args.warmup < 0 or args.vocabulary < 8:
         raise config.InputError("--updates must be at least 1, --warmup at least 0, --vocabulary at least 8")
     data = parts[0]
@@ -229,7 +236,7 @@ def bench(cfg: Config, device: Device, folder: Path, args, synthetic_data: bool)
     if args.sweep:
         return result | dict(sweep=bench_step.sweep(cfg, device, args))
     if synthetic_data:
-        check_memory(cfg.model, args.vocabulary, device, trained=True)
+        check_memory(cfg.model, args.vocabulary, device, copies=5)
     cfg, corpus = bench_step.synthetic(cfg, folder, args.vocabulary) if synthetic_data else (cfg, Corpus(cfg.data))
     run = Run(cfg, device, len(corpus.dictionary))
     result["parameters"] = sum(p.numel() for p in run.student.parameters())

@@ -1,8 +1,8 @@
 """Is it any good: validation loss of a checkpoint, and what the loss alone cannot tell.
 
-    python eval.py --ckpt checkpoints/checkpoint_last.pt --data_path DIR [--split valid] [--untrained] [--json]
-    python eval.py --ckpt FILE --data_path DIR --probe                              do its features name hidden words?
-    python eval.py --ckpt FILE --features TEXT --out F.npy [--layer N] [--pool mean|cls|none]     vectors of raw lines
+    python eval.py --ckpt FILE --data_path DIR [--untrained]   validation loss
+    python eval.py --ckpt FILE --data_path DIR --probe         the hidden words
+    python eval.py --ckpt FILE --features TEXT --out F.npy     vectors of lines
 
 FILE may be a checkpoint of this project, one of fairseq's data2vec_text (which is then evaluated as fairseq does), or a
 bare state dict under fairseq's names (its shape comes from flags). Settings come from the checkpoint; flags override
@@ -12,11 +12,16 @@ follow from its position alone. So the figures of guesses that read no word are 
 """
 
 import json
+from pathlib import Path
+
+import config
+
+if __name__ == "__main__":
+    config.read_ahead(__file__)  # --help and mistakes, before torch is imported, which takes seconds
 
 # must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 from device import DeviceConfig, open_device  # isort: split
 
-import config
 from compat.fairseq_names import reference_settings
 from config import InputError, printable
 from data import Corpus
@@ -75,37 +80,41 @@ def write_features(cfg: Config, device, corpus: Corpus, loaded: checkpoint.Loade
     done = features.write(
         run.student.encoder, device, tokenize, args.features, args.out, args.layer, args.pool, cfg.data
     )
-    shown = "{out}: {lines:,} lines, {tokens:,} tokens, width {width}, layer {layer}, pool {pool}, {seconds:.1f} s"
+    shown = "{out}: {lines:,} lines, {tokens:,} tokens, {unknown:.1%} <unk>, width {width}, layer {layer}, pool {pool}"
+    shown += ", {seconds:.1f} s"
     print(
         json.dumps(dict(ckpt=str(path), amp=device.amp_name, **done)) if args.json else printable(shown.format(**done))
     )
     return 0
 
 
-def main(argv: list | None = None) -> int:
-    def extra(parser):
-        parser.add_argument("--ckpt", metavar="FILE", help="the checkpoint; --init_from is another name for it")
-        parser.add_argument("--split", default="valid")
-        parser.add_argument("--untrained", action="store_true", help="evaluate the same model before training, too")
-        parser.add_argument(
-            "--probe", action="store_true", help="do the features name hidden words? see runtime/probe.py"
-        )
-        parser.add_argument("--probe_places", type=int, default=50_000, help="masked places to fit it on [50000]")
-        parser.add_argument("--json", action="store_true", help="print one JSON object")
-        parser.add_argument("--features", metavar="TEXT", help="a file of raw lines, or - for standard input")
-        parser.add_argument("--out", metavar="F.npy", help="where their features go")
-        parser.add_argument("--layer", type=int, help="whose output: 0 is the embeddings [the last]")
-        parser.add_argument("--pool", default="mean", choices=("mean", "cls", "none"), help="of tokens [mean]")
-        parser.add_argument("--encoder_json", metavar="FILE", help="the BPE's vocabulary [in --data_path]")
-        parser.add_argument("--vocab_bpe", metavar="FILE", help="the BPE's merges [in --data_path]")
+def add_flags(parser):
+    flag = parser.add_argument
+    flag("--ckpt", metavar="FILE", help="the checkpoint; --init_from is another name for it")
+    flag("--split", default="valid", metavar="NAME", help="of the dataset [valid]")
+    flag("--untrained", action="store_true", help="evaluate the same model before training, too")
+    flag("--probe", action="store_true", help="do its features name hidden words? see runtime/probe.py")
+    flag("--probe_places", type=int, default=50_000, metavar="N", help="masked places to fit it on [50000]")
+    flag("--json", action="store_true", help="print one JSON object")
+    flag("--features", metavar="TEXT", help="a file of raw lines, or - for standard input")
+    flag("--out", metavar="F.npy", help="where their features go")
+    flag("--layer", type=int, metavar="N", help="whose output: 0 is the embeddings [the last]")
+    flag("--pool", default="mean", choices=("mean", "cls", "none"), help="of a line's tokens [mean]")
+    flag("--encoder_json", metavar="FILE", help="the BPE's vocabulary [in --data_path]")
+    flag("--vocab_bpe", metavar="FILE", help="the BPE's merges [in --data_path]")
 
-    parts, args = config.parse(PARTS, __doc__, argv, extra=extra)
-    path = args.ckpt or parts[-1].init_from
+
+def main(argv: list | None = None) -> int:
+    parts, args = config.parse(PARTS, __doc__, argv, extra=add_flags)
+    path, given = args.ckpt or parts[-1].init_from, parts[0].data_path
     if not path:
         raise InputError("--ckpt is missing: the checkpoint to evaluate")
     loaded = checkpoint.load(path)
-    parts, args = config.parse(PARTS, __doc__, argv, extra=extra, base=saved_settings(loaded, path))
+    parts, args = config.parse(PARTS, __doc__, argv, extra=add_flags, base=saved_settings(loaded, path))
     cfg = Config(*parts)
+    missing = next((folder for folder in cfg.data.data_path.split(":") if not Path(folder).is_dir()), None)
+    if missing and not given:
+        raise InputError(f"{missing}: no such folder; {path} was trained on it: name its place now with --data_path")
     device = open_device(cfg.device)
     try:
         corpus = Corpus(cfg.data)

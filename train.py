@@ -1,8 +1,8 @@
 """Pretrain data2vec-text: what one run does.
 
-    python train.py --data_path DIR                                     fairseq's base model
-    python train.py --data_path DIR --config_name tiny                  a small one, to try things out
-    torchrun --nproc_per_node 8 train.py --data_path DIR                several devices of one machine
+    python train.py --data_path DIR                        the base model
+    python train.py --data_path DIR --config_name tiny     a small one
+    torchrun --nproc_per_node 8 train.py --data_path DIR   on several devices
 
 Run the same command again to continue from checkpoint_last.pt in --save_dir. Figures go to train.jsonl there.
 """
@@ -14,13 +14,17 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import config
+
+if __name__ == "__main__":
+    config.read_ahead(__file__, whole=True)  # --help and mistakes, before torch is imported, which takes seconds
+
 # must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 from device import Device, DeviceConfig, open_device, worker  # isort: split
 
 import torch
 from torch.profiler import record_function
 
-import config
 import ema
 import mlm
 from config import InputError, RunError, option
@@ -42,7 +46,7 @@ class TrainConfig:
     fairseq_exact: bool = option(False, "the released code bug for bug")
     lr: float = option(2e-4, "highest learning rate", low=0)
     warmup_updates: int = option(10000, "updates of linear warm-up", low=0)
-    max_update: int = option(1_000_000, "updates in all; the cosine schedule ends there", low=1)
+    max_update: int = option(1_000_000, "updates in all; then the learning rate is 0", low=1)
     max_epoch: int = option(0, "stop after this many epochs (0: no limit)", low=0)
     update_freq: int = option(1, "batches that make one update, per worker", low=1)
     compile: bool = option(False, "let torch.compile fuse the layers; the first updates take a minute")
@@ -58,7 +62,7 @@ class TrainConfig:
     save_interval_updates: int = option(50000, "updates between kept checkpoints, with a validation (0: none)", low=0)
     keep_interval_updates: int = option(1, "how many of those to keep (-1: all)", low=-1)
     save_interval_minutes: float = option(30.0, "minutes after which checkpoint_last.pt is saved (0: never)", low=0)
-    save_dir: str = option("checkpoints", "where checkpoints and train.jsonl go")
+    save_dir: str = option("checkpoints", "for checkpoints and train.jsonl")
     tensorboard_logdir: str = option("", "where TensorBoard curves go, under fairseq's names; needs tensorboard")
     npu_profile: int = option(0, "write torch_npu's profile of this many updates into --save_dir; on an NPU", low=0)
     init_from: str = option("", "start from the weights and teacher of this checkpoint, ours or fairseq's")
@@ -297,7 +301,7 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
             stack.callback(Lock(folder).release)
             resume.remove(folder, "checkpoint_*.pt.tmp", "train.*jsonl.tmp")  # what a broken save left
         device.barrier()  # rank 0 has prepared the directory
-        check_memory(cfg.model, len(corpus.dictionary), device, trained=True)
+        check_memory(cfg.model, len(corpus.dictionary), device, copies=5)
         run = Run(cfg, device, len(corpus.dictionary))
         log = Log(device, folder / "train.jsonl", t.tensorboard_logdir)
         stack.callback(log.close)
@@ -311,10 +315,7 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         resume.check_agreement(run, corpus, fingerprint)  # and every worker has read what it needs
         if device.rank == 0 and args.no_resume:
             resume.remove(folder, "checkpoint_*.pt", "train.jsonl")  # only after every check has passed
-        log.open(run.num_updates, t.max_update)
-        describe_start(run, dataset, log)
-        if found:
-            log.say(f"resuming from {found[0]} at update {run.num_updates}, epoch {run.epoch}")
+        describe_start(run, dataset, log, found and found[0])
         profiled = stack.enter_context(device.profile(t.npu_profile, folder))
         saves = Saves(run, corpus, fingerprint, log, Health(cfg.guard, t.warmup_updates, log.say))
         validation = None if t.disable_validation else Validation(run, corpus)
@@ -323,11 +324,9 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
 
 def add_flags(parser):
     parser.add_argument("--no_resume", action="store_true", help="start over; --save_dir must be empty")
-    parser.add_argument("--overwrite", action="store_true", help="with --no_resume: remove the old run in --save_dir")
-    parser.add_argument(
-        "--reset_data_position", action="store_true", help="resume from the next epoch's start, on changed data"
-    )
-    parser.add_argument("--distributed_world_size", type=int, help="workers; must agree with torchrun's")
+    parser.add_argument("--overwrite", action="store_true", help="with --no_resume: remove the old run there")
+    parser.add_argument("--reset_data_position", action="store_true", help="on changed data: resume at the next epoch")
+    parser.add_argument("--distributed_world_size", type=int, metavar="N", help="must be torchrun's")
 
 
 def main(argv: list | None = None) -> int:

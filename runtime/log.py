@@ -1,11 +1,13 @@
 """What a run tells: train.jsonl, and a line or a progress bar for a person."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import re
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -13,15 +15,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import printable, read_text
+from config import VERSION, flags_of, printable, read_text
 from data import BlockDataset
+from dataset.notes import notes
 from device import Device
 from runtime.checkpoint import write_text
 from runtime.curves import TensorBoard
+from runtime.progress import Bar
 from runtime.quality import moments, quality
 
 # what a row has and a printed line has not
 HIDDEN = re.compile("num_updates|sample_size|nsentences|ntokens|wall|cosine_constant|valid_(r2|loss|gain|beyond)_.*")
+PULSE = 30  # seconds between two signs of life where there is no bar, until the first row
+KNOWN = 20, 10  # updates, or seconds, after which the speed of a run is known
+NAMES = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
 
 
 class Log:
@@ -32,17 +39,30 @@ class Log:
         self.device, self.path, self.bar = device, path, None
         self.curves = TensorBoard(tensorboard_logdir) if tensorboard_logdir and device.rank == 0 else None
         self._began, self._torn = time.perf_counter(), False
+        self._idle = 0.0  # seconds that were no training time
+        self._ends = []  # when the updates of this start ended, until their speed has been told
+        self._has_row = threading.Event()
+        self._advice = "; if more follow, lower --lr or raise --warmup_updates"
+        self.updates = self.last_update = 0
         self.reset()
 
-    def open(self, num_updates: int, max_update: int):
+    def open(self, num_updates: int, last_update: int):
         """Open the bar, and drop the rows that a crashed run wrote after its last checkpoint: they will come again."""
         if self.device.rank == 0 and self.path.exists():
             rows = [row for row in read_text(self.path, "replace").splitlines() if _updates_of(row) <= num_updates]
             write_text(self.path, "".join(row + "\n" for row in rows))
         if self.curves is not None:
             self.draw(self.curves.open, num_updates)
-        if self.device.rank == 0 and sys.stderr.isatty():
-            self.bar = tqdm(total=max_update, initial=num_updates, unit="update", dynamic_ncols=True)
+        self.updates, self.last_update = num_updates, last_update
+        if self.device.rank == 0 and num_updates < last_update:
+            if sys.stderr.isatty():
+                self.bar = Bar(total=last_update, initial=num_updates, unit="update", leave=True)
+            else:
+                threading.Thread(target=self._show_life, daemon=True).start()
+
+    def _show_life(self):
+        while not self._has_row.wait(PULSE):
+            self.say(f"running: {self.updates:,} of {self.last_update:,} updates done")
 
     def state(self) -> dict:
         """The interval so far, as plain values; all its flags must have been read."""
@@ -76,8 +96,24 @@ class Log:
         """Take in a train.Update."""
         self.last_batch, done.last_batch = done.last_batch, None  # large, and only the newest is used
         self.done.append(done)
+        self.updates = done.number
         if self.bar is not None:
             self.bar.update()
+        if self._ends is not None:
+            self._ends.append(time.perf_counter() - self._idle)
+            if self.device.type == "cpu":  # elsewhere an update may have just begun
+                self._tell_speed()
+
+    def _tell_speed(self):
+        """Say how long the rest of the run takes, once its first updates have shown their speed."""
+        count, seconds = len(self._ends) - 1, time.perf_counter() - self._idle - self._ends[0]
+        left = self.last_update - self.updates
+        if left > 0 and count >= 2 and (count >= KNOWN[0] or seconds >= KNOWN[1]):
+            each, self._ends = seconds / count, None
+            where = f"this {NAMES[self.device.type]}"
+            if self.device.world_size > 1:
+                where = f"these {self.device.world_size} {NAMES[self.device.type]}s"
+            self.say(f"{left:,} updates at {each:.2g} s: {duration(left * each)} on {where}; see --max_update")
 
     def read_skipped(self) -> list[bool]:
         """Whether each update since the last call was skipped; waits for the device. Writes a row for each that was."""
@@ -124,6 +160,9 @@ class Log:
         )
         self.row(row)
         self.reset()
+        self._has_row.set()
+        if self._ends is not None:  # the figures above have waited for the device
+            self._tell_speed()
         return row
 
     def row(self, row: dict):
@@ -140,13 +179,14 @@ class Log:
         if self.curves is not None:
             self.draw(self.curves.row, row)
         if self.bar is not None and None not in (row.get("loss"), row.get("target_var")):
-            self.bar.set_postfix_str(
-                f"epoch {row['epoch']} loss {row['loss']:.3f} gnorm {row['gnorm']:.2f} lr {row['lr']:.2e}"
-                f" ema {row['ema_decay']:.4f} var {row['target_var']:.2f}/{row['pred_var']:.2f}"
-                f" fps {row['fps']:.0f} wps {row['wps']:.0f}"
-            )
+            self.bar.set_postfix_str(f"loss {row['loss']:.3f} lr {row['lr']:.1e}")  # more is cut off at 80 columns
+        elif row.get("skipped"):
+            why = "skipped, since its loss or gradient is not finite"
+            self.say(f"update {row['num_updates']}: {why}{self._advice}")
+            self._advice = ""  # once is enough
         else:
-            shown = dict(update=row["num_updates"], **{k: v for k, v in row.items() if not HIDDEN.fullmatch(k)})
+            shown = {k: v for k, v in row.items() if not HIDDEN.fullmatch(k) and (k, v) != ("loss_scale", 1)}
+            shown = dict(update=row["num_updates"], **shown)
             self.say(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()))
 
     def overflow(self, turn, num_updates: int, loss_scale: float):
@@ -165,6 +205,7 @@ class Log:
         begin = time.perf_counter()
         yield
         self.since += time.perf_counter() - max(begin, self.since)
+        self._idle += time.perf_counter() - begin
 
     def say(self, text: str):
         if self.device.rank == 0:
@@ -174,6 +215,7 @@ class Log:
                 sys.stdout = Path(os.devnull).open("w")
 
     def close(self):
+        self._has_row.set()
         if self.bar is not None:
             self.bar.close()
         if self.curves is not None:
@@ -195,21 +237,39 @@ def _updates_of(row: str) -> float:
         return math.inf  # a row that a crash cut short, or no row of ours
 
 
-def describe_start(run, train: BlockDataset, log: Log):
-    """Say how the run is set up, and what it will not see. run: a train.Run; train: its first training folder."""
-    device, cfg = run.device, run.cfg
-    log.say(f"config {json.dumps(cfg.flat())}")
+def duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
+    """Open the log, and say how the run is set up, where it begins, and what it will see. run: a train.Run; train: its
+    first training folder; source: the checkpoint that it continues from."""
+    device, cfg, t = run.device, run.cfg, run.cfg.train
+    an_epoch = -(-len(train.batch_ends) // (device.world_size * t.update_freq))  # updates
+    updates = min(t.max_update, t.max_epoch * an_epoch) if t.max_epoch else t.max_update
+    log.open(run.num_updates, updates)
+    log.say(f"data2vec-text {VERSION}: train.py {flags_of([getattr(cfg, f.name) for f in dataclasses.fields(cfg)])}")
     parameters = sum(p.numel() for p in run.weights.parameters)
+    log.say(f"{device.world_size} x {device.type} ({device.name}), amp {device.amp_name} | {parameters:,} parameters")
+    passes = updates / an_epoch / len(cfg.data.data_path.split(":"))
+    read = f"{100 * passes:.2g}% of the text" if passes < 0.995 else f"the text {passes:,.{passes < 10:d}f} times"
     log.say(
-        f"{device.world_size} x {device.type} ({device.name}), amp {device.amp_name} | {parameters:,} parameters"
-        f" | {len(train.lengths):,} blocks in {len(train.batch_ends):,} batches an epoch"
+        f"{len(train.lengths):,} blocks in {len(train.batch_ends):,} batches an epoch; {updates:,} updates read {read}"
     )
     too_long, remainder = train.dropped_tokens()
     percent = 100 * (too_long + remainder) / max(1, train.stream.tokens)
+    why = f" ({too_long:,} in too long blocks, {remainder:,} in the remainder)" if percent else ""
     advice = "; --long_sentences split --drop_remainder false keep all" if percent else ""
-    log.say(
-        f"{'warning: ' if percent > 1 else ''}{percent:.2f}% of the training tokens are never seen"
-        f" ({too_long:,} in too long blocks, {remainder:,} in the remainder){advice}"
-    )
+    log.say(f"{'warning: ' if percent > 1 else ''}{percent:.2f}% of the training tokens are never seen{why}{advice}")
+    if source and run.is_finished():
+        flag = f"--max_update {t.max_update}" if run.num_updates >= t.max_update else f"--max_epoch {t.max_epoch}"
+        log.say(f"finished: {source} is at update {run.num_updates}; to train on, raise {flag}")
+    elif source:
+        log.say(f"resuming from {source} at update {run.num_updates}, epoch {run.epoch}")
     if cfg.train.warmup_updates >= cfg.train.max_update:
         log.say(f"note: the learning rate is still warming up at the last of {cfg.train.max_update} updates")
+    for text in notes(train):
+        log.say(f"note: {text}")

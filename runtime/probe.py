@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from config import InputError
 from data import Batch, BlockDataset, Corpus
 from dataset.binarized import SPECIAL, TokenStream
+from runtime.progress import Bar
 
 CLASSES = 1000
 MASK_EPOCHS = 5  # a small split is read this many times, each time with the masks of another epoch
@@ -84,7 +85,7 @@ def features(student, device: Device, places: Places) -> torch.Tensor:
     """The frozen student's last hidden states at the places, (N, C) float32."""
     student.eval()
     parts = []
-    for batch, flat in places.batches:
+    for batch, flat in Bar(places.batches, device.rank, what="probe, reading"):
         with device.autocast():
             x, _ = student.encoder(device.tensor(batch.source), batch.source_padded, places=device.tensor(flat))
         parts.append(x.float())
@@ -159,7 +160,7 @@ class Probe:
         weight = torch.zeros(x.shape[1], self.classes, device=x.device, requires_grad=True)
         optimizer, rng = torch.optim.Adam([weight, bias], lr=LR), np.random.RandomState(self.seed)
         lowest, kept, waited = float("inf"), None, 0
-        for _ in range(MOST_EPOCHS):
+        for _ in Bar(range(MOST_EPOCHS), self.run.device.rank, what="probe, fitting at most", unit="epoch"):
             for part in device.tensor(rng.permutation(rest)).split(BATCH):
                 loss = F.cross_entropy(x.index_select(0, part) @ weight + bias, y.index_select(0, part))
                 optimizer.zero_grad()
@@ -199,9 +200,9 @@ class Probe:
 def table(result: dict, split: str) -> str:
     """The figures of `Probe.result` as text."""
     lines = [
-        f"probe: which of the {result['classes']:,} most frequent tokens is hidden?"
-        f" {result['valid_places']:,} masked places of {split}, fitted on {result['train_places']:,} of train;"
-        f" left out, since other tokens are hidden: {result['valid_left_out']:,} and {result['train_left_out']:,}",
+        f"probe: which of the {result['classes']:,} most frequent tokens is hidden?",
+        f"{result['valid_places']:,} masked places of {split}, fitted on {result['train_places']:,} of train;",
+        f"left out, since other tokens are hidden: {result['valid_left_out']:,} and {result['train_left_out']:,}",
         f"{'':14}{'accuracy':>16}{'cross-entropy (nats)':>24}",
     ]
     for name in ("trained", "untrained", "most_frequent"):
@@ -209,5 +210,5 @@ def table(result: dict, split: str) -> str:
         lines += [f"{name.replace('_', ' '):14}{figures['accuracy']:16.4f}{figures['cross_entropy']:24.4f}"]
     gain, error = result["gain"], result["gain_error"]
     verdict = "words learned" if gain > 3 * error else "NO words learned"
-    lines += [f"{verdict}: {gain:.4f} nats per word over the untrained model, standard error {error:.4f}"]
+    lines += [f"{verdict}: {gain:.4f} nats a word above untrained, standard error {error:.4f}"]
     return "\n".join(lines)

@@ -23,6 +23,7 @@ import mlm
 from config import InputError
 from data import Batch, BlockDataset
 from model import data2vec_loss, teacher_targets
+from runtime.progress import Bar
 
 FIT_BATCHES = 32  # of the training split, for the position guess
 ALIKE = 0.9  # a constant guess with a higher cosine: half a collapse
@@ -71,12 +72,12 @@ def verdict(figures: dict) -> str:
     what = "positions and the block's mean" if beaten["position"] else "positions"
     begin = f"NOT learned: no better than {what}"
     if all(beaten.values()):
-        begin = "learned: better than both guesses; whether it learned words, --probe tells"
+        begin = "learned: better than both guesses; whether words, --probe tells"
     if figures["cosine_constant"] > ALIKE:  # there R2 is a share of next to nothing
         begin = "NOT learned: the targets are alike, their mean has a cosine of {cosine_constant:.3f}"
     told = (
         "R2 {r2:.3f}; position {r2_position:.3f} (gain {gain_position:.3f} +- {gain_position_error:.3f}),"
-        " position and block {r2_block:.3f} (gain {gain_block:.3f} +- {gain_block_error:.3f})"
+        "\nposition and block {r2_block:.3f} (gain {gain_block:.3f} +- {gain_block_error:.3f})"
     )
     return "\n".join([begin, told, *words]).format(**figures)
 
@@ -89,7 +90,7 @@ class Guesses:
         self.run, width = run, cfg.data.tokens_per_sample
         sums = torch.zeros(width + 1, cfg.model.embed_dim + 1, device=device.torch_device)  # the last column counts
         lists = train.epoch_batches(1, device.rank, device.world_size)[: -(-FIT_BATCHES // device.world_size)]
-        for host in train.batches(lists, 1):
+        for host in Bar(train.batches(lists, 1), device.rank, what="position guess", total=len(lists)):
             target, places = targets_of(run, host), device.upload(host).masked % host.source.shape[1]
             sums.index_add_(0, places, F.pad(target, (0, 1), value=1.0))
         device.all_reduce(sums)
@@ -156,7 +157,8 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
     loss = torch.zeros((), device=device.torch_device)
     sums = torch.zeros(6, cfg.embed_dim, device=device.torch_device)
     sample_size = batches = 0
-    for host in dataset.batches(dataset.epoch_batches(1, device.rank, device.world_size), 1):
+    lists = dataset.epoch_batches(1, device.rank, device.world_size)
+    for host in Bar(dataset.batches(lists, 1), device.rank, what=dataset.split, total=len(lists)):
         batch = device.upload(host)
         with device.autocast():
             found = run.student(batch.source, mlm.places_of(batch, cfg), batch.source_padded)

@@ -20,6 +20,7 @@ import config
 from config import InputError
 from data import Batch, BlockDataset, Corpus, DataConfig, mask_block
 from dataset.binarized import BOS, HEADER, MAGIC, PAD, pieces
+from runtime.progress import Bar
 
 # ---------------------------------------------------------------------------------------------- loader
 
@@ -84,7 +85,7 @@ def loader(data: DataConfig, seconds: float = 0.5, rounds: int = 7) -> list[dict
                             return tokens / spent
 
             fast, slow = [], []
-            for _ in range(rounds):
+            for _ in Bar(range(rounds), what=f"{preset}, {mode}"):
                 fast.append(rate(dataset.batches))
                 slow.append(rate(plain))
             rows.append(
@@ -154,7 +155,7 @@ def first_batch(folder, flags: list, runs: int) -> dict:
         raise InputError("--startup works on Linux only: it reads /proc/self/status")
     program, results = Path(__file__).with_name("first_batch.py"), []
     env = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}  # as device.py sets it
-    for _ in range(runs):
+    for _ in Bar(range(runs), what="start"):
         argv = [sys.executable, program, str(time.monotonic()), *flags, f"--data_path={folder}"]
         done = subprocess.run(argv, env=env, capture_output=True, text=True)
         if done.returncode:
@@ -198,9 +199,6 @@ def print_startup(rows: list[dict]):
         beyond_torch_bytes="MB beyond",
         peak_beyond_torch_bytes="MB at peak",
     )
-    print("".join(f"{name:>15}" for name in names.values()))
-    for r in rows:
-        shown = {
-            k: f"{r[k] / 1e6:,.0f}" if "bytes" in k else f"{r[k]:,.2f}" if "_s" in k else f"{r[k]:,.0f}" for k in names
-        }
-        print("".join(f"{text:>15}" for text in shown.values()))
+    for k, name in names.items():  # a column for each corpus
+        unit, places = (1e6, 0) if "bytes" in k else (1, 2 if "_s" in k else 0)
+        print(f"{name:12}" + "".join(f"{r[k] / unit:15,.{places}f}" for r in rows))

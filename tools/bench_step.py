@@ -25,6 +25,7 @@ from data import Batch, Corpus
 from dataset.binarized import EOS, PAD, write_dataset
 from model import Data2VecText, Encoder, ModelConfig, RegressionHead, data2vec_loss
 from runtime import checkpoint
+from runtime.progress import Bar
 from runtime.resume import contents
 from train import Config, Run, lr_at, update
 
@@ -179,7 +180,7 @@ def compare(run: Run, corpus: Corpus, other: Plain, warmup: int, updates: int) -
     """Time train.update and another step that does the same, on the same batches, with matmuls between them."""
     device, source, rounds = run.device, endless(run, corpus), []
     matmuls = Matmuls(device)
-    for i in range(warmup + updates):
+    for i in Bar(range(warmup + updates), device.rank, unit="update"):
         batches = next(source)
         before = matmuls.burst(0.2)
         ours = timed(device, lambda: update(run, batches))
@@ -229,15 +230,15 @@ def compare(run: Run, corpus: Corpus, other: Plain, warmup: int, updates: int) -
 
 
 def print_compare(r: dict, other: str):
-    print(f"{'':16}{'ms an update':>14}{'from':>9}{'to':>9}{'matmul peak':>13}{'kept for backward':>21}")
+    print(f"{'':13}{'ms an update':>13}{'from':>9}{'to':>9}{'matmul peak':>13}{'kept for backward':>20}")
     for name, key in (("train.py", ""), (other, "other_")):
         low, high = r[f"{key}ms_range"]
         print(
-            f"{name:16}{r[f'{key}ms']:14.1f}{low:9.1f}{high:9.1f}{100 * r[f'{key}peak_share']:12.0f}%"
-            f"{r[f'{key}kept_bytes_per_token'] / 2**10:14.0f} KiB/tok"
+            f"{name:13}{r[f'{key}ms']:13.1f}{low:9.1f}{high:9.1f}{100 * r[f'{key}peak_share']:12.0f}%"
+            f"{r[f'{key}kept_bytes_per_token'] / 2**10:12.0f} KiB/tok"
         )
         for peak in r[f"{key}device_bytes_above_weights"]:
-            print(f"{'':16}{peak / 2**20:,.0f} MiB above the weights, {peak / r['tokens'] / 2**10:.0f} KiB a token")
+            print(f"{'':13}{peak / 2**20:,.0f} MiB above the weights, {peak / r['tokens'] / 2**10:.0f} KiB a token")
     low, high = r["ratio_range"]
     print(f"ratio {r['ratio']:.2f} (median of rounds; {low:.2f} to {high:.2f}), {r['tokens']} tokens an update")
 
@@ -290,7 +291,7 @@ def pauses(run: Run, corpus: Corpus, rounds: int) -> dict:
     source, saver, saves = endless(run, corpus), checkpoint.Saver(run.device), []
     with tempfile.TemporaryDirectory(dir=".") as folder:
         path = Path(folder) / "checkpoint_last.pt"
-        for _ in range(rounds + 1):
+        for _ in Bar(range(rounds + 1), run.device.rank, unit="save"):
             update(run, next(source))
             state = {**contents(run, corpus, {}), "log": {}}
             pause = timed(run.device, lambda: saver.start(state, path))
