@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import InputError, option, program
-from dataset.binarized import BOS, PAD, PIECE, SPECIAL, Dictionary, TokenStream
+from dataset.binarized import BOS, PAD, PIECE, SPECIAL, Dictionary, TokenStream, no_folder
 from dataset.blocks import cut_batches, cut_blocks, order_by_length
 from fast.masks import hide_blocks, hide_blocks_is_exact, ranges
 
@@ -49,7 +49,7 @@ class DataConfig:
 
     def check(self):
         if not self.data_path:
-            raise InputError("--data_path is missing: the folder with dict.txt, train.bin and train.idx")
+            raise InputError("--data_path is missing: the folder that preprocess.py, or data.py --make_demo, has made")
         if self.random_token_prob + self.leave_unmasked_prob > 1:
             raise InputError("--random_token_prob and --leave_unmasked_prob: their sum must be at most 1")
 
@@ -322,7 +322,7 @@ class Corpus:
         if not self.folders:
             raise InputError(f"--data_path {cfg.data_path}: names no folder")
         if missing := [folder for folder in self.folders if not folder.is_dir()]:
-            raise InputError(f"{missing[0]}: no such folder (--data_path)")
+            raise InputError(no_folder(missing[0]))
         self.dictionary = Dictionary(self.folders[0] / "dict.txt")
         self._kept = {}
 

@@ -9,11 +9,11 @@ where HOW is one of
     --bpe none --nwords 50000                              words, separated by white space; rare ones become <unk>
 
 F is a text file in UTF-8, one that ends in .gz, or a member of a zip archive as ARCHIVE.zip:MEMBER; several files of a
-split are concatenated. A line is a sentence, an empty line separates documents. Without --dict the dictionary holds
-the train files' tokens, the most frequent first. DIR receives dict.txt, {train,valid,test}.{bin,idx}, the BPE's files
-(encoder.json and vocab.bpe: a folder without them holds words) and preprocess.log, a JSON object for each step. The
-index of train appears last: once it exists, everything does. If preprocessing is interrupted, run the same command
-again to continue after the last finished step. Both BPEs need the tokenizers package.
+split are concatenated. A line is a sentence; a document ends at an empty line or with its file. Without --dict the
+dictionary holds the train files' tokens, the most frequent first. DIR receives dict.txt, {train,valid,test}.{bin,idx},
+the BPE's files (encoder.json and vocab.bpe: a folder without them holds words) and preprocess.log, a JSON object for
+each step. The index of train appears last: once it exists, everything does. If preprocessing is interrupted, run the
+same command again to continue after the last finished step. Both BPEs need the tokenizers package.
 
 Source: fairseq 3f6ba43f, multiprocessing_bpe_encoder.py (with --keep-empty), preprocess.py (with --only-source).
 """
@@ -21,6 +21,7 @@ Source: fairseq 3f6ba43f, multiprocessing_bpe_encoder.py (with --keep-empty), pr
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -31,6 +32,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from datetime import datetime
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -38,12 +40,17 @@ import config
 from config import InputError, RunError, printable, read_text
 from dataset import files
 from dataset.binarized import Dictionary, build_dictionary, publish, token_type, write_parts
-from dataset.files import disk_size, identity, read_all
+from dataset.files import disk_size, identity, json_rows, read_all
 from dataset.text import BPE_FILES, Tokenizer, need_tokenizers, read_bpe, text_ids, train_bpe
 from runtime.guard import Lock
 
 SPLITS = ("test", "valid", "train")  # train last, since a folder without it is not taken for a dataset
+MANY_UNKNOWN = 0.05  # share of <unk> above which a warning is due
 CONTINUE = "the same command continues after the last finished step"
+
+
+def warn(text: str):
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- workers
@@ -114,7 +121,26 @@ def built_dictionary(args: argparse.Namespace, bpe) -> bytes:
     with Pool(args.workers, Tokenizer(ids, "<u4", bpe), args.train) as pool:
         for part in pool.map("count", read_all(args.train, "counting")):
             counts.update(part)
+    if not counts.total():
+        raise InputError(f"--train {' '.join(args.train)}: no text in it")
     return build_dictionary(counts, args.nwords, args.threshold).encode()
+
+
+def difference(key: str, old, new) -> str:
+    """In words: that a step was made with another setting, or from another text, than is asked for now."""
+    if key in ("train", "text"):
+        with contextlib.suppress(TypeError, KeyError, ValueError, OverflowError):  # a log that was edited
+            names = [", ".join(text["file"] for text in texts) for texts in (old, new)]
+            if names[0] != names[1]:
+                return f"from {names[0]}, not {names[1]}"
+            for a, b in zip(old, new, strict=True):
+                if a != b:
+                    size = "the same size" if a["bytes"] == b["bytes"] else f"{a['bytes']:,}, now {b['bytes']:,} bytes"
+                    was, now = (datetime.fromtimestamp(text["mtime_ns"] // 10**9) for text in (a, b))
+                    return f"from {a['file']} as it was on {was}; now it is of {now} ({size})"
+    if key.endswith("_sha256"):
+        return f"with another {'dictionary' if key == 'dict_sha256' else 'BPE'}"
+    return f"with {key} {json.dumps(old)}, not {json.dumps(new)}"
 
 
 class Steps:
@@ -127,13 +153,9 @@ class Steps:
 
     def __init__(self, folder: Path):
         self.folder, self.log, self.rows = folder, folder / "preprocess.log", {}
-        if self.log.exists():
-            for line in read_text(self.log, "replace").splitlines():
-                # fairseq's own log, or a row cut by a crash
-                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                    row = json.loads(line)
-                    if isinstance(row["made_from"], dict):
-                        self.rows[row["step"]] = row
+        for row in json_rows(self.log):  # none of fairseq's own log
+            if isinstance(row.get("made_from"), dict):
+                self.rows[str(row.get("step"))] = row
 
     def paths(self, step: str) -> list[Path]:
         return [self.folder / name for name in self.FILES[step]]
@@ -149,9 +171,9 @@ class Steps:
         if before is None:
             raise InputError(f"{last} exists, but was not made by preprocess.py; --overwrite replaces it")
         for key in sorted(before.keys() | made_from.keys()):
-            old, new = (json.dumps(values.get(key)) for values in (before, made_from))
-            if old != new:
-                raise InputError(f"{last} was made with {key} {old}, not {new}; --overwrite replaces it")
+            old, new = (values.get(key) for values in (before, made_from))
+            if json.dumps(old) != json.dumps(new):
+                raise InputError(f"{last} was made {difference(key, old, new)}; --overwrite makes it anew")
         if [path.stat().st_size for path in paths if path.exists()] == self.rows[step].get("bytes"):
             return True
         print(f"{printable(str(last))}: its size has changed since it was made; making it again", flush=True)
@@ -199,13 +221,19 @@ def write_split(steps: Steps, split: str, names: list[str], pool: Pool, made_fro
             yield tokens, sizes
 
     sentences, tokens = write_parts(steps.folder / split, chunks(), pool.tokenizer.dtype)
+    if sentences == tokens:
+        steps.remove(".tmp")
+        raise InputError(f"--{split} {' '.join(names)}: no text in it")
     seconds = round(time.perf_counter() - began, 3)
     steps.finish(split, made_from, sentences=sentences, empty=empty, tokens=tokens, unk=unknown, seconds=seconds)
     print(
         f"{printable(str(steps.folder / split))}: {sentences:,} sentences, {empty:,} of them empty, {tokens:,} tokens,"
-        f" {100 * unknown / max(1, tokens):.1f}% <unk>, {seconds:.1f} s",
+        f" {100 * unknown / tokens:.1f}% <unk>, {seconds:.1f} s",
         flush=True,
     )
+    if unknown > MANY_UNKNOWN * tokens:
+        advice = "--bpe train knows every text" if pool.tokenizer.bpe is None else "is it the dictionary of this BPE?"
+        warn(f"dict.txt lacks {100 * unknown / tokens:.0f}% of the tokens of {split}; {advice}")
 
 
 # ---------------------------------------------------------------------------------------------- command
@@ -245,7 +273,7 @@ def parse(argv: list | None) -> argparse.Namespace:
             raise InputError(f"--{name} is missing, which --bpe {args.bpe} needs")
         if not allowed and getattr(args, name) is not None:
             raise InputError(f"--{name} has no meaning with --bpe {args.bpe}{' and --dict' if args.dict else ''}")
-    args.vocab_size, args.bpe_sample_mb = args.vocab_size or 32000, args.bpe_sample_mb or 20
+    args.vocab_size, args.bpe_sample_mb = args.vocab_size or 32000, min(args.bpe_sample_mb or 20, 10**6)
     args.nwords, args.threshold = max(0, args.nwords or 0), args.threshold or 0
     for name, low in (("workers", 1), ("vocab_size", 256), ("bpe_sample_mb", 1)):
         if getattr(args, name) < low:
@@ -264,6 +292,9 @@ def parse(argv: list | None) -> argparse.Namespace:
 def preprocess(args: argparse.Namespace):
     texts = {split: names for split in SPLITS if (names := getattr(args, split))}
     inputs = {split: [identity(name) for name in names] for split, names in texts.items()}
+    for first, second in itertools.combinations(inputs, 2):
+        if shared := [text["file"] for text in inputs[first] if text in inputs[second]]:
+            warn(f"{', '.join(shared)} is in {first} and {second}: figures on {first} will say little of new text")
     given = {"dict": [args.dict], "bpe": [args.encoder_json, args.vocab_bpe]}
     for path in filter(None, sum(given.values(), [])):
         read_text(path)  # refuses what is no file or no text
@@ -318,6 +349,8 @@ def main(argv: list | None = None) -> int:
     args = parse(argv)
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.workers))  # threads of the BPE's trainer
     try:
+        if Path(args.dest).exists() and not Path(args.dest).is_dir():
+            raise InputError(f"--dest {args.dest}: a file, not a folder")
         Path(args.dest).mkdir(parents=True, exist_ok=True)
         lock = Lock(Path(args.dest), "--dest")
         try:

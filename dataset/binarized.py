@@ -166,10 +166,15 @@ class TokenFile:
         return self._items[places]
 
 
+def no_folder(folder: Path) -> str:
+    what = "a file, not a dataset's folder; preprocess.py makes one of text" if folder.is_file() else "no such folder"
+    return f"{folder}: {what} (--data_path)"
+
+
 def _no_dataset(idx: Path, missing) -> str:
     folder, split = idx.parent, idx.stem
     if not folder.is_dir():
-        return f"{folder}: no such folder (--data_path)"
+        return no_folder(folder)
     for name, what in ((split, "raw text"), (f"{split}.fasta", "fasta")):
         if (folder / name).is_file():
             return f"{folder / name}: {what}, not a binarized dataset; {REBUILD}"

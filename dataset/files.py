@@ -5,7 +5,9 @@ encrypted or unusual file is an InputError of one line, whatever the modules tha
 """
 
 import contextlib
+import functools
 import gzip
+import json
 import re
 import sys
 import zipfile
@@ -14,7 +16,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from config import InputError
+from config import InputError, printable, read_text
 
 CHUNK = 1 << 20  # bytes of text that one worker takes at a time
 LONG = 1 << 20  # bytes of one line that are held; a longer one is cut where that changes no token
@@ -41,6 +43,19 @@ def readable(what: str):
     except Exception as e:
         why = str(getattr(e, "strerror", None) or e)[:200]  # zipfile quotes up to 64 KiB of the file
         raise InputError(f"{what}: {why or type(e).__name__}") from None
+
+
+@functools.cache
+def note(text: str):
+    """Tell a person something about a file, once, however often it is read."""
+    print(f"note: {printable(text)}", file=sys.stderr)
+
+
+def without_mark(text: str, name: str) -> str:
+    """The beginning of a file without the byte order mark, which would become a part of its first word."""
+    if text.startswith("\ufeff"):
+        note(f"{name}: begins with a byte order mark, which is left out")
+    return text.removeprefix("\ufeff")
 
 
 def locate(name: str) -> Source:
@@ -107,15 +122,19 @@ def read_chunks(name: str, advance=lambda n: None):
 
     Raises InputError if the file cannot be read, or, with the number of the line, if it is not UTF-8.
     """
-    line, begun = 1, ""
+    line, begun, begins = 1, "", True
     for chunk, is_cut in whole_lines(name, advance):
         error = None
         try:
             text = chunk.decode("utf-8")
         except UnicodeDecodeError as e:
             error, text = e, chunk[: e.start].decode("utf-8")
+        if begins:  # differs from fairseq, which keeps the mark
+            text, begins = without_mark(text, name), False
         if "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
+        if "\0" in text:
+            note(f"{name}: holds NUL characters, as UTF-16 does that was not converted, and files that are no text")
         line += text.count("\n")
         if error:
             raise InputError(f"{name}, line {line}: not UTF-8 ({error.reason}); convert the file first, as iconv does")
@@ -123,11 +142,27 @@ def read_chunks(name: str, advance=lambda n: None):
 
 
 def read_all(names: list[str], label: str):
-    """The text of several files, as read_chunks, with a progress bar."""
+    """The text of several files, as read_chunks, with a progress bar. Between two files an empty line is added if there
+    is none, since a new file begins a new document."""
     total = disk_size(names)
     with tqdm(desc=label, total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        last = ""  # line of the file before
         for name in names:
-            yield from read_chunks(name, bar.update)
+            separator = "\n" if last.strip() else ""
+            for text in read_chunks(name, bar.update):
+                if text:  # not a byte order mark alone
+                    yield separator + text
+                    last, separator = text.removesuffix("\n").rpartition("\n")[2], ""
+
+
+def json_rows(path) -> list[dict]:
+    """The objects of a log with one in each line; none if there is no such file. A row cut by a crash is left out."""
+    rows = []
+    if Path(path).is_file():
+        for line in read_text(path, "replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def disk_size(names: list[str]) -> int:

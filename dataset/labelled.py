@@ -88,6 +88,8 @@ def read_cells(path: Path) -> list[tuple[int, list | dict]]:
             if line.strip():
                 try:
                     cells = json.loads(line)
+                    if "\\u" in line:
+                        json.dumps(cells, ensure_ascii=False).encode()  # half of a surrogate pair is no text
                 except (ValueError, RecursionError) as e:
                     raise InputError(f"{path}, line {number}: not JSON: {str(e)[:200]}") from None
                 if not isinstance(cells, dict):
@@ -125,7 +127,7 @@ def read_table(path, columns: Columns, regression: bool = False) -> Table:
     if isinstance(first, dict):
         keys, header = names, False
     else:
-        numbers = [int(name) - 1 if str(name).isdigit() else None for name in names]
+        numbers = [int(name) - 1 if str(name).isdecimal() else None for name in names]
         if header is None:
             label = None if columns.label is None else numbers[-1]
             header = None in numbers or is_header(rows, label, regression)
@@ -168,9 +170,9 @@ def class_numbers(table: Table, names: list[str]) -> np.ndarray:
     numbers = {name: i for i, name in enumerate(names)}
     for line, label in zip(table.lines, table.labels):
         if label not in numbers:
-            known = ", ".join(names[:10])
+            known = ", ".join(name[:80] for name in names[:10])
             raise InputError(
-                f"{table.path}, line {line}: label {label!r} does not occur in training, which has {known}"
+                f"{table.path}, line {line}: label {label[:80]!r} does not occur in training, which has {known}"
             )
     return np.array([numbers[label] for label in table.labels], np.int64)
 
@@ -180,8 +182,13 @@ def scores(table: Table, scale: float = 1.0) -> np.ndarray:
     values = [number_of(label) for label in table.labels]
     if None in values:
         i = values.index(None)
-        raise InputError(f"{table.path}, line {table.lines[i]}: {table.labels[i]!r} is no number (--regression)")
-    return np.array(values, np.float32) / np.float32(scale)
+        raise InputError(f"{table.path}, line {table.lines[i]}: {table.labels[i][:80]!r} is no number (--regression)")
+    with np.errstate(all="ignore"):
+        scaled = np.array(values, np.float32) / np.float32(scale)
+    if not np.isfinite(scaled).all():
+        i = int(np.isfinite(scaled).argmin())
+        raise InputError(f"{table.path}, line {table.lines[i]}: {values[i]:g} / {scale:g} is too large for float32")
+    return scaled
 
 
 # ---------------------------------------------------------------------------------------------- examples

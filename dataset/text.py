@@ -4,11 +4,12 @@ Source: fairseq at commit 3f6ba43f, examples/roberta/multiprocessing_bpe_encoder
 fairseq_cli/preprocess.py (with --only-source), whose ids these are.
 """
 
+import itertools
 import json
 import re
-import signal
 import sys
 import tempfile
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def byte_level(bpe_model=None):
     tokenizers = need_tokenizers()
     bpe = tokenizers.Tokenizer(bpe_model or tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
     return bpe
 
 
@@ -98,11 +100,22 @@ def train_bpe(names: list[str], vocab_size: int, sample_mb: int) -> list[bytes]:
     for i, text in enumerate(read_all(names, "reading for the BPE")):
         if int((i + 1) * share) > int(i * share):
             sample += [line.strip() for line in lines_of(text)]
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the trainer does not return to Python for a long time
-    try:
-        bpe.train_from_iterator(sample, trainer, len(sample))
-    finally:
-        signal.signal(signal.SIGINT, before)
+    if not any(sample):
+        raise InputError(f"--train {' '.join(names)}: no text in it to train a BPE on")
+    failed = []
+
+    def train():
+        try:
+            bpe.train_from_iterator(sample, trainer, len(sample))
+        except BaseException as e:
+            failed.append(e)
+
+    # in a thread, for the trainer does not return to Python, where Ctrl-C is answered, for a long time
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
     with tempfile.TemporaryDirectory() as folder:
         _, merges = bpe.model.save(folder)
         merges = Path(merges).read_bytes()
@@ -172,6 +185,15 @@ class Tokenizer:
         if len(words) > tokens:
             line = line[: -len(words[tokens])]
         return line if self.bpe is None else line[: 2 * tokens * self.longest]
+
+    def decode(self, tokens, dictionary: Dictionary) -> str:
+        """The text of token ids. What is no token of the BPE, such as <s>, is shown as its symbol."""
+        if self.bpe is None:
+            return dictionary.decode(tokens)
+        shown, symbols = "", (dictionary.symbols[token] for token in tokens)
+        for is_text, group in itertools.groupby(symbols, str.isdecimal):
+            shown += self.bpe.decode([int(symbol) for symbol in group]) if is_text else "".join(group)
+        return shown
 
     def encode(self, chunk: str):
         """Some lines -> (their tokens as bytes, sizes int32 (lines,), number of UNK, whether the last line is not

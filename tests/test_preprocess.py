@@ -5,9 +5,11 @@ import gzip
 import json
 import multiprocessing
 import os
+import re
 import signal
 import zipfile
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +92,7 @@ def test_without_a_dictionary_the_ids_of_a_bpe_are_counted_and_the_unused_come_l
     assert (len(rows) + 4) % 8 == 0
 
 
-def test_plain_gz_and_zip_files_of_a_split_are_concatenated(tmp_path):
+def test_plain_gz_and_zip_files_of_a_split_are_concatenated_each_a_document_of_its_own(tmp_path):
     parts = ["a b\n\nc", "d\n", "e f\r\n"]  # the first without a line end
     (tmp_path / "one.txt").write_text(parts[0])
     with gzip.open(tmp_path / "two.gz", "wt") as f:
@@ -100,11 +102,14 @@ def test_plain_gz_and_zip_files_of_a_split_are_concatenated(tmp_path):
         z.writestr("folder/wiki: raw", parts[2])
     names = [tmp_path / "one.txt", tmp_path / "two.gz", f"{tmp_path / 'three.zip'}:folder/wiki: raw"]
     preprocess_words(tmp_path / "out", train=names)
-    assert texts_of(tmp_path / "out") == ["a b", "", "c", "d", "e f"]
+    assert texts_of(tmp_path / "out") == ["a b", "", "c", "", "d", "", "e f"]
     row = json.loads((tmp_path / "out" / "preprocess.log").read_text().splitlines()[-1])
     assert {k: row[k] for k in ("step", "sentences", "empty", "tokens", "unk")} == dict(
-        step="train", sentences=5, empty=1, tokens=11, unk=0
+        step="train", sentences=7, empty=3, tokens=13, unk=0
     )
+    (tmp_path / "ended.txt").write_text("a\n \n")  # it ends in an empty line
+    preprocess_words(tmp_path / "two", train=[tmp_path / "ended.txt", tmp_path / "two.gz"])
+    assert texts_of(tmp_path / "two") == ["a", "", "d"]
 
 
 def test_special_words_in_text_become_what_fairseq_makes_of_them_and_mask_is_unknown(tmp_path):
@@ -147,12 +152,16 @@ def test_finished_steps_are_not_repeated_and_changed_settings_are_refused_by_nam
     whole = dataset_files(out)
     for argv, message in (
         ([["--nwords", 20], texts], "made with nwords 0, not 20; --overwrite"),
-        ([[], dict(texts, valid=texts["test"])], "valid.idx was made with text .*valid.txt.*test.txt"),
-        ([[], dict(train=texts["valid"])], "made with train"),
-        ([["--dict", out / "dict.txt"], dict(test=texts["test"])], "test.idx was made with dict_sha256 null"),
+        ([[], dict(texts, valid=texts["test"])], "valid.idx was made from valid.txt, not test.txt; --overwrite"),
+        ([[], dict(train=texts["valid"])], "made from train.txt, not valid.txt; --overwrite makes it anew"),
+        ([["--dict", out / "dict.txt"], dict(test=texts["test"])], "test.idx was made with another dictionary"),
     ):
         with pytest.raises(InputError, match=message):
             preprocess_words(out, *argv[0], **argv[1])
+    os.utime(texts["train"][0], (10**9, 10**9))
+    message = rf"from train.txt as it was on 20.*; now it is of {datetime.fromtimestamp(10**9)} \(the same size\); --"
+    with pytest.raises(InputError, match=message):
+        preprocess_words(out, **texts)
     assert dataset_files(out) == whole
     preprocess_words(out, "--nwords", 20, "--overwrite", **train_only)
     assert dataset_files(out).keys() == {"dict.txt", "train.bin", "train.idx"}
@@ -162,6 +171,24 @@ def test_finished_steps_are_not_repeated_and_changed_settings_are_refused_by_nam
     (out / "valid.idx").write_bytes(b"someone else's")
     with pytest.raises(InputError, match="not made by preprocess.py"):
         preprocess_words(out, "--nwords", 20, **train_only)
+
+
+def test_many_unknown_words_and_shared_files_are_warned_of_and_a_split_without_text_is_refused(tmp_path, capsys):
+    texts = small_corpus(tmp_path)
+    preprocess_words(tmp_path / "good", **texts)
+    assert "warning" not in capsys.readouterr().err
+    argv = dict(train=texts["train"] + texts["valid"], valid=texts["valid"])
+    preprocess_words(tmp_path / "bad", "--nwords", 20, **argv)
+    said = capsys.readouterr().err
+    assert re.search(r"warning: dict.txt lacks \d\d% of the tokens of valid; --bpe train knows every text", said)
+    assert "warning: valid.txt is in valid and train" in said
+    (tmp_path / "blank.txt").write_text("\n \n\t\n")
+    for split in ("train", "valid"):
+        with pytest.raises(InputError, match=f"--{split} .*blank.txt: no text in it"):
+            preprocess_words(tmp_path / split, **{**texts, split: [tmp_path / "blank.txt"]})
+        assert not list((tmp_path / split).glob(f"{split}.*"))
+    with pytest.raises(InputError, match="blank.txt: a file, not a folder"):
+        preprocess_words(tmp_path / "blank.txt", **texts)
 
 
 @pytest.mark.parametrize("old", [False, True])

@@ -2,20 +2,23 @@
 
 import gzip
 import json
+import os
 import random
 import re
 import signal
 import sys
+import time
 import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
 
+import preprocess
 from config import InputError
 from dataset import files, text
-from dataset.binarized import EOS, UNK, Dictionary
-from dataset.text import BPE_FILES, Tokenizer, load_tokenizer
+from dataset.binarized import BOS, EOS, UNK, Dictionary
+from dataset.text import BPE_FILES, load_tokenizer
 from tests.helpers import GOLDEN, GPT2, RAW, dataset_files, golden, preprocess_words, run_preprocess, sentences_of
 
 CHINESE = [
@@ -81,20 +84,6 @@ def test_cut_or_foreign_bpe_files_are_refused(tokenizers, tmp_path):
             text.read_bpe(tmp_path / "encoder.json", tmp_path / "vocab.bpe")
 
 
-def test_the_head_of_a_line_holds_its_first_tokens_and_no_more_than_is_needed(tokenizers, tmp_path):
-    (tmp_path / "zh.txt").write_text("\n".join(CHINESE * 30) + "\n", encoding="utf-8")
-    run_preprocess(tmp_path, "--bpe", "train", "--vocab_size", 400, "--workers", 1, train=[tmp_path / "zh.txt"])
-    bpe, words = load_tokenizer(tmp_path, Dictionary(tmp_path / "dict.txt")), Tokenizer({"a": 4, "b": 5}, "<u2")
-    lines = ["".join(CHINESE) * 300, " \t a  b\u3000" * 3000, " ".join(CHINESE) * 300, "", " ", "a", "a b  c"]
-    for tokenizer in (bpe, words):
-        for line in lines:
-            for count in (1, 7, 100):
-                head = tokenizer.head(line, count)
-                whole, part = (row.tolist() for row in tokenizer([line, head]))
-                assert part[:count] == whole[:count] and (len(part) > count or part == whole)
-                assert tokenizer is words or len(head) <= 2 * count * tokenizer.longest
-
-
 # ---------------------------------------------------------------------------------------------- own BPE
 
 
@@ -118,10 +107,9 @@ def test_a_bpe_trained_on_chinese_restores_every_text(tokenizers, tmp_path):
         rows = sentences_of(tmp_path / "one", split)
         assert rows == [row.tolist() for row in tokenizer(lines)]
         assert UNK not in sum(rows, [])
-        ids = [[int(dictionary.symbols[t]) for t in row[:-1]] for row in rows]
-        decoder = __import__("tokenizers").decoders.ByteLevel()
-        names_of = {i: token for token, i in vocab.items()}
-        assert [decoder.decode([names_of[i] for i in row]) for row in ids] == lines
+        assert [tokenizer.decode(row, dictionary) for row in rows] == [f"{line}</s>" for line in lines]
+    odd = [BOS, *rows[0][:-1], UNK, UNK, dictionary.mask_id, *rows[0]]
+    assert tokenizer.decode(odd, dictionary) == f"<s>{lines[0]}<unk><unk><mask>{lines[0]}</s>"
     # it has learned merges: far fewer tokens than bytes
     assert len(sum(sentences_of(tmp_path / "one", "train"), [])) < (tmp_path / "zh.txt").stat().st_size / 4
 
@@ -137,12 +125,30 @@ def test_a_bpe_is_trained_on_a_sample_spread_over_the_text(tokenizers, tmp_path,
     assert len({re.match("word[0-9]+", chunk)[0] for chunk in seen}) == 20
 
 
+def test_ctrl_c_is_answered_while_a_bpe_is_trained_and_an_error_of_the_trainer_is_raised(
+    tokenizers, tmp_path, monkeypatch, capsys
+):
+    class Trainer:
+        def train_from_iterator(self, *_):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    (tmp_path / "t.txt").write_text("a b\n")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
+    monkeypatch.setattr(text, "byte_level", Trainer)
+    argv = ["--train", str(tmp_path / "t.txt"), "--dest", str(tmp_path / "out"), "--bpe", "train"]
+    began = time.monotonic()
+    assert preprocess.main(argv) == 130 and time.monotonic() < began + 0.9
+    assert "interrupted; the same command continues" in capsys.readouterr().err
+    monkeypatch.setattr(Trainer, "train_from_iterator", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        preprocess.main(argv)
+
+
 def test_bpe_training_on_text_that_is_not_utf_8_names_the_line(tokenizers, tmp_path):
     (tmp_path / "t.txt").write_bytes(b"good\ncaf\xe9\n")
-    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(InputError, match="t.txt, line 2: not UTF-8"):
         run_preprocess(tmp_path / "out", "--bpe", "train", train=[tmp_path / "t.txt"])
-    assert signal.getsignal(signal.SIGINT) is handler
     assert not dataset_files(tmp_path / "out")
 
 
@@ -170,6 +176,19 @@ def test_lines_end_as_in_pythons_text_files_wherever_a_chunk_ends(tmp_path, monk
         assert [line for chunk in chunks for line in text.lines_of(chunk)] == expected
 
 
+def test_a_byte_order_mark_is_left_out_and_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(files, "CHUNK", 8)
+    parts = dict(one="\ufeffEvery word\nis \ufeffkept\n", two="\ufeff", three="\ufeff\nlast\0 line")
+    for name, content in parts.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    preprocess_words(tmp_path / "out", train=[tmp_path / name for name in parts])
+    words = Dictionary(tmp_path / "out" / "dict.txt")
+    rows = [words.decode(row[:-1]) for row in sentences_of(tmp_path / "out", "train")]
+    assert rows == ["Every word", "is \ufeffkept", "", "", "last\0 line"]
+    said = capsys.readouterr().err
+    assert said.count("begins with a byte order mark") == 3 and said.count("three: holds NUL characters") == 1
+
+
 @pytest.mark.parametrize("how", ["words", "bpe"])
 def test_a_very_long_line_is_read_in_pieces_and_gives_the_same_dataset(tmp_path, monkeypatch, how, request):
     rng = random.Random(0)
@@ -192,7 +211,7 @@ def test_a_very_long_line_is_read_in_pieces_and_gives_the_same_dataset(tmp_path,
             tmp_path / folder, *argv, train=[tmp_path / "t.txt", tmp_path / "u.txt"], valid=[tmp_path / "u.txt"]
         )
         made.append(dataset_files(tmp_path / folder))
-    assert made[0] == made[1] and len(sentences_of(tmp_path / "cut", "train")) == 6
+    assert made[0] == made[1] and len(sentences_of(tmp_path / "cut", "train")) == 7
     assert sum(is_cut for _, is_cut in files.whole_lines(str(tmp_path / "t.txt"), lambda n: None)) > 50
 
 

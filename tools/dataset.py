@@ -7,6 +7,7 @@
 The settings of a run are options here too.
 """
 
+import contextlib
 import filecmp
 import hashlib
 import json
@@ -22,14 +23,17 @@ import numpy as np
 import config
 from config import InputError, printable
 from data import BlockDataset, Corpus, DataConfig
-from dataset.binarized import EOS, PAD, SPECIAL, UNK, Dictionary, build_dictionary, write_dataset
+from dataset.binarized import EOS, PAD, SPECIAL, UNK, Dictionary, TokenStream, build_dictionary, write_dataset
+from dataset.files import json_rows
+from dataset.notes import notes
+from dataset.text import load_tokenizer
 
 
 def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int) -> dict:
     """Figures and digests of one split as worker `rank` sees it in `epoch`. Reads every token."""
     dataset, dictionary = corpus.split(split, epoch), corpus.dictionary
     stream, cfg = dataset.stream, dataset.cfg
-    stream.check_all(dictionary)
+    unknown = int(stream.counts(dictionary)[UNK])  # reads, and checks, every token
     digests = {name: hashlib.sha256() for name in ("source", "target", "ids")}
     batches = dataset.epoch_batches(epoch, rank, world_size)
     tokens_used = masked = places = 0
@@ -55,6 +59,7 @@ def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int)
         sentences=len(stream.sizes),
         documents=documents,
         tokens=stream.tokens,
+        unknown=unknown,
         dictionary_size=len(dictionary),
         mask_id=dictionary.mask_id,
         blocks=len(dataset.lengths),
@@ -75,13 +80,46 @@ def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int)
     )
 
 
+def first_block(dataset: BlockDataset) -> str:
+    """The first block as text, or as symbols where its tokens are those of a BPE that cannot be read."""
+    tokens, dictionary = dataset.read_block(0), dataset.dictionary
+    try:
+        text = load_tokenizer(dataset.stream.folder, dictionary).decode(tokens, dictionary)
+    except InputError as e:
+        text = f"({e}) {dictionary.decode(tokens)}"
+    return printable(text if len(text) <= 600 else text[:600] + " ...")
+
+
+def shared_text(folder: Path) -> str:
+    """What train and valid share: the files that preprocess.py read for both, or "everything"; "" if nothing is known
+    to be in both."""
+    rows = {str(row.get("step")): row for row in json_rows(folder / "preprocess.log")}
+    with contextlib.suppress(InputError, KeyError, TypeError):  # there is no valid, or the log was edited
+        if TokenStream(folder, "train").digest() == TokenStream(folder, "valid").digest():
+            return "everything"
+        read = {split: rows[split]["made_from"]["text"] for split in ("train", "valid")}
+        return ", ".join(text["file"] for text in read["train"] if text in read["valid"])
+    return ""
+
+
+def warnings(facts: dict, dataset: BlockDataset) -> list[str]:
+    """What should be looked at before training."""
+    found, share = notes(dataset), 100 / max(1, facts["tokens"])
+    if facts["dropped_percent"] > 1:
+        found.append(f"{facts['dropped_percent']:.1f}% of the tokens are never seen")
+    if facts["unknown"] * share > 5:
+        found.append(f"{facts['unknown'] * share:.0f}% of the tokens are <unk>; with --bpe train there would be none")
+    if shared := shared_text(dataset.stream.folder):
+        found.append(f"train and valid share {shared}; a figure on valid then says little of new text")
+    return found
+
+
 def print_description(facts: dict, dataset: BlockDataset):
-    first = printable(dataset.dictionary.decode(dataset.read_block(0))) if facts["blocks"] else ""
-    first = first if len(first) <= 600 else first[:600] + " ..."
+    first = first_block(dataset) if facts["blocks"] else ""
     share = 100 / max(1, facts["tokens"])
     for name, text in (
         ("sentences", f"{facts['sentences']:,} in {facts['documents']:,} documents"),
-        ("tokens", f"{facts['tokens']:,}"),
+        ("tokens", f"{facts['tokens']:,}, {facts['unknown'] * share:.1f}% <unk>"),
         ("dictionary", f"{facts['dictionary_size']:,} symbols, <mask> is {facts['mask_id']}"),
         ("blocks", f"{facts['blocks']:,}"),
         (
@@ -190,6 +228,6 @@ def main(argv: list | None = None) -> int:
         print(json.dumps(facts))
     else:
         print_description(facts, corpus.split(args.split, args.epoch))
-        if facts["dropped_percent"] > 1:
-            print(f"warning: {facts['dropped_percent']:.1f}% of the tokens are never seen", file=sys.stderr)
+        for text in warnings(facts, corpus.split(args.split, args.epoch)):
+            print(f"warning: {printable(text)}", file=sys.stderr)
     return 0
