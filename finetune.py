@@ -35,11 +35,11 @@ from dataset.labelled import Split
 from fast.vectors import Separate
 from optim import OptimConfig, Optimizer
 from runtime import checkpoint
-from runtime.guard import Lock
+from runtime.guard import Lock, check_memory
 from tools import finetune_report as report
 from tools import predict, pretrained
 from tools.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum, outputs_of, state_of
-from tools.finetune_data import Data, read_data
+from tools.finetune_data import MOST_CLASSES, Data, read_data
 from tools.linear_probe import probe
 
 # GLUE's recipe: batch_size, lr, max_update, warmup_updates, metric
@@ -72,15 +72,16 @@ class FinetuneConfig:
     header: str = option("auto", "whether the files' first row names the columns", choices=("auto", "true", "false"))
     regression: bool = option(False, "labels are numbers to be predicted, not classes")
     label_scale: float = option(1.0, "divide the numbers by this while training", above=0)
-    num_classes: int = option(0, "classes (0: as many as training has)", low=0)
+    num_classes: int = option(0, "classes (0: as many as training has)", low=0, high=MOST_CLASSES)
     dict: str = option("", "dict.txt of the pretraining data, where it is not found")
     encoder_json: str = option("", "the BPE's vocabulary")
     vocab_bpe: str = option("", "the BPE's merges")
     freeze: bool = option(False, "fit a linear probe on frozen features; training settings have no meaning then")
+    pool: str = option("cls", "what the head reads: <s>, or the mean over the text", choices=("cls", "mean"))
     untrained: bool = option(False, "do the same from random weights, for comparison")
     lr: tuple = option((2e-5,), "highest learning rate; several joined by commas are all tried", low=0)
     seed: int = option(1, "seed of order, head and dropout", low=0, high=2**31 - 1)
-    seeds: int = option(1, "how many seeds from --seed on to fine-tune with", low=1)
+    seeds: int = option(1, "how many seeds from --seed on to fine-tune with", low=1, high=1000)
     batch_size: int = option(16, "most examples in a batch", low=1)
     max_tokens: int = option(4400, "most tokens in a batch, padding included (0: no limit)", low=0)
     update_freq: int = option(1, "batches that make one update", low=1)
@@ -262,6 +263,7 @@ class Program:
     def __init__(self, cfg: FinetuneConfig, device: Device):
         self.cfg, self.device, self.folder = cfg, device, Path(cfg.save_dir)
         self.source = pretrained.load(cfg.ckpt or cfg.init_from, cfg.teacher, cfg.attention_heads)
+        check_memory(self.source.shape, self.source.vocabulary, device, copies=2 if cfg.freeze else 5)
         self.dictionary, tokenize, self.texts = pretrained.prepare_text(cfg, self.source)
         self.data = read_data(cfg, self.source.longest, self.dictionary, tokenize)
         allowed = METRICS[:4] if self.data.names else METRICS[4:]
@@ -299,7 +301,8 @@ class Program:
         self.device.seed(seed)
         rates = {name: getattr(cfg, name) for name in ("dropout", "attention_dropout", "activation_dropout")}
         encoder, width = source.encoder(untrained, **rates), source.shape.embed_dim
-        head = LinearProbe(width, outputs) if cfg.freeze else SentenceHead(width, outputs, cfg.pooler_dropout)
+        of_mean = cfg.freeze or cfg.pool == "mean"
+        head = LinearProbe(width, outputs) if of_mean else SentenceHead(width, outputs, cfg.pooler_dropout)
         if cfg.init_from and source.head and not untrained:
             checkpoint.put(source.head, head, "the classification head", source.path)
         return Classifier(encoder, head)
@@ -329,7 +332,7 @@ def finetune(cfg: FinetuneConfig, device: Device) -> int:
     try:
         program, results = Program(cfg, device), []
         report.remove(older)
-        pretrained.write_text_files(folder, program.texts)
+        pretrained.write_text_files(folder, program.texts, replace=bool(older))
         report.describe(program.source, program.data, program.metric)
         lrs = (0.0,) if cfg.freeze else cfg.lr
         plan = [(lr, seed, u) for u in (False, True)[: 1 + cfg.untrained] for lr in lrs for seed in seeds_of(cfg, u)]

@@ -160,13 +160,15 @@ def test_classes_count_from_the_most_frequent_and_ties_by_alphabet():
 # ---------------------------------------------------------------------------------------------- use
 
 
-def test_a_task_is_learned_and_raw_lines_get_names(place, tmp_path):
-    shown = call(finetune.main, *flags(place, tmp_path, test=place / "test.tsv", max_epoch=15, lr=1e-2))
+@pytest.mark.parametrize("pool, lr", [("cls", 1e-2), ("mean", 3e-2)])
+def test_a_task_is_learned_and_raw_lines_get_names(place, tmp_path, pool, lr):
+    shown = call(finetune.main, *flags(place, tmp_path, test=place / "test.tsv", max_epoch=15, lr=lr, pool=pool))
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["runs"][0]["valid"]["accuracy"] == results["runs"][0]["test"]["accuracy"] == 1
     assert "2 classes: bad, good" in shown and "valid accuracy 1.0000, test accuracy 1.0000" in shown
     best = tmp_path / "checkpoint_best.pt"
-    assert torch.load(best, weights_only=True)["classifier"]["labels"] == ["bad", "good"]
+    made = torch.load(best, weights_only=True)["classifier"]
+    assert made["labels"] == ["bad", "good"] and ("dense.weight" in made["head"]) == (pool == "cls")
     (tmp_path / "lines").write_text("w5 w1 w6\n\nw2\n")
     rows = call(finetune.main, "--ckpt", best, "--predict", tmp_path / "lines", "--device", "cpu").splitlines()
     assert rows[0] == "label\tbad\tgood" and [row.split("\t")[0] for row in (rows[1], rows[3])] == ["good", "bad"]

@@ -12,6 +12,8 @@ from config import InputError
 from dataset import labelled
 from dataset.labelled import GLUE, Columns, Split
 
+MOST_CLASSES = 1000  # the measures hold an example times a class in memory
+
 
 @dataclass
 class Data:
@@ -45,10 +47,17 @@ def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
         texts, names = len(tables["train"].texts), None
         if not cfg.regression:
             names = labelled.label_names(tables["train"].labels)
+            if len(names) > MOST_CLASSES:
+                raise InputError(
+                    f"{tables['train'].path}: {len(names):,} different labels, of at most {MOST_CLASSES:,}; is --label"
+                    " the right column? Scores need --regression"
+                )
         found = {}
         for split, table in tables.items():
             labels = labelled.class_numbers(table, names) if names else labelled.scores(table, cfg.label_scale)
-            found[split] = labelled.make_split([tokenize(column) for column in table.texts], labels, longest)
+            found[split] = labelled.make_split(
+                [token_rows(tokenize, column, longest) for column in table.texts], labels, longest
+            )
     if cfg.regression and names:
         raise InputError(f"--regression: {cfg.data_path} has classes in label/dict.txt, and no label/train.label")
     if names and cfg.num_classes:  # as fairseq, whose head may have more than occur
@@ -88,6 +97,11 @@ def read_tables(cfg) -> dict[str, labelled.Table]:
         if tables[split].left_out:
             print(f"note: {path}: {tables[split].left_out:,} rows without {place.fields} fields left out")
     return tables
+
+
+def token_rows(tokenize, texts: list[str], longest: int) -> list:
+    """The tokens of each text; of an endless one only what an example of `longest` tokens can show."""
+    return tokenize([tokenize.head(text, longest) for text in texts])
 
 
 def columns_of(text: str) -> tuple:

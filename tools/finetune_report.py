@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 
 from config import InputError, printable
 from runtime import checkpoint
+
+OWN = re.compile(r"(untrained_)?(probe|lr_[\d.e+-]+)_seed_\d+")  # the folder of one of several fine-tunings
 
 
 def prepare(folder: Path, ckpt: str, overwrite: bool) -> list[Path]:
@@ -20,7 +23,9 @@ def prepare(folder: Path, ckpt: str, overwrite: bool) -> list[Path]:
     if taken or Path(ckpt).resolve().parent == folder.resolve():
         raise InputError(f"--save_dir {folder} holds the run to start from, or a dataset; choose another folder")
     held = [folder / name for name in ("finetune.jsonl", "results.json", "checkpoint_best.pt")]
-    held = [path for path in held if path.exists()] + [path.parent for path in folder.glob("*_seed_*/finetune.jsonl")]
+    held = [path for path in held if path.exists()] + [
+        path.parent for path in folder.glob("*/finetune.jsonl") if OWN.fullmatch(path.parent.name)
+    ]
     if held and not overwrite:
         raise InputError(f"--save_dir {folder} holds {held[0].name}; add --overwrite, or choose another folder")
     return held

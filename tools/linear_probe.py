@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config import InputError, RunError
 from device import Device
 from model import PAD
 from tools.classifier import figures_of, mean_state, outputs_of
@@ -19,6 +20,8 @@ def fit(features: Tensor, labels: np.ndarray, outputs: int, decay: float) -> nn.
 
     features (N, C) float32 on the CPU; labels: class numbers or scores (N,). Cross-entropy, or squared error.
     """
+    if len(features) < 2:
+        raise InputError("--freeze: one training example; a linear probe needs more")
     mean, scale = features.mean(0), features.std(0).clamp(min=1e-6)
     x, y = (features - mean) / scale, torch.from_numpy(labels)
     linear = nn.Linear(x.shape[1], outputs)
@@ -31,6 +34,8 @@ def fit(features: Tensor, labels: np.ndarray, outputs: int, decay: float) -> nn.
         out = linear(x)
         loss = F.mse_loss(out.view(-1), y) if y.is_floating_point() else F.cross_entropy(out, y)
         loss = loss + decay / 2 * linear.weight.square().sum()
+        if not loss.isfinite():
+            raise RunError(f"--freeze: the loss of the linear probe is {loss.item()}; are the scores too large?")
         loss.backward()
         return loss
 

@@ -1,12 +1,13 @@
 """What a fine-tuned classifier says of raw text: `finetune.py --predict`."""
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 
 import torch
 
-from config import InputError, read_text
+from config import InputError, printable, read_text
 from dataset import labelled
 from dataset.labelled import Columns
 from dataset.text import load_tokenizer
@@ -14,7 +15,7 @@ from device import Device
 from runtime import checkpoint
 from tools import classifier, pretrained
 from tools.classifier import outputs_of
-from tools.finetune_data import columns_of
+from tools.finetune_data import columns_of, token_rows
 
 HEADERS = {"auto": None, "true": True, "false": False}
 
@@ -43,6 +44,8 @@ def read_texts(path: str, text: str, header: str, texts: int) -> list[list[str]]
 def predict(cfg, device: Device) -> int:
     """Write a line for each example: the class's name and all probabilities, or the score; the first row names the
     columns. cfg: finetune.py's settings. Raises InputError."""
+    if cfg.out and any(os.path.realpath(cfg.out) == os.path.realpath(path) for path in (cfg.predict, cfg.ckpt)):
+        raise InputError(f"--out {cfg.out} is a file that this reads; choose another name")
     made = classifier.entry_of(checkpoint.load(cfg.ckpt), cfg.ckpt)
     source = pretrained.load(cfg.ckpt, attention_heads=cfg.attention_heads)
     model = classifier.rebuild(made, source.encoder(), cfg.ckpt).to(device.torch_device).eval()
@@ -50,14 +53,16 @@ def predict(cfg, device: Device) -> int:
     dictionary = pretrained.read_dictionary(cfg.dict or folder / "dict.txt", source)
     tokenize = load_tokenizer(folder, dictionary, cfg.encoder_json, cfg.vocab_bpe)
     texts = read_texts(cfg.predict, cfg.text, cfg.header, made["texts"])
-    split = labelled.make_split([tokenize(column) for column in texts], None, source.longest)
+    split = labelled.make_split(
+        [token_rows(tokenize, column, source.longest) for column in texts], None, source.longest
+    )
     if split.cut:
         print(f"warning: {split.cut:,} texts are longer than {source.longest} tokens, and cut there", file=sys.stderr)
     outputs = outputs_of(model, device, split, cfg, sort=True)
     if made["labels"] is None:
         rows = [["score"]] + [[f"{score * made['label_scale']:.6f}"] for score in outputs.view(-1).tolist()]
     else:
-        names = [" ".join(name.split()) for name in made["labels"]]
+        names = [printable(" ".join(name.split())) for name in made["labels"]]
         rows = [["label", *names]]
         for row in torch.softmax(outputs, 1).tolist():
             rows.append([names[row.index(max(row))], *(f"{p:.6f}" for p in row)])
