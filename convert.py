@@ -27,7 +27,7 @@ from dataset.binarized import SPECIAL, Dictionary
 from model import Data2VecText, ModelConfig
 from runtime import checkpoint, integrity
 from runtime.checkpoint import Loaded
-from tools import convert_classifier, convert_fairseq, convert_hf
+from tools import convert_classifier, convert_fairseq, convert_hf, model_card
 from train import PARTS
 
 HEADS = ("regression_head.", "lm_head.")
@@ -50,7 +50,7 @@ class Source:
 
 
 def to_hf(source: Source, out: Path) -> list[str]:
-    has_tokenizer = source.dictionary and (source.bpe[0] or not source.dictionary.holds_bpe_ids())
+    has_tokenizer = bool(source.dictionary and (source.bpe[0] or not source.dictionary.holds_bpe_ids()))
     weights = source.content["teacher"] if source.teacher else source.content["student"]
     encoder = {k.removeprefix("encoder."): v for k, v in weights.items() if not k.startswith(HEADS)}
     head = {k: v for k, v in weights.items() if k.startswith(convert_hf.WORD_HEAD)}  # the teacher has none
@@ -58,11 +58,16 @@ def to_hf(source: Source, out: Path) -> list[str]:
         folder.mkdir()
         unknown, longest = 0, source.flat["tokens_per_sample"]
         if has_tokenizer:
-            unknown = convert_hf.write_tokenizer(folder, source.dictionary, *source.bpe, longest)
+            unknown = convert_hf.write_tokenizer(folder, source.dictionary, source.bpe, longest, bool(head))
         convert_hf.write(folder, encoder, source.model, unknown, head)
+        task = "fill-mask" if head else "feature-extraction"
         if "classifier" in source.content:  # of finetune.py
+            task = "text-classification"
             convert_classifier.add_head(folder, source.content["classifier"], source.path)
-    return [] if has_tokenizer else ["no tokenizer: give --data_path, or --dict, --encoder_json and --vocab_bpe"]
+        card = model_card.text(out.resolve().name, source, task, has_tokenizer)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    notes = [] if has_tokenizer else ["no tokenizer: give --data_path, or --dict, --encoder_json and --vocab_bpe"]
+    return [*notes, f"{out}/README.md is its model card; the licence and the corpus are yours to fill in"]
 
 
 def to_fairseq(source: Source, out: Path) -> list[str]:
@@ -149,16 +154,19 @@ def complete(loaded: Loaded, cfg: ModelConfig, seed: int, untrained: str, path) 
         return content, f"no state of fairseq's Adam in it: {type(e).__name__} {' '.join(str(e).split())[:200]}"
 
 
-def main(argv: list | None = None) -> int:
-    def extra(parser):
-        parser.add_argument("--ckpt", metavar="CHECKPOINT", help="what to convert: a file, or a folder of transformers")
-        parser.add_argument("--from", dest="source", choices=KINDS, help="fail if it is not of this kind")
-        parser.add_argument("--to", nargs=2, metavar=("|".join(TARGETS), "PATH"), help="what to make, and where")
-        parser.add_argument("--teacher", action="store_true", help="with --to hf: the teacher instead of the student")
-        for flag, (_, what) in convert_hf.FILES.items():
-            parser.add_argument(f"--{flag}", metavar="FILE", help=f"{what} [in --data_path]")
+def add_flags(parser):
+    flag, kinds = parser.add_argument, ("hf", "fairseq", "native")
+    flag("--ckpt", metavar="CHECKPOINT", help="what to convert: a file, or a folder of transformers")
+    flag("--from", dest="source", choices=kinds, help="fail if it is not of this kind")
+    flag("--to", nargs=2, metavar=("|".join(kinds), "PATH"), help="what to make, and where")
+    flag("--teacher", action="store_true", help="with --to hf: the teacher instead of the student")
+    flag("--dict", metavar="FILE", help="dict.txt of the training data [in --data_path]")
+    flag("--encoder_json", metavar="FILE", help="the BPE's vocabulary [in --data_path]")
+    flag("--vocab_bpe", metavar="FILE", help="the BPE's merges [in --data_path]")
 
-    _, args = config.parse(PARTS, __doc__, argv, extra=extra)
+
+def main(argv: list | None = None) -> int:
+    _, args = config.parse(PARTS, __doc__, argv, extra=add_flags)
     if not args.ckpt or not args.to or args.to[0] not in TARGETS:
         raise InputError(f"needed: --ckpt CHECKPOINT, and --to {'|'.join(TARGETS)} PATH")
     path, (kind, out) = Path(args.ckpt), (args.to[0], Path(args.to[1]))
@@ -167,14 +175,14 @@ def main(argv: list | None = None) -> int:
     if out.is_file() or out.is_dir() and (kind != "hf" or any(out.iterdir())):
         raise InputError(f"{out} exists; remove it, or choose another name")
 
-    loaded = convert_hf.load(path) if path.is_dir() else checkpoint.load(path)
+    loaded = convert_hf.load(path) if convert_hf.is_folder(path) else checkpoint.load(path)
     found = next(name for name, kinds in KINDS.items() if loaded.kind in kinds)
     if args.source not in (None, found):
         raise InputError(f"--from {args.source}: {path} is {found}")
     if args.teacher and not loaded.teacher:
         raise InputError(f"--teacher: {path} has none")
     settings, untrained = convert_fairseq.settings_of(loaded, path)
-    parts, args = config.parse(PARTS, __doc__, argv, extra=extra, base=settings)
+    parts, args = config.parse(PARTS, __doc__, argv, extra=add_flags, base=settings)
     model, flat = parts[PARTS.index(ModelConfig)], {k: v for part in parts for k, v in vars(part).items()}
     content, untrained = complete(loaded, model, flat["seed"], untrained, path)
     dictionary, bpe = convert_hf.find_dictionary(args, flat["data_path"])

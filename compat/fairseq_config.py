@@ -9,6 +9,7 @@ name of our flag.
 """
 
 import argparse
+import importlib.util
 import re
 import sys
 from pathlib import Path
@@ -34,6 +35,15 @@ GROUPS = {
     "lr_scheduler": "warmup_updates lr max_update",
 }
 RENAMED = {"data": "data_path"}  # fairseq's name -> ours
+FLAT = dict(  # names that fairseq-train has and its groups do not
+    encoder_layers="layers",
+    encoder_embed_dim="embed_dim",
+    encoder_ffn_embed_dim="ffn_embed_dim",
+    encoder_attention_heads="attention_heads",
+    encoder_normalize_before="normalize_before",
+    max_positions="max_source_positions",
+    max_sentences="batch_size",
+)
 
 # The classes that fairseq's groups choose; any other would be another model or method.
 BUILT_IN_NAMES = dict(
@@ -60,42 +70,63 @@ BUILT_IN = {
         include_target_tokens=True,
         skip_masking=False,
         d2v2_multi=False,
+        required_seq_len_multiple=1,
     ),
 }
 
 # Accepted at any value, with a message: they change no number here.
 IGNORED = {
     "checkpoint.no_epoch_checkpoints": "there is no checkpoint for each epoch",
+    "common.log_format": "all figures are in train.jsonl in --save_dir",
     "common.user_dir": "no code is loaded from there",
+    "common.wandb_project": "all figures are in train.jsonl in --save_dir; --tensorboard_logdir shows them",
     "dataset.ignore_unused_valid_subsets": "the only validation split is valid",
     "dataset.num_workers": "one background thread prepares the batches",
     "dataset.skip_invalid_size_inputs_valid_test": "sentences that are too long follow --long_sentences",
     "distributed_training.ddp_backend": "gradients are summed in one way only",
+    "distributed_training.find_unused_parameters": "gradients are summed in one way only",
+    "distributed_training.distributed_init_method": "torchrun connects the workers",
+    "distributed_training.distributed_no_spawn": "torchrun starts the workers",
+    "distributed_training.distributed_port": "torchrun connects the workers",
+    "distributed_training.nprocs_per_node": "torchrun starts the workers",
+    "ema.store_ema": "the teacher is always stored",
 }
+HYDRA = re.compile(r"[+]{0,2}(hydra[./].+|run_config)=.*", re.S)  # hydra's own settings
 
-# Refused on the command line, ignored in a YAML; with what we have instead.
-AMP = "the precision is --amp auto|off|fp16|bf16"
+# What we have instead of an option, and the value at which that option changes nothing. At this value it is ignored
+# with a message, at others refused; in a YAML it is always ignored.
+AMP = (False, "the precision is --amp auto|off|fp16|bf16")
 INSTEAD = {
-    "checkpoint.finetune_from_model": "use --init_from FILE",
-    "checkpoint.keep_last_epochs": "use --save_interval_updates and --keep_interval_updates",
-    "checkpoint.no_save": "use --save_interval 0 --save_interval_updates 0; the end of a run is always saved",
-    "checkpoint.patience": "--max_update or --max_epoch ends a run",
-    "checkpoint.reset_dataloader": "use --reset_data_position",
-    "checkpoint.reset_lr_scheduler": "--init_from FILE starts a new schedule",
-    "checkpoint.reset_optimizer": "--init_from FILE starts with a fresh optimizer",
-    "checkpoint.restore_file": "the same command continues its own run; --init_from FILE starts from other weights",
+    "checkpoint.finetune_from_model": ("null", "use --init_from FILE"),
+    "checkpoint.keep_best_checkpoints": (-1, "checkpoint_best.pt is the only one of its kind"),
+    "checkpoint.keep_last_epochs": (-1, "use --save_interval_updates and --keep_interval_updates"),
+    "checkpoint.no_save": (False, "use --save_interval 0 --save_interval_updates 0; the end of a run is always saved"),
+    "checkpoint.patience": (-1, "--max_update or --max_epoch ends a run"),
+    "checkpoint.reset_dataloader": (False, "use --reset_data_position"),
+    "checkpoint.reset_lr_scheduler": (False, "--init_from FILE starts a new schedule"),
+    "checkpoint.reset_meters": (False, "--init_from FILE starts new figures"),
+    "checkpoint.reset_optimizer": (False, "--init_from FILE starts with a fresh optimizer"),
+    "checkpoint.restore_file": (
+        "checkpoint_last.pt",
+        "the same command continues its own run; --init_from FILE starts from other weights",
+    ),
     "common.amp": AMP,
     "common.bf16": AMP,
-    "common.cpu": "use --device cpu",
+    "common.cpu": (False, "use --device cpu"),
     "common.fp16": AMP,
-    "common.log_format": "all figures are in train.jsonl in --save_dir",
+    "common.fp16_init_scale": (128, "the loss scale begins at 128 and finds its own way"),
     "common.memory_efficient_fp16": AMP,
-    "dataset.batch_size_valid": "--batch_size applies to validation too",
-    "dataset.max_tokens_valid": "--max_tokens applies to validation too",
-    "dataset.train_subset": "training always reads the split named train",
-    "dataset.valid_subset": "validation in training always reads the split named valid; eval.py has --split",
-    "optimization.stop_min_lr": "--max_update or --max_epoch ends a run",
-    "optimization.stop_time_hours": "SIGTERM saves and ends a run: timeout 8h python train.py ...",
+    "dataset.batch_size_valid": ("null", "--batch_size applies to validation too"),
+    "dataset.max_tokens_valid": ("null", "--max_tokens applies to validation too"),
+    "dataset.train_subset": ("train", "training always reads the split named train"),
+    "dataset.valid_subset": (
+        "valid",
+        "validation in training always reads the split named valid; eval.py has --split",
+    ),
+    "lr_scheduler.total_num_update": ("null", "--max_update is where the schedule ends"),
+    "optimization.skip_remainder_batch": (False, "an epoch's last batches are always trained on"),
+    "optimization.stop_min_lr": (-1, "--max_update or --max_epoch ends a run"),
+    "optimization.stop_time_hours": (0, "SIGTERM saves and ends a run: timeout 8h python train.py ..."),
 }
 
 # hydra's null, where it is a value of ours.
@@ -115,7 +146,7 @@ OURS = {
     for group, names in GROUPS.items()
     for name in names.split()
     for spelling in _spellings(group, name)
-}
+} | FLAT
 ONLY = {
     spelling: value
     for group, values in BUILT_IN.items()
@@ -123,31 +154,39 @@ ONLY = {
     for spelling in _spellings(group, name)
 }
 ONLY |= {name: value for group, value in BUILT_IN_NAMES.items() for name in (group, f"{group}._name")}
-ONLY["arch"] = BUILT_IN_NAMES["model"]
+ONLY |= {"arch": BUILT_IN_NAMES["model"], "encoder_layerdrop": 0}
 
 
 class Answer(argparse.Action):
     """A hidden flag, for what fairseq has and we do not: its `dest` is fairseq's name with the group."""
 
     def __call__(self, parser, namespace, value, option_string=None):
+        why = IGNORED.get(self.dest)
         if self.dest in ONLY:
             _check_built_in(option_string, value, ONLY[self.dest])
-        elif self.dest in IGNORED:
-            print(f"{option_string}={printable(value)} ignored: {IGNORED[self.dest]}", file=sys.stderr)
-        else:
-            raise InputError(f"{option_string}: no option of that name here; {INSTEAD[self.dest]}")
+        elif self.dest in INSTEAD:
+            harmless, why = INSTEAD[self.dest]
+            if not _same(value, harmless):
+                raise InputError(f"{option_string}: no option of that name here; {why}")
+        if why:
+            print(f"{option_string}={printable(value)} ignored: {why}", file=sys.stderr)
+
+
+def _same(value, built_in) -> bool:
+    """Whether fairseq's value, which may be text, is the one that is built in here."""
+    if not isinstance(built_in, (bool, str)):
+        try:
+            return float(value) == built_in
+        except (ValueError, TypeError):
+            return False
+    return str(value).lower() == str(built_in).lower()
 
 
 def _check_built_in(name: str, value, built_in):
     """Raise InputError if the value that is given for fairseq's option `name` is not the built-in one."""
-    same = str(value).lower() == str(built_in).lower()
-    if not isinstance(built_in, (bool, str)):
-        try:
-            same = float(value) == built_in
-        except (ValueError, TypeError):
-            same = False
-    if not same:
-        raise InputError(f"{name}={str(value)[:100]} is not supported: only {name}={built_in} is built in")
+    if not _same(value, built_in):
+        why = "; for masked language modelling there is --objective mlm" if "masked_lm" in str(value) else ""
+        raise InputError(f"{name}={str(value)[:100]} is not supported: only {name}={built_in} is built in{why}")
 
 
 def add_spellings(parser):
@@ -170,13 +209,17 @@ def as_flags(argv: list, parser) -> list:
     for before, word in zip(["", *argv], argv):
         flag = parser.flag(before)
         takes_this = flag is not None and flag.nargs is None  # such as a path called run.1=a/b
-        if match := None if takes_this else WORD.fullmatch(word):
+        if not takes_this and HYDRA.fullmatch(word):
+            print(f"{printable(word)} ignored: it is for hydra; output goes to --save_dir", file=sys.stderr)
+        elif match := None if takes_this else WORD.fullmatch(word):
             name, _, value = match.groups()
             if value == "null" and name in OURS:
                 if OURS[name] not in NULL:
                     raise InputError(f"{name}=null: give a value, or leave it out for the default")
                 value = NULL[OURS[name]]
             out.append(f"--{name}={value}")
+        elif not takes_this and word.startswith("~"):
+            raise InputError(f"{printable(word)}: hydra's way to drop a setting; give the value that you want instead")
         elif word not in ("-m", "--multirun"):
             out.append(word)
     return out
@@ -202,14 +245,29 @@ def read_yaml(path: Path, fields: dict, explain: bool) -> dict:
         tree = yaml.safe_load(text) or {}
     except InputError:
         raise
-    except (yaml.YAMLError, ValueError, RecursionError) as e:  # a date that is none; a number that is too long
-        raise InputError(f"{path}: not YAML: {' '.join(str(e).split())}") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as e:  # such as a date that is none
+        raise InputError(f"{path}: not YAML: {' '.join(str(e).split())[:300]}") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: not a fairseq config: the top level is not a mapping")
 
     values, others = from_reference(tree, fields, str(path))
+    if values.get("tensorboard_logdir") and not importlib.util.find_spec("tensorboard"):
+        others["common.tensorboard_logdir"] = values.pop("tensorboard_logdir")
+    if explain:
+        print(
+            f"{path.name}: without --fairseq_exact this trains the paper's way, not the released code's",
+            file=sys.stderr,
+        )
     for name, text in others.items() if explain else ():
-        why = IGNORED.get(name) or INSTEAD.get(name) or "it has no meaning here"
+        why = IGNORED.get(name) or INSTEAD.get(name, (None, "it has no meaning here"))[1]
+        if name == "common.tensorboard_logdir":
+            why = "the tensorboard package is missing: pip install tensorboard"
         if name == "distributed_training.distributed_world_size":
             why = "torchrun sets the number of workers"
             if text.isdecimal() and len(text) < 10 and int(text) > 1:

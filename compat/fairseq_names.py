@@ -20,6 +20,8 @@ PREFIXES = {"encoder.": "encoder.sentence_encoder.", "regression_head.": "encode
 QKV = {"self_attn.qkv.": ("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj.")}
 REFERENCE_ORDER = (1, 2, 0)  # fairseq defines k, v, q in this order, so its optimizer counts them so
 TEACHER = "encoder._ema"
+# fairseq 0.12.2 has these in every layer, for a fast path that training does not take
+UNUSED = {f"{part}_{kind}" for part in ("in_proj", "out_proj", "fc1", "fc2") for kind in ("weight", "bias")}
 
 
 def from_reference(state: dict, path="") -> tuple[dict, dict | None]:
@@ -56,7 +58,7 @@ def merge_qkv(state: dict, path) -> dict:
                 if not all(isinstance(part, torch.Tensor) for part in parts):
                     raise InputError(f"{path}: {name} has no k_proj or v_proj beside it")
                 merged[name.replace(q, ours)] = torch.cat(parts)
-            elif not any(other in name for other in rest) and name.rpartition(".")[2] != "version":
+            elif not any(other in name for other in rest) and name.rpartition(".")[2] not in {"version", *UNUSED}:
                 merged[name] = tensor
     return merged
 

@@ -21,14 +21,20 @@ def saved(tmp_path_factory, corpus_dir):
 
 
 @pytest.fixture
-def random_file(tmp_path, saved):
-    """A checkpoint whose every weight is random, student and teacher apart."""
+def random_file(tmp_path, saved, request):
+    """A checkpoint whose every weight is random, student and teacher apart; of a pre-norm model with the parameter
+    True."""
     content = checkpoint.load(saved / "checkpoint_last.pt").content
-    size = content["dictionary"]["size"]
-    models = [random_encoder(seed, size)[0] for seed in (1, 2)]
+    size, pre_norm = content["dictionary"]["size"], getattr(request, "param", False)
+    models = [random_encoder(seed, size, normalize_before=pre_norm)[0] for seed in (1, 2)]
+    if pre_norm:  # the moments are those of another model
+        content["config"]["normalize_before"], content["optimizer"]["state"] = True, {}
     content.update(student=models[0].state_dict(), teacher=models[1].encoder.state_dict())
     checkpoint.save({k: v for k, v in content.items() if k != "format"}, tmp_path / "random.pt")
     return tmp_path / "random.pt", models
+
+
+both_norms = pytest.mark.parametrize("random_file", [False, True], indirect=True, ids=["post-norm", "pre-norm"])
 
 
 def run(source, kind, out, *argv):

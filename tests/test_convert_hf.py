@@ -4,6 +4,8 @@ The tests against transformers itself skip where it is not installed: pip instal
 """
 
 import json
+import random
+import re
 import sys
 
 import numpy as np
@@ -17,8 +19,20 @@ from config import InputError
 from dataset.binarized import BOS, EOS, PAD, UNK, Dictionary, TokenStream
 from dataset.text import load_tokenizer
 from runtime import checkpoint
-from tests.converting import WORDS, random_file, run, same, saved  # noqa: F401
-from tests.helpers import FEW, GOLDEN, SMALL, Payload, call, golden, random_encoder, small_content
+from tests.converting import WORDS, both_norms, random_file, run, same, saved  # noqa: F401
+from tests.helpers import (
+    FEW,
+    GOLDEN,
+    SMALL,
+    Payload,
+    call,
+    golden,
+    preprocess_words,
+    random_encoder,
+    run_preprocess,
+    small_content,
+    small_corpus,
+)
 from tools import convert_hf
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed: pip install safetensors")
@@ -28,6 +42,7 @@ def transformers():
     return pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
 
 
+@both_norms
 @pytest.mark.parametrize("teacher", [False, True])
 def test_transformers_computes_the_same_hidden_states_in_every_layer(tmp_path, random_file, teacher, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -53,23 +68,59 @@ def test_transformers_tokenizer_gives_fairseqs_ids_for_byte_level_bpe(tmp_path, 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder, bpe = GOLDEN / "corpora" / "bpe-bin", GOLDEN / "corpora" / "gpt2_bpe"
     dictionary = Dictionary(folder / "dict.txt")
-    convert_hf.write_tokenizer(tmp_path, dictionary, bpe / "encoder.json", bpe / "vocab.bpe", 512)
     (tmp_path / "config.json").write_text('{"model_type": "data2vec-text"}')
-    tokenizer = transformers().AutoTokenizer.from_pretrained(tmp_path)
     lines = (GOLDEN / "corpora" / "raw" / "wiki.valid.raw").read_text("utf-8").split("\n")
     rows = TokenStream(folder, "valid")
-    checked = 0
-    for i in range(900):
-        if "<unk>" not in lines[i]:  # transformers takes that text for the special token
-            row = rows.read(rows.starts[i], rows.starts[i + 1])
-            assert tokenizer(lines[i].strip())["input_ids"] == [BOS, *row.tolist()]
-            checked += rows.sizes[i] > 1
-    assert checked > 100
+    for fills_masks in (False, True):
+        bpe_files = [bpe / "encoder.json", bpe / "vocab.bpe"]
+        convert_hf.write_tokenizer(tmp_path, dictionary, bpe_files, 512, fills_masks)
+        tokenizer = transformers().AutoTokenizer.from_pretrained(tmp_path)
+        checked = 0
+        for i in range(900):
+            if not fills_masks or "<unk>" not in lines[i]:  # which is the special token there
+                row = rows.read(rows.starts[i], rows.starts[i + 1])
+                assert tokenizer(lines[i])["input_ids"] == [BOS, *row.tolist()]
+                checked += rows.sizes[i] > 1
+        assert checked > (100 if fills_masks else 300)
     masked = tokenizer("Hello <mask> world")["input_ids"]
     assert masked.count(dictionary.mask_id) == 1 and len(masked) == 5
+    assert masked[-2:] == tokenizer("a world")["input_ids"][-2:]  # with the blank before it
     ids = [tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id]
     assert ids == [0, 1, 2, 3] and tokenizer.mask_token_id == dictionary.mask_id and len(tokenizer) == len(dictionary)
     assert len(tokenizer("word " * 900, truncation=True)["input_ids"]) == 512
+
+
+ODD = ["a", "The", "é", "中文", "12", "'s", "...", "a<mask>", "<mask>.", "\u0301", "👩‍👩", "\0", "\ufeff", "\u200b"]
+ODD += ["<s>", "</s>", "<pad>", "<unk>", "<mask>", "\t", "\v", "\x1c", "\x85", "\xa0", "\u2003", "\u3000", "  "]
+
+
+@pytest.mark.parametrize("how", ["words", "bpe"])
+def test_transformers_gives_the_vectors_of_features_for_every_line(tmp_path, how, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hf, rng = transformers(), random.Random(0)
+    lines = [*ODD, "", " ", "  a  ", "\ta b\t", *(" " * i + "a The" + " " * (i % 3) for i in range(9)), "a " * 40]
+    lines += ["".join(rng.choice([*ODD, " ", " ", " "]) for _ in range(rng.randrange(12))) for _ in range(300)]
+    (tmp_path / "text").write_text("\n".join(lines) + "\n", "utf-8", newline="")
+    argv = ["--bpe", "none"] if how == "words" else ["--bpe", "train", "--vocab_size", 280]
+    run_preprocess(tmp_path / "data", *argv, "--workers", 1, train=[tmp_path / "text"])
+    student, _ = random_encoder(0, len(Dictionary(tmp_path / "data" / "dict.txt")))
+    bare = fairseq_names.to_reference(student.state_dict(), dict(student.encoder.state_dict()))
+    torch.save(bare, tmp_path / "bare.pt")
+    settings = {**SMALL, "data_path": tmp_path / "data", "tokens_per_sample": 32}
+    flags = [part for k, v in settings.items() for part in (f"--{k}", v)]
+    run(tmp_path / "bare.pt", "native", tmp_path / "model.pt", *flags)
+    run(tmp_path / "model.pt", "hf", tmp_path / "hf")
+    wanted = ["--features", tmp_path / "text", "--out", tmp_path / "f.npy", "--device", "cpu", "--max_tokens", 40]
+    call(evaluation.main, "--ckpt", tmp_path / "model.pt", *wanted)
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model, loading = hf.AutoModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False, output_loading_info=True)
+    assert not any(loading.values())  # the README's call, which would print them
+    for line, row in zip(lines, np.load(tmp_path / "f.npy"), strict=True):
+        ids = tokenizer(line, return_tensors="pt", truncation=True)["input_ids"]
+        real = ids != PAD  # the word <pad> is padding to the model
+        with torch.no_grad():
+            states = model.eval()(ids, attention_mask=real.long()).last_hidden_state
+        assert np.abs(states[real].mean(0).numpy() - row).max() < 1e-5, repr(line)
 
 
 def test_transformers_tokenizer_gives_the_dictionarys_ids_for_words(tmp_path, saved, corpus_dir, monkeypatch):
@@ -78,7 +129,8 @@ def test_transformers_tokenizer_gives_the_dictionarys_ids_for_words(tmp_path, sa
     tokenizer = transformers().AutoTokenizer.from_pretrained(tmp_path / "hf")
     symbols = Dictionary(corpus_dir / "dict.txt").symbols
     text = f" {symbols[9]}\t{symbols[4]} nowhere  {symbols[20]} <mask>\n"
-    assert tokenizer(text)["input_ids"] == [BOS, 9, 4, 3, 20, len(symbols) - 1, EOS]
+    assert tokenizer(text)["input_ids"] == [BOS, 9, 4, UNK, 20, UNK, EOS]
+    assert tokenizer.mask_token_id == len(symbols) - 1
     assert tokenizer([symbols[5], symbols[5] + " " + symbols[6]], padding=True)["input_ids"][0][-1] == PAD
 
 
@@ -117,8 +169,39 @@ def test_tokens_of_the_bpe_that_the_dictionary_lacks_are_unk_to_the_model(tmp_pa
     assert torch.equal(back["encoder.embed_tokens.weight"], student.encoder.embed_tokens.weight)
 
 
+def test_the_model_card_says_what_the_files_tell_and_its_example_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    preprocess_words(tmp_path / "data", **small_corpus(tmp_path))
+    argv = [*FEW, "--data_path", tmp_path / "data", "--save_dir", tmp_path / "run", "--max_update", 4]
+    call(train.main, *argv, "--save_interval_updates", 2, "--keep_interval_updates", -1)
+    log = tmp_path / "run" / "train.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    odd = ['{"num_updates": 4, "loss": "x"}', '{"num_updates": null, "loss": 1.0}', "[1]", '{"num_upd', "[" * 100_000]
+    log.write_text("\n".join([*map(json.dumps, rows), *odd]))
+    said = run(tmp_path / "run" / "checkpoint_1_2.pt", "hf", tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for key, name in (("loss", "loss"), ("valid_loss", "valid_r2")):
+        value = next(row[name] for row in rows if key in row and row["num_updates"] == 2)
+        assert f"| {name} | {value:.4g} | 2 |" in card
+    assert "the student after 2 updates" in card and "| `embed_dim` | 16 |" in card and "licence" in said
+    assert re.search(r"^\| train \| train.txt \| 200 \| [\d,]+ \| 0.0% \|$", card, re.M)
+    assert card.count("TO FILL IN") == 3
+    yaml = pytest.importorskip("yaml").safe_load(card.split("---")[1])
+    assert yaml["pipeline_tag"] == "feature-extraction" and yaml["license"] == "unknown"
+    transformers()
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(re.search(r"```python\n(.*?)```", card, re.S)[1], found)
+    assert found["states"].shape == (1, 6, SMALL["embed_dim"])
+
+    (tmp_path / "data" / "preprocess.log").write_text('{"step": "train"}\n{"step": [1]}\n')
+    run(tmp_path / "run" / "checkpoint_last.pt", "hf", tmp_path / "other", "--teacher")
+    card = (tmp_path / "other" / "README.md").read_text()
+    assert "the teacher after 4 updates" in card and "| train | - | 200 |" in card
+
+
 @pytest.mark.parametrize("kind", ["words", "bpe"])
-@pytest.mark.parametrize("options", [dict(objective="mlm"), dict(mlm_weight=1.0)])
+@pytest.mark.parametrize("options", [dict(objective="mlm"), dict(mlm_weight=1.0, normalize_before=True)])
 def test_a_head_for_words_fills_masks_in_transformers_with_the_same_logits(
     tmp_path, corpus_dir, kind, options, monkeypatch
 ):
@@ -131,7 +214,8 @@ def test_a_head_for_words_fills_masks_in_transformers_with_the_same_logits(
     checkpoint.save(small_content(config={**SMALL, **options}, **weights), tmp_path / "words.pt")
     run(tmp_path / "words.pt", "hf", tmp_path / "hf", "--data_path", data)
     model, loading = hf.AutoModelForMaskedLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
-    assert type(model).__name__ == "Data2VecTextForMaskedLM" and not any(loading.values())
+    family = "RobertaPreLayerNorm" if "normalize_before" in options else "Data2VecText"
+    assert type(model).__name__ == f"{family}ForMaskedLM" and not any(loading.values())
     encoder, loading = hf.AutoModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False, output_loading_info=True)
     assert not loading["missing_keys"] and all(name.startswith("lm_head.") for name in loading["unexpected_keys"])
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -159,9 +243,11 @@ def test_a_head_for_words_fills_masks_in_transformers_with_the_same_logits(
     run(tmp_path / "again", "native", tmp_path / "again.pt")
     assert same(checkpoint.load(tmp_path / "again.pt").student, back.student)
     run(tmp_path / "words.pt", "hf", tmp_path / "teacher", "--data_path", data, "--teacher")
-    assert json.loads((tmp_path / "teacher" / "config.json").read_text())["architectures"] == ["Data2VecTextModel"]
+    assert "pipeline_tag: fill-mask" in (tmp_path / "hf" / "README.md").read_text()
+    assert json.loads((tmp_path / "teacher" / "config.json").read_text())["architectures"] == [f"{family}Model"]
 
 
+@both_norms
 def test_the_way_to_transformers_and_back_is_exact(tmp_path, random_file):
     path, (student, _) = random_file
     run(path, "hf", tmp_path / "hf")
@@ -170,6 +256,7 @@ def test_the_way_to_transformers_and_back_is_exact(tmp_path, random_file):
     assert same(back.student, {f"encoder.{k}": v for k, v in student.encoder.state_dict().items()})
     assert same(back.teacher, dict(student.encoder.state_dict()))  # which training begins with
     assert {k: back.config[k] for k in SMALL} == SMALL
+    assert back.config["normalize_before"] == (student.encoder.layer_norm is not None)
     run(tmp_path / "back.pt", "hf", tmp_path / "again")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
@@ -223,6 +310,11 @@ def test_a_pickled_float16_model_with_a_head_and_token_types_is_read(tmp_path, r
         assert torch.equal(back[f"encoder.{name}"], expected), name
 
 
+def test_the_folder_of_a_run_is_not_taken_for_one_of_transformers(tmp_path, saved):
+    with pytest.raises(InputError, match="no such checkpoint file|it holds checkpoint_last.pt"):
+        run(saved, "hf", tmp_path / "hf")
+
+
 def edited(**changes):
     def edit(folder):
         path = folder / "config.json"
@@ -257,7 +349,7 @@ def weights(change):
         (edited(max_position_embeddings=float("inf")), "cannot be read as a config"),
         (lambda folder: (folder / "config.json").write_text("[" * 100_000), "cannot be read as a config"),
         (lambda folder: (folder / "config.json").write_text("[]"), "cannot be read as a config"),
-        (lambda folder: (folder / "config.json").unlink(), "config.json: cannot be read"),
+        (lambda folder: (folder / "config.json").unlink(), "hf: has no config.json, which belongs to"),
         (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),
         (weights(lambda raw: raw[:-4]), "not a complete safetensors file"),
         (weights(lambda raw: raw[:100]), "not a complete safetensors file"),

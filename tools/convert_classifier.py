@@ -1,4 +1,5 @@
-"""A fine-tuned checkpoint as transformers' Data2VecTextForSequenceClassification.
+"""A fine-tuned checkpoint as transformers' Data2VecTextForSequenceClassification, a pre-norm one as its
+RobertaPreLayerNormForSequenceClassification.
 
     python convert.py --ckpt DIR/checkpoint_best.pt --to hf HF_DIR
 
@@ -9,11 +10,11 @@ import json
 from pathlib import Path
 
 from config import InputError
-from tools.convert_hf import PREFIX
+from tools.convert_hf import FAMILIES
 
 
 def add_head(folder: Path, made: dict, path):
-    """Turn a Data2VecTextModel's config.json and model.safetensors in `folder` into those of a classifier.
+    """Turn an encoder's config.json and model.safetensors in `folder` into those of a classifier.
 
     made: the entry `classifier` of the fine-tuned checkpoint at `path`. The scores of a regression come out in the
     units of its labels. Raises InputError for a linear probe, which transformers cannot express.
@@ -21,18 +22,21 @@ def add_head(folder: Path, made: dict, path):
     from safetensors import torch as safetensors  # which convert_hf has just used
 
     if "dense.weight" not in made["head"]:
-        raise InputError(f"{path}: a linear probe on mean features (--freeze); transformers has no model for it")
+        raise InputError(
+            f"{path}: a linear probe on mean features (--freeze, --pool mean); transformers has no model for it"
+        )
     head, names = {k: v.float() for k, v in made["head"].items()}, made["labels"]
     for part in ("out_proj.weight", "out_proj.bias"):
         head[part] = head[part] * made["label_scale"]
     where, weights = folder / "config.json", folder / "model.safetensors"
     settings = json.loads(where.read_text(encoding="utf-8"))
-    settings["architectures"] = ["Data2VecTextForSequenceClassification"]
+    _, model, prefix = next(family for family in FAMILIES.values() if family[0] == settings["model_type"])
+    settings["architectures"] = [f"{model}ForSequenceClassification"]
     settings["problem_type"] = "single_label_classification" if names else "regression"
     settings["id2label"] = {str(i): name for i, name in enumerate(names or ["score"])}
     settings["label2id"] = {name: i for i, name in enumerate(names or ["score"])}
     settings["classifier_dropout"] = 0.0
     where.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    tensors = {PREFIX + name: tensor for name, tensor in safetensors.load_file(weights).items()}
+    tensors = {prefix + name: tensor for name, tensor in safetensors.load_file(weights).items()}
     tensors |= {f"classifier.{name}": tensor.contiguous() for name, tensor in head.items()}
     weights.write_bytes(safetensors.save(tensors, {"format": "pt"}))

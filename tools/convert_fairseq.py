@@ -54,9 +54,9 @@ def reference_config(flat: dict) -> dict:
     return tree
 
 
-def reference_names(student: dict) -> list[str]:
-    """fairseq's names of the student's parameters, in the order in which its optimizer numbers them."""
-    names = [k for k in to_reference(student, {}) if k != TEACHER and not k.endswith(".version")]
+def optimizer_names(model: dict) -> list[str]:
+    """The parameters in a model of fairseq's, in the order in which its optimizer numbers them."""
+    names = [k for k in model if k != TEACHER and not k.endswith(".version")]
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     return sorted(names, key=lambda name: modules.index(name.rpartition(".")[0]))  # a module's weight, then its bias
 
@@ -65,7 +65,7 @@ def to_fairseq(content: dict, flat: dict) -> dict:
     """The content of a checkpoint of ours as fairseq's trainer would have saved it. flat: its settings, including those
     that this command's flags changed."""
     student, progress, states = content["student"], content["progress"], content["optimizer"]["state"]
-    names, moments = reference_names(student), {}
+    names, moments = optimizer_names(to_reference(student, {})), {}
     for moment in MOMENTS if states else ():
         moments[moment] = to_reference({k: states[i][moment] for i, k in enumerate(student)}, {})
     train = TrainConfig(**{field.name: flat[field.name] for field in dataclasses.fields(TrainConfig)})
@@ -125,13 +125,13 @@ def from_fairseq(content: dict, template: dict, path) -> dict:
     """
     extra, last = content["extra_state"], content["last_optimizer_state"]
     states, updates = last["state"], content["optimizer_history"][-1]["num_updates"]
-    theirs, names, moments = to_reference(template, {}), reference_names(template), {}
+    model, names, moments = content["model"], optimizer_names(content["model"]), {}
     for moment in MOMENTS if states else ():
-        parts = [states[i][moment] for i in range(len(states))]
+        parts = {names[i]: state[moment] for i, state in states.items()}
         if len(parts) == 1:  # fairseq's fp16 optimizer keeps all parameters in one vector
-            sizes = [theirs[name].numel() for name in names]
-            parts = [part.view(theirs[name].shape) for name, part in zip(names, parts[0].split(sizes))]
-        moments[moment], _ = from_reference(dict(zip(names, parts, strict=True)))
+            vectors = states[0][moment].split([model[name].numel() for name in names])
+            parts = {name: vector.view(model[name].shape) for name, vector in zip(names, vectors)}
+        moments[moment], _ = from_reference(parts)
     step = int(states[0]["step"]) if states else 0
     state = {i: {"step": step, **{m: moments[m][name] for m in MOMENTS}} for i, name in enumerate(template) if states}
     state = checked_moments(state, [tensor.shape for tensor in template.values()], path)

@@ -2,33 +2,43 @@
 
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
+import device  # noqa: F401
+
+# isort: split
+
+from torch import Tensor
+
 from compat import fairseq_names
-from config import InputError, printable, read_text
+from config import InputError, check_ranges, printable, read_text
 from dataset import labelled
 from dataset.binarized import SPECIAL, Dictionary
 from dataset.text import Tokenizer, load_tokenizer
-from model import PAD, Encoder, ModelConfig, init_weights
+from init import start
+from model import PAD, Encoder, ModelConfig
 from runtime import checkpoint
 from tools import convert_hf
 
 FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
 FAIRSEQ_HEAD = "classification_heads.sentence_classification_head."
+FC1 = "layers.0.fc1.weight"
 TEXT_FILES = ("dict.txt", "encoder.json", "vocab.bpe")
 
 
 @dataclass
 class Pretrained:
-    """An encoder to start from. weights: its state dict; head: a sentence head's state dict, if the file has one."""
+    """An encoder to start from. weights: its state dict; head: a sentence head's, empty if the file has none."""
 
     path: Path
     shape: ModelConfig
     weights: dict
-    head: dict | None
+    head: dict
     dictionary: dict  # size, digest and mask_id, as our checkpoints have them; else empty
     folder: str  # of the pretraining data, on the machine that trained it
 
@@ -45,7 +55,7 @@ class Pretrained:
         """A new encoder with these weights, or with the random ones that pretraining begins with."""
         encoder = Encoder(dataclasses.replace(self.shape, **dropouts), self.vocabulary)
         if untrained:
-            encoder.apply(init_weights)
+            start(encoder, self.shape.init)
         else:
             checkpoint.put(self.weights, encoder, "the encoder", self.path)
         return encoder
@@ -59,40 +69,53 @@ def load(path, teacher: bool = False, attention_heads: int = 0) -> Pretrained:
     if teacher and not loaded.teacher:
         raise InputError(f"--teacher: {path} has none")
     student = {k.removeprefix("encoder."): v for k, v in loaded.student.items() if k.startswith("encoder.")}
-    weights = {k: v.float() for k, v in (loaded.teacher if teacher else student).items()}
+    weights = floats(loaded.teacher if teacher else student, path)
     settings, folder = loaded.config, loaded.config.get("data_path", "")
     if loaded.kind == "fairseq":
         settings = fairseq_names.reference_settings(loaded.config, FIELDS, path)
         folder = loaded.config.get("task", {}).get("data") or ""
     state = loaded.content.get("model", loaded.content) if loaded.kind in ("fairseq", "state_dict") else {}
-    head = {k.removeprefix(FAIRSEQ_HEAD): v.float() for k, v in state.items() if k.startswith(FAIRSEQ_HEAD)}
-    head = head or loaded.content.get("classifier", {}).get("head")
+    head = {k.removeprefix(FAIRSEQ_HEAD): v for k, v in state.items() if k.startswith(FAIRSEQ_HEAD)}
+    ours = loaded.content if loaded.kind == "ours" else {}
+    head = floats(head or ours.get("classifier", {}).get("head", {}), path)
+    folder = folder if isinstance(folder, str) else ""
     shape = shape_of(weights, settings, attention_heads, path)
-    dictionary = loaded.content.get("dictionary", {}) if loaded.kind == "ours" else {}
-    return Pretrained(path, shape, weights, head, dictionary, folder)
+    return Pretrained(path, shape, weights, head, ours.get("dictionary", {}), folder)
+
+
+def floats(state: dict, path) -> dict:
+    """A state dict in float32. Raises InputError for an entry that holds no floating-point numbers."""
+    for name, tensor in state.items():
+        if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+            raise InputError(f"{path}: {name} is not a tensor of floating-point numbers")
+    return {name: tensor.float() for name, tensor in state.items()}
 
 
 def shape_of(weights: dict, settings: dict, attention_heads: int, path) -> ModelConfig:
     """The encoder's shape: as far as the weights show it by them, else by the settings beside them."""
-    try:
-        layers = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
-        seen = dict(
-            layers=layers,
-            embed_dim=weights["embed_tokens.weight"].shape[1],
-            ffn_embed_dim=len(weights["layers.0.fc1.weight"]),
-            max_source_positions=len(weights["embed_positions.weight"]) - PAD - 1,
-            normalize_before="layer_norm.weight" in weights,
-            activation_fn=settings.get("activation_fn", "gelu"),
-            average_top_k_layers=min(layers, ModelConfig.average_top_k_layers),
-        )
-    except (KeyError, IndexError) as e:
-        raise InputError(f"{path}: has no encoder's weights in it: {e} is missing") from None
+    for name, least in (("embed_tokens.weight", len(SPECIAL)), ("embed_positions.weight", PAD + 2), (FC1, 1)):
+        if name not in weights:
+            raise InputError(f"{path}: has no encoder's weights in it: {name} is missing")
+        if weights[name].dim() != 2 or len(weights[name]) < least:
+            shown = tuple(weights[name].shape)
+            raise InputError(f"{path}: {name} is {shown}, not a matrix of {least} rows or more")
+    layers = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
+    seen = dict(
+        layers=layers,
+        embed_dim=weights["embed_tokens.weight"].shape[1],
+        ffn_embed_dim=len(weights[FC1]),
+        max_source_positions=len(weights["embed_positions.weight"]) - PAD - 1,
+        normalize_before="layer_norm.weight" in weights,
+        activation_fn=settings.get("activation_fn", "gelu"),
+        average_top_k_layers=min(layers, ModelConfig.average_top_k_layers),
+    )
     heads = attention_heads or settings.get("attention_heads")
     if not heads:
         heads = max(4, seen["embed_dim"] // 64)  # 64 channels each, as in all published sizes, or a small model's four
         note = f"note: {path} does not say how many attention heads it has; taking {heads} (--attention_heads)"
         print(printable(note), file=sys.stderr)
     shape = ModelConfig(**seen, attention_heads=heads)
+    check_ranges(shape)
     shape.check()
     return shape
 
@@ -136,13 +159,14 @@ def hf_text_files(folder: Path, vocabulary: int) -> dict[str, bytes]:
                     f"{folder / 'tokenizer.json'}: a {made['type']} tokenizer without vocab.json beside it"
                 )
             symbols, files = {i: word for word, i in made["vocab"].items()}, {}
+        rows = [symbols.get(i, f"unused{i}") for i in range(len(SPECIAL), vocabulary)]
+        files["dict.txt"] = "".join(f"{symbol} 0\n" for symbol in rows).encode()
+        return files
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise InputError(
             f"{folder}: no tokenizer that can be read ({getattr(e, 'strerror', None) or e}); give --dict F, and for a"
             " BPE --encoder_json F --vocab_bpe F"
         ) from None
-    rows = [symbols.get(i, f"unused{i}") for i in range(len(SPECIAL), vocabulary)]
-    return {"dict.txt": "".join(f"{symbol} 0\n" for symbol in rows).encode(), **files}
 
 
 def prepare_text(cfg, source: Pretrained) -> tuple[Dictionary, Tokenizer | None, dict[str, bytes]]:
@@ -166,8 +190,13 @@ def prepare_text(cfg, source: Pretrained) -> tuple[Dictionary, Tokenizer | None,
         return dictionary, tokenize, {name: path.read_bytes() for name, path in paths.items()}
 
 
-def write_text_files(folder: Path, contents: dict[str, bytes]):
-    """Put the tokenizer's files beside the fine-tuned checkpoint, which can then read raw text."""
+def write_text_files(folder: Path, contents: dict[str, bytes], replace: bool):
+    """Put the tokenizer's files beside the fine-tuned checkpoint, which can then read raw text. replace: what is there
+    is an older fine-tuning's. Raises InputError if it may be someone's."""
+    for name in () if replace else TEXT_FILES:
+        path = folder / name
+        if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == contents.get(name)):
+            raise InputError(f"--save_dir {folder} holds another {name}; choose another folder")
     for name in TEXT_FILES:
         (folder / name).unlink(missing_ok=True)
         if name in contents:
