@@ -8,9 +8,12 @@ import glob
 import importlib.util
 import os
 import platform
+import re
+import resource
 import sys
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
+from pathlib import Path
 
 # torch_npu hooks itself into `import torch`, and where its driver is missing that import fails. It is imported by name
 # below instead. Must come before the first import of torch.
@@ -129,14 +132,12 @@ class Device:
         """Bytes that the device has in all, also those in use."""
         if hasattr(self._module, "mem_get_info"):
             return self._module.mem_get_info()[1]
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # of the host
+        return _host_memory()
 
     def peak_memory(self) -> int:
         """Bytes: the allocator's peak on an accelerator, the process's peak resident size on a CPU."""
         if self.type != "cpu":
             return self._module.max_memory_allocated()
-        import resource
-
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def reset_peak_memory(self):
@@ -202,6 +203,19 @@ class Device:
     def close(self):
         if self.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _host_memory(root: str = "/") -> int:
+    """Bytes that this process can have on the host: all of them, or what its container (cgroup) or ulimit -v allows."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), resource.getrlimit(resource.RLIMIT_AS)[0]]
+    with contextlib.suppress(OSError):
+        mine = re.search("^0::(.*)$", Path(root, "proc/self/cgroup").read_text(), re.M)
+        own = Path(root, "sys/fs/cgroup" + (mine[1] if mine else "/"))
+        for folder in (own, *own.parents, Path(root, "sys/fs/cgroup/memory")):
+            for name in ("memory.max", "memory.limit_in_bytes"):  # of versions 2 and 1
+                with contextlib.suppress(OSError, ValueError):  # 'max' is no limit
+                    limits.append(int((folder / name).read_text()))
+    return min(limit for limit in limits if limit > 0)  # -1: no limit
 
 
 def open_device(cfg: DeviceConfig) -> Device:

@@ -131,6 +131,8 @@ def whole(path):
     """Yields a fresh name next to `path`. The file or folder made there replaces `path` when the block ends, and is
     removed if the block fails."""
     path = Path(os.path.abspath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):  # /dev/null would become a file
+        raise OSError(errno.EEXIST, "is neither a file nor a folder", str(path))
     part = path.with_name(f"{path.stem}.{secrets.token_hex(4)}{path.suffix}.tmp")
     try:
         yield part
@@ -138,8 +140,10 @@ def whole(path):
             _sync(written)
         os.replace(part, path)
         _sync(path.parent)  # the rename itself
-    except BaseException:
+    except BaseException as e:
         shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.filename in (None, str(part)):
+            e.filename = str(path)  # on a full disk Python names no file
         raise
 
 
@@ -213,6 +217,13 @@ def read(path) -> dict:
     """The dict that torch.save wrote at `path`. No code runs from the file, and every tensor is an ordinary one on the
     CPU. Raises InputError."""
     path = Path(path)
+    if path.is_dir():
+        what = "a folder without a checkpoint; a run's --save_dir holds checkpoint_last.pt"
+        if (path / "config.json").is_file():
+            what = f"a Hugging Face folder; convert it: python convert.py --from hf --ckpt {path} --to native FILE.pt"
+        if found := candidates(path):
+            what = f"a folder; it holds {found[0].name}: give {found[0]}"
+        raise InputError(f"{path}: {what}")
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
     try:
@@ -226,6 +237,9 @@ def read(path) -> dict:
     except Exception as e:  # torch raises many kinds for a damaged or foreign file
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         first = "a pickle, but not torch's" if isinstance(e, pickle.UnpicklingError) else first[:200]
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if file.read(1) not in (b"P", b"\x80"):  # of a zip, of a pickle
+                first = "torch.save has not written it"
         raise InputError(f"{path}: cannot be read as a checkpoint: {first}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")

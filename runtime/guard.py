@@ -157,12 +157,12 @@ class Health:
         self.half_collapsed = bool(signs)
 
 
-def check_memory(cfg: ModelConfig, vocabulary_size: int, device: Device, trained: bool = False):
-    """Raise InputError if not even the weights of student and teacher fit the device's memory, or, if they are to be
-    trained, the gradients and Adam's two moments beside them; all are float32."""
+def check_memory(cfg: ModelConfig, vocabulary_size: int, device: Device, copies: int = 2):
+    """Raise InputError if so many float32 copies of the weights do not fit the device's memory: student and teacher,
+    and to train them also gradients and Adam's two moments."""
     C, F = cfg.embed_dim, cfg.ffn_embed_dim
     weights = (vocabulary_size + cfg.max_source_positions) * C + cfg.layers * (4 * C * C + 2 * C * F)  # and few more
-    needed, there = weights * (20 if trained else 8), device.memory()
+    needed, there = weights * 4 * copies, device.memory()
     if needed > there:
         raise InputError(
             f"too large for this {device.type}: {weights:,} weights need {needed / 2**30:,.1f} GiB, its memory is"

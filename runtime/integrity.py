@@ -1,5 +1,6 @@
 """What a checkpoint file must be before its content is used: whole, bounded, and of the types that a run writes."""
 
+import math
 import zipfile
 from pathlib import Path
 
@@ -30,9 +31,7 @@ ENTRIES = dict(
         data={str: SCALAR},
         **{name: (*NUMBER, NONE) for name in ("best_gain?", "first_target_var?")},  # 0.1.0 saved neither
     ),
-    log=dict(
-        updates=[dict(number=COUNT, loss=NUMBER, gnorm=NUMBER, counts=[COUNT] * 3)], skipped=[bool], seconds=NUMBER
-    ),
+    log=dict(updates=[dict(number=COUNT, loss=float, gnorm=float, counts=[COUNT] * 3)], skipped=[bool], seconds=NUMBER),
     # of a file that convert.py made from one of fairseq's: what only fairseq has a place for
     **{"fairseq?": {"param_group": dict, str: object}},
     # of a file that finetune.py wrote: texts is 2 for pairs, labels None for a regression
@@ -69,7 +68,7 @@ def check_values(content: dict, path):
 
     A shared part counts each time, because whoever walks the tree visits it each time.
     """
-    nodes, count = [(content, 0)], 0
+    nodes, count, shown, held = [(content, 0)], 0, 0, {}
     while nodes:
         node, depth = nodes.pop()
         count += 1
@@ -79,10 +78,15 @@ def check_values(content: dict, path):
             nodes += [(part, depth + 1) for entry in node.items() for part in entry]
         elif isinstance(node, (list, tuple, set)):
             nodes += [(part, depth + 1) for part in node]
-        elif isinstance(node, torch.Tensor) and not is_ordinary(node):
-            raise InputError(f"{path}: holds a tensor that is not an ordinary one on the CPU")
+        elif isinstance(node, torch.Tensor):
+            if not is_ordinary(node):
+                raise InputError(f"{path}: holds a tensor that is not an ordinary one on the CPU")
+            shown += node.numel() * node.element_size()
+            held[node.untyped_storage().data_ptr()] = node.untyped_storage().nbytes()
         elif isinstance(node, int) and node.bit_length() > 64:  # Python refuses to print a very long one
             raise InputError(f"{path}: holds an integer of {node.bit_length()} bits")
+    if shown > 4 * sum(held.values()):  # tied weights are one thing, a small file that fills the memory another
+        raise InputError(f"{path}: its tensors have {shown:,} bytes, but share {sum(held.values()):,}")
 
 
 def is_ordinary(tensor: torch.Tensor) -> bool:
@@ -104,6 +108,14 @@ def check_entries(content: dict, path):
             if name not in content:
                 raise InputError(f"{path}: damaged: no {name} in it")
             raise InputError(f"{path}: damaged: its {name} is not what a run writes there")
+    log, progress, made = content["log"], content["progress"], content.get("classifier", {})
+    for entry, is_right in (
+        ("log", len(log["skipped"]) == len(log["updates"])),  # a flag for each update
+        ("progress", progress["skipped"] <= progress["num_updates"]),  # a skipped update is one, too
+        ("classifier", made.get("labels") != [] and 0 < made.get("label_scale", 1) < math.inf),
+    ):
+        if not is_right:
+            raise InputError(f"{path}: damaged: its {entry} is not what a run writes there")
     try:
         torch.Generator().set_state(content["rng"]["cpu"])
     except (TypeError, RuntimeError):

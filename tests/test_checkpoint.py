@@ -177,9 +177,9 @@ def test_a_users_own_tmp_file_is_neither_removed_nor_written_through(tmp_path):
 
 def test_a_resume_tries_checkpoints_from_the_most_updates_whatever_their_times(tmp_path):
     names = {"best": 15, "3_20": 20, "1_5": 5, "2_10": 10, "last": 1}
-    for time, (name, updates) in enumerate(names.items()):
+    for later, (name, updates) in enumerate(names.items()):
         checkpoint.save(small_content(updates), tmp_path / f"checkpoint_{name}.pt")
-        os.utime(tmp_path / f"checkpoint_{name}.pt", (10**9 - updates + time, 10**9 - updates))
+        os.utime(tmp_path / f"checkpoint_{name}.pt", (10**9 - updates + later, 10**9 - updates))
     (tmp_path / "checkpoint_odd.pt").write_text("not a checkpoint")
     found = [path.stem.removeprefix("checkpoint_") for path in checkpoint.candidates(tmp_path)]
     assert found == ["last", "3_20", "best", "2_10", "1_5", "odd"]

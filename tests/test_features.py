@@ -101,6 +101,53 @@ def test_an_endless_line_takes_little_memory_and_is_cut_as_any_other(tmp_path, m
     assert (tmp_path / "long.npy").read_bytes() == (tmp_path / "short.npy").read_bytes()
 
 
+class Endless(io.RawIOBase):
+    """A line that ends after so many bytes, as a pipe gives it."""
+
+    def __init__(self, text: bytes, size: int):
+        self.text, self.left = text, size
+
+    def readable(self):
+        return True
+
+    def readinto(self, into):
+        size = min(len(into), self.left, len(self.text))
+        into[:size], self.left = self.text[:size], self.left - size
+        return size
+
+
+def test_an_endless_line_on_standard_input_is_not_held(tmp_path, model, monkeypatch, capsys):
+    text = b"w1 w2 w3 " * 1000
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Endless(text, 300 << 20))))
+    tracemalloc.start()
+    done = json.loads(compute(model, "-", tmp_path / "f.npy", "--json"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (done["lines"], done["cut"], done["tokens"]) == (1, 1, BLOCK) and peak < 50e6
+    assert "standard input, line 1: longer than 256 KiB; the rest of it is left out" in capsys.readouterr().err
+    monkeypatch.setattr(features, "ENDLESS", 1 << 20)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Endless(bytes(4096), 1 << 40))))
+    with pytest.raises(InputError, match="standard input, line 1: longer than 0 GiB; not a text"):
+        compute(model, "-", tmp_path / "g.npy")
+
+
+def test_a_cut_line_may_end_within_a_character_and_the_next_line_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "BYTES", 8)
+    (tmp_path / "text").write_bytes("\ufeff中中中\n1234567\n12345678\nlast".encode())
+    lines = [line for part in features.read_lines(str(tmp_path / "text")) for line in part]
+    assert lines == ["中", "1234567", "12345678", "last"]
+
+
+def test_the_share_of_unknown_words_is_told(tmp_path, model, capsys):
+    (tmp_path / "text").write_text("w1 w2 w3 other\n\nw4\n")
+    assert json.loads(compute(model, tmp_path / "text", tmp_path / "f.npy", "--json"))["unknown"] == 0.2
+    assert ", 20.0% <unk>, " in compute(model, tmp_path / "text", tmp_path / "f.npy")
+    assert "unk" not in capsys.readouterr().err
+    (tmp_path / "text").write_text("w1 w2 other\n")
+    compute(model, tmp_path / "text", tmp_path / "f.npy")
+    assert "warning: 33% of the tokens are <unk>: the model does not know this text" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [

@@ -8,6 +8,7 @@ import zipfile
 import pytest
 import torch
 
+import convert
 import eval as evaluation
 import train
 from config import InputError
@@ -251,3 +252,24 @@ def test_moments_are_those_of_exactly_the_parameters_finite_and_copied_into_memo
     state[1]["exp_avg"] = torch.full(SHAPE, float("nan"))
     with pytest.raises(InputError, match="exp_avg of parameter 1 is not finite"):
         checkpoint.checked_moments(state, shapes, "x.pt")
+
+
+def test_counts_that_contradict_each_other_are_damage_in_one_line(tmp_path):
+    update = dict(number=1, loss=0.1, gnorm=0.1, counts=[1, 2, 3])
+    progress = small_content(3)["progress"]
+    for entry, value in (
+        ("log", {"updates": [update], "skipped": [], "seconds": 0.0}),  # a flag is missing
+        ("log", {"updates": [{**update, "loss": 2**63}], "skipped": [False], "seconds": 0.0}),
+        ("progress", {**progress, "skipped": 4}),  # of three updates
+    ):
+        checkpoint.save({**small_content(3), entry: value}, tmp_path / "x.pt")
+        with pytest.raises(InputError, match=rf"x\.pt: damaged: its {entry} is not"):
+            checkpoint.load(tmp_path / "x.pt")
+
+
+def test_a_width_whose_matrices_no_memory_can_hold_is_refused_by_a_conversion(saved, tmp_path):
+    made = {k: v for k, v in checkpoint.load(saved / "checkpoint_last.pt").content.items() if k != "format"}
+    made["config"]["embed_dim"] = 2147483640
+    checkpoint.save(made, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="--embed_dim 2147483640: must be at most"):
+        convert.main(["--ckpt", str(tmp_path / "x.pt"), "--to", "native", str(tmp_path / "y.pt")])

@@ -4,6 +4,7 @@ Rows are float32, one for each line, or without pooling one for each token; line
 offsets[i + 1]. As in training a line begins with `<s>` and ends with `</s>`, and both count as tokens.
 """
 
+import codecs
 import contextlib
 import sys
 import time
@@ -15,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import InputError
-from dataset.binarized import BOS, EOS, PAD
+from dataset.binarized import BOS, EOS, PAD, UNK
+from dataset.files import note, without_mark
 from device import Device
 from model import Encoder
 from runtime import checkpoint
@@ -23,9 +25,11 @@ from runtime import checkpoint
 POOLS = {
     "mean": lambda x, real: (x * real[:, :, None]).sum(1) / real.sum(1, keepdim=True),  # over the tokens
     "cls": lambda x, real: x[:, 0],  # at <s>
-    "none": lambda x, real: x[real],
+    "none": lambda x, real: x,
 }
-BYTES = 1 << 18  # of text that is read, sorted by length, and written at a time
+BYTES = 1 << 18  # of text that is read, sorted by length, and written at a time; a line that is longer is cut there
+ENDLESS = 1 << 30  # bytes without a line end that are no text
+MANY_UNKNOWN = 0.2  # share of <unk> above which a warning is due
 
 
 class Rows:
@@ -45,21 +49,35 @@ class Rows:
         self.count += len(rows)
 
 
+def read_line(file, where: str) -> bytes:
+    """The next line, of a longer one only the first BYTES; b"" at the end. Raises InputError if it does not end."""
+    line = rest = file.readline(BYTES)
+    skipped = 0
+    while len(rest) == BYTES and not rest.endswith(b"\n"):
+        rest = file.readline(BYTES)
+        skipped += len(rest)
+        if skipped > ENDLESS:
+            raise InputError(f"{where}: longer than {ENDLESS >> 30} GiB; not a text")
+    if skipped > 1:  # more than its line end
+        note(f"{where}: longer than {BYTES >> 10} KiB; the rest of it is left out")
+    return line
+
+
 def read_lines(source: str):
     """Yield lists of lines of a file, or of standard input for '-'. Raises InputError if they are not UTF-8."""
     if source != "-" and not Path(source).is_file():  # a pipe that nobody writes to would be waited for
         why = "not a file (- reads standard input)" if Path(source).exists() else "no such file"
         raise InputError(f"--features {source}: {why}")
-    file = sys.stdin.buffer if source == "-" else open(source, "rb")
-    lines, size = [], 0
+    file, name = (sys.stdin.buffer, "standard input") if source == "-" else (open(source, "rb"), source)
+    lines, size, number = [], 0, 1
     with file if source != "-" else contextlib.nullcontext():
-        for number, line in enumerate(file, 1):
-            try:
-                lines.append(line.decode("utf-8").removesuffix("\n"))
+        while line := read_line(file, f"{name}, line {number}"):
+            try:  # where a line was cut, so may be its last character
+                text = codecs.getincrementaldecoder("utf-8")().decode(line, final=len(line) < BYTES)
             except UnicodeDecodeError as e:
-                name = "standard input" if source == "-" else source
                 raise InputError(f"{name}, line {number}: not UTF-8 at byte {e.start} of the line") from None
-            size += len(line)
+            lines.append((without_mark(text, name) if number == 1 else text).removesuffix("\n"))
+            size, number = size + len(line), number + 1
             if size >= BYTES:
                 yield lines
                 lines, size = [], 0
@@ -84,13 +102,13 @@ def encode(encoder: Encoder, device: Device, rows: list, layer: int, pool: str, 
         tokens = np.full((len(batch), longest), PAD, np.int64)
         for place, i in zip(tokens, batch):
             place[: lengths[i]] = rows[i]
+        padded = bool((tokens == PAD).any())  # also where fairseq's dictionary of words found <pad> in the text
         tokens = device.tensor(tokens)
         with device.autocast():
-            states: list[Tensor] = encoder.hidden_states(tokens, padded=bool(lengths[batch[-1]] < longest))
+            states: list[Tensor] = encoder.hidden_states(tokens, padded=padded)
         vectors = POOLS[pool](states[layer].float(), tokens != PAD).cpu().numpy()
-        parts = np.split(vectors, np.cumsum(lengths[batch])[:-1]) if pool == "none" else vectors
-        for i, part in zip(batch, parts):
-            found[i] = part
+        for i, vector in zip(batch, vectors):
+            found[i] = vector[: lengths[i]] if pool == "none" else vector
     return found
 
 
@@ -110,18 +128,18 @@ def write(encoder: Encoder, device: Device, tokenize, source: str, out: str, lay
     if not Path(out).absolute().parent.is_dir():
         raise InputError(f"--out {out}: no such folder")
     encoder.eval()
-    offsets, lines, cut, begin = [0], 0, 0, time.perf_counter()
+    offsets, lines, cut, unknown, begin = [0], 0, 0, 0, time.perf_counter()
     with contextlib.ExitStack() as stack:
         rows = Rows(open(stack.enter_context(checkpoint.whole(out)), "wb"), encoder.embed_tokens.embedding_dim)
         stack.callback(rows.file.close)
         with tqdm(unit=" lines", disable=None, file=sys.stderr) as bar:
             for chunk in read_lines(source):
                 blocks = []
-                # an endless line must not cost memory for what is cut off below
-                for tokens in tokenize([tokenize.head(line, cfg.tokens_per_sample) for line in chunk]):
+                for tokens in tokenize(chunk):
                     if 1 + len(tokens) > cfg.tokens_per_sample:
                         tokens, cut = np.append(tokens[: cfg.tokens_per_sample - 2], EOS), cut + 1
                     blocks.append(np.insert(tokens, 0, BOS))
+                    unknown += int((tokens == UNK).sum())
                 found = encode(encoder, device, blocks, layer, pool, cfg.max_tokens)
                 rows.add(np.concatenate(found) if pool == "none" else np.stack(found))
                 offsets.extend(offsets[-1] + np.cumsum([len(block) for block in blocks]))
@@ -139,12 +157,16 @@ def write(encoder: Encoder, device: Device, tokenize, source: str, out: str, lay
             f"warning: {cut:,} of {lines:,} lines were longer than {cfg.tokens_per_sample} tokens and were cut there",
             file=sys.stderr,
         )
+    share = unknown / max(1, int(offsets[-1]) - 2 * lines)
+    if share > MANY_UNKNOWN:
+        print(f"warning: {share:.0%} of the tokens are <unk>: the model does not know this text", file=sys.stderr)
     seconds = time.perf_counter() - begin
     return dict(
         out=out,
         lines=lines,
         tokens=int(offsets[-1]),
         cut=cut,
+        unknown=share,
         width=rows.width,
         pool=pool,
         layer=layer % (layers + 1),
