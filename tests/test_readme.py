@@ -11,6 +11,7 @@ import importlib
 import io
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -227,6 +228,12 @@ def test_the_commands_run_in_order_and_leave_the_files_they_promise(tmp_path, mo
         assert found["states"].shape[1] == len("<s> how to write a loop </s>".split())
     else:
         packages.add("transformers")
+    if shutil.which("git"):
+        shutil.copy(HERE / ".gitignore", tmp_path)
+        subprocess.run(["git", "init", "--quiet"], check=True)
+        shown = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout.splitlines()
+        made = {line[3:].rstrip("/") for line in shown} - {path.name for path in HERE.iterdir()}
+        assert made == {"bin", "bpe"}  # those of this test; what a reader puts here or makes is ignored
     if packages:
         pytest.skip(f"all ran except what needs {', '.join(sorted(packages))}")
 
@@ -237,7 +244,10 @@ def test_every_program_prints_its_version_and_the_changelog_begins_with_it(monke
         with pytest.raises(SystemExit, match="^0$"):
             module.main()
         assert capsys.readouterr().out == f"data2vec-text {config.VERSION}\n", module
-    assert re.search(r"^## ([\d.]+),", PAGES["docs/changelog.md"], re.M)[1] == config.VERSION
+    newest = re.search(r"^## ([\d.]+), ([\d-]+)$", PAGES["docs/changelog.md"], re.M)
+    assert newest[1] == config.VERSION
+    cited = (HERE / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {newest[1]}\ndate-released: {newest[2]}\n" in cited
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -288,13 +298,14 @@ def test_links_and_tests_that_a_page_names_exist(name):
 
 @pytest.fixture(scope="module")
 def known_flags() -> dict[str, set]:
-    """The flags in each program's --help."""
+    """The flags in each program's --help_all, or --help."""
     found = {}
     for name, module in PROGRAMS.items():
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-            patch.setattr(sys, "argv", [name, "--help"])
-            with pytest.raises(SystemExit):
-                module.main()
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+            for word in ("--help_all", "--help"):
+                with pytest.MonkeyPatch.context() as patch, pytest.raises((SystemExit, InputError)):
+                    patch.setattr(sys, "argv", [name, word])
+                    module.main()
         found[name] = set(re.findall(r"^  (?:-\w, )?--(\w+)", out.getvalue(), re.M))
     return found
 
@@ -310,9 +321,9 @@ def test_flags_that_a_page_names_exist(name, known_flags):
 
 
 def test_the_readmes_are_short_name_every_file_and_room_and_link_every_page():
-    files = {path.name for suffix in ("py", "sh", "md") for path in HERE.glob(f"*.{suffix}")}
+    files = {path.name for suffix in ("py", "sh", "md", "toml", "cff") for path in HERE.glob(f"*.{suffix}")}
     files |= {path.name for path in HERE.glob("requirements*.txt")} | {"LICENSE"}
-    rooms = {f"{path.parent.name}/" for path in HERE.glob("[a-z]*/*") if path.suffix in (".py", ".md")}
+    rooms = {f"{path.parent.name}/" for path in HERE.glob("[a-z]*/*") if path.suffix in (".py", ".md", ".sh")}
     for name in (README, CHINESE):
         rows = re.findall(r"^\| (`[^|]+) \|", PAGES[name].split("\n## ")[-1], re.M)
         assert sorted(re.findall(r"`([^`]+)`", "".join(rows))) == sorted(files | rooms)
