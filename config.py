@@ -364,7 +364,7 @@ def program(main):
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        sys.exit(main())
+        leave(main())
     except BrokenPipeError:  # `... | head`
         sys.stderr.close()
         sys.exit(141)
@@ -387,7 +387,13 @@ def program(main):
 def end(code: int, text: str):
     """Exit with one line on stderr."""
     print(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr)
-    if "MASTER_ADDR" in os.environ:  # torch's threads sometimes abort at a worker's exit after another one has ended
+    leave(code)
+
+
+def leave(code: int):
+    """Exit. A worker leaves at once, since a thread of torch.distributed that asks for Python's lock while Python ends
+    aborts the process (SIGABRT), now and then and also after a good run."""
+    if "MASTER_ADDR" in os.environ:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -200,3 +200,21 @@ def test_a_worker_that_does_not_answer_ends_the_others_in_one_line(corpus_dir, t
     assert ends[0] == (said, 1)
     assert re.search("^-c: stopped: worker 1: another worker ended", ends[1][0], re.M) and ends[1][1] == 1
     assert checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"] == 2
+
+
+@pytest.mark.parametrize("ending, code", [("pass", 0), ("raise config.RunError('no')", 1)])
+def test_a_worker_leaves_before_python_ends_since_torchs_threads_may_abort_it_there(ending, code):
+    program = (
+        "import atexit, os, config\n"
+        "atexit.register(os.write, 2, b'AT EXIT')\n"
+        "def main():\n"
+        "    print('the last line')\n"
+        f"    {ending}\n"
+        "    return 0\n"
+        "config.program(main)"
+    )
+    for address, written in (("127.0.0.1", False), (None, True)):
+        env = {k: v for k, v in os.environ.items() if k != "MASTER_ADDR"} | (address and {"MASTER_ADDR": address} or {})
+        done = subprocess.run([sys.executable, "-c", program], cwd=HERE, env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (code, "the last line\n")
+        assert ("AT EXIT" in done.stderr) is written
