@@ -240,22 +240,20 @@ def write_split(steps: Steps, split: str, names: list[str], pool: Pool, made_fro
 
 
 def parse(argv: list | None) -> argparse.Namespace:
-    parser = config.Parser(
-        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    parser = config.Parser(description=__doc__, allow_abbrev=False, formatter_class=config.Formatter)
+    add, number = parser.add_argument, dict(type=config.whole_number, metavar="N")
     for split in reversed(SPLITS):
         add(f"--{split}", nargs="+", default=[], metavar="F", help=f"text of the {split} split")
     add("--dest", required=True, metavar="DIR", help="folder to write to")
     add("--bpe", required=True, choices=("gpt2", "train", "none"), help="how text becomes tokens, see above")
     add("--encoder_json", metavar="F", help="GPT-2's encoder.json")
     add("--vocab_bpe", metavar="F", help="GPT-2's vocab.bpe")
-    add("--vocab_size", type=config.whole_number, help="tokens of a trained BPE, 256 single bytes included [32000]")
-    add("--bpe_sample_mb", type=config.whole_number, help="MB of text, at most, that a BPE is trained on [20]")
+    add("--vocab_size", help="tokens of a trained BPE, 256 single bytes included [32000]", **number)
+    add("--bpe_sample_mb", help="MB of text, at most, that a BPE is trained on [20]", **number)
     add("--dict", metavar="F", help="use this dict.txt instead of building one")
-    add("--nwords", type=config.whole_number, help="most symbols in a built one, 4 special ones included [no limit]")
-    add("--threshold", type=config.whole_number, help="least occurrences of a symbol in a built dictionary [0]")
-    add("--workers", type=config.whole_number, default=min(16, os.cpu_count() or 1), help="processes [%(default)s]")
+    add("--nwords", help="most symbols in a built one, 4 special ones included [no limit]", **number)
+    add("--threshold", help="least occurrences of a symbol in a built dictionary [0]", **number)
+    add("--workers", default=min(16, os.cpu_count() or 1), help="processes [%(default)s]", **number)
     add("--overwrite", action="store_true", help="remove the dataset in DIR and start over")
     argv = sys.argv[1:] if argv is None else argv  # --encoder-json is --encoder_json
     args = parser.parse_args([re.sub("(?<=^--)[^=]*", lambda m: m[0].replace("-", "_"), word) for word in argv])

@@ -9,8 +9,13 @@ import sys
 import pytest
 
 import config
+import convert
+import finetune
+import preprocess
+import tools.dataset
 import train
 from tests.helpers import HERE
+from tools import plot, reviews
 
 
 @pytest.fixture
@@ -43,6 +48,14 @@ def test_help_and_mistakes_are_answered_before_torch_is_imported(without_torch, 
         assert result.returncode == 0 and result.stdout.startswith(f"usage: {program}") and not result.stderr
         width = max(map(len, result.stdout.splitlines()))
         assert width < 80 and (len(result.stdout.splitlines()) <= config.HELP_LINES) == (flag == "--help")
+
+
+@pytest.mark.parametrize("program", [convert, finetune, plot, preprocess, reviews, tools.dataset])
+def test_the_help_of_every_program_fits_80_columns(program, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="^0$"):
+        program.main(["--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 80
 
 
 def test_train_refuses_what_does_not_fit_together_before_torch_is_imported(without_torch):
