@@ -212,8 +212,8 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
             total += loss.detach()
             last = prediction.detach(), target
 
+    run.clock.look()  # before the step: a worker lost here must find the weights as they were
     step = run.optimizer.step(lr, run.num_updates, total, count(batches, cfg.model))
-    run.clock.look()
     if step is None:
         return None
     run.num_updates += 1

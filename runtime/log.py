@@ -27,7 +27,9 @@ from runtime.progress import Bar
 from runtime.quality import moments, quality
 
 # what a row has and a printed line has not
-HIDDEN = re.compile("num_updates|sample_size|nsentences|ntokens|wall|cosine_constant|valid_(r2|loss|gain|beyond)_.*")
+HIDDEN = re.compile(
+    "num_updates|sample_size|nsentences|ntokens|wall|hours|cosine_constant|valid_(r2|loss|gain|beyond)_.*"
+)
 PULSE = 30  # seconds between two signs of life where there is no bar, until the first row
 KNOWN = 20, 10  # updates, or seconds, after which the speed of a run is known
 NAMES = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
@@ -127,7 +129,7 @@ class Log:
         if self.last_update > self.updates and count >= 2 and (count >= KNOWN[0] or seconds >= KNOWN[1]):
             each, self._ends = seconds / count, None
             left = self._left(each)
-            by = "max_update" if left == (self.last_update - self.updates) * each else "max_hours"
+            by = "max_hours" if left < (self.last_update - self.updates) * each else "max_update"
             where = f"this {NAMES[self.device.type]}"
             if self.device.world_size > 1:
                 where = f"these {self.device.world_size} {NAMES[self.device.type]}s"
@@ -281,7 +283,7 @@ def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
     log.say(f"{device.world_size} x {device.type} ({device.name}), amp {device.amp_name} | {parameters:,} parameters")
     passes = updates / an_epoch / len(cfg.data.data_path.split(":"))  # inf for a run by the clock
     read = f"{100 * passes:.2g}% of the text" if passes < 0.995 else f"the text {passes:,.{passes < 10:d}f} times"
-    what = f"{t.max_hours:g} hours" if math.isinf(updates) else f"{updates:,} updates read {read}"
+    what = duration(3600 * t.max_hours) if math.isinf(updates) else f"{updates:,} updates read {read}"
     log.say(f"{len(train.lengths):,} blocks in {len(train.batch_ends):,} batches an epoch; {what}")
     too_long, remainder = train.dropped_tokens()
     percent = 100 * (too_long + remainder) / max(1, train.stream.tokens)

@@ -146,6 +146,19 @@ def test_the_guards_wait_for_the_end_of_the_warm_up_by_the_clock():
             health.check_variance(row, None)
 
 
+def test_a_worker_that_is_lost_while_the_clocks_are_compared_leaves_the_weights_as_they_were(corpus_dir, monkeypatch):
+    run, dataset = make_run(corpus_dir, max_hours=1)
+    before = [p.clone() for p in run.weights.parameters]
+
+    def lost(clock):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(Clock, "look", lost)
+    with pytest.raises(RuntimeError):
+        train.update(run, [dataset.batch(dataset.epoch_batches(1)[0], 1)])
+    assert run.num_updates == 0 and all(map(torch.equal, run.weights.parameters, before))
+
+
 def test_the_bar_expects_the_update_that_the_pace_so_far_leads_to(tmp_path):
     clock = Clock(CPU, settings("--data_path x --max_hours 8").train)
     log = Log(CPU, tmp_path / "train.jsonl", clock=clock)
