@@ -36,49 +36,16 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch.profiler writes two
 # must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 from device import Device, open_device  # isort: split
 
-import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from data import Batch, Corpus
-from dataset.binarized import PAD
-from model import ModelConfig
+from data import Corpus
+from runtime.flops import update_flops
 from runtime.guard import check_memory
 from runtime.progress import Bar
 from train import PARTS, Config, Run, turns, update
 
 PARTS_OF_AN_UPDATE = ("data", "teacher", "student", "backward", "optimizer", "ema")  # as train.update names them
-
-
-def encoder_flops(lengths: np.ndarray, wanted: np.ndarray, cfg: ModelConfig) -> float:
-    """Forward FLOPs of one encoder over blocks of (B,) lengths; its last layer is wanted at (B,) places of them."""
-    n, m, C = lengths.astype(np.float64), wanted.astype(np.float64), cfg.embed_dim
-
-    def layer(q):
-        return float((n * 6 * C**2 + 4 * n**2 * C + q * (2 * C**2 + 4 * C * cfg.ffn_embed_dim)).sum())
-
-    return (cfg.layers - 1) * layer(n) + layer(m)
-
-
-def update_flops(batches: list[Batch], run: Run) -> float:
-    """Model FLOPs of one update. Of a block of n tokens, m of them masked, for width C, feed-forward width F, L layers:
-
-    layer(n, q)   = n * 6 C^2 + 4 n^2 C + q * (2 C^2 + 4 C F)    queries, keys, values; attention; output, feed-forward
-    encoder(n, m) = (L - 1) * layer(n, n) + layer(n, m)      what follows the last attention: at masked places only
-    update        = 3 * (encoder(student's n, m) + head) + encoder(teacher's n, m)    forward + backward; forward
-
-    A multiply-add is 2 FLOPs; padding does not count. head = 2 * (its weights) * m.
-    """
-    head = 2 * sum(p.numel() for p in run.student.regression_head.parameters() if p.ndim == 2)
-    total = 0.0
-    for batch in batches:
-        student, teacher = ((tokens != PAD).sum(1) for tokens in (batch.source, batch.target))
-        masked = np.bincount(batch.masked // batch.source.shape[1], minlength=len(student))
-        total += 3 * (encoder_flops(student, masked, run.cfg.model) + head * batch.sample_size)
-        # with teacher_input=masked, every position of the teacher's input is a target
-        wanted = masked if run.cfg.data.teacher_input == "full" else teacher
-        total += encoder_flops(teacher, wanted, run.cfg.model)
-    return total
 
 
 class Matmuls:

@@ -46,9 +46,8 @@ PRESETS = {
         normalize_before=True, init="local", mlm_weight=1.0, loss_scale=0.2,
         average_top_k_layers=4, instance_norm_target_layer=True,
         ema_decay=1.0, ema_end_decay=0.999, ema_anneal_end_step=5000, ema_transformer_layers_only=False,
-        lr=2e-3, warmup_updates=200, max_update=2500,
-        log_interval=50, validate_interval_updates=625, probe_interval_updates=1250, validate_interval=0,
-        save_interval=0, save_interval_updates=0,
+        lr=2e-3, warmup_updates=200, max_update=2500, log_interval=50, validate_interval=0, save_interval=0,
+        validate_interval_updates=625, probe_interval_updates=1250, save_interval_updates=0,
     ),
 }
 # fmt: on
@@ -64,7 +63,7 @@ TITLES = {"DataConfig": "data", "ModelConfig": "model", "EmaConfig": "teacher", 
 TITLES["FinetuneConfig"] = "fine-tuning"
 HELP_LINES = 60  # of --help, which explains only these settings where not all fit
 OFTEN = "data_path tokens_per_sample max_tokens layers embed_dim ema_decay device amp lr warmup_updates max_update"
-OFTEN = f"{OFTEN} update_freq save_dir".split()
+OFTEN = f"{OFTEN} max_hours update_freq save_dir".split()
 
 
 class InputError(ValueError):
@@ -102,7 +101,7 @@ def option(default, help, low=None, high=None, above=None, below=None, choices=N
 
 
 def check_ranges(config):
-    """Raise InputError for the first field of the dataclass `config` that is outside its range."""
+    """Raise InputError for the first field of the dataclass `config` that is outside its range; else return it."""
     inside = {"at least": operator.ge, "at most": operator.le, "above": operator.gt, "below": operator.lt}
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), field.metadata["choices"]
@@ -118,6 +117,7 @@ def check_ranges(config):
             for bound, limit in field.metadata["bounds"].items():
                 if limit is not None and not inside[bound](part, limit):
                     raise InputError(f"--{field.name} {value}: must be {bound} {limit}")
+    return config
 
 
 def boolean(text: str) -> bool:
@@ -321,11 +321,11 @@ def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: d
     if exact is not None:
         plain = {name: fields[name].default for name in FAIRSEQ_EXACT if name in fields}
         values.update(FAIRSEQ_EXACT if exact else plain, fairseq_exact=exact)
+    if given.get("max_hours") and given["schedule_by"] in (None, "auto"):
+        given["schedule_by"] = "hours" if given["max_update"] is None else "updates"
     values.update({name: given.pop(name) for name in fields if given.get(name) is not None})
     names = [{field.name for field in dataclasses.fields(config)} & set(values) for config in configs]
-    instances = [config(**{name: values[name] for name in part}) for config, part in zip(configs, names)]
-    for instance in instances:
-        check_ranges(instance)
+    instances = [check_ranges(config(**{name: values[name] for name in part})) for config, part in zip(configs, names)]
     return instances, argparse.Namespace(**{name: value for name, value in given.items() if name not in fields})
 
 

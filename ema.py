@@ -19,7 +19,7 @@ class EmaConfig:
     )
 
 
-def decay_at(update: int, cfg: EmaConfig) -> float:
+def decay_at(update: float, cfg: EmaConfig) -> float:
     """Decay of the teacher's step after update number `update` (from 1)."""
     if update >= cfg.ema_anneal_end_step:
         return cfg.ema_end_decay

@@ -34,6 +34,8 @@ from fast.vectors import LongVectors, Separate
 from model import Data2VecText, ModelConfig, data2vec_loss, teacher_targets
 from optim import OptimConfig, Optimizer, Step
 from runtime import checkpoint, resume
+from runtime.clock import Clock
+from runtime.flops import update_flops
 from runtime.guard import GuardConfig, Health, Lock, Signals, check_memory, explained_out_of_memory
 from runtime.log import Log, describe_start
 from runtime.quality import verdict
@@ -47,6 +49,12 @@ class TrainConfig:
     lr: float = option(2e-4, "highest learning rate", low=0)
     warmup_updates: int = option(10000, "updates of linear warm-up", low=0)
     max_update: int = option(1_000_000, "updates in all; then the learning rate is 0", low=1)
+    max_hours: float = option(0.0, "stop after this many hours in all, with validation and saves (0: no limit)", low=0)
+    schedule_by: str = option(
+        "auto",
+        "what learning rate and teacher follow: updates, or hours where --max_hours is given and --max_update is not",
+        choices=("auto", "updates", "hours"),
+    )
     max_epoch: int = option(0, "stop after this many epochs (0: no limit)", low=0)
     update_freq: int = option(1, "batches that make one update, per worker", low=1)
     compile: bool = option(False, "let torch.compile fuse the layers; the first updates take a minute")
@@ -70,6 +78,8 @@ class TrainConfig:
     def check(self):
         if self.best_by == "probe" and not self.probe_interval_updates:
             raise InputError("--best_by probe needs --probe_interval_updates, the updates between two probes")
+        if self.schedule_by == "hours" and not self.max_hours:
+            raise InputError("--schedule_by hours needs --max_hours, the hours of the whole schedule")
         if not self.save_dir:
             raise InputError("--save_dir is empty; the current folder is called .")
 
@@ -104,7 +114,7 @@ class Config:
 PARTS = [part.type for part in dataclasses.fields(Config)]
 
 
-def lr_at(updates: int, cfg: TrainConfig) -> float:
+def lr_at(updates: float, cfg: TrainConfig) -> float:
     """Learning rate of the update that follows `updates` finished ones: linear warm-up from 0, then cosine to 0."""
     if updates < cfg.warmup_updates:
         return cfg.lr * updates / cfg.warmup_updates
@@ -129,6 +139,7 @@ class Run:
             for layer in (*self.student.encoder.layers, *self.teacher.layers):
                 layer.compile(dynamic=True)  # in place: names and weights stay what they are
         self.optimizer = Optimizer(self.weights, cfg.optim, device, cfg.train.update_freq)
+        self.clock = Clock(device, cfg.train)
         self.num_updates = self.teacher_updates = 0  # updates of the student, and those that the teacher has taken in
         self.epoch, self.batches_done = 1, 0  # the data position: batches of this worker done in this epoch
         self.best_loss = self.best_gain = self.first_target_var = None  # of the validations
@@ -143,7 +154,7 @@ class Run:
     def move_teacher(self):
         """Bring the teacher up to the student's updates, once for each."""
         if self.teacher_updates < self.num_updates:
-            ema.step(*self.weights.averaged, ema.decay_at(self.num_updates, self.cfg.ema), self.cfg.ema)
+            ema.step(*self.weights.averaged, ema.decay_at(self.clock.at(self.num_updates), self.cfg.ema), self.cfg.ema)
             self.teacher_updates = self.num_updates
 
     def load(self, student: dict, teacher: dict | None, path):
@@ -153,8 +164,8 @@ class Run:
         checkpoint.put(teacher or self.student.encoder.state_dict(), self.teacher, "the teacher", path)
 
     def is_finished(self) -> bool:
-        t = self.cfg.train
-        return self.num_updates >= t.max_update or 0 < t.max_epoch < self.epoch
+        over = self.num_updates >= self.clock.last_update or self.clock.left <= 0
+        return over or 0 < self.cfg.train.max_epoch < self.epoch
 
 
 @dataclass
@@ -177,12 +188,14 @@ class Update(Step):
     last_batch: tuple | None  # (prediction, target) of the last batch; the log clears it after use
     lr: float
     ema_decay: float  # of the step that made this update's teacher
+    flops: float  # of this worker
 
 
 def update(run: Run, batches: list[Batch]) -> Update | None:
     """One optimizer step over this worker's host batches. Returns None if float16 overflowed: then it was no update."""
     cfg, device = run.cfg, run.device
-    lr, decay = lr_at(run.num_updates, cfg.train), ema.decay_at(run.num_updates, cfg.ema)
+    at = run.clock.at(run.num_updates)  # what the schedules go by
+    lr, decay = lr_at(at, cfg.train), ema.decay_at(at, cfg.ema)
     run.seed_dropout()
     run.move_teacher()  # a no-op, unless fairseq_exact left it one update behind
 
@@ -199,16 +212,15 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
             total += loss.detach()
             last = prediction.detach(), target
 
+    run.clock.look()  # before the step: a worker lost here must find the weights as they were
     step = run.optimizer.step(lr, run.num_updates, total, count(batches, cfg.model))
     if step is None:
         return None
     run.num_updates += 1
     if not cfg.train.fairseq_exact:  # there the teacher waits for the next update, also while validating and saving
         run.move_teacher()
-    blocks = [int(i) for batch in batches for i in batch.ids]
-    return Update(
-        **vars(step), number=run.num_updates, epoch=run.epoch, blocks=blocks, last_batch=last, lr=lr, ema_decay=decay
-    )
+    done = dict(number=run.num_updates, epoch=run.epoch, lr=lr, ema_decay=decay, flops=update_flops(batches, run))
+    return Update(**vars(step), **done, blocks=[int(i) for batch in batches for i in batch.ids], last_batch=last)
 
 
 def count(batches: list[Batch], cfg: ModelConfig) -> torch.Tensor:
@@ -303,7 +315,7 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         device.barrier()  # rank 0 has prepared the directory
         check_memory(cfg.model, len(corpus.dictionary), device, copies=5)
         run = Run(cfg, device, len(corpus.dictionary))
-        log = Log(device, folder / "train.jsonl", t.tensorboard_logdir)
+        log = Log(device, folder / "train.jsonl", t.tensorboard_logdir, run.clock)
         stack.callback(log.close)
         found = None if args.no_resume else resume.find_checkpoint(folder, log.say)
         if found:
@@ -311,13 +323,13 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
             log.restore(found[1].content["log"])
         elif t.init_from:
             resume.init_from(run, corpus, checkpoint.load(t.init_from), t.init_from)
-        device.check_profile(t.npu_profile, run.num_updates, t.max_update)
+        device.check_profile(t.npu_profile, run.num_updates, run.clock.last_update)
         resume.check_agreement(run, corpus, fingerprint)  # and every worker has read what it needs
         if device.rank == 0 and args.no_resume:
             resume.remove(folder, "checkpoint_*.pt", "train.jsonl")  # only after every check has passed
         describe_start(run, dataset, log, found and found[0])
         profiled = stack.enter_context(device.profile(t.npu_profile, folder))
-        saves = Saves(run, corpus, fingerprint, log, Health(cfg.guard, t.warmup_updates, log.say))
+        saves = Saves(run, corpus, fingerprint, log, Health(cfg.guard, t.warmup_updates, log.say, run.clock.at))
         validation = None if t.disable_validation else Validation(run, corpus)
         return loop(run, corpus, validation, log, saves, signals, profiled)
 

@@ -126,7 +126,7 @@ INSTEAD = {
     "lr_scheduler.total_num_update": ("null", "--max_update is where the schedule ends"),
     "optimization.skip_remainder_batch": (False, "an epoch's last batches are always trained on"),
     "optimization.stop_min_lr": (-1, "--max_update or --max_epoch ends a run"),
-    "optimization.stop_time_hours": (0, "SIGTERM saves and ends a run: timeout 8h python train.py ..."),
+    "optimization.stop_time_hours": (0, "--max_hours H saves and ends a run"),
 }
 
 # hydra's null, where it is a value of ours.

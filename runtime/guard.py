@@ -99,9 +99,9 @@ class Unhealthy(Exception):
 class Health:
     """Watches figures that have been read anyway. Raises Unhealthy where the run must stop."""
 
-    def __init__(self, cfg: GuardConfig, warmup_updates: int, say):
-        """say(text) tells a person."""
-        self.cfg, self.warmup_updates, self.say = cfg, warmup_updates, say
+    def __init__(self, cfg: GuardConfig, warmup_updates: int, say, at=int):
+        """say(text) tells a person; at(updates) is where the schedules are then, as `Clock.at` tells."""
+        self.cfg, self.warmup_updates, self.say, self.at = cfg, warmup_updates, say, at
         self.skipped_in_row = self.collapsed_in_row = 0
         self.half_collapsed = False
 
@@ -127,7 +127,7 @@ class Health:
         wrong = [
             f"{name} {row[name]:.3g} is under --min_{name} {least:g}"
             for name, least in (("target_var", self.cfg.min_target_var), ("pred_var", self.cfg.min_pred_var))
-            if row["num_updates"] > self.warmup_updates and row[name] is not None and row[name] < least
+            if self.at(row["num_updates"]) > self.warmup_updates and row[name] is not None and row[name] < least
         ]
         self.collapsed_in_row = self.collapsed_in_row + 1 if wrong else 0
         if self.collapsed_in_row >= UNHEALTHY_INTERVALS:
@@ -143,7 +143,7 @@ class Health:
     def warn_of_half_collapse(self, row: dict, first_target_var: float | None):
         """Say once when the targets become alike, long before their variance is near 0; the loss falls meanwhile."""
         signs = []
-        if row["num_updates"] > self.warmup_updates and row["target_var"] is not None:
+        if self.at(row["num_updates"]) > self.warmup_updates and row["target_var"] is not None:
             if first_target_var and row["target_var"] < first_target_var / HALF_COLLAPSE:
                 signs.append(f"target_var {row['target_var']:.3g} was {first_target_var:.3g} at the first validation")
             if row["cosine_constant"] > ALIKE:

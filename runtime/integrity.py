@@ -30,6 +30,7 @@ ENTRIES = dict(
         best_loss=(*NUMBER, NONE),
         data={str: SCALAR},
         **{name: (*NUMBER, NONE) for name in ("best_gain?", "first_target_var?")},  # 0.1.0 saved neither
+        **{"hours?": NUMBER},  # new in 0.3.0
     ),
     log=dict(updates=[dict(number=COUNT, loss=float, gnorm=float, counts=[COUNT] * 3)], skipped=[bool], seconds=NUMBER),
     # of a file that convert.py made from one of fairseq's: what only fairseq has a place for
@@ -112,6 +113,7 @@ def check_entries(content: dict, path):
     for entry, is_right in (
         ("log", len(log["skipped"]) == len(log["updates"])),  # a flag for each update
         ("progress", progress["skipped"] <= progress["num_updates"]),  # a skipped update is one, too
+        ("progress", 0 <= progress.get("hours", 0) < math.inf),
         ("classifier", made.get("labels") != [] and 0 < made.get("label_scale", 1) < math.inf),
     ):
         if not is_right:

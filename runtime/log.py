@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import statistics
 import sys
 import threading
 import time
@@ -20,12 +21,15 @@ from data import BlockDataset
 from dataset.notes import notes
 from device import Device
 from runtime.checkpoint import write_text
+from runtime.clock import Clock
 from runtime.curves import TensorBoard
 from runtime.progress import Bar
 from runtime.quality import moments, quality
 
 # what a row has and a printed line has not
-HIDDEN = re.compile("num_updates|sample_size|nsentences|ntokens|wall|cosine_constant|valid_(r2|loss|gain|beyond)_.*")
+HIDDEN = re.compile(
+    "num_updates|sample_size|nsentences|ntokens|wall|hours|cosine_constant|valid_(r2|loss|gain|beyond)_.*"
+)
 PULSE = 30  # seconds between two signs of life where there is no bar, until the first row
 KNOWN = 20, 10  # updates, or seconds, after which the speed of a run is known
 NAMES = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
@@ -34,9 +38,10 @@ NAMES = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
 class Log:
     """The figures of the updates since the last row. They stay on the device until a row is due; only rank 0 writes."""
 
-    def __init__(self, device: Device, path: Path, tensorboard_logdir: str = ""):
+    def __init__(self, device: Device, path: Path, tensorboard_logdir: str = "", clock: Clock | None = None):
         """Raises InputError if TensorBoard curves are asked for and cannot be written."""
-        self.device, self.path, self.bar = device, path, None
+        self.device, self.path, self.clock, self.bar = device, path, clock, None
+        self.has_limit = clock is not None and clock.left < math.inf  # whether the clock may end the run
         self.curves = TensorBoard(tensorboard_logdir) if tensorboard_logdir and device.rank == 0 else None
         self._began, self._torn = time.perf_counter(), False
         self._idle = 0.0  # seconds that were no training time
@@ -46,8 +51,9 @@ class Log:
         self.updates = self.last_update = 0
         self.reset()
 
-    def open(self, num_updates: int, last_update: int):
-        """Open the bar, and drop the rows that a crashed run wrote after its last checkpoint: they will come again."""
+    def open(self, num_updates: int, last_update: float):
+        """Open the bar, and drop the rows that a crashed run wrote after its last checkpoint: they will come again.
+        last_update: inf if only the clock ends the run."""
         if self.device.rank == 0 and self.path.exists():
             rows = [row for row in read_text(self.path, "replace").splitlines() if _updates_of(row) <= num_updates]
             write_text(self.path, "".join(row + "\n" for row in rows))
@@ -62,7 +68,8 @@ class Log:
 
     def _show_life(self):
         while not self._has_row.wait(PULSE):
-            self.say(f"running: {self.updates:,} of {self.last_update:,} updates done")
+            of = "" if math.isinf(self.last_update) else f" of {self.last_update:,}"
+            self.say(f"running: {self.updates:,}{of} updates done")
 
     def state(self) -> dict:
         """The interval so far, as plain values; all its flags must have been read."""
@@ -98,22 +105,35 @@ class Log:
         self.done.append(done)
         self.updates = done.number
         if self.bar is not None:
+            self.bar.total = self._expected()
             self.bar.update()
         if self._ends is not None:
             self._ends.append(time.perf_counter() - self._idle)
             if self.device.type == "cpu":  # elsewhere an update may have just begun
                 self._tell_speed()
 
+    def _expected(self) -> int | None:
+        """With which update the run will end, at the pace of its hours so far; None if that is not known."""
+        last = self.last_update
+        if self.has_limit and self.clock.hours:
+            last = min(last, round(self.updates * max(1, self.clock.cfg.max_hours / self.clock.hours)))
+        return None if math.isinf(last) else last
+
+    def _left(self, each: float) -> float:
+        """Seconds to the end of the run, if an update takes `each`."""
+        return min((self.last_update - self.updates) * each, self.clock.left if self.has_limit else math.inf)
+
     def _tell_speed(self):
         """Say how long the rest of the run takes, once its first updates have shown their speed."""
         count, seconds = len(self._ends) - 1, time.perf_counter() - self._idle - self._ends[0]
-        left = self.last_update - self.updates
-        if left > 0 and count >= 2 and (count >= KNOWN[0] or seconds >= KNOWN[1]):
+        if self.last_update > self.updates and count >= 2 and (count >= KNOWN[0] or seconds >= KNOWN[1]):
             each, self._ends = seconds / count, None
+            left = self._left(each)
+            by = "max_hours" if left < (self.last_update - self.updates) * each else "max_update"
             where = f"this {NAMES[self.device.type]}"
             if self.device.world_size > 1:
                 where = f"these {self.device.world_size} {NAMES[self.device.type]}s"
-            self.say(f"{left:,} updates at {each:.2g} s: {duration(left * each)} on {where}; see --max_update")
+            self.say(f"{left / each:,.0f} updates at {each:.2g} s: {duration(left)} on {where}; see --{by}")
 
     def read_skipped(self) -> list[bool]:
         """Whether each update since the last call was skipped; waits for the device. Writes a row for each that was."""
@@ -158,6 +178,11 @@ class Log:
             wps=ntokens / seconds,
             wall=time.perf_counter() - self._began,
         )
+        if device.type != "cpu":  # of one accelerator
+            flops = statistics.mean(d.flops for d in self.done if hasattr(d, "flops"))  # restored ones have none
+            row["tflops"] = flops * row["ups"] / 1e12
+        if self.has_limit:
+            row["hours"] = self.clock.hours
         self.row(row)
         self.reset()
         self._has_row.set()
@@ -187,7 +212,9 @@ class Log:
         else:
             shown = {k: v for k, v in row.items() if not HIDDEN.fullmatch(k) and (k, v) != ("loss_scale", 1)}
             shown = dict(update=row["num_updates"], **shown)
-            self.say(" | ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()))
+            words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()]
+            left = self._left(1 / row["ups"]) if "ups" in row else 0
+            self.say(" | ".join(words + [f"{duration(left)} left"] * (left > 0)))
 
     def overflow(self, turn, num_updates: int, loss_scale: float):
         """A row for gradients that overflowed float16, which was no update. turn: a train.Turn."""
@@ -249,26 +276,33 @@ def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
     first training folder; source: the checkpoint that it continues from."""
     device, cfg, t = run.device, run.cfg, run.cfg.train
     an_epoch = -(-len(train.batch_ends) // (device.world_size * t.update_freq))  # updates
-    updates = min(t.max_update, t.max_epoch * an_epoch) if t.max_epoch else t.max_update
+    updates = min(run.clock.last_update, t.max_epoch * an_epoch or math.inf)
     log.open(run.num_updates, updates)
     log.say(f"data2vec-text {VERSION}: train.py {flags_of([getattr(cfg, f.name) for f in dataclasses.fields(cfg)])}")
     parameters = sum(p.numel() for p in run.weights.parameters)
     log.say(f"{device.world_size} x {device.type} ({device.name}), amp {device.amp_name} | {parameters:,} parameters")
-    passes = updates / an_epoch / len(cfg.data.data_path.split(":"))
+    passes = updates / an_epoch / len(cfg.data.data_path.split(":"))  # inf for a run by the clock
     read = f"{100 * passes:.2g}% of the text" if passes < 0.995 else f"the text {passes:,.{passes < 10:d}f} times"
-    log.say(
-        f"{len(train.lengths):,} blocks in {len(train.batch_ends):,} batches an epoch; {updates:,} updates read {read}"
-    )
+    what = duration(3600 * t.max_hours) if math.isinf(updates) else f"{updates:,} updates read {read}"
+    log.say(f"{len(train.lengths):,} blocks in {len(train.batch_ends):,} batches an epoch; {what}")
     too_long, remainder = train.dropped_tokens()
     percent = 100 * (too_long + remainder) / max(1, train.stream.tokens)
     why = f" ({too_long:,} in too long blocks, {remainder:,} in the remainder)" if percent else ""
     advice = "; --long_sentences split --drop_remainder false keep all" if percent else ""
     log.say(f"{'warning: ' if percent > 1 else ''}{percent:.2f}% of the training tokens are never seen{why}{advice}")
     if source and run.is_finished():
-        flag = f"--max_update {t.max_update}" if run.num_updates >= t.max_update else f"--max_epoch {t.max_epoch}"
-        log.say(f"finished: {source} is at update {run.num_updates}; to train on, raise {flag}")
+        flag = "max_update" if run.num_updates >= run.clock.last_update else "max_epoch"
+        flag = "max_hours" if run.clock.left <= 0 else flag
+        log.say(f"finished: {source} is at update {run.num_updates}; to train on, raise --{flag} {getattr(t, flag)}")
     elif source:
-        log.say(f"resuming from {source} at update {run.num_updates}, epoch {run.epoch}")
+        used = f", after {duration(3600 * run.clock.hours)}" if t.max_hours else ""
+        log.say(f"resuming from {source} at update {run.num_updates}, epoch {run.epoch}{used}")
+    if run.clock.goes_by_hours:
+        parts = (t.warmup_updates, cfg.ema.ema_anneal_end_step, t.max_update)
+        warm, anneal, end = (duration(3600 * t.max_hours * part / t.max_update) for part in parts)
+        log.say(
+            f"by the clock: the learning rate rises for {warm} and is 0 after {end}, the teacher's decay for {anneal}"
+        )
     if cfg.train.warmup_updates >= cfg.train.max_update:
         log.say(f"note: the learning rate is still warming up at the last of {cfg.train.max_update} updates")
     for text in notes(train):

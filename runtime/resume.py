@@ -42,6 +42,7 @@ def contents(run, corpus: Corpus, fingerprint: dict) -> dict:
         rng=run.device.rng_state(),
         progress=dict(
             num_updates=run.num_updates,
+            hours=run.clock.now(),
             teacher_updates=run.teacher_updates,
             skipped=run.optimizer.skipped,
             epoch=run.epoch,
@@ -137,6 +138,7 @@ def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoin
     run.num_updates, run.teacher_updates = progress["num_updates"], progress["teacher_updates"]
     run.optimizer.skipped, run.best_loss = progress["skipped"], progress["best_loss"]
     run.best_gain, run.first_target_var = map(progress.get, ("best_gain", "first_target_var"))  # 0.1.0 had neither
+    run.clock.restore(progress.get("hours", 0.0))  # new in 0.3.0
     run.epoch, run.batches_done = progress["epoch"], batches // world_size
     if reset_position and run.batches_done:
         run.epoch, run.batches_done = run.epoch + 1, 0

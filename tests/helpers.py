@@ -208,7 +208,7 @@ def compare_checkpoints(a, b, exactly=True):
     assert len(tensors[0]) > 50
     for x, y in zip(*tensors, strict=True):
         assert torch.equal(x, y) if exactly else torch.allclose(x, y, atol=2e-6)
-    measured = {"world_size", "batches", "best_loss", "first_target_var"}
+    measured = {"world_size", "batches", "best_loss", "first_target_var", "hours"}
     a, b = ({k: v for k, v in c["progress"].items() if k not in measured} for c in (a, b))
     assert a == b
 

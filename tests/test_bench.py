@@ -64,10 +64,11 @@ def test_parts_are_timed_by_their_names_and_a_part_without_a_name_is_0():
     assert parts["data"] == parts["backward"] == parts["optimizer"] == parts["ema"] == 0
 
 
-def test_the_flop_formula_gives_what_torch_counts(corpus_dir, monkeypatch):
+@pytest.mark.parametrize("options", [{}, dict(mlm_weight=1), dict(objective="mlm")])
+def test_the_flop_formula_gives_what_torch_counts(corpus_dir, monkeypatch, options):
     from torch.utils.flop_counter import FlopCounterMode
 
-    run, dataset = make_run(corpus_dir)
+    run, dataset = make_run(corpus_dir, **options)
     batch = dataset.batch(np.array([int(dataset.lengths.argmax())]), 1)
     # attention and linear layers as plain matmuls, because torch does not count its fused CPU kernels
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)

@@ -202,6 +202,24 @@ def test_a_worker_that_does_not_answer_ends_the_others_in_one_line(corpus_dir, t
     assert checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"] == 2
 
 
+def test_workers_whose_clocks_differ_stop_after_the_same_update_with_the_same_rates(corpus_dir, tmp_path):
+    setup = (
+        "from runtime.clock import Clock\n"
+        "Clock.now = lambda clock: clock.hours + [0.01, 0.125][int(os.environ['RANK'])]\n"  # of an update
+        "update = train.update\n"
+        "def tell(run, batches):\n"
+        "    done = update(run, batches)\n"
+        "    os.write(2, f'rate {done.lr!r}\\n'.encode())\n"
+        "    return done\n"
+        "train.update = tell"
+    )
+    ends = run_workers([few(corpus_dir, tmp_path, "--max_hours", 1)] * 2, setup)
+    assert [code for _, code in ends] == [0, 0], ends
+    rows, rates = rows_of(tmp_path), [re.findall("^rate (.*)$", text, re.M) for text, _ in ends]
+    assert [row["hours"] for row in rows] == [i / 8 for i in range(1, 9)]
+    assert rates[0] == rates[1] == [repr(row["lr"]) for row in rows]
+
+
 @pytest.mark.parametrize("ending, code", [("pass", 0), ("raise config.RunError('no')", 1)])
 def test_a_worker_leaves_before_python_ends_since_torchs_threads_may_abort_it_there(ending, code):
     program = (

@@ -1,0 +1,45 @@
+"""How many FLOPs an update needs, whatever the code that computes it."""
+
+import numpy as np
+
+from data import Batch
+from dataset.binarized import PAD
+from mlm import places_of
+from model import ModelConfig
+
+
+def encoder_flops(lengths: np.ndarray, wanted: np.ndarray, cfg: ModelConfig) -> float:
+    """Forward FLOPs of one encoder over blocks of (B,) lengths; its last layer is wanted at (B,) places of them."""
+    n, m, C = lengths.astype(np.float64), wanted.astype(np.float64), cfg.embed_dim
+
+    def layer(q):
+        return float((n * 6 * C**2 + 4 * n**2 * C + q * (2 * C**2 + 4 * C * cfg.ffn_embed_dim)).sum())
+
+    return (cfg.layers - 1) * layer(n) + layer(m)
+
+
+def update_flops(batches: list[Batch], run) -> float:
+    """Model FLOPs of one update of a train.Run on this worker. Of a block of n tokens, m of them masked, for width C,
+    feed-forward width F, L layers:
+
+    layer(n, q)   = n * 6 C^2 + 4 n^2 C + q * (2 C^2 + 4 C F)    queries, keys, values; attention; output, feed-forward
+    encoder(n, m) = (L - 1) * layer(n, n) + layer(n, m)      what follows the last attention: at masked places only
+    update        = 3 * (encoder(student's n, m) + head) + encoder(teacher's n, m)    forward + backward; forward
+
+    A multiply-add is 2 FLOPs; padding does not count. head = 2 * (its weights) * m, with those of the token embedding
+    where words are predicted. Without data2vec's objective there is no teacher.
+    """
+    student, cfg, total = run.student, run.cfg.model, 0.0
+    heads = [head for head in (student.regression_head, student.lm_head) if head is not None]
+    head = 2 * sum(p.numel() for part in heads for p in part.parameters() if p.ndim == 2)
+    head += 2 * cfg.predicts_words * student.encoder.embed_tokens.weight.numel()
+    for batch in batches:
+        source, target = ((tokens != PAD).sum(1) for tokens in (batch.source, batch.target))
+        places = places_of(batch, cfg)
+        masked = np.bincount(places // batch.source.shape[1], minlength=len(source))
+        total += 3 * (encoder_flops(source, masked, cfg) + head * len(places))
+        if cfg.objective == "data2vec":
+            # with teacher_input=masked, every position of the teacher's input is a target
+            wanted = masked if run.cfg.data.teacher_input == "full" else target
+            total += encoder_flops(target, wanted, cfg)
+    return total
