@@ -118,6 +118,7 @@ class Batch:
     ntokens: int  # tokens that are not padding
     source_padded: bool  # holds at least one <pad>
     target_padded: bool
+    pinned: object = None  # a tensor of the arrays, back to back, that a device can copy by itself (Device.pin)
 
     @property
     def nsentences(self) -> int:

@@ -43,6 +43,7 @@ class DeviceConfig:
         "mixed precision; auto: bf16 where the device has it, else fp16, off on the CPU",
         choices=("auto", "off", "fp16", "bf16"),
     )
+    deterministic: bool = option(False, "on an NPU or GPU: the same numbers again from the same command; slower")
 
 
 @dataclass(frozen=True)
@@ -155,11 +156,30 @@ class Device:
         if self.type != "cpu" and self.type in state:  # a checkpoint may have been written on another device
             self._module.set_rng_state(state[self.type])
 
+    def pin(self, batch):
+        """The batch with its arrays in one pinned tensor too, so that `upload` only starts one copy. For the loader's
+        thread. torch keeps pinned memory that was used, and takes it again."""
+        if self.type == "cpu":
+            return batch
+        self._module.set_device(self.torch_device)  # of this thread
+        arrays = [torch.from_numpy(array).flatten() for array in self._arrays(batch).values()]
+        return replace(batch, pinned=torch.cat(arrays).pin_memory())
+
     @record_function("data")
     def upload(self, batch):
         """The batch with its arrays as tensors on this device; block ids stay on the host."""
+        arrays = self._arrays(batch)
+        if self.type == "cpu":
+            return replace(batch, **{name: torch.from_numpy(array) for name, array in arrays.items()})
+        pinned = (batch if batch.pinned is not None else self.pin(batch)).pinned
+        parts = pinned.to(self.torch_device, non_blocking=True).split([array.size for array in arrays.values()])
+        tensors = {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), parts)}
+        return replace(batch, pinned=None, **tensors)
+
+    def _arrays(self, batch) -> dict[str, np.ndarray]:
+        """What the device needs of a batch, all int64."""
         arrays = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "ids"}
-        return replace(batch, **{k: self.tensor(v) for k, v in arrays.items() if isinstance(v, np.ndarray)})
+        return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         """The array as a tensor on this device, without waiting for what the device is doing."""
@@ -229,6 +249,11 @@ def open_device(cfg: DeviceConfig) -> Device:
         built = "this torch is built for the CPU only" if torch.version.cuda is None else "no GPU or no driver is found"
         raise InputError(f"--device cuda: {built}")
     rank, world_size, local_rank = worker()
+    if cfg.deterministic and kind != "cpu":  # a CPU is so by itself
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it, an error
+        torch.use_deterministic_algorithms(True)
+        if hasattr(torch.utils, "deterministic"):  # it would also fill all new memory, for code that reads it unset
+            torch.utils.deterministic.fill_uninitialized_memory = False
     if kind == "cpu":
         device, name = torch.device("cpu"), platform.processor() or platform.machine()
     else:

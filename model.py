@@ -87,10 +87,11 @@ class SelfAttention(nn.Module):
         self.out_proj = Linear(cfg.embed_dim, cfg.embed_dim)
 
     def forward(self, x: Tensor, attend: Tensor | None, places: Tensor | None = None) -> Tensor:
-        """x (B, T, C); attend (B, 1, T, T) bool, True where a token may look, or None if everywhere. Returns (B, T, C),
-        or (M, C) at the flat places (M,)."""
+        """x (B, T, C); attend (B, 1, T, T) of `kernels.mask`, where a token may look, or None if everywhere. Returns
+        (B, T, C), or (M, C) at the flat places (M,)."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, C/H)
+        qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, H, T, C/H)
         x = kernels.attention(q, k, v, attend, self.dropout if self.training else 0.0)
         x = x.transpose(1, 2).reshape(B, T, C)
         return self.out_proj(x if places is None else at_places(x, places))
@@ -164,7 +165,7 @@ class Encoder(nn.Module):
         return x if self.layer_norm is None else self.layer_norm(x), targets
 
     def embed(self, tokens: Tensor, padded: bool) -> tuple[Tensor, Tensor | None]:
-        """What the first layer reads (B, T, C), and where attention may look, (B, 1, T, T) bool or None."""
+        """What the first layer reads (B, T, C), and where attention may look, (B, 1, T, T) or None: everywhere."""
         B, T = tokens.shape
         if T > self.embed_positions.num_embeddings - PAD - 1:
             raise InputError(
@@ -178,8 +179,7 @@ class Encoder(nn.Module):
         x = self.dropout(self.layernorm_embedding(self.embed_tokens(tokens) + self.embed_positions(positions)))
         if not padded:
             return x, None
-        # expanded here to the shape that every device's fused attention takes
-        return x * real[:, :, None], real[:, None, None, :].expand(B, 1, T, T)
+        return x * real[:, :, None], kernels.mask(real)
 
     def hidden_states(self, tokens: Tensor, padded: bool = True) -> list[Tensor]:
         """The input of each layer and the output of the last one, `layers` + 1 tensors (B, T, C); the last is what

@@ -235,7 +235,8 @@ def turns(run: Run, corpus: Corpus):
     while True:
         epoch, dataset = run.epoch, corpus.split("train", run.epoch)
         rest = dataset.epoch_batches(epoch, device.rank, device.world_size)[run.batches_done :]
-        with contextlib.closing(prefetch(dataset.batches(rest, epoch), depth=min(2 * freq, 32))) as batches:
+        made = map(device.pin, dataset.batches(rest, epoch))
+        with contextlib.closing(prefetch(made, depth=min(2 * freq, 32))) as batches:
             for first in range(0, len(rest), freq):
                 part = rest[first : first + freq]
                 ready = [next(batches) for ids in part if len(ids)]

@@ -59,9 +59,26 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return x * kept.view(x.shape).to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
+def mask(real: Tensor) -> Tensor:
+    """Where `attention` may look, (B, 1, T, T) bool, for real (B, T) bool, True at text; on a GPU as numbers."""
+    B, T = real.shape
+    attend = real[:, None, None, :].expand(B, 1, T, T)  # the shape that every device's fused kernel takes
+    if real.device.type != "cuda":
+        return attend
+    return as_numbers(attend, torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32)
+
+
+def as_numbers(attend: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask (B, 1, T, T) as what is added to the scores: 0, and -inf where it is False. torch would make these
+    numbers in every layer, keep each for the backward pass, and copy rows that do not begin at a multiple of 8."""
+    B, _, T, _ = attend.shape
+    rows = torch.zeros(B, 1, T, -(-T // 8) * 8, dtype=dtype, device=attend.device)[..., :T]
+    return rows.masked_fill_(~attend, -torch.inf)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, p: float) -> Tensor:
-    """softmax(q k / sqrt(d)) v with dropout p on the weights. q, k, v (B, H, T, D); attend (B, 1, T, T) bool, True
-    where a token may look, or None: everywhere. Returns (B, H, T, D)."""
+    """softmax(q k / sqrt(d)) v with dropout p on the weights. q, k, v (B, H, T, D); attend (B, 1, T, T), of `mask`, or
+    None: everywhere. Returns (B, H, T, D)."""
     place = _place(q)
     # torch's fused kernel for the CPU takes no dropout, and below float32 it is slower than plain matmuls
     on_cpu = place == "cpu" and (p > 0 or q.dtype != torch.float32)
@@ -72,7 +89,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, p: float) 
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, p: float) -> Tensor:
-    """`attention` in plain matmuls."""
+    """`attention` in plain matmuls; attend is bool."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
     if attend is not None:
         hidden = ~attend

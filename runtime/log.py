@@ -13,6 +13,7 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -271,6 +272,13 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
+def padding(dataset: BlockDataset) -> float:
+    """The share of the places in a dataset's batches that hold no token."""
+    ends, lengths = dataset.batch_ends, dataset.lengths[dataset.order[: dataset.batch_ends[-1]]]  # ascending
+    places = np.diff(ends, prepend=0) * lengths[ends - 1].astype(np.int64)
+    return 1 - int(lengths.sum(dtype=np.int64)) / int(places.sum())
+
+
 def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
     """Open the log, and say how the run is set up, where it begins, and what it will see. run: a train.Run; train: its
     first training folder; source: the checkpoint that it continues from."""
@@ -284,7 +292,8 @@ def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
     passes = updates / an_epoch / len(cfg.data.data_path.split(":"))  # inf for a run by the clock
     read = f"{100 * passes:.2g}% of the text" if passes < 0.995 else f"the text {passes:,.{passes < 10:d}f} times"
     what = duration(3600 * t.max_hours) if math.isinf(updates) else f"{updates:,} updates read {read}"
-    log.say(f"{len(train.lengths):,} blocks in {len(train.batch_ends):,} batches an epoch; {what}")
+    blocks = f"{len(train.lengths):,} blocks and {padding(train):.1%} padding in {len(train.batch_ends):,} batches"
+    log.say(f"{blocks} an epoch; {what}")
     too_long, remainder = train.dropped_tokens()
     percent = 100 * (too_long + remainder) / max(1, train.stream.tokens)
     why = f" ({too_long:,} in too long blocks, {remainder:,} in the remainder)" if percent else ""
