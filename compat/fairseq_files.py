@@ -31,9 +31,6 @@ class _Inert:
     def __init__(self, *args, **kwargs):
         pass
 
-    def __setstate__(self, state):
-        self.state = state
-
     def __setitem__(self, key, value):
         pass
 
@@ -60,6 +57,13 @@ class _InertUnpickler(pickle._Unpickler):  # the unpickler in C allocates as muc
             for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
         },
     }
+
+    def load_build(self):  # pickle's own sets attributes of whatever it is told to, torch's functions among them
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], _Inert):
+            self.stack[-1].state = state
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
     def find_class(self, module, name):
         return self.ALLOWED.get((module, name)) or type(name.rpartition(".")[2] or "Inert", (_Inert,), {})

@@ -53,6 +53,8 @@ def check_archive(path: Path, checksums: bool = True):
             raise zipfile.BadZipFile("its end is missing")
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
+            if archive.start_dir != _directory_of(path):
+                raise zipfile.BadZipFile("its directory is not where its end says")
             if any(record.compress_type != zipfile.ZIP_STORED for record in records):
                 raise zipfile.BadZipFile("a compressed record, which torch never writes")
             if sum(record.file_size for record in records) > path.stat().st_size:
@@ -61,6 +63,21 @@ def check_archive(path: Path, checksums: bool = True):
                 raise zipfile.BadZipFile(f"the record {record} does not fit its checksum")
     except Exception as e:  # zipfile raises many kinds for bad offsets, flags and the like
         raise InputError(f"{path}: damaged: {' '.join(str(e).split())[:200] or type(e).__name__}") from None
+
+
+def _directory_of(path: Path) -> int:
+    """The byte where an archive's directory begins, by the archive's own end. That is where torch reads it; zipfile
+    reads what lies just before the end, so of two directories each would see another one."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**16 - 98))  # a comment, and the end in both forms
+        begin, tail = file.tell(), file.read()
+    end = tail.rindex(b"PK\5\6")
+    if tail[end - 20 : end - 16] != b"PK\6\7":
+        return int.from_bytes(tail[end + 16 : end + 20], "little")
+    larger = end - 76  # the end in 64 bits, and after it a pointer to it
+    if int.from_bytes(tail[end - 12 : end - 4], "little") != begin + larger:
+        return -1
+    return int.from_bytes(tail[larger + 48 : larger + 56], "little")
 
 
 def check_values(content: dict, path):
