@@ -11,13 +11,18 @@ import types
 import torch
 
 
-def load(path):
+def load(path, is_archive: bool):
     """What torch.save wrote at `path`: tensors and plain Python values. Any other object becomes None, except the
-    settings that old fairseq files store as objects. Raises whatever torch raises for a damaged or foreign file."""
+    settings that old fairseq files store as objects. Raises whatever torch raises for a damaged or foreign file.
+
+    Tensors of an archive are the file itself, mapped: copy what is to be kept. Unmapped, an older torch (such as 2.1)
+    reads beyond a record that is shorter than the pickle says.
+    """
+    options = dict(map_location="cpu", mmap=is_archive)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(str(path), weights_only=True, **options)
     except pickle.UnpicklingError:
-        return _plain(torch.load(path, map_location="cpu", weights_only=False, pickle_module=_INERT_PICKLE), {})
+        return _plain(torch.load(str(path), weights_only=False, pickle_module=_INERT_PICKLE, **options), {})
 
 
 class _Inert:

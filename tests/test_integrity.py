@@ -6,6 +6,7 @@ import random
 import re
 import resource
 import struct
+import tarfile
 import zipfile
 
 import pytest
@@ -184,6 +185,7 @@ ODD = dict(
     meta=lambda: torch.zeros(SHAPE, device="meta"),
     nested=lambda: torch.nested.nested_tensor([torch.rand(SHAPE)]),
     integer=lambda: torch.zeros(SHAPE, dtype=torch.int64),
+    float4=lambda: torch.zeros(SHAPE, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
     complex=lambda: torch.zeros(SHAPE, dtype=torch.complex64),
     none=lambda: None,
     number=lambda: 1.0,
@@ -333,3 +335,21 @@ def test_a_pickle_sets_no_attribute_and_writes_no_file(tmp_path):
         checkpoint.load(tmp_path / "x.pt")
     assert (function.__name__, function.__defaults__) == before
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_a_storage_that_is_larger_than_its_record_is_never_read_beyond_the_file(tmp_path):
+    name = "encoder.sentence_encoder.layernorm_embedding.bias"
+    torch.save({"model": {name: torch.ones(1_000_000)}}, tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as source, zipfile.ZipFile(tmp_path / "x.pt", "w") as target:
+        for record in source.namelist():
+            target.writestr(record, source.read(record)[: 16 if record.endswith("data/0") else None])
+    with pytest.raises(InputError, match=r"x\.pt: cannot be read as a checkpoint: .*(out of bounds|not resizable)"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+def test_a_tar_archive_is_refused_before_torch_sees_it(tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "x.pt", "w") as archive:
+        archive.add(__file__, "\x80storages")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
+    with pytest.raises(InputError, match=r"x\.pt: cannot be read as a checkpoint: a tar archive"):
+        checkpoint.load(tmp_path / "x.pt")
