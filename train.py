@@ -329,6 +329,7 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         if device.rank == 0 and args.no_resume:
             resume.remove(folder, "checkpoint_*.pt", "train.jsonl")  # only after every check has passed
         describe_start(run, dataset, log, found and found[0])
+        del found  # all of it has been copied
         profiled = stack.enter_context(device.profile(t.npu_profile, folder))
         saves = Saves(run, corpus, fingerprint, log, Health(cfg.guard, t.warmup_updates, log.say, run.clock.at))
         validation = None if t.disable_validation else Validation(run, corpus)

@@ -129,6 +129,8 @@ INSTEAD = {
     "optimization.stop_time_hours": (0, "--max_hours H saves and ends a run"),
 }
 
+LARGEST = 200_000  # characters of a YAML
+
 # hydra's null, where it is a value of ours.
 NULL = {"tensorboard_logdir": "", "batch_size": "0", "loss_scale": "0"}
 
@@ -234,6 +236,8 @@ def read_yaml(path: Path, fields: dict, explain: bool) -> dict:
     except ImportError:
         raise InputError("reading a YAML config needs the PyYAML package: pip install pyyaml") from None
     text = read_text(path)
+    if len(text) > LARGEST:  # PyYAML reads it at 40 to 200 kB/s
+        raise InputError(f"{path}: over {LARGEST:,} characters, which no fairseq config has")
     try:
         depth = 0
         for event in yaml.parse(text):

@@ -11,13 +11,18 @@ import types
 import torch
 
 
-def load(path):
+def load(path, is_archive: bool):
     """What torch.save wrote at `path`: tensors and plain Python values. Any other object becomes None, except the
-    settings that old fairseq files store as objects. Raises whatever torch raises for a damaged or foreign file."""
+    settings that old fairseq files store as objects. Raises whatever torch raises for a damaged or foreign file.
+
+    Tensors of an archive are the file itself, mapped: copy what is to be kept. Unmapped, an older torch (such as 2.1)
+    reads beyond a record that is shorter than the pickle says.
+    """
+    options = dict(map_location="cpu", mmap=is_archive)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(str(path), weights_only=True, **options)
     except pickle.UnpicklingError:
-        return _plain(torch.load(path, map_location="cpu", weights_only=False, pickle_module=_INERT_PICKLE), {})
+        return _plain(torch.load(str(path), weights_only=False, pickle_module=_INERT_PICKLE, **options), {})
 
 
 class _Inert:
@@ -30,9 +35,6 @@ class _Inert:
 
     def __init__(self, *args, **kwargs):
         pass
-
-    def __setstate__(self, state):
-        self.state = state
 
     def __setitem__(self, key, value):
         pass
@@ -60,6 +62,13 @@ class _InertUnpickler(pickle._Unpickler):  # the unpickler in C allocates as muc
             for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
         },
     }
+
+    def load_build(self):  # pickle's own sets attributes of whatever it is told to, torch's functions among them
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], _Inert):
+            self.stack[-1].state = state
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
     def find_class(self, module, name):
         return self.ALLOWED.get((module, name)) or type(name.rpartition(".")[2] or "Inert", (_Inert,), {})

@@ -127,7 +127,7 @@ def read_table(path, columns: Columns, regression: bool = False) -> Table:
     if isinstance(first, dict):
         keys, header = names, False
     else:
-        numbers = [int(name) - 1 if str(name).isdecimal() else None for name in names]
+        numbers = [int(name) - 1 if str(name).isdecimal() and len(str(name)) < 10 else None for name in names]
         if header is None:
             label = None if columns.label is None else numbers[-1]
             header = None in numbers or is_header(rows, label, regression)
@@ -234,6 +234,8 @@ def read_binarized_labels(folder: Path, split: str) -> tuple[np.ndarray, list[st
     while names and names[-1].startswith("madeupword"):  # they only fill the dictionary up to a multiple of 8
         names.pop()
     file = TokenFile(folder / "label" / split)
+    if (file.sizes < 1).any():
+        raise InputError(f"{folder / 'label' / split}: row {int(file.sizes.argmin())} is empty; each needs a label")
     ends = np.cumsum(file.sizes, dtype=np.int64)
     numbers = file.take(ends - file.sizes).astype(np.int64) - 4  # after the four special symbols
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(names):

@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import sys
+import tarfile
 import threading
 import warnings
 from dataclasses import dataclass
@@ -185,9 +186,11 @@ def _updates_in(path: Path) -> float:
     if match := KEPT.fullmatch(path.name):
         return int(match[1])
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return -1
         integrity.check_archive(path, checksums=False)
         # mapped, so that no weight is read
-        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["progress"]["num_updates"])
+        return int(torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)["progress"]["num_updates"])
     except Exception:  # `load` says what is wrong with it, if its turn comes
         return -1
 
@@ -215,7 +218,7 @@ def load(path) -> Loaded:
 
 def read(path) -> dict:
     """The dict that torch.save wrote at `path`. No code runs from the file, and every tensor is an ordinary one on the
-    CPU. Raises InputError."""
+    CPU, mapped from the file where it is an archive: copy what is to be kept. Raises InputError."""
     path = Path(path)
     if path.is_dir():
         what = "a folder without a checkpoint; a run's --save_dir holds checkpoint_last.pt"
@@ -227,11 +230,13 @@ def read(path) -> dict:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
     try:
-        if integrity.is_archive(path):
+        if is_archive := integrity.is_archive(path):
             integrity.check_archive(path)
+        elif tarfile.is_tarfile(path):  # torch before 2.6 would unpack it
+            raise InputError(f"{path}: cannot be read as a checkpoint: a tar archive")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of what becomes an error below
-            content = fairseq_files.load(path)
+            content = fairseq_files.load(path, is_archive)
     except InputError:
         raise
     except Exception as e:  # torch raises many kinds for a damaged or foreign file
@@ -251,7 +256,7 @@ def read(path) -> dict:
 
 
 def _check_tensor(tensor, shape, what: str, path):
-    if not (isinstance(tensor, torch.Tensor) and integrity.is_ordinary(tensor) and tensor.is_floating_point()):
+    if not (isinstance(tensor, torch.Tensor) and integrity.is_ordinary(tensor) and tensor.dtype in integrity.FLOATS):
         raise InputError(f"{path}: {what} is not an ordinary tensor of floating-point numbers")
     if tensor.shape != shape:
         raise InputError(

@@ -161,7 +161,8 @@ def check_memory(cfg: ModelConfig, vocabulary_size: int, device: Device, copies:
     """Raise InputError if so many float32 copies of the weights do not fit the device's memory: student and teacher,
     and to train them also gradients and Adam's two moments."""
     C, F = cfg.embed_dim, cfg.ffn_embed_dim
-    weights = (vocabulary_size + cfg.max_source_positions) * C + cfg.layers * (4 * C * C + 2 * C * F)  # and few more
+    weights = (vocabulary_size + cfg.max_source_positions) * C + cfg.layers * (4 * C * C + 2 * C * F)
+    weights += 4 * C * C * (cfg.head_layers - 1)  # and few more
     needed, there = weights * 4 * copies, device.memory()
     if needed > there:
         raise InputError(

@@ -8,7 +8,7 @@ import torch
 
 from config import InputError
 
-# What each entry must be, as `_fits` reads it.
+# What each entry must be, as `fits` reads it.
 COUNT, FROM_ONE, NUMBER, NONE = range(2**62), range(1, 2**62), (int, float), type(None)
 SCALAR = (int, float, str, NONE)
 EMPTY = {str: ()}  # no value fits an empty tuple of alternatives, so only an empty dict fits
@@ -38,6 +38,7 @@ ENTRIES = dict(
     # of a file that finetune.py wrote: texts is 2 for pairs, labels None for a regression
     **{"classifier?": dict(head={str: torch.Tensor}, labels=(NONE, [str]), texts=range(1, 3), label_scale=NUMBER)},
 )
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights; torch cannot compute with smaller
 MOST_VALUES, DEEPEST = 1_000_000, 50  # of the dict in any file; the base model's has a few thousand
 
 
@@ -54,6 +55,8 @@ def check_archive(path: Path, checksums: bool = True):
             raise zipfile.BadZipFile("its end is missing")
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
+            if archive.start_dir != _directory_of(path):
+                raise zipfile.BadZipFile("its directory is not where its end says")
             if any(record.compress_type != zipfile.ZIP_STORED for record in records):
                 raise zipfile.BadZipFile("a compressed record, which torch never writes")
             if sum(record.file_size for record in records) > path.stat().st_size:
@@ -62,6 +65,21 @@ def check_archive(path: Path, checksums: bool = True):
                 raise zipfile.BadZipFile(f"the record {record} does not fit its checksum")
     except Exception as e:  # zipfile raises many kinds for bad offsets, flags and the like
         raise InputError(f"{path}: damaged: {' '.join(str(e).split())[:200] or type(e).__name__}") from None
+
+
+def _directory_of(path: Path) -> int:
+    """The byte where an archive's directory begins, by the archive's own end. That is where torch reads it; zipfile
+    reads what lies just before the end, so of two directories each would see another one."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**16 - 98))  # a comment, and the end in both forms
+        begin, tail = file.tell(), file.read()
+    end = tail.rindex(b"PK\5\6")
+    if tail[end - 20 : end - 16] != b"PK\6\7":
+        return int.from_bytes(tail[end + 16 : end + 20], "little")
+    larger = end - 76  # the end in 64 bits, and after it a pointer to it
+    if int.from_bytes(tail[end - 12 : end - 4], "little") != begin + larger:
+        return -1
+    return int.from_bytes(tail[larger + 48 : larger + 56], "little")
 
 
 def check_values(content: dict, path):
@@ -104,7 +122,7 @@ def is_ordinary(tensor: torch.Tensor) -> bool:
 def check_entries(content: dict, path):
     """Raise InputError that names the first entry of a checkpoint of ours that is missing or not what it must be."""
     for name, form in ENTRIES.items():
-        if not _fits(content, {name: form}):
+        if not fits(content, {name: form}):
             name = name.strip("?")
             if name not in content:
                 raise InputError(f"{path}: damaged: no {name} in it")
@@ -124,22 +142,22 @@ def check_entries(content: dict, path):
         raise InputError(f"{path}: damaged: its rng is not a state of torch's generator") from None
 
 
-def _fits(value, form) -> bool:
+def fits(value, form) -> bool:
     """Whether the value has the form: a type, a range of integers, a tuple of alternatives, [form] for a list of any
     length, [form, ...] for one of that length, {type: form} for a dict, or {name: form, ...} for one with at least
     these entries, of which those with a "?" may be missing."""
     if isinstance(form, dict):
         return isinstance(value, dict) and all(
-            all(isinstance(key, name) and _fits(inner, part) for key, inner in value.items())
+            all(isinstance(key, name) and fits(inner, part) for key, inner in value.items())
             if isinstance(name, type)
-            else _fits(value[name.strip("?")], part)
+            else fits(value[name.strip("?")], part)
             if name.strip("?") in value
             else name.endswith("?")
             for name, part in form.items()
         )
     if isinstance(form, list):
         sized = isinstance(value, (list, tuple)) and len(form) in (1, len(value))
-        return sized and all(_fits(inner, form[0]) for inner in value)
+        return sized and all(fits(inner, form[0]) for inner in value)
     if isinstance(form, tuple):
-        return any(_fits(value, part) for part in form)
+        return any(fits(value, part) for part in form)
     return type(value) is int and value in form if isinstance(form, range) else isinstance(value, form)

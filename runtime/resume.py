@@ -106,8 +106,11 @@ def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoin
     def differing(names):
         return [k for k in names if k in saved and saved[k] != now.get(k)]
 
+    def before(name):  # some value of a damaged file may be long
+        return str(saved[name])[:100]
+
     def refuse(names, advice):
-        shown = ", ".join(f"{k} was {saved[k]}, is {now[k]}" for k in names)
+        shown = ", ".join(f"{k} was {before(k)}, is {now[k]}" for k in names)
         raise InputError(f"{path} belongs to another run: {shown}; {advice}")
 
     if differing(ARCHITECTURE):
@@ -126,9 +129,8 @@ def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoin
     unimportant = tuple("data_path init_from device npu_ log_ tensor validate_ save_ keep_ disable_".split())
     other = [k for k in differing(set(loaded.config) - set(moved)) if not k.startswith(unimportant)]
     if other:
-        say(
-            "note: changed since the checkpoint: " + ", ".join(f"{k} {saved[k]} -> {now.get(k)}" for k in sorted(other))
-        )
+        shown = ", ".join(f"{k[:100]} {before(k)} -> {now.get(k)}" for k in sorted(other)[:20])
+        say(f"note: changed since the checkpoint: {shown}")
 
     run.load(loaded.student, loaded.teacher, path)
     shapes = [p.shape for p in run.student.parameters()]

@@ -220,6 +220,7 @@ def fuzz(count: int, folder: Path, corpus: Path, run: Path, seed: int = 0) -> At
     def rows(path):
         log = Log(cpu, path)
         log.open(1, 10)
+        log.close()  # its thread would tell of the run into other tests' output
         plot.read_run(str(path))
 
     def yaml(path):

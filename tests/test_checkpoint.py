@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import train
 from compat import fairseq_names
 from config import InputError, RunError
 from runtime import checkpoint
-from tests.helpers import CPU, FEW, GOLDEN, call, golden, make_dataset, random_encoder, rows_of, small_content
+from tests.helpers import CPU, FEW, GOLDEN, call, few, golden, make_dataset, random_encoder, rows_of, small_content
 
 
 def test_our_names_and_fairseqs_map_one_to_one():
@@ -194,3 +195,21 @@ def test_an_old_checkpoint_is_removed_as_soon_as_the_new_one_is_written(tmp_path
         while saver.is_busy():
             time.sleep(0.01)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_1_2.pt", "checkpoint_last.pt"]
+
+
+def test_a_resumed_run_does_not_hold_the_file_that_it_came_from(saved, corpus_dir, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path / "run")
+    seen, load, loop = [], checkpoint.load, train.loop
+
+    def loading(path):
+        loaded = load(path)
+        seen.append(weakref.ref(loaded))
+        return loaded
+
+    def looping(*args):
+        assert len(seen) == 1 and seen[0]() is None
+        return loop(*args)
+
+    monkeypatch.setattr(checkpoint, "load", loading)
+    monkeypatch.setattr(train, "loop", looping)
+    call(train.main, *few(corpus_dir, tmp_path / "run", "--max_update", 5))

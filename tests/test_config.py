@@ -275,6 +275,7 @@ MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i -
         ("model: {layers: [" + "1, " * 500 + "1]}\n", r"model.layers=\[1, 1"),
         ('"\\e[2Jkey": "\\e[31mvalue"\n', r"\\x1b\[2Jkey=\\x1b\[31mvalue ignored"),
         ("other: [" + "1, " * 500 + "1]\n", "ignored"),
+        ("other: [" + "1, " * 100_000 + "1]\n", "over 200,000 characters, which no fairseq config has"),
     ],
 )
 def test_a_hostile_yaml_is_refused_or_ignored_in_one_short_line(tmp_path, capsys, text, message):

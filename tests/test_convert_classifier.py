@@ -98,3 +98,14 @@ def test_a_bpe_of_transformers_gives_fairseqs_tokens(place, tmp_path):  # noqa: 
     files = [RAW.parent / "gpt2_bpe" / name for name in ("encoder.json", "vocab.bpe")]
     theirs = pretrained.load_tokenizer(tmp_path, dictionary, *files)(text)
     assert [row.tolist() for row in ours] == [row.tolist() for row in theirs]
+
+
+def test_a_head_that_does_not_fit_is_refused_in_one_line(place, tmp_path):  # noqa: F811
+    call(finetune.main, *flags(place, tmp_path / "out", max_epoch=1))
+    content = torch.load(tmp_path / "out" / "checkpoint_best.pt", weights_only=True)
+    for part, message in ((torch.ones(3), r"out_proj.weight is \(3,\)"), (None, "has no out_proj.weight")):
+        head = {k: v for k, v in content["classifier"]["head"].items() if k != "out_proj.weight"}
+        head |= {} if part is None else {"out_proj.weight": part}
+        torch.save({**content, "classifier": {**content["classifier"], "head": head}}, tmp_path / "x.pt")
+        with pytest.raises(InputError, match=f"x.pt: the classification head {message}"):
+            call(convert.main, "--ckpt", tmp_path / "x.pt", "--to", "hf", tmp_path / "hf")

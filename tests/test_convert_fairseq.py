@@ -280,3 +280,16 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, saved, kind, monk
     with pytest.raises(OSError, match="No space left"):
         run(saved / "checkpoint_last.pt", kind, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_settings_of_a_wrong_type_in_what_fairseq_keeps_for_us_are_refused_in_one_line(tmp_path, saved):
+    run(saved / "checkpoint_last.pt", "fairseq", tmp_path / "theirs.pt")
+    content = torch.load(tmp_path / "theirs.pt", weights_only=True)
+    for value in (("a", "b"), (None, 1), ([1], [2]), torch.zeros(2)):
+        content["extra_state"][convert_fairseq.OURS]["config"]["adam_betas"] = value
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(InputError, match="x.pt: damaged: its config is not what a run writes there"):
+            run(tmp_path / "x.pt", "native", tmp_path / "out.pt")
+    content["extra_state"] = torch.zeros(2)
+    torch.save(content, tmp_path / "x.pt")
+    run(tmp_path / "x.pt", "native", tmp_path / "out.pt")  # its weights alone

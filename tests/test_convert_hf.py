@@ -194,7 +194,9 @@ def test_the_model_card_says_what_the_files_tell_and_its_example_runs(tmp_path, 
     exec(re.search(r"```python\n(.*?)```", card, re.S)[1], found)
     assert found["states"].shape == (1, 6, SMALL["embed_dim"])
 
-    (tmp_path / "data" / "preprocess.log").write_text('{"step": "train"}\n{"step": [1]}\n')
+    huge = dict(step="train", made_from=dict(text=[]), unk=10**400, tokens=1)
+    odd = '{"step": "train"}\n{"step": [1]}\n' + json.dumps(huge) + "\n"
+    (tmp_path / "data" / "preprocess.log").write_text(odd)
     run(tmp_path / "run" / "checkpoint_last.pt", "hf", tmp_path / "other", "--teacher")
     card = (tmp_path / "other" / "README.md").read_text()
     assert "the teacher after 4 updates" in card and "| train | - | 200 |" in card

@@ -96,6 +96,12 @@ def test_pipes_and_devices_in_place_of_files_are_refused_at_once(saved, tmp_path
             main(argv)
 
 
+def test_a_pipe_that_is_named_like_a_checkpoint_is_not_waited_for(saved, corpus_dir, tmp_path):
+    shutil.copytree(saved, tmp_path / "run")
+    os.mkfifo(tmp_path / "run" / "checkpoint_odd.pt")
+    assert checkpoint.candidates(tmp_path / "run")[-1].name == "checkpoint_odd.pt"
+
+
 def test_whole_files_that_are_incomplete_checkpoints_are_refused(tmp_path):
     part = "encoder.sentence_encoder.layers.0.self_attn.{}_proj.weight"
     same = {part.format(p): torch.zeros(4, 4) for p in "qkv"}
@@ -188,3 +194,15 @@ def test_odd_characters_break_no_line_and_write_nothing_outside_the_save_directo
         [sys.executable, HERE / "data.py", "--data_path", f"{folder}\nx"], capture_output=True, text=True
     )
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "\x1b" not in result.stderr
+
+
+def test_what_a_resume_says_of_a_damaged_file_is_short(saved, corpus_dir, tmp_path):
+    content = torch.load(saved / "checkpoint_last.pt", weights_only=True)
+    long = {"adam_betas": [0.5] * 100_000} | {f"x{i}" * 99: 1 for i in range(1000)}
+    torch.save({**content, "config": {**content["config"], **long}}, tmp_path / "checkpoint_last.pt")
+    assert len(call(train.main, *few(corpus_dir, tmp_path, "--max_update", 5, "--disable_validation"))) < 10_000
+    content["config"]["sample_break_mode"] = "x" * 100_000
+    torch.save(content, tmp_path / "checkpoint_last.pt")
+    with pytest.raises(InputError, match="sample_break_mode was x{100}, is") as error:
+        train.main(few(corpus_dir, tmp_path, "--max_update", 6))
+    assert len(str(error.value)) < 1000

@@ -22,7 +22,9 @@ import preprocess
 import train
 from config import InputError
 from fast import kernels
+from model import ModelConfig
 from runtime import checkpoint
+from runtime.guard import check_memory
 from tests.helpers import CPU, FEW, HERE, call, rows_of
 
 
@@ -116,6 +118,8 @@ def test_a_model_too_large_for_the_memory_is_refused_at_once(monkeypatch, tmp_pa
     began = time.monotonic()
     with pytest.raises(InputError, match="too large for this cpu: .* weights need .* GiB, its memory is"):
         call(train.main, *argv, "--layers", 1000, "--embed_dim", 100_000)
+    with pytest.raises(InputError, match="too large for this cpu: .* weights need"):
+        check_memory(ModelConfig(layers=1, ffn_embed_dim=1, embed_dim=12_000, head_layers=100), 9, CPU)
     with pytest.raises(InputError, match="--layers 20000: must be at most 1000"):
         call(train.main, *argv, "--layers", 20_000)
     with pytest.raises(InputError, match="too large for this cpu: .* weights need"):

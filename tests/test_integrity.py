@@ -1,8 +1,12 @@
 """Damaged and hostile checkpoint files: each is refused in one line, or loads equal."""
 
+import io
+import pickle
 import random
 import re
 import resource
+import struct
+import tarfile
 import zipfile
 
 import pytest
@@ -65,7 +69,7 @@ def test_compressed_oversized_and_unchecked_records_are_refused_before_they_are_
     checkpoint.save(small_content(), file)
     with zipfile.ZipFile(file) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
         for name in source.namelist():
-            target.writestr(name, bytes(50_000_000) if name.endswith("data/0") else source.read(name))
+            target.writestr(name, bytes(4_000_000) if name.endswith("data/0") else source.read(name))
     assert bomb.stat().st_size < 100_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError, match="damaged: a compressed record"):
@@ -181,6 +185,7 @@ ODD = dict(
     meta=lambda: torch.zeros(SHAPE, device="meta"),
     nested=lambda: torch.nested.nested_tensor([torch.rand(SHAPE)]),
     integer=lambda: torch.zeros(SHAPE, dtype=torch.int64),
+    float4=lambda: torch.zeros(SHAPE, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
     complex=lambda: torch.zeros(SHAPE, dtype=torch.complex64),
     none=lambda: None,
     number=lambda: 1.0,
@@ -273,3 +278,78 @@ def test_a_width_whose_matrices_no_memory_can_hold_is_refused_by_a_conversion(sa
     checkpoint.save(made, tmp_path / "x.pt")
     with pytest.raises(InputError, match="--embed_dim 2147483640: must be at most"):
         convert.main(["--ckpt", str(tmp_path / "x.pt"), "--to", "native", str(tmp_path / "y.pt")])
+
+
+# ---------------------------------------------------------------------------------------------- two readers, one file
+
+
+def two_directories(harmless: bytes, hidden: bytes) -> bytes:
+    """An archive with two directories of the same size: zipfile finds the first's, torch the second's records."""
+
+    def parts(raw):
+        size, at = struct.unpack("<LL", raw[-10:-2])
+        return raw[:at], bytearray(raw[at : at + size])
+
+    (records, directory), (others, shown) = parts(hidden), parts(harmless)
+    begin, at = len(records) + len(directory), 0
+    while at < len(shown):  # zipfile adds to each offset by how much the directory is later than the end says
+        offset = struct.unpack("<L", shown[at + 42 : at + 46])[0] + begin - (begin + len(others) - len(records))
+        shown[at + 42 : at + 46] = struct.pack("<L", offset)
+        at += 46 + sum(struct.unpack("<HHH", shown[at + 28 : at + 34]))
+    end = b"PK\5\6" + bytes(4) + harmless[-14:-10] + struct.pack("<LLH", len(directory), len(records), 0)
+    return records + directory + others + shown + end
+
+
+def test_an_archive_with_a_second_directory_is_refused_before_torch_unpacks_what_zipfile_does_not_see(tmp_path):
+    file, made = tmp_path / "x.pt", [io.BytesIO(), io.BytesIO()]
+    torch.save({"model": {"encoder.sentence_encoder.layernorm_embedding.bias": torch.ones(4_000_000)}}, file)
+    with zipfile.ZipFile(file) as source:
+        for name in source.namelist():
+            content = source.read(name)
+            for out, method, shown in zip(made, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED), (b"harmless", content)):
+                with zipfile.ZipFile(out, "a") as archive:
+                    archive.writestr(name, shown, method if name.endswith("data/0") else zipfile.ZIP_STORED)
+    file.write_bytes(two_directories(*(out.getvalue() for out in made)))
+    with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is None and archive.read("x/data/0") == b"harmless"
+    assert torch.load(file, weights_only=True)["model"].popitem()[1].numel() == 4_000_000  # torch sees the other one
+    with pytest.raises(InputError, match=r"x\.pt: damaged: its directory is not where its end says"):
+        checkpoint.load(file)
+
+
+def test_a_pickle_sets_no_attribute_and_writes_no_file(tmp_path):
+    def text(value):
+        return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+    function, patch = torch._utils._rebuild_tensor_v2, tmp_path / "made"
+    slots = text("dump_patches") + b"\x88" + text("__name__") + text(str(patch))
+    slots += text("__defaults__") + b"(K\1K\2t"
+    # torch compares an old file's sources with its own, and saves the difference where a class has dump_patches
+    body = b"\x80\2cforeign\nThing\n0ctorch._utils\n_rebuild_tensor_v2\nq\0(N}(" + slots + b"utb0"
+    body += b"(" + text("module") + b"h\0" + text("file") + text("another\nsource\n") + b"tQ0}."
+    heads = (0x1950A86A20F9469CFC6C, 1001, {})
+    raw = b"".join(pickle.dumps(part, 2) for part in heads) + body + pickle.dumps([], 2)
+    (tmp_path / "x.pt").write_bytes(raw)
+    before = function.__name__, function.__defaults__
+    with pytest.raises(InputError):
+        checkpoint.load(tmp_path / "x.pt")
+    assert (function.__name__, function.__defaults__) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_a_storage_that_is_larger_than_its_record_is_never_read_beyond_the_file(tmp_path):
+    name = "encoder.sentence_encoder.layernorm_embedding.bias"
+    torch.save({"model": {name: torch.ones(1_000_000)}}, tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as source, zipfile.ZipFile(tmp_path / "x.pt", "w") as target:
+        for record in source.namelist():
+            target.writestr(record, source.read(record)[: 16 if record.endswith("data/0") else None])
+    with pytest.raises(InputError, match=r"x\.pt: cannot be read as a checkpoint: .*(out of bounds|not resizable)"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+def test_a_tar_archive_is_refused_before_torch_sees_it(tmp_path, monkeypatch):
+    with tarfile.open(tmp_path / "x.pt", "w") as archive:
+        archive.add(__file__, "\x80storages")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load was called"))
+    with pytest.raises(InputError, match=r"x\.pt: cannot be read as a checkpoint: a tar archive"):
+        checkpoint.load(tmp_path / "x.pt")

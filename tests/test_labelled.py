@@ -10,7 +10,7 @@ import config
 import finetune
 from config import InputError
 from dataset import labelled
-from dataset.binarized import write_dataset
+from dataset.binarized import EOS, write_dataset
 from dataset.labelled import Columns
 from tests.helpers import GOLDEN, call, golden
 from tests.test_finetune import flags, place, rows_of  # noqa: F401
@@ -223,3 +223,19 @@ def test_a_pipe_and_a_deep_row_are_refused_in_one_line(tmp_path):
     (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
     with pytest.raises(InputError, match="deep.jsonl, line 1: not JSON"):
         labelled.read_cells(tmp_path / "deep.jsonl")
+
+
+def test_binarized_labels_without_a_token_or_with_endless_names_are_refused_in_one_line(place, tmp_path):  # noqa: F811
+    for name in ("input0", "label"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "input0" / "dict.txt").write_bytes((place / "data" / "dict.txt").read_bytes())
+    for labels, classes, message in (
+        ([[4], [5], []], 2, "label/train: row 2 is empty"),
+        ([[4], [5], [4]], 1001, "1,001 different labels, of at most 1,000"),
+    ):
+        (tmp_path / "label" / "dict.txt").write_text("".join(f"class{i} 1\n" for i in range(classes)))
+        for split in ("train", "valid"):
+            write_dataset(tmp_path / "input0" / split, [[4, EOS]] * 3, 40)
+            write_dataset(tmp_path / "label" / split, labels, 8)
+        with pytest.raises(InputError, match=message):
+            finetune.main(flags(place, tmp_path / "out", data_path=tmp_path, train=None, valid=None))

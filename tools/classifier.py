@@ -108,7 +108,10 @@ def entry_of(loaded: Loaded, path) -> dict:
 def rebuild(made: dict, encoder: Encoder, path) -> Classifier:
     """The classifier of such an entry around an encoder. Raises InputError if the head does not fit."""
     kind = SentenceHead if "dense.weight" in made["head"] else LinearProbe
-    model = Classifier(encoder, kind(encoder.embed_tokens.embedding_dim, len(made["labels"] or ["score"])))
+    with torch.device("meta"):  # names and shapes alone, so that many labels cannot ask for much memory
+        head = kind(encoder.embed_tokens.embedding_dim, len(made["labels"] or ["score"]))
+    checkpoint.check_fits(made["head"], head, "the classification head", path)
+    model = Classifier(encoder, head.to_empty(device="cpu"))
     checkpoint.put(made["head"], model.head, "the classification head", path)
     return model
 

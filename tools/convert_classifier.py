@@ -9,7 +9,11 @@ transformers.pipeline("text-classification", model=HF_DIR) then gives the names 
 import json
 from pathlib import Path
 
+import torch
+
 from config import InputError
+from runtime import checkpoint
+from tools.classifier import SentenceHead
 from tools.convert_hf import FAMILIES
 
 
@@ -17,7 +21,8 @@ def add_head(folder: Path, made: dict, path):
     """Turn an encoder's config.json and model.safetensors in `folder` into those of a classifier.
 
     made: the entry `classifier` of the fine-tuned checkpoint at `path`. The scores of a regression come out in the
-    units of its labels. Raises InputError for a linear probe, which transformers cannot express.
+    units of its labels. Raises InputError for a linear probe, which transformers cannot express, and for a head that
+    does not fit.
     """
     from safetensors import torch as safetensors  # which convert_hf has just used
 
@@ -25,11 +30,14 @@ def add_head(folder: Path, made: dict, path):
         raise InputError(
             f"{path}: a linear probe on mean features (--freeze, --pool mean); transformers has no model for it"
         )
-    head, names = {k: v.float() for k, v in made["head"].items()}, made["labels"]
+    names, where, weights = made["labels"], folder / "config.json", folder / "model.safetensors"
+    settings = json.loads(where.read_text(encoding="utf-8"))
+    with torch.device("meta"):  # for names and shapes
+        expected = SentenceHead(settings["hidden_size"], len(names or ["score"]))
+    checkpoint.check_fits(made["head"], expected, "the classification head", path)
+    head = {k: v.float() for k, v in made["head"].items()}
     for part in ("out_proj.weight", "out_proj.bias"):
         head[part] = head[part] * made["label_scale"]
-    where, weights = folder / "config.json", folder / "model.safetensors"
-    settings = json.loads(where.read_text(encoding="utf-8"))
     _, model, prefix = next(family for family in FAMILIES.values() if family[0] == settings["model_type"])
     settings["architectures"] = [f"{model}ForSequenceClassification"]
     settings["problem_type"] = "single_label_classification" if names else "regression"

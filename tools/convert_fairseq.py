@@ -13,6 +13,7 @@ from compat import fairseq_config
 from compat.fairseq_names import TEACHER, from_reference, to_reference
 from config import InputError
 from eval import saved_settings
+from runtime import integrity
 from runtime.checkpoint import MOMENTS, Loaded, checked_moments
 from train import PARTS, TrainConfig, lr_at
 
@@ -162,10 +163,12 @@ def settings_of(loaded: Loaded, path) -> tuple[dict, str]:
     """The settings in a checkpoint of any kind, and, if those of its training cannot be read, why not."""
     if loaded.kind != "fairseq":
         return loaded.config, ""
-    try:
-        return {**loaded.content["extra_state"][OURS]["config"]}, ""
-    except (KeyError, TypeError):  # we did not write it
-        pass
+    extra = loaded.content.get("extra_state")
+    kept = extra.get(OURS) if isinstance(extra, dict) else None
+    if isinstance(kept, dict) and "config" in kept:  # we wrote it
+        if not integrity.fits(kept["config"], integrity.ENTRIES["config"]):
+            raise InputError(f"{path}: damaged: its config is not what a run writes there")
+        return dict(kept["config"]), ""
     values, tree = saved_settings(loaded, path), loaded.content.get("cfg") or {}
     fields = {field.name: field for part in PARTS for field in dataclasses.fields(part)}
     training = {group: tree[group] for group in TRAINING_GROUPS if group in tree}

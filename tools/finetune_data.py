@@ -47,17 +47,17 @@ def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
         texts, names = len(tables["train"].texts), None
         if not cfg.regression:
             names = labelled.label_names(tables["train"].labels)
-            if len(names) > MOST_CLASSES:
-                raise InputError(
-                    f"{tables['train'].path}: {len(names):,} different labels, of at most {MOST_CLASSES:,}; is --label"
-                    " the right column? Scores need --regression"
-                )
         found = {}
         for split, table in tables.items():
             labels = labelled.class_numbers(table, names) if names else labelled.scores(table, cfg.label_scale)
             found[split] = labelled.make_split(
                 [token_rows(tokenize, column, longest) for column in table.texts], labels, longest
             )
+    if names and len(names) > MOST_CLASSES:
+        raise InputError(
+            f"{cfg.train or folder}: {len(names):,} different labels, of at most {MOST_CLASSES:,}; is --label the right"
+            " column? Scores need --regression"
+        )
     if cfg.regression and names:
         raise InputError(f"--regression: {cfg.data_path} has classes in label/dict.txt, and no label/train.label")
     if names and cfg.num_classes:  # as fairseq, whose head may have more than occur

@@ -85,7 +85,7 @@ def finish(results: list, metric: str, folder: Path):
     checkpoint.write_text(
         folder / "results.json", json.dumps(dict(metric=metric, best=best["name"], runs=rows), indent=1)
     )
-    print(f"best on valid: {best['name']} | {final}")
+    print(printable(f"best on valid: {best['name']} | {final}"))
 
 
 def describe(source, data, metric: str):

@@ -90,7 +90,7 @@ def corpus(folders: list[Path]) -> list[tuple]:
     for folder in folders:
         latest = {str(row.get("step")): row for row in json_rows(folder / "preprocess.log")}
         for split in ("train", "valid", "test"):
-            with contextlib.suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
+            with contextlib.suppress(KeyError, TypeError, ValueError, ArithmeticError):
                 row = latest[split]
                 names = ", ".join(text["file"] for text in row["made_from"]["text"])
                 share = f"{100 * row['unk'] / row['tokens']:.1f}%"

@@ -13,6 +13,7 @@ import device  # noqa: F401
 
 # isort: split
 
+import torch
 from torch import Tensor
 
 from compat import fairseq_names
@@ -22,7 +23,7 @@ from dataset.binarized import SPECIAL, Dictionary
 from dataset.text import Tokenizer, load_tokenizer
 from init import start
 from model import PAD, Encoder, ModelConfig
-from runtime import checkpoint
+from runtime import checkpoint, integrity
 from tools import convert_hf
 
 FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
@@ -52,7 +53,9 @@ class Pretrained:
         return len(self.weights["embed_positions.weight"]) - PAD - 1
 
     def encoder(self, untrained: bool = False, **dropouts) -> Encoder:
-        """A new encoder with these weights, or with the random ones that pretraining begins with."""
+        """A new encoder with these weights, or with the random ones that pretraining begins with. Raises InputError."""
+        with torch.device("meta"):  # names and shapes alone, so that a small file cannot ask for much memory
+            checkpoint.check_fits(self.weights, Encoder(self.shape, self.vocabulary), "the encoder", self.path)
         encoder = Encoder(dataclasses.replace(self.shape, **dropouts), self.vocabulary)
         if untrained:
             start(encoder, self.shape.init)
@@ -84,11 +87,12 @@ def load(path, teacher: bool = False, attention_heads: int = 0) -> Pretrained:
 
 
 def floats(state: dict, path) -> dict:
-    """A state dict in float32. Raises InputError for an entry that holds no floating-point numbers."""
+    """A state dict in float32 and memory of its own. Raises InputError for an entry that holds no floating-point
+    numbers."""
     for name, tensor in state.items():
-        if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+        if not (isinstance(tensor, Tensor) and tensor.dtype in integrity.FLOATS):
             raise InputError(f"{path}: {name} is not a tensor of floating-point numbers")
-    return {name: tensor.float() for name, tensor in state.items()}
+    return {name: torch.empty(tensor.shape).copy_(tensor.detach()) for name, tensor in state.items()}
 
 
 def shape_of(weights: dict, settings: dict, attention_heads: int, path) -> ModelConfig:
@@ -156,7 +160,7 @@ def hf_text_files(folder: Path, vocabulary: int) -> dict[str, bytes]:
             made = json.loads(read_text(folder / "tokenizer.json"))["model"]
             if made["type"] != "WordLevel":
                 raise InputError(
-                    f"{folder / 'tokenizer.json'}: a {made['type']} tokenizer without vocab.json beside it"
+                    f"{folder / 'tokenizer.json'}: a {str(made['type'])[:80]} tokenizer without vocab.json beside it"
                 )
             symbols, files = {i: word for word, i in made["vocab"].items()}, {}
         rows = [symbols.get(i, f"unused{i}") for i in range(len(SPECIAL), vocabulary)]

