@@ -44,9 +44,8 @@ class Optimizer:
     def __init__(self, weights, cfg: OptimConfig, device: Device, update_freq: int):
         """weights: of fast.vectors."""
         self.weights, self.cfg, self.device = weights, cfg, device
-        # fused: one kernel for all weights. On an NPU it ignores the loss scaler. None, not False: with False torch
-        # loops over the weights even where it has operators for lists.
-        self.is_fused = device.type != "npu"
+        # None, not False: with False torch loops over the weights even where it has operators for lists
+        self.is_fused = device.has_fused_adam
         self.adam = torch.optim.AdamW(
             weights.parameters, betas=cfg.adam_betas, weight_decay=cfg.weight_decay, fused=self.is_fused or None
         )

@@ -124,8 +124,7 @@ class Run:
         layout = LongVectors if device.wants_long_vectors else Separate
         self.weights = layout(self.student, self.teacher, device.amp)
         if cfg.train.compile:
-            if device.wants_long_vectors:
-                raise InputError(f"--compile is not for an {device.type}, where layers run in eager mode")
+            device.check_compile()
             for layer in (*self.student.encoder.layers, *self.teacher.layers):
                 layer.compile(dynamic=True)  # in place: names and weights stay what they are
         self.optimizer = Optimizer(self.weights, cfg.optim, device, cfg.train.update_freq)
