@@ -30,8 +30,12 @@ from config import InputError, RunError, option  # noqa: E402
 from fast.kernels import FIRST_GENERATION, VERSION  # noqa: E402
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
-WORKER_TIMEOUT = timedelta(minutes=30)  # for one collective; while rank 0 finishes a save, the others wait in one
+# for one collective; while rank 0 finishes a save, the others wait in one. Longer than HCCL's own two, so that HCCL
+# says what failed: HCCL_EXEC_TIMEOUT's default is 1,836 seconds.
+WORKER_TIMEOUT = timedelta(minutes=35)
+HCCL_CONNECT_TIMEOUT = "1800"  # seconds; its default of 120 ends a run whose workers start at different times
 FIRST_LOSS_SCALE, LOWEST_LOSS_SCALE, GROWTH_UPDATES = 128.0, 1e-4, 2**14  # fairseq's
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()  # before torch_npu binds threads to some
 PROFILE_FROM = 12  # the first update of a start that a profile shows; those before allocate and warm up
 
 
@@ -231,6 +235,14 @@ def _host_memory(root: str = "/") -> int:
     return min(limit for limit in limits if limit > 0)  # -1: no limit
 
 
+def use_all_cores():
+    """For a thread of our own, at its start: with CPU_AFFINITY_CONF torch_npu binds the thread that launches kernels to
+    a core, which the threads that it starts inherit."""
+    if CORES:
+        with contextlib.suppress(OSError):  # a container may have taken some away
+            os.sched_setaffinity(0, CORES)  # 0: the calling thread
+
+
 def open_device(cfg: DeviceConfig) -> Device:
     """Choose the device and the precision; under torchrun, join the other workers. Raises InputError."""
     kind = cfg.device
@@ -258,6 +270,8 @@ def open_device(cfg: DeviceConfig) -> Device:
     if kind == "npu":
         _check_npu(cfg.amp, name, rank)
     if world_size > 1:
+        if kind == "npu":
+            os.environ.setdefault("HCCL_CONNECT_TIMEOUT", HCCL_CONNECT_TIMEOUT)
         backend = BACKENDS[kind] if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
         try:
             torch.distributed.init_process_group(backend, timeout=WORKER_TIMEOUT)

@@ -20,7 +20,7 @@ if __name__ == "__main__":
     config.read_ahead(__file__, whole=True)  # --help and mistakes, before torch is imported, which takes seconds
 
 # must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from device import Device, DeviceConfig, open_device, worker  # isort: split
+from device import Device, DeviceConfig, open_device, use_all_cores, worker  # isort: split
 
 import torch
 from torch.profiler import record_function
@@ -222,7 +222,7 @@ def turns(run: Run, corpus: Corpus):
     while True:
         epoch, dataset = run.epoch, corpus.split("train", run.epoch)
         rest = dataset.epoch_batches(epoch, device.rank, device.world_size)[run.batches_done :]
-        with contextlib.closing(prefetch(dataset.batches(rest, epoch), depth=min(2 * freq, 32))) as batches:
+        with contextlib.closing(prefetch(dataset.batches(rest, epoch), min(2 * freq, 32), use_all_cores)) as batches:
             for first in range(0, len(rest), freq):
                 part = rest[first : first + freq]
                 ready = [next(batches) for ids in part if len(ids)]
