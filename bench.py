@@ -3,6 +3,7 @@
     python bench.py [--data_path DIR]          a step, its parts, and matmuls
     python bench.py --compare                  the same step written plainly
     python bench.py --peer transformers        the same step with that library
+    python bench.py --check --device npu       the same updates here and on the CPU: are the numbers right?
     python bench.py --sweep                    block lengths and batch sizes
     python bench.py --checkpoint               how long training waits for one
     python bench.py --loader --data_path DIR   the data loader
@@ -154,6 +155,7 @@ def add_flags(parser):
     flag, some, number = parser.add_argument, dict(type=whole_numbers, metavar="N,N"), dict(type=int, metavar="N")
     flag("--compare", action="store_true", help="compare with the same step written plainly")
     flag("--peer", choices=["transformers"], help="compare with the same step around that library")
+    flag("--check", action="store_true", help="compare --updates updates with the CPU's; ends with 1 if they differ")
     flag("--sweep", action="store_true", help="measure several block lengths and batch sizes")
     flag("--sweep_lengths", default=[64, 128, 512], help="tokens in a block [64,128,512]", **some)
     flag("--sweep_tokens", default=[1280, 4096, 8192], help="tokens in a batch [1280,4096,8192]", **some)
@@ -185,7 +187,7 @@ def main(argv: list | None = None) -> int:
             device.close()
     if device.rank == 0:
         print(json.dumps(result))
-    return 0
+    return int(args.check and result["check"]["beyond"] > 0)
 
 
 def bench(cfg: Config, device: Device, folder: Path, args, synthetic_data: bool) -> dict:
@@ -205,6 +207,12 @@ def bench(cfg: Config, device: Device, folder: Path, args, synthetic_data: bool)
     if synthetic_data:
         check_memory(cfg.model, args.vocabulary, device, copies=5)
     cfg, corpus = bench_step.synthetic(cfg, folder, args.vocabulary) if synthetic_data else (cfg, Corpus(cfg.data))
+    if args.check:
+        from tools import bench_check
+
+        result["check"] = bench_check.check(cfg, device, corpus, args.updates)
+        bench_check.print_check(result)
+        return result
     run = Run(cfg, device, len(corpus.dictionary))
     result["parameters"] = sum(p.numel() for p in run.student.parameters())
     if args.compare or args.peer:

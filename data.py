@@ -296,14 +296,14 @@ class BlockDataset:
 # ---------------------------------------------------------------------------------------------- epochs
 
 
-def prefetch(iterable, depth: int):
-    """Yield the items in their order while a thread makes up to `depth` of them in advance.
+def prefetch(iterable, depth: int, begin=None):
+    """Yield the items in their order while a thread, which calls `begin` first, makes up to `depth` of them in advance.
 
     An error of the iterable is raised in place of its item. If the generator is closed, or its consumer fails, the
     thread stops after the item it is working on.
     """
     items, end = iter(iterable), object()
-    maker = ThreadPoolExecutor(1, "prefetch")
+    maker = ThreadPoolExecutor(1, "prefetch", begin)
     try:
         ahead = deque(maker.submit(next, items, end) for _ in range(depth))
         while (item := ahead.popleft().result()) is not end:

@@ -27,11 +27,15 @@ import torch  # noqa: E402
 from torch.profiler import record_function  # noqa: E402
 
 from config import InputError, RunError, option  # noqa: E402
-from fast.kernels import FIRST_GENERATION  # noqa: E402
+from fast.kernels import FIRST_GENERATION, VERSION  # noqa: E402
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
-WORKER_TIMEOUT = timedelta(minutes=30)  # for one collective; while rank 0 finishes a save, the others wait in one
+# for one collective; while rank 0 finishes a save, the others wait in one. Longer than HCCL's own two, so that HCCL
+# says what failed: HCCL_EXEC_TIMEOUT's default is 1,836 seconds.
+WORKER_TIMEOUT = timedelta(minutes=35)
+HCCL_CONNECT_TIMEOUT = "1800"  # seconds; its default of 120 ends a run whose workers start at different times
 FIRST_LOSS_SCALE, LOWEST_LOSS_SCALE, GROWTH_UPDATES = 128.0, 1e-4, 2**14  # fairseq's
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()  # before torch_npu binds threads to some
 PROFILE_FROM = 12  # the first update of a start that a profile shows; those before allocate and warm up
 
 
@@ -77,6 +81,12 @@ class Device:
         """Whether launching kernels is what costs here, so that weights belong in long vectors (fast/vectors.py)."""
         return self.type == "npu"
 
+    @property
+    def has_fused_adam(self) -> bool:
+        """Whether torch's AdamW is one kernel for all weights here, which can also skip a step. An NPU's ignores the
+        loss scaler; the CPU's is from torch 2.4 on."""
+        return self.type == "cuda" or (self.type == "cpu" and VERSION >= (2, 4))
+
     def autocast(self, enabled: bool = True):
         return torch.autocast(self.type, self.amp, enabled) if self.amp else contextlib.nullcontext()
 
@@ -88,11 +98,18 @@ class Device:
             growth_interval=max(1, GROWTH_UPDATES // (self.world_size * update_freq)),
             enabled=enabled,
         )
-        if enabled and self.is_first_generation:
+        if (enabled and self.is_first_generation) or not hasattr(torch.amp, "GradScaler"):  # which is from 2.3 on
             # A chip that saturates has finite gradients even after an overflow: only a sticky hardware flag tells.
             # torch_npu's own scaler clears it at an update's first scale(), and its workers agree on what it said.
-            return torch.npu.amp.GradScaler(**rules)
+            return (torch.npu if self.type == "npu" else torch.cuda).amp.GradScaler(**rules)
         return torch.amp.GradScaler(self.type, **rules)
+
+    def check_compile(self):
+        """Raise InputError if --compile cannot be used here."""
+        if self.wants_long_vectors:
+            raise InputError(f"--compile is not for an {self.type}, where layers run in eager mode")
+        if VERSION < (2, 4):
+            raise InputError(f"--compile needs torch 2.4; this is {torch.__version__}")
 
     def check_profile(self, updates: int, done: int, max_update: int):
         """Raise InputError if a profile of so many updates cannot be made after `done` ones."""
@@ -202,7 +219,7 @@ class Device:
 
     def is_out_of_memory(self, error: Exception) -> bool:
         return (
-            isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
             or "out of memory" in str(error)
             or "can't allocate" in str(error)
         )
@@ -238,6 +255,14 @@ def _host_memory(root: str = "/") -> int:
     return min(limit for limit in limits if limit > 0)  # -1: no limit
 
 
+def use_all_cores():
+    """For a thread of our own, at its start: with CPU_AFFINITY_CONF torch_npu binds the thread that launches kernels to
+    a core, which the threads that it starts inherit."""
+    if CORES:
+        with contextlib.suppress(OSError):  # a container may have taken some away
+            os.sched_setaffinity(0, CORES)  # 0: the calling thread
+
+
 def open_device(cfg: DeviceConfig) -> Device:
     """Choose the device and the precision; under torchrun, join the other workers. Raises InputError."""
     kind = cfg.device
@@ -270,6 +295,8 @@ def open_device(cfg: DeviceConfig) -> Device:
     if kind == "npu":
         _check_npu(cfg.amp, name, rank)
     if world_size > 1:
+        if kind == "npu":
+            os.environ.setdefault("HCCL_CONNECT_TIMEOUT", HCCL_CONNECT_TIMEOUT)
         backend = BACKENDS[kind] if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
         try:
             torch.distributed.init_process_group(backend, timeout=WORKER_TIMEOUT)
@@ -296,7 +323,8 @@ def worker() -> tuple[int, int, int]:
 def _amp_type(amp: str, kind: str, name: str) -> torch.dtype | None:
     has_bf16 = {
         "cpu": lambda: True,
-        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        # is_bf16_supported() counts emulation, unless asked not to, which torch can from 2.5 on
+        "cuda": lambda: torch.version.hip is not None or torch.cuda.get_device_capability()[0] >= 8,
         "npu": lambda: torch.npu.is_bf16_supported(),
     }[kind]()
     if amp == "auto":
@@ -304,6 +332,8 @@ def _amp_type(amp: str, kind: str, name: str) -> torch.dtype | None:
     if amp == "bf16" and not has_bf16:
         # autocast would only warn there, and an NPU train in float32
         raise InputError(f"--amp bf16: {name} has no bfloat16; use --amp fp16")
+    if amp == "fp16" and kind == "cpu" and VERSION < (2, 4):  # there autocast warns, and does nothing
+        raise InputError(f"--amp fp16 on a CPU needs torch 2.4; this is {torch.__version__}")
     return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[amp]
 
 

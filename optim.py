@@ -44,12 +44,10 @@ class Optimizer:
     def __init__(self, weights, cfg: OptimConfig, device: Device, update_freq: int):
         """weights: of fast.vectors."""
         self.weights, self.cfg, self.device = weights, cfg, device
-        # fused: one kernel for all weights. On an NPU it ignores the loss scaler. None, not False: with False torch
-        # loops over the weights even where it has operators for lists.
-        self.is_fused = device.type != "npu"
-        self.adam = torch.optim.AdamW(
-            weights.parameters, betas=cfg.adam_betas, weight_decay=cfg.weight_decay, fused=self.is_fused or None
-        )
+        self.is_fused = device.has_fused_adam
+        # foreach=None: torch has operators for lists of weights. For a CPU it has none, and torch_npu looks for a card.
+        form = dict(fused=True) if self.is_fused else dict(foreach=False if device.type == "cpu" else None)
+        self.adam = torch.optim.AdamW(weights.parameters, betas=cfg.adam_betas, weight_decay=cfg.weight_decay, **form)
         self.scaler = device.scaler(update_freq)
         self.loss_scale = self.scaler.get_scale()  # kept on the host: asking for it waits for the device
         self.skipped = 0  # steps known to have left the weights alone

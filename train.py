@@ -20,7 +20,7 @@ if __name__ == "__main__":
     config.read_ahead(__file__, whole=True)  # --help and mistakes, before torch is imported, which takes seconds
 
 # must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from device import Device, DeviceConfig, open_device, worker  # isort: split
+from device import Device, DeviceConfig, open_device, use_all_cores, worker  # isort: split
 
 import torch
 from torch.profiler import record_function
@@ -134,8 +134,7 @@ class Run:
         layout = LongVectors if device.wants_long_vectors else Separate
         self.weights = layout(self.student, self.teacher, device.amp)
         if cfg.train.compile:
-            if device.wants_long_vectors:
-                raise InputError(f"--compile is not for an {device.type}, where layers run in eager mode")
+            device.check_compile()
             for layer in (*self.student.encoder.layers, *self.teacher.layers):
                 layer.compile(dynamic=True)  # in place: names and weights stay what they are
         self.optimizer = Optimizer(self.weights, cfg.optim, device, cfg.train.update_freq)
@@ -236,7 +235,7 @@ def turns(run: Run, corpus: Corpus):
         epoch, dataset = run.epoch, corpus.split("train", run.epoch)
         rest = dataset.epoch_batches(epoch, device.rank, device.world_size)[run.batches_done :]
         made = map(device.pin, dataset.batches(rest, epoch))
-        with contextlib.closing(prefetch(made, depth=min(2 * freq, 32))) as batches:
+        with contextlib.closing(prefetch(made, min(2 * freq, 32), use_all_cores)) as batches:
             for first in range(0, len(rest), freq):
                 part = rest[first : first + freq]
                 ready = [next(batches) for ids in part if len(ids)]

@@ -11,9 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])  # of torch
+
 # torch.npu.get_device_name() of the first Ascend 910, whose last name is easily taken for the second's (Ascend910B1 to
 # B4, the Atlas A2): no bfloat16, no fused attention, and it saturates where the others overflow to infinity
 FIRST_GENERATION = {"Ascend910A", "Ascend910ProA", "Ascend910PremiumA", "Ascend910ProB", "Ascend910B"}
+
+# of older versions: torch.compiler.is_compiling is from 2.3 on (--compile is refused before), the argument from 2.4 on
+_is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
+_autocasts_on_cpu = (
+    torch.is_autocast_cpu_enabled if VERSION < (2, 4) else functools.partial(torch.is_autocast_enabled, "cpu")
+)
 
 _plain = False
 
@@ -31,7 +39,7 @@ def plain():
 
 def _place(x: Tensor) -> str:
     """Whose form to take: 'cpu', 'npu', or '' for torch's own."""
-    return "" if _plain or torch.compiler.is_compiling() else x.device.type
+    return "" if _plain or _is_compiling() else x.device.type
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -42,7 +50,7 @@ def gelu(x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """F.linear; on a CPU in float32 by oneDNN, which torch uses for bfloat16 alone: a third faster than MKL on an AMD
     EPYC."""
-    if _place(x) == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+    if _place(x) == "cpu" and x.dtype == torch.float32 and not _autocasts_on_cpu():
         if torch.backends.mkldnn.is_available():
             return _OneDnnLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)

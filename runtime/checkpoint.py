@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from device import Device  # isort: split
+from device import Device, use_all_cores  # isort: split
 
 import torch
 
@@ -88,6 +88,7 @@ class Saver:
         self.device.synchronize()
 
         def write():
+            use_all_cores()
             if sys.platform == "linux":  # where a priority is a thread's own: updates have the cores first
                 with contextlib.suppress(OSError):
                     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)

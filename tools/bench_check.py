@@ -1,0 +1,109 @@
+"""Does a device compute what the CPU does? `python bench.py --check` trains the same few updates on both.
+
+From the same weights, on the same batches, without dropout: here as a run would, and on the CPU in float32 with torch's
+own kernels (`fast.kernels.plain`). Compared are, in the order in which an update makes them, each layer's output, the
+targets and predictions, the loss, and the gradients from the last layer to the first, all of update 1; then loss and
+gradient norm of every update, and the weights after the last one.
+"""
+
+import contextlib
+import dataclasses
+
+import torch
+
+import train
+from config import RunError
+from data import Corpus
+from device import Device
+from fast import kernels
+
+# Largest difference, relative to the CPU's value, by the type in which the device's matmuls run. weights: how far they
+# have moved. Some ten times what a right device has; docs/ascend.md has what was measured.
+BOUNDS = {
+    None: dict(forward=1e-4, gradient=1e-3, loss=1e-4, norm=1e-3, weights=0.01),
+    torch.float16: dict(forward=0.01, gradient=0.03, loss=1e-3, norm=0.01, weights=0.05),
+    torch.bfloat16: dict(forward=0.03, gradient=0.1, loss=2e-3, norm=0.02, weights=0.1),
+}
+
+
+def check(cfg: train.Config, device: Device, corpus: Corpus, updates: int) -> dict:
+    """Train on both. rows: (what, its difference, its bound); first: the first one beyond its bound, or None."""
+    model = dataclasses.replace(cfg.model, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
+    warmup = min(2, cfg.train.warmup_updates)  # so that the weights move
+    cfg = dataclasses.replace(
+        cfg, model=model, train=dataclasses.replace(cfg.train, compile=False, warmup_updates=warmup)
+    )
+    with kernels.plain():
+        theirs = record(cfg, Device(torch.device("cpu"), "CPU", None), corpus, updates)
+    ours = record(cfg, device, corpus, updates)
+    rows = []
+    for (name, a), (other, b) in zip(ours, theirs, strict=True):
+        assert name == other, (name, other)
+        rows.append((name, difference(a, b), BOUNDS[device.amp][kind_of(name)]))
+    beyond = [name for name, found, bound in rows if not found <= bound]  # NaN is beyond, too
+    return dict(rows=rows, beyond=len(beyond), first=beyond[0] if beyond else None)
+
+
+def kind_of(name: str) -> str:
+    first = name.split()[0]
+    return first if first in BOUNDS[None] else "forward"
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The norm of a - b, relative to that of b."""
+    return float((a - b).norm() / b.norm().clamp(min=1e-30)) if a.shape == b.shape else float("inf")
+
+
+def on_host(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().cpu().float()
+
+
+def weights_of(run: train.Run) -> list:
+    """Of the student and of the teacher, each in one vector."""
+    return [torch.cat([on_host(p).flatten() for p in module.parameters()]) for module in (run.student, run.teacher)]
+
+
+def record(cfg: train.Config, device: Device, corpus: Corpus, updates: int) -> list:
+    """[(name, float32 tensor on the host), ...] in the order that the docstring of this file has."""
+    run = train.Run(cfg, device, len(corpus.dictionary))
+    begin, found, hooks = weights_of(run), [], []
+    for who, layers in (("teacher", run.teacher.layers), ("student", run.student.encoder.layers)):
+        for i, layer in enumerate(layers):
+
+            def keep(layer, inputs, outputs, name=f"{who}'s layer {i}"):
+                found.append((name, on_host(outputs[0])))
+
+            hooks.append(layer.register_forward_hook(keep))
+    with contextlib.closing(train.turns(run, corpus)) as source:
+        for number in range(1, updates + 1):
+            turn = next(source)
+            done = train.update(run, turn.batches)
+            run.epoch += turn.ends_epoch
+            if done is None:
+                raise RunError(f"--check: float16 overflowed in update {number} on {device.type}; try --amp off")
+            for hook in hooks:
+                hook.remove()
+            if number == 1 and not cfg.model.predicts_words:
+                prediction, target = done.last_batch
+                found += [("targets", on_host(target)), ("predictions", on_host(prediction))]
+            found += [(f"loss {number}", on_host(done.loss)), (f"norm of the gradients {number}", on_host(done.gnorm))]
+            if number == 1:  # Adam's first moment is then the gradient times 1 - its decay
+                state = run.optimizer.state()["state"]
+                names = [name for name, _ in run.student.named_parameters()]
+                found += [(f"gradient of {name}", on_host(state[i]["exp_avg"])) for i, name in enumerate(names)][::-1]
+    moved = [after - before for after, before in zip(weights_of(run), begin)]
+    return [*found, ("weights of the student", moved[0]), ("weights of the teacher", moved[1])]
+
+
+def print_check(result: dict):
+    """The largest difference of each kind, then the verdict."""
+    largest = {}
+    for name, found, bound in result["check"]["rows"]:
+        kind = kind_of(name)
+        if kind not in largest or not found <= largest[kind][1]:
+            largest[kind] = name, found, bound
+    print(f"{'compared':10} {'largest':>9} {'bound':>8}  where")
+    for kind, (name, found, bound) in largest.items():
+        print(f"{kind:10} {found:9.2g} {bound:8.2g}  {name}")
+    first = result["check"]["first"]
+    print("as the CPU computes" if first is None else f"beyond its bound first: {first}")
