@@ -346,10 +346,12 @@ def main(argv: list | None = None) -> int:
     parts, args = config.parse(PARTS, __doc__, argv, extra=add_flags)
     cfg = Config(*parts)
     _, world_size, _ = worker()
-    if args.distributed_world_size not in (None, world_size):
+    there = args.distributed_world_size
+    if there not in (None, world_size):
         raise InputError(
-            f"distributed_world_size {args.distributed_world_size}, but there is {world_size} worker;"
-            f" start with: torchrun --nproc_per_node {args.distributed_world_size} train.py ..."
+            f"distributed_world_size {there}, but there is {world_size} worker; start with: torchrun --nproc_per_node"
+            f" {there} train.py ..., or leave it out: --update_freq {-(-there * cfg.train.update_freq // world_size)}"
+            " keeps the batch"
         )
     device = open_device(cfg.device)
     try:
