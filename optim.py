@@ -48,12 +48,20 @@ class Optimizer:
         # foreach=None: torch has operators for lists of weights. For a CPU it has none, and torch_npu looks for a card.
         form = dict(fused=True) if self.is_fused else dict(foreach=False if device.type == "cpu" else None)
         self.adam = torch.optim.AdamW(weights.parameters, betas=cfg.adam_betas, weight_decay=cfg.weight_decay, **form)
+        if device.world_size > 1:  # what the workers sum: all gradients, each a view of this vector, and the loss
+            size = sum(p.numel() for p in weights.parameters) + 1
+            self.vector = torch.zeros(size, device=device.torch_device)
         self.scaler = device.scaler(update_freq)
         self.loss_scale = self.scaler.get_scale()  # kept on the host: asking for it waits for the device
         self.skipped = 0  # steps known to have left the weights alone
 
     def begin(self) -> Tensor:
         """The loss of no batch yet, (). Call it before the first forward."""
+        if self.device.world_size > 1:  # a worker without a batch takes part all the same
+            parameters = self.weights.parameters
+            parts = self.vector.zero_().split([*(p.numel() for p in parameters), 1])
+            for p, part in zip(parameters, parts):
+                p.grad = part.view_as(p)
         loss = torch.zeros((), device=self.device.torch_device)
         # A scaler that has scaled nothing refuses to step, as for a worker without a batch. And torch_npu's clears the
         # chip's overflow flag at its first scale(): here, so that an overflow in a forward counts too.
@@ -70,8 +78,6 @@ class Optimizer:
     def step(self, lr: float, updates: int, loss: Tensor, counts: Tensor) -> Step | None:
         """Move the weights by the gradients so far. updates: those done before; loss () and counts (3,) are this
         worker's. Returns None if float16 gradients overflowed: then nothing moved, and it was no update."""
-        for p in self.weights.parameters:  # a worker without a batch takes part all the same
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         loss, counts, sample_size = self.sum_over_workers(loss, counts)
         self.scaler.unscale_(self.adam)  # after the sum, so that all workers see the same overflow
         grads = [p.grad for p in self.weights.parameters]
@@ -88,11 +94,9 @@ class Optimizer:
         if self.device.world_size == 1:
             return loss, counts, max(1, int(counts[0]))
         counts = self.device.all_reduce(self.device.tensor(counts.numpy()))
-        parameters = self.weights.parameters
-        vector = self.device.all_reduce(torch.cat([loss.view(1), *(p.grad.flatten() for p in parameters)]))
-        for p, part in zip(parameters, vector[1:].split([p.numel() for p in parameters])):
-            p.grad = part.view_as(p)
-        return vector[0], counts, counts[0].clamp(min=1)
+        self.vector[-1] = loss
+        self.device.all_reduce(self.vector)
+        return self.vector[-1].clone(), counts, counts[0].clamp(min=1)
 
     def set_rates(self, lr: float, updates: int):
         """The learning rate, and the epsilon that makes torch's AdamW fairseq's: fairseq adds it to the root of the
