@@ -193,6 +193,13 @@ def check_an_update_launches_no_more_than_it_did(recorded):
     assert len(record.calls) <= most[amp, pads], Counter(call.name for call in record.calls)
 
 
+def check_the_table_of_operators_is_printed(capsys):
+    fake_gpu.main([*MODEL, "--amp", "bf16", "--batch_size", "2"])
+    printed = capsys.readouterr().out
+    assert re.match(r"2\d\d operators: .*teacher \d+, student \d+, backward \d+", printed) and "waits: []" in printed
+    assert f"addmm                                        bfloat16[{3 * C}] bfloat16[{2 * T}, {C}]" in printed
+
+
 def check_deterministic_is_set_before_cuda_starts():
     assert not torch.cuda.is_initialized()
     open_device(DeviceConfig(device="cuda", deterministic=True))
@@ -209,4 +216,4 @@ def test_the_checks_pass_on_a_fake_card():
     command = [sys.executable, "-m", "pytest", *flags, __file__]
     env = {**os.environ, "GPU_CHECKS": "1"}
     run = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
-    assert run.returncode == 0 and re.search("21 passed", run.stdout), run.stdout[-6000:] + run.stderr[-2000:]
+    assert run.returncode == 0 and re.search("22 passed", run.stdout), run.stdout[-6000:] + run.stderr[-2000:]

@@ -79,7 +79,7 @@ def test_help_shows_the_programs_flags_first_then_groups_then_what_presets_set(w
     parts = ["--no_resume", "--fairseq_exact", "\ndata (", "--data_path", "\nmodel (", "--layers", "\nteacher ("]
     parts += [
         "--ema_decay",
-        "\ndevice:",
+        "\ndevice (",
         "--amp",
         "\ntraining (",
         "--lr",
