@@ -336,7 +336,7 @@ def read_ahead(program: str, whole: bool = False):
     whole: no setting comes from elsewhere, so what does not fit together is refused, too.
     """
     names = {**globals(), "dataclass": dataclasses.dataclass, "config": sys.modules[__name__]}
-    for name in dict.fromkeys([*SETTINGS, Path(program).name]):
+    for name in dict.fromkeys([*SETTINGS, Path(program).resolve().name]):
         tree = ast.parse((Path(__file__).parent / name).read_text(encoding="utf-8"))
         wanted = [node for node in tree.body if re.fullmatch(r"\w*Config|add_flags", getattr(node, "name", ""))]
         exec(compile(ast.Module(wanted, []), name, "exec"), names)

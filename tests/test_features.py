@@ -171,3 +171,10 @@ def test_impossible_requests_are_refused_in_one_line_and_leave_no_file(tmp_path,
     with pytest.raises(InputError, match=message):
         compute(model, tmp_path / "latin", tmp_path / "f.npy", *argv)
     assert {p.name for p in tmp_path.iterdir()} == {"empty", "latin"}
+
+
+def test_a_text_is_not_replaced_by_its_features(tmp_path, model):
+    (tmp_path / "text.npy").write_text("w1 w2\n")
+    with pytest.raises(InputError, match="text.npy is the text itself; choose another name"):
+        compute(model, tmp_path / "text.npy", tmp_path / "text.npy")
+    assert (tmp_path / "text.npy").read_text() == "w1 w2\n"

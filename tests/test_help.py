@@ -69,6 +69,11 @@ def test_train_refuses_what_does_not_fit_together_before_torch_is_imported(witho
         assert result.returncode == 2 and answer in result.stderr, argv
 
 
+def test_a_program_may_be_started_through_a_link_of_another_name(without_torch, tmp_path):
+    (tmp_path / "pretrain").symlink_to(HERE / "train.py")
+    assert "no such preset" in without_torch(tmp_path / "pretrain", "--config_name", "smal").stderr
+
+
 def test_notes_on_ignored_options_are_printed_once(without_torch):
     result = without_torch("train.py", "common.user_dir=x", "--data_path", "x")
     assert result.returncode == 99 and not result.stderr

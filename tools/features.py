@@ -127,6 +127,8 @@ def write(encoder: Encoder, device: Device, tokenize, source: str, out: str, lay
         raise InputError(f"--out {out}: the name must end in .npy")
     if not Path(out).absolute().parent.is_dir():
         raise InputError(f"--out {out}: no such folder")
+    if Path(out).resolve() == Path(source).resolve():
+        raise InputError(f"--out {out} is the text itself; choose another name")
     encoder.eval()
     offsets, lines, cut, unknown, begin = [0], 0, 0, 0, time.perf_counter()
     with contextlib.ExitStack() as stack:

