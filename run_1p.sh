@@ -219,6 +219,10 @@ parts=$save_dir/run_1p_seconds.txt starts_over=no
 
 begin=$(date +%s)
 echo "---- run_1p.sh $mode, $(date '+%F %T')" >>"$log"
+if [ $requirements = requirements-npu.txt ]; then # the host's side is what a small model waits for
+    export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-2} CPU_AFFINITY_CONF=${CPU_AFFINITY_CONF:-2}
+    echo "TASK_QUEUE_ENABLE=$TASK_QUEUE_ENABLE CPU_AFFINITY_CONF=$CPU_AFFINITY_CONF (2 unless set)" | tee -a "$log"
+fi
 seen=$(wc -c <"$log")
 "$python" train.py --config_name $preset --data_path "$data_path" --save_dir "$save_dir" \
     ${extra[@]+"${extra[@]}"} ${flags[@]+"${flags[@]}"} >>"$log" 2>&1 &

@@ -1,6 +1,8 @@
 """Devices, precision, and the kernels of a CPU."""
 
+import contextlib
 import dataclasses
+import json
 import math
 import os
 import re
@@ -21,6 +23,7 @@ import config
 import preprocess
 import train
 from config import InputError
+from data import prefetch
 from fast import kernels
 from model import ModelConfig
 from runtime import checkpoint
@@ -148,3 +151,68 @@ def test_what_a_container_may_have_counts_as_memory_and_not_what_its_host_has(li
     assert device._host_memory(str(tmp_path)) == 1_000_000
     monkeypatch.setattr(device.resource, "getrlimit", lambda which: (123_456, 123_456))  # ulimit -v
     assert device._host_memory(str(tmp_path)) == 123_456 and CPU.memory() == 123_456
+
+
+def checked(capsys, *argv) -> tuple[int, dict, str]:
+    code = bench.main([*map(str, (*FEW, "--check", "--updates", 4, "--vocabulary", 100, *argv))])
+    printed = capsys.readouterr().out
+    return code, json.loads(printed.splitlines()[-1])["check"], printed
+
+
+@pytest.mark.parametrize("flags", [[], ["--amp", "bf16"], ["--mlm_weight", 1, "--update_freq", 2]])
+def test_the_check_finds_the_same_numbers_as_in_torchs_own_kernels(capsys, flags):
+    code, found, printed = checked(capsys, *flags)
+    assert (code, found["first"], found["beyond"]) == (0, None, 0) and "as the CPU computes" in printed
+    assert set(found["largest"]) == {"forward", "loss", "norm", "gradient", "weights"}
+    assert all(difference < bound for _, difference, bound in found["largest"].values())
+    assert found["largest"]["forward"][1] > 0  # two forms of computing were compared
+
+
+def test_the_check_names_the_first_wrong_tensor(capsys, monkeypatch):
+    exact = kernels.attention
+    monkeypatch.setattr(kernels, "gelu", lambda x: F.gelu(x, approximate="none" if kernels._plain else "tanh"))
+    code, found, printed = checked(capsys)
+    assert (
+        code == 1 and found["first"] == "teacher's layer 0" and "beyond its bound first: teacher's layer 0" in printed
+    )
+    monkeypatch.undo()
+
+    class Leaky(torch.autograd.Function):  # right forward, wrong backward
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.01
+
+    monkeypatch.setattr(
+        kernels, "attention", lambda *args: exact(*args) if kernels._plain else Leaky.apply(exact(*args))
+    )
+    code, found, _ = checked(capsys)
+    assert code == 1 and found["first"].startswith("gradient of encoder.layers.1.self_attn.qkv")
+    assert found["largest"]["forward"][1] < 1e-5
+
+
+def test_a_thread_of_ours_runs_on_the_cores_that_the_process_began_with():
+    if len(device.CORES) < 2:
+        pytest.skip("needs two cores")
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(device.CORES)})  # as torch_npu binds the thread that launches
+        source = prefetch(iter(lambda: os.sched_getaffinity(0), None), 1, device.use_all_cores)
+        assert next(source) == device.CORES and os.sched_getaffinity(0) == {min(device.CORES)}
+        source.close()
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.parametrize(("version", "fused"), [((2, 3), False), ((2, 4), True)])
+def test_an_older_torch_gets_another_form_or_one_line(monkeypatch, version, fused):
+    monkeypatch.setattr(device, "VERSION", version)
+    assert CPU.has_fused_adam == fused
+    monkeypatch.delattr(torch.amp, "GradScaler")
+    assert CPU.scaler(1).get_scale() == 1
+    for ask in (CPU.check_compile, lambda: device._amp_type("fp16", "cpu", "x")):
+        with contextlib.nullcontext() if fused else pytest.raises(InputError, match="needs torch 2.4; this is 2"):
+            ask()

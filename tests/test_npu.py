@@ -293,6 +293,14 @@ def check_other_ways_of_training_and_the_benchmark(monkeypatch, tmp_path, corpus
     assert "1 x npu" in result
 
 
+@pytest.mark.parametrize("amp", ["off", "auto", "fp16"])
+def check_the_check_finds_the_cpus_numbers(capsys, corpus_dir, amp):
+    flags = ("--data_path", corpus_dir, "--device", "npu", "--amp", amp, "--check", "--updates", 4)
+    code = bench.main([str(a) for a in (*TINY, *flags)])
+    assert code == 0, capsys.readouterr().out
+    assert "as the CPU computes" in capsys.readouterr().out
+
+
 def check_a_non_finite_gradient_counts_as_zero(monkeypatch, corpus_dir):
     run, dataset = make_run(corpus_dir, device=open_device(DeviceConfig(device="npu", amp="off")))
     batch = dataset.batch(dataset.epoch_batches(1)[0], 1)

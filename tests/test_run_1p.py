@@ -65,6 +65,23 @@ def test_bad_requests_are_refused_in_one_line():
         assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("set_before", [{}, {"TASK_QUEUE_ENABLE": "1", "CPU_AFFINITY_CONF": "0"}])
+def test_on_a_card_the_host_s_settings_are_two_unless_set_and_printed(tmp_path, set_before):
+    env, calls = fake_python(tmp_path)
+    python = tmp_path / "fake" / "python3"
+    seen = 'train.py*) echo "queue $TASK_QUEUE_ENABLE cores $CPU_AFFINITY_CONF" >>'
+    python.write_text(python.read_text().replace("train.py*)", f"{seen}'{calls}';", 1))
+    card = {"BASH_FUNC_compgen%%": "() { true; }"}  # the script finds a card's files
+    result = run_1p(tmp_path, {**env, **card, **set_before}, "full", "--data_path", tmp_path)
+    queue, cores = set_before.values() if set_before else ("2", "2")
+    assert f"queue {queue} cores {cores}" in calls.read_text()
+    line = f"TASK_QUEUE_ENABLE={queue} CPU_AFFINITY_CONF={cores} (2 unless set)"
+    assert line in result.stdout and line in (tmp_path / "output" / "0" / "train_0.log").read_text()
+    if not set_before:
+        run_1p(tmp_path, env, "full", "--data_path", tmp_path)
+        assert calls.read_text().splitlines()[-1] == "queue  cores "  # without a card
+
+
 def test_exit_codes_files_and_a_rerun_that_keeps_log_and_time(tmp_path, corpus_dir):
     env = {**copy_of_the_project(tmp_path), "ASCEND_DEVICE_ID": "3"}
     if shutil.which("python3", path=env["PATH"]) is None:
