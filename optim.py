@@ -49,8 +49,8 @@ class Optimizer:
         form = dict(fused=True) if self.is_fused else dict(foreach=False if device.type == "cpu" else None)
         self.adam = torch.optim.AdamW(weights.parameters, betas=cfg.adam_betas, weight_decay=cfg.weight_decay, **form)
         if device.world_size > 1:  # what the workers sum: all gradients, each a view of this vector, and the loss
-            size = sum(p.numel() for p in weights.parameters) + 1
-            self.vector = torch.zeros(size, device=device.torch_device)
+            self.sizes = [*(p.numel() for p in weights.parameters), 1]
+            self.vector = torch.zeros(sum(self.sizes), device=device.torch_device)
         self.scaler = device.scaler(update_freq)
         self.loss_scale = self.scaler.get_scale()  # kept on the host: asking for it waits for the device
         self.skipped = 0  # steps known to have left the weights alone
@@ -58,9 +58,7 @@ class Optimizer:
     def begin(self) -> Tensor:
         """The loss of no batch yet, (). Call it before the first forward."""
         if self.device.world_size > 1:  # a worker without a batch takes part all the same
-            parameters = self.weights.parameters
-            parts = self.vector.zero_().split([*(p.numel() for p in parameters), 1])
-            for p, part in zip(parameters, parts):
+            for p, part in zip(self.weights.parameters, self.vector.zero_().split(self.sizes)):
                 p.grad = part.view_as(p)
         loss = torch.zeros((), device=self.device.torch_device)
         # A scaler that has scaled nothing refuses to step, as for a worker without a batch. And torch_npu's clears the
@@ -78,6 +76,8 @@ class Optimizer:
     def step(self, lr: float, updates: int, loss: Tensor, counts: Tensor) -> Step | None:
         """Move the weights by the gradients so far. updates: those done before; loss () and counts (3,) are this
         worker's. Returns None if float16 gradients overflowed: then nothing moved, and it was no update."""
+        for p in self.weights.parameters:  # a lone worker may have no batch, too
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         loss, counts, sample_size = self.sum_over_workers(loss, counts)
         self.scaler.unscale_(self.adam)  # after the sum, so that all workers see the same overflow
         grads = [p.grad for p in self.weights.parameters]
