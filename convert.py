@@ -31,6 +31,7 @@ from tools import convert_classifier, convert_fairseq, convert_hf, model_card
 from train import PARTS
 
 HEADS = ("regression_head.", "lm_head.")
+MOST_LEFT = 50  # of the entries that are not taken over, how many are named
 KINDS = {"hf": ("hf",), "fairseq": ("fairseq", "state_dict"), "native": ("ours",)}  # for --from -> Loaded.kind
 
 
@@ -193,7 +194,9 @@ def main(argv: list | None = None) -> int:
 
     out.parent.mkdir(parents=True, exist_ok=True)
     source = Source(path, loaded, content, flat, model, dictionary, bpe, args.teacher, untrained)
-    notes = TARGETS[kind](source, out) + [f"not taken over: {name}" for name in left_out(loaded)]
+    notes, left = TARGETS[kind](source, out), left_out(loaded)
+    notes += [f"not taken over: {name[:100]}" for name in left[:MOST_LEFT]]
+    notes += [f"nor {len(left) - MOST_LEFT:,} more"] if len(left) > MOST_LEFT else []
     for line in (f"{out}: {kind}, from {path}", *notes):
         print(printable(line))
     return 0

@@ -293,3 +293,12 @@ def test_settings_of_a_wrong_type_in_what_fairseq_keeps_for_us_are_refused_in_on
     content["extra_state"] = torch.zeros(2)
     torch.save(content, tmp_path / "x.pt")
     run(tmp_path / "x.pt", "native", tmp_path / "out.pt")  # its weights alone
+
+
+def test_of_many_entries_that_are_not_taken_over_some_are_named(tmp_path, saved):
+    run(saved / "checkpoint_last.pt", "fairseq", tmp_path / "theirs.pt")
+    content = torch.load(tmp_path / "theirs.pt", weights_only=True)
+    content["model"] |= {f"encoder.x{i}.y": torch.zeros(1) for i in range(1000)}
+    torch.save(content, tmp_path / "x.pt")
+    said = run(tmp_path / "x.pt", "native", tmp_path / "out.pt")
+    assert said.count("not taken over: encoder.x") == 50 and said.splitlines()[-1] == "nor 950 more"
