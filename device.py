@@ -283,10 +283,8 @@ def open_device(cfg: DeviceConfig) -> Device:
         device, name = torch.device("cpu"), platform.processor() or platform.machine()
     else:
         module = getattr(torch, kind)
-        if local_rank >= module.device_count():
-            raise InputError(
-                f"worker {local_rank} has no {kind} of its own: this machine shows {module.device_count()}"
-            )
+        if local_rank >= (count := module.device_count()):
+            raise InputError(f"worker {local_rank} has no {kind} of its own: this machine shows {count}")
         try:
             module.set_device(local_rank)
             device, name = torch.device(kind, local_rank), module.get_device_name(local_rank)
@@ -295,8 +293,7 @@ def open_device(cfg: DeviceConfig) -> Device:
     if kind == "npu":
         _check_npu(cfg.amp, name, rank)
     if world_size > 1:
-        if kind == "npu":
-            os.environ.setdefault("HCCL_CONNECT_TIMEOUT", HCCL_CONNECT_TIMEOUT)
+        os.environ.setdefault("HCCL_CONNECT_TIMEOUT", HCCL_CONNECT_TIMEOUT)
         backend = BACKENDS[kind] if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
         try:
             torch.distributed.init_process_group(backend, timeout=WORKER_TIMEOUT)
