@@ -24,6 +24,7 @@ _autocasts_on_cpu = (
 )
 
 _plain = False
+_autocast_type = getattr(torch, "get_autocast_dtype", lambda _: torch.get_autocast_gpu_dtype())  # torch 2.4
 
 
 @contextlib.contextmanager
@@ -73,7 +74,8 @@ def mask(real: Tensor) -> Tensor:
     attend = real[:, None, None, :].expand(B, 1, T, T)  # the shape that every device's fused kernel takes
     if real.device.type != "cuda":
         return attend
-    return as_numbers(attend, torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32)
+    # without the name of a device, as before torch 2.4, this asks about a GPU
+    return as_numbers(attend, _autocast_type("cuda") if torch.is_autocast_enabled() else torch.float32)
 
 
 def as_numbers(attend: Tensor, dtype: torch.dtype) -> Tensor:

@@ -74,6 +74,7 @@ def install():
         device_count=1,
         set_device=None,
         get_device_name="a GPU that is not there",
+        get_device_capability=(9, 0),
         mem_get_info=(80 << 30, 80 << 30),
         synchronize=None,
     ).items():
