@@ -20,7 +20,7 @@ from fast import kernels
 # Largest difference, relative to the CPU's value, by the type in which the device's matmuls run. weights: how far they
 # have moved. Some ten times what a right device has; docs/ascend.md has what was measured.
 BOUNDS = {
-    None: dict(forward=1e-4, gradient=1e-3, loss=1e-4, norm=1e-3, weights=0.01),
+    None: dict(forward=2e-5, gradient=1e-3, loss=2e-5, norm=1e-3, weights=0.01),
     torch.float16: dict(forward=0.01, gradient=0.03, loss=1e-3, norm=0.01, weights=0.05),
     torch.bfloat16: dict(forward=0.03, gradient=0.1, loss=2e-3, norm=0.02, weights=0.1),
 }
@@ -58,6 +58,14 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp(min=1e-30)) if a.shape == b.shape else float("inf")
 
 
+def spread(module: torch.nn.Module) -> dict:
+    """Its weights, the matrices so large that a layer keeps its input's size. At a run's own start they are so small that
+    every GELU is almost a straight line and every attention a plain mean: much could be wrong and not be seen."""
+    state = {k: v.cpu() for k, v in module.state_dict().items()}
+    matrices = [f"{name}.weight" for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)]
+    return state | {name: state[name] / state[name].std() * state[name].shape[1] ** -0.5 for name in matrices}
+
+
 def on_host(x: torch.Tensor) -> torch.Tensor:
     return x.detach().cpu().float()
 
@@ -70,6 +78,7 @@ def weights_of(run: train.Run) -> list:
 def record(cfg: train.Config, device: Device, corpus: Corpus, updates: int) -> list:
     """[(name, float32 tensor on the host), ...] in the order that the docstring of this file has."""
     run = train.Run(cfg, device, len(corpus.dictionary))
+    run.load(*map(spread, (run.student, run.teacher)), "")
     begin, found, hooks = weights_of(run), [], []
     for who, layers in (("teacher", run.teacher.layers), ("student", run.student.encoder.layers)):
         for i, layer in enumerate(layers):
