@@ -30,9 +30,9 @@ def check(cfg: train.Config, device: Device, corpus: Corpus, updates: int) -> di
     """Train on both. largest: by kind (what, its difference, its bound); first: the first beyond its bound, or None."""
     model = dataclasses.replace(cfg.model, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
     warmup = min(2, cfg.train.warmup_updates)  # so that the weights move
-    cfg = dataclasses.replace(
-        cfg, model=model, train=dataclasses.replace(cfg.train, compile=False, warmup_updates=warmup)
-    )
+    optim = dataclasses.replace(cfg.optim, clip_norm=0)  # else one wrong gradient changes all that Adam sees
+    settings = dataclasses.replace(cfg.train, compile=False, warmup_updates=warmup)
+    cfg = dataclasses.replace(cfg, model=model, optim=optim, train=settings)
     with kernels.plain():
         theirs = record(cfg, Device(torch.device("cpu"), "CPU", None), corpus, updates)
     ours = record(cfg, device, corpus, updates)
@@ -59,8 +59,8 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def spread(module: torch.nn.Module) -> dict:
-    """Its weights, the matrices so large that a layer keeps its input's size. At a run's own start they are so small that
-    every GELU is almost a straight line and every attention a plain mean: much could be wrong and not be seen."""
+    """Its weights, the matrices so large that a layer keeps its input's size. At a run's own start they are so small
+    that every GELU is almost a straight line and every attention a plain mean: much could be wrong and not be seen."""
     state = {k: v.cpu() for k, v in module.state_dict().items()}
     matrices = [f"{name}.weight" for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)]
     return state | {name: state[name] / state[name].std() * state[name].shape[1] ** -0.5 for name in matrices}
@@ -99,11 +99,12 @@ def record(cfg: train.Config, device: Device, corpus: Corpus, updates: int) -> l
             if number == 1 and not cfg.model.predicts_words:
                 prediction, target = done.last_batch
                 found += [("targets", on_host(target)), ("predictions", on_host(prediction))]
-            found += [(f"loss {number}", on_host(done.loss)), (f"norm of the gradients {number}", on_host(done.gnorm))]
+            found.append((f"loss {number}", on_host(done.loss)))
             if number == 1:  # Adam's first moment is then the gradient times 1 - its decay
                 state = run.optimizer.state()["state"]
                 names = [name for name, _ in run.student.named_parameters()]
                 found += [(f"gradient of {name}", on_host(state[i]["exp_avg"])) for i, name in enumerate(names)][::-1]
+            found.append((f"norm of the gradients {number}", on_host(done.gnorm)))
     moved = [after - before for after, before in zip(weights_of(run), begin)]
     return [*found, ("weights of the student", moved[0]), ("weights of the teacher", moved[1])]
 
