@@ -18,11 +18,11 @@ from device import Device
 from fast import kernels
 
 # Largest difference, relative to the CPU's value, by the type in which the device's matmuls run. weights: how far they
-# have moved. Some ten times what a right device has; docs/ascend.md has what was measured.
+# have moved. Some three to thousand times what a CPU has, which docs/ascend.md lists: guesses until a card is measured.
 BOUNDS = {
     None: dict(forward=2e-5, gradient=1e-3, loss=2e-5, norm=1e-3, weights=0.01),
-    torch.float16: dict(forward=0.01, gradient=0.03, loss=1e-3, norm=0.01, weights=0.05),
-    torch.bfloat16: dict(forward=0.03, gradient=0.1, loss=2e-3, norm=0.02, weights=0.1),
+    torch.float16: dict(forward=5e-3, gradient=0.03, loss=2e-3, norm=0.01, weights=0.05),
+    torch.bfloat16: dict(forward=0.03, gradient=0.2, loss=0.01, norm=0.05, weights=0.2),
 }
 
 
