@@ -67,7 +67,7 @@ def spread(module: torch.nn.Module) -> dict:
 
 
 def on_host(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().cpu().float()
+    return x.detach().to("cpu", torch.float32, copy=True)  # a moment changes with the next update
 
 
 def weights_of(run: train.Run) -> list:
@@ -79,23 +79,27 @@ def record(cfg: train.Config, device: Device, corpus: Corpus, updates: int) -> l
     """[(name, float32 tensor on the host), ...] in the order that the docstring of this file has."""
     run = train.Run(cfg, device, len(corpus.dictionary))
     run.load(*map(spread, (run.student, run.teacher)), "")
-    begin, found, hooks = weights_of(run), [], []
+    begin, found, layers_out, hooks = weights_of(run), [], {}, []
     for who, layers in (("teacher", run.teacher.layers), ("student", run.student.encoder.layers)):
         for i, layer in enumerate(layers):
 
             def keep(layer, inputs, outputs, name=f"{who}'s layer {i}"):
-                found.append((name, on_host(outputs[0])))
+                layers_out[name] = on_host(outputs[0])
 
             hooks.append(layer.register_forward_hook(keep))
     with contextlib.closing(train.turns(run, corpus)) as source:
         for number in range(1, updates + 1):
             turn = next(source)
-            done = train.update(run, turn.batches)
+            for _ in range(40):
+                done = train.update(run, turn.batches)
+                if done is not None:  # else float16 overflowed: again, with half the loss scale
+                    break
+            else:
+                raise RunError(f"--check: float16 overflows in update {number} on {device.type} at any loss scale")
             run.epoch += turn.ends_epoch
-            if done is None:
-                raise RunError(f"--check: float16 overflowed in update {number} on {device.type}; try --amp off")
             for hook in hooks:
                 hook.remove()
+            found += layers_out.items() if number == 1 else []
             if number == 1 and not cfg.model.predicts_words:
                 prediction, target = done.last_batch
                 found += [("targets", on_host(target)), ("predictions", on_host(prediction))]
