@@ -165,7 +165,8 @@ def test_the_check_finds_the_same_numbers_as_in_torchs_own_kernels(capsys, flags
     assert (code, found["first"], found["beyond"]) == (0, None, 0) and "as the CPU computes" in printed
     assert set(found["largest"]) == {"forward", "loss", "norm", "gradient", "weights"}
     assert all(difference < bound for _, difference, bound in found["largest"].values())
-    assert found["largest"]["forward"][1] > 0  # two forms of computing were compared
+    if "bf16" in flags:
+        assert found["largest"]["forward"][1] > 1e-4  # two forms of computing were compared
 
 
 def test_the_check_names_the_first_wrong_tensor(capsys, monkeypatch):
@@ -207,6 +208,7 @@ def test_a_thread_of_ours_runs_on_the_cores_that_the_process_began_with():
         os.sched_setaffinity(0, before)
 
 
+@pytest.mark.filterwarnings("ignore:.*GradScaler")
 @pytest.mark.parametrize(("version", "fused"), [((2, 3), False), ((2, 4), True)])
 def test_an_older_torch_gets_another_form_or_one_line(monkeypatch, version, fused):
     monkeypatch.setattr(device, "VERSION", version)
