@@ -268,7 +268,7 @@ def test_a_signal_or_a_clock_of_one_worker_counts_for_all(monkeypatch):
 def test_the_batches_made_ahead_are_few_however_many_make_an_update(monkeypatch, corpus_dir):
     run, _ = make_run(corpus_dir, update_freq=10**9)
     depths = []
-    monkeypatch.setattr(train, "prefetch", lambda items, depth: depths.append(depth) or prefetch(items, 2))
+    monkeypatch.setattr(train, "prefetch", lambda items, depth, _: depths.append(depth) or prefetch(items, 2))
     next(train.turns(run, Corpus(run.cfg.data)))
     assert depths == [32]
 
