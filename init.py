@@ -1,8 +1,8 @@
 """How the weights start.
 
-`bert` is the reference's start, made for wide models and long runs. `local` is for small models and budgets: attention
-looks at nearby places from the first update, where from `bert` it needs millions of tokens to find them. So a model of
-width 256 learns words in minutes on one CPU core (docs/results.md).
+`bert` is the reference's start. From it a small model that only names hidden words stays on a plateau for millions of
+tokens, until its attention has found the places nearby; data2vec's loss helps it there. With `local` attention looks at
+them from the first update, so that a model of width 256 learns words in minutes on one CPU core (docs/results.md).
 
 Sources: Trockman and Kolter 2023, 'Mimetic initialization of self-attention layers' (arXiv 2305.09828), for keys like
 queries; Vaswani et al. 2017, 'Attention is all you need' (arXiv 1706.03762), for sinusoids.
