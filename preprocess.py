@@ -240,7 +240,7 @@ def write_split(steps: Steps, split: str, names: list[str], pool: Pool, made_fro
 
 
 def parse(argv: list | None) -> argparse.Namespace:
-    parser = config.Parser(description=__doc__, allow_abbrev=False, formatter_class=config.Formatter)
+    parser = config.Parser(description=__doc__)
     add, number = parser.add_argument, dict(type=config.whole_number, metavar="N")
     for split in reversed(SPLITS):
         add(f"--{split}", nargs="+", default=[], metavar="F", help=f"text of the {split} split")

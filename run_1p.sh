@@ -251,7 +251,8 @@ if [[ $mode =~ ^(demo|learn)$ ]]; then
     echo
     echo "---- the trained model and the same model before training"
     [ $mode = demo ] || probe=--probe
-    "$python" eval.py --ckpt "$save_dir/checkpoint_last.pt" --data_path "$data_path" --untrained ${probe-} | tee -a "$log"
+    "$python" eval.py --ckpt "$save_dir/checkpoint_last.pt" --data_path "$data_path" --untrained ${probe-} |
+        tee -a "$log"
 fi
 echo
 "$python" -m tools.report "$save_dir" "$output" "$device_id" $mode | tee -a "$log"

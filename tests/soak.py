@@ -219,7 +219,7 @@ def memory(updates: int, folder: Path) -> dict:
 
 
 def main():
-    parser = config.Parser(description=__doc__, formatter_class=config.Formatter)
+    parser = config.Parser(description=__doc__)
     parser.add_argument("what", choices=("kills", "fuzz", "memory"))
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--datasets", type=int, default=20000)

