@@ -50,41 +50,50 @@ class Loaded:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def save(content: dict, path, *also):
+def save(content: dict, path, *also, read=None):
     """Write the checkpoint to `path`, then copies of it to `also`. A crash at any moment leaves each file old or new.
 
-    Raises OSError if one cannot be written; the files before it are then new, and it and those after it are old.
+    read: called as soon as `content` has been read and may change. Raises OSError if a file cannot be written; the
+    files before it are then new, and it and those after it are old.
     """
-    write({"format": FORMAT, **content}, path)
-    for copy in also:  # not links: damage to one file leaves the others
+    write({"format": FORMAT, **content}, path, read)
+    for copy in also:  # neither links nor shared blocks of the disk: damage to one file leaves the others
         with whole(copy) as part:
             shutil.copyfile(path, part)
 
 
-def write(content: dict, path):
-    """torch.save in one step. Raises OSError."""
+def write(content: dict, path, read=None):
+    """torch.save in one step; `read` as in `save`. Raises OSError."""
     with whole(path) as part, open(part, "xb") as file:
         try:
             torch.save(content, file)
         except RuntimeError as e:  # torch's writer turns a full disk into one
             cause = e.__context__
             raise cause if isinstance(cause, OSError) else OSError(errno.EIO, str(e).splitlines()[0]) from None
+        if read:
+            read()
 
 
 class Saver:
     """Saves in a thread while training continues, one save at a time.
 
-    Training waits only for a copy of the content to host memory. That memory is kept for the next save, because
-    allocating it takes several times as long as the copy.
+    On a CPU the file is written from the weights themselves during the next update's forward and backward pass, and
+    its step waits until they have been read. Elsewhere training waits for a copy to host memory. That memory is kept
+    for the next save, because allocating it takes several times as long as the copy.
     """
 
-    def __init__(self, device: Device):
+    def __init__(self, device: Device, adam: torch.optim.Optimizer | None = None):
+        """adam: whose step is the first to change what is saved; None if something else may change it before."""
         self.device, self._kept, self._thread, self._error = device, {}, None, None
+        self._read = threading.Event()
+        self.copies = adam is None or device.type != "cpu"
+        if not self.copies:
+            adam.register_step_pre_hook(self._wait_until_read)
 
     def start(self, content: dict, path, *also, keep: int = -1):
-        """Begin to `save`, and to `prune` after it; the content may change as soon as this returns. Call `finish` for
-        the save before first."""
-        content = self._copy(content, ())
+        """Begin to `save`, and to `prune` after it. Call `finish` for the save before first."""
+        content = self._copy(content, ()) if self.copies else content
+        self._read.clear()
         self.device.synchronize()
 
         def write():
@@ -93,13 +102,19 @@ class Saver:
                 with contextlib.suppress(OSError):
                     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
             try:
-                save(content, path, *also)
+                save(content, path, *also, read=self._read.set)
                 prune(Path(path).parent, keep)
             except Exception as e:  # `finish` raises it
                 self._error = e
+            finally:
+                self._read.set()
 
         self._thread = threading.Thread(target=write, name="save")
         self._thread.start()
+
+    def _wait_until_read(self, *_):
+        if self._thread is not None:
+            self._read.wait()
 
     def is_busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()

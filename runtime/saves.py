@@ -21,7 +21,8 @@ class Saves:
         """run: a train.Run; fingerprint: of the data, as `resume.fingerprint_of` makes it."""
         self.run, self.corpus, self.fingerprint, self.log, self.health = run, corpus, fingerprint, log, health
         self.folder = Path(run.cfg.train.save_dir)
-        self.saver = checkpoint.Saver(run.device)
+        # with --fairseq_exact the teacher moves at an update's beginning, before Adam's step
+        self.saver = checkpoint.Saver(run.device, None if run.cfg.train.fairseq_exact else run.optimizer.adam)
         self.since = time.monotonic()  # the last save, or the start
         self.writing = None  # update number of the save under way
         self.best_written = self.best_saved = self.best()  # in the save under way, and in the last good one

@@ -1,10 +1,12 @@
 """Checkpoints: names, fairseq's files, what a save leaves, what is kept, what is refused."""
 
+import copy
 import errno
 import json
 import os
 import re
 import shutil
+import threading
 import time
 import weakref
 from pathlib import Path
@@ -17,7 +19,7 @@ import eval as evaluation
 import train
 from compat import fairseq_names
 from config import InputError, RunError
-from runtime import checkpoint
+from runtime import checkpoint, saves
 from tests.helpers import CPU, FEW, GOLDEN, call, few, golden, make_dataset, random_encoder, rows_of, small_content
 
 
@@ -184,6 +186,35 @@ def test_a_resume_tries_checkpoints_from_the_most_updates_whatever_their_times(t
     (tmp_path / "checkpoint_odd.pt").write_text("not a checkpoint")
     found = [path.stem.removeprefix("checkpoint_") for path in checkpoint.candidates(tmp_path)]
     assert found == ["last", "3_20", "best", "2_10", "1_5", "odd"]
+
+
+@pytest.mark.parametrize("mode", ["", "--fairseq_exact"])
+def test_a_slow_save_writes_the_weights_of_its_update(corpus_dir, tmp_path, monkeypatch, mode):
+    expected, contents, save, loss = [], saves.contents, torch.save, train.data2vec_loss
+    in_next_update = threading.Event()
+
+    def seen(*args):
+        in_next_update.clear()
+        expected.append(copy.deepcopy(contents(*args)))
+        return contents(*args)
+
+    def saving_late(*args):
+        in_next_update.wait(1)
+        time.sleep(0.2)
+        save(*args)
+
+    monkeypatch.setattr(saves, "contents", seen)
+    monkeypatch.setattr(torch, "save", saving_late)
+    monkeypatch.setattr(train, "data2vec_loss", lambda *args: (in_next_update.set(), loss(*args))[1])
+    argv = (*mode.split(), "--save_interval_updates", 1, "--keep_interval_updates", -1, "--disable_validation")
+    call(train.main, *few(corpus_dir, tmp_path, *argv, "--max_update", 4))
+    assert len(expected) == 4
+    for number, state in enumerate(expected, 1):
+        found = checkpoint.load(tmp_path / f"checkpoint_1_{number}.pt").content
+        for part in ("student", "teacher"):
+            assert all(torch.equal(found[part][k], tensor) for k, tensor in state[part].items())
+        moments, others = found["optimizer"]["state"], state["optimizer"]["state"]
+        assert all(torch.equal(moments[i][k], others[i][k]) for i in others for k in others[i])
 
 
 def test_an_old_checkpoint_is_removed_as_soon_as_the_new_one_is_written(tmp_path):

@@ -82,7 +82,10 @@ def test_sigusr1_saves_and_the_run_continues(monkeypatch, corpus_dir, tmp_path, 
     monkeypatch.setattr(
         checkpoint,
         "save",
-        lambda content, *paths: (seen.append(content["progress"]["num_updates"]), save(content, *paths))[1],
+        lambda content, *paths, **named: (
+            seen.append(content["progress"]["num_updates"]),
+            save(content, *paths, **named),
+        )[1],
     )
     assert train.main(few(corpus_dir, tmp_path, "--max_update", 4)) == 0
     assert seen == [2, 4]
@@ -240,9 +243,9 @@ def test_the_clock_saves_the_last_checkpoint_alone(monkeypatch, corpus_dir, tmp_
     clock, seen, save, late = [0.0], [], checkpoint.save, saves.Saves.is_late
     argv = few(corpus_dir, tmp_path, "--max_update", 7, "--disable_validation", "--save_interval_updates", 4)
 
-    def saving(content, *paths):
+    def saving(content, *paths, **named):
         seen.append((content["progress"]["num_updates"], [path.name for path in paths]))
-        save(content, *paths)
+        save(content, *paths, **named)
 
     def is_late(self):  # an update takes 11 minutes
         clock[0] += 660
