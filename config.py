@@ -27,8 +27,7 @@ from pathlib import Path
 
 VERSION = "0.3.0"  # docs/changelog.md begins with it
 
-# The defaults in the dataclasses are those of fairseq's examples/data2vec/config/text/pretraining/base.yaml; a preset
-# holds what differs.
+# The dataclasses' defaults are those of fairseq's config/text/pretraining/base.yaml; a preset has what differs.
 # fmt: off
 PRESETS = {
     "base": {},
@@ -61,6 +60,7 @@ FAIRSEQ_EXACT = dict(
 SETTINGS = "data.py model.py ema.py optim.py device.py runtime/guard.py train.py".split()
 TITLES = {"DataConfig": "data", "ModelConfig": "model", "EmaConfig": "teacher", "DeviceConfig": "device"}
 TITLES["FinetuneConfig"] = "fine-tuning"
+AHEAD = re.compile(r"(@dataclass.*\n)?(class|def) (\w*Config|add_flags)\b|(PARTS|RECIPES|METRICS) = ")
 HELP_LINES = 60  # of --help, which explains only these settings where not all fit
 OFTEN = "data_path tokens_per_sample max_tokens layers embed_dim ema_decay device amp lr warmup_updates max_update"
 OFTEN = f"{OFTEN} max_hours update_freq save_dir".split()
@@ -225,7 +225,9 @@ class Parser(argparse.ArgumentParser):
             word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
             shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
             names = [name[2:] for action in shown for name in action.option_strings]
-            near = difflib.get_close_matches(word.lstrip("-").split(".")[-1].replace("-", "_"), names, 1, 0.7)
+            asked = word.lstrip("-").split(".")[-1].replace("-", "_")
+            initials = "".join(part[:1] for part in asked.split("_"))  # --learning_rate is --lr
+            near = difflib.get_close_matches(asked, names, 1, 0.7) or [initials] * (initials in names)
             hint = f"; did you mean --{near[0]}?" if near else ""
             if Path(word).is_dir() and self.flag("--data_path"):
                 hint = "; the folder of a dataset is --data_path"
@@ -332,18 +334,16 @@ def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: d
 def read_ahead(program: str, whole: bool = False):
     """Answer --help, and refuse a command line that `parse` would refuse, before torch is imported: that takes seconds.
 
-    Of the files with settings and of the program's file only the dataclasses of settings and `add_flags` are run.
-    whole: no setting comes from elsewhere, so what does not fit together is refused, too.
+    Only what AHEAD matches is run. whole: no setting is from elsewhere, so what does not fit together is refused, too.
     """
     names = {**globals(), "dataclass": dataclasses.dataclass, "config": sys.modules[__name__]}
     for name in dict.fromkeys([*SETTINGS, Path(program).resolve().name]):
-        tree = ast.parse((Path(__file__).parent / name).read_text(encoding="utf-8"))
-        wanted = [node for node in tree.body if re.fullmatch(r"\w*Config|add_flags", getattr(node, "name", ""))]
+        tree, names["add_flags"] = ast.parse((Path(__file__).parent / name).read_text(encoding="utf-8")), None
+        wanted = [node for node in tree.body if AHEAD.match(ast.unparse(node))]
         exec(compile(ast.Module(wanted, []), name, "exec"), names)
-    parts = [part.type for part in dataclasses.fields(names["Config"])]
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # of notes; they come again
-            instances, _ = parse(parts, ast.get_docstring(tree), extra=names["add_flags"])
+            instances, _ = parse(names["PARTS"], ast.get_docstring(tree), extra=names["add_flags"])
         if whole:
             names["Config"](*instances)
     except InputError as e:

@@ -16,12 +16,17 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import config
 
+if __name__ == "__main__":
+    config.read_ahead(__file__)  # --help and mistakes, before torch is imported, which takes seconds
+
 # must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-import device  # noqa: F401  # isort: split
+import device  # noqa: F401
+
+# isort: split
+import torch
+
 from config import InputError, printable
 from dataset.binarized import SPECIAL, Dictionary
 from model import Data2VecText, ModelConfig

@@ -19,6 +19,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import config
+
+if __name__ == "__main__":
+    config.read_ahead(__file__)  # --help and mistakes, before torch is imported, which takes seconds
+
 # must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
 from device import LOWEST_LOSS_SCALE, Device, DeviceConfig, open_device, worker  # isort: split
 
@@ -27,7 +32,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import config
 import convert
 from config import InputError, RunError, option
 from dataset import labelled
@@ -35,7 +39,8 @@ from dataset.labelled import Split
 from fast.vectors import Separate
 from optim import OptimConfig, Optimizer
 from runtime import checkpoint
-from runtime.guard import Lock, check_memory
+from runtime.guard import check_memory
+from runtime.lock import Lock
 from tools import finetune_report as report
 from tools import predict, pretrained
 from tools.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum, outputs_of, state_of
@@ -72,7 +77,7 @@ class FinetuneConfig:
     header: str = option("auto", "whether the files' first row names the columns", choices=("auto", "true", "false"))
     regression: bool = option(False, "labels are numbers to be predicted, not classes")
     label_scale: float = option(1.0, "divide the numbers by this while training", above=0)
-    num_classes: int = option(0, "classes (0: as many as training has)", low=0, high=MOST_CLASSES)
+    num_classes: int = option(0, "classes (0: as many as training has)", low=0)
     dict: str = option("", "dict.txt of the pretraining data, where it is not found")
     encoder_json: str = option("", "the BPE's vocabulary")
     vocab_bpe: str = option("", "the BPE's merges")
@@ -126,6 +131,8 @@ class FinetuneConfig:
             raise InputError("--train F needs --valid F, --text COL[,COL] and --label COL")
         if self.task != "none" and not self.data_path:
             raise InputError(f"--task {self.task} needs --data_path, the folder with GLUE's train.tsv and dev.tsv")
+        if self.num_classes > MOST_CLASSES:
+            raise InputError(f"--num_classes {self.num_classes}: must be at most {MOST_CLASSES}")
         if not (self.max_update or self.max_epoch):
             raise InputError("--max_update 0 --max_epoch 0: one of them must end the run")
 

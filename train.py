@@ -36,7 +36,8 @@ from optim import OptimConfig, Optimizer, Step
 from runtime import checkpoint, resume
 from runtime.clock import Clock
 from runtime.flops import update_flops
-from runtime.guard import GuardConfig, Health, Lock, Signals, check_memory, explained_out_of_memory
+from runtime.guard import GuardConfig, Health, Signals, check_memory, explained_out_of_memory
+from runtime.lock import Lock
 from runtime.log import Log, describe_start
 from runtime.quality import verdict
 from runtime.saves import Saves

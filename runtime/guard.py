@@ -1,13 +1,10 @@
-"""What ends a run early, and how: signals, a second run in the same directory, memory, numbers that went wrong."""
+"""What ends a run early, and how: signals, memory, numbers that went wrong."""
 
 import contextlib
-import fcntl
 import os
 import signal
-import socket
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from config import InputError, RunError, option
 from device import LOWEST_LOSS_SCALE, Device
@@ -68,28 +65,6 @@ class Signals:
 
     def _save(self, *_):
         self.save = 1
-
-
-class Lock:
-    """Keeps a second run out of a directory. The kernel releases the lock with its process, however that ends."""
-
-    def __init__(self, folder: Path, flag: str = "--save_dir"):
-        self.file = open(folder / ".lock", "a+")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.seek(0)
-            holder = self.file.read().strip() or "another process"
-            self.file.close()
-            raise InputError(f"{flag} {folder} is in use by {holder}; choose another, or wait for its end") from None
-        except OSError:  # a file system without locks: better to run than to refuse
-            return
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.file.flush()
-
-    def release(self):
-        self.file.close()
 
 
 class Unhealthy(Exception):

@@ -12,6 +12,11 @@ from dataset.binarized import TokenStream
 from model import ModelConfig
 from runtime import checkpoint
 
+# What a changed digest of a fingerprint means.
+DIGESTS = dict(
+    dataset="the first folder of --data_path has changed", other_folders="a further folder of --data_path has changed"
+)
+
 
 def fingerprint_of(corpus: Corpus) -> dict:
     """What tells the training data apart from other data. Raises InputError for a folder that cannot be read."""
@@ -110,7 +115,7 @@ def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoin
         return str(saved[name])[:100]
 
     def refuse(names, advice):
-        shown = ", ".join(f"{k} was {before(k)}, is {now[k]}" for k in names)
+        shown = ", ".join(DIGESTS.get(k) or f"{k} was {before(k)}, is {now[k]}" for k in names)
         raise InputError(f"{path} belongs to another run: {shown}; {advice}")
 
     if differing(ARCHITECTURE):

@@ -36,6 +36,7 @@ def test_help_and_mistakes_are_answered_before_torch_is_imported(without_torch, 
     assert without_torch(program).returncode == (2 if program == "train.py" else 99)
     for argv, answer in (
         (["--max_updates", "5"], "did you mean --max_update?"),
+        (["--learning_rate", "1e-3"], "did you mean --lr?"),
         (["--lr", "abc"], "'abc' is not a number"),
         (["--amp", "bf-16"], "choose from auto, off"),
         (["--config_name", "smal"], "choose from base, npu_1p, tiny, small"),
@@ -48,6 +49,15 @@ def test_help_and_mistakes_are_answered_before_torch_is_imported(without_torch, 
         assert result.returncode == 0 and result.stdout.startswith(f"usage: {program}") and not result.stderr
         width = max(map(len, result.stdout.splitlines()))
         assert width < 80 and (len(result.stdout.splitlines()) <= config.HELP_LINES) == (flag == "--help")
+
+
+@pytest.mark.parametrize("program", ["finetune.py", "convert.py", "preprocess.py"])
+def test_the_other_programs_answer_before_torch_is_imported(without_torch, program):
+    result = without_torch(
+        program, "--dicct", "x", *("--dest x --bpe none".split() if program == "preprocess.py" else [])
+    )
+    assert result.returncode == 2 and "did you mean --dict?" in result.stderr and result.stderr.count("\n") == 1
+    assert without_torch(program, "--help").returncode == 0
 
 
 @pytest.mark.parametrize("program", [convert, finetune, plot, preprocess, reviews, tools.dataset])

@@ -297,7 +297,7 @@ def test_ctrl_c_ends_with_one_line_and_the_next_run_continues(tmp_path, monkeypa
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path):
-    from runtime.guard import Lock
+    from runtime.lock import Lock
 
     texts = small_corpus(tmp_path)
     (tmp_path / "out").mkdir()

@@ -145,7 +145,7 @@ def test_a_changed_second_folder_and_a_position_beyond_the_epoch_are_refused(cor
     loaded = checkpoint.load(tmp_path / "run" / "checkpoint_last.pt")
     assert (loaded.content["progress"]["epoch"], loaded.content["progress"]["batches"]) == (2, 8)
     make_dataset(second, sentences[: len(sentences) // 3])
-    with pytest.raises(InputError, match="other_folders was .*--reset_data_position"):
+    with pytest.raises(InputError, match="a further folder of --data_path has changed; .*--reset_data_position"):
         call(train.main, *argv, "--max_update", first + 9)
     del loaded.content["progress"]["data"]["other_folders"], loaded.content["format"]  # as 0.1.0 wrote it
     checkpoint.save(loaded.content, tmp_path / "run" / "checkpoint_last.pt")
