@@ -25,7 +25,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import config
@@ -41,7 +40,7 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 
 from data import Corpus
-from runtime.flops import update_flops
+from runtime.flops import Matmuls, timed, update_flops
 from runtime.guard import check_memory
 from runtime.progress import Bar
 from train import PARTS, Config, Run, turns, update
@@ -49,41 +48,11 @@ from train import PARTS, Config, Run, turns, update
 PARTS_OF_AN_UPDATE = ("data", "teacher", "student", "backward", "optimizer", "ema")  # as train.update names them
 
 
-class Matmuls:
-    """Square matmuls in the type that training uses: the speed that the device can reach."""
-
-    def __init__(self, device: Device):
-        self.device, self.best, dtype = device, 0.0, device.amp or torch.float32
-        sizes, self.repeat = ((1024, 2048), 1) if device.type == "cpu" else ((4096, 8192), 20)
-        self.pairs = [[torch.randn(n, n, device=device.torch_device, dtype=dtype) for _ in range(2)] for n in sizes]
-        self.burst(0.2)
-
-    def burst(self, seconds: float = 0.5) -> float:
-        """Run matmuls for about this long; returns the best FLOP/s of them."""
-        best = 0.0
-        for a, b in self.pairs:
-            end = time.perf_counter() + seconds / len(self.pairs)
-            while time.perf_counter() < end:
-                spent = timed(self.device, lambda: [a @ b for _ in range(self.repeat)])
-                best = max(best, 2 * len(a) ** 3 * self.repeat / spent)
-        self.best = max(self.best, best)
-        return best
-
-
 def endless(run: Run, corpus: Corpus):
     """The batches of each update, epoch after epoch."""
     for turn in turns(run, corpus):
         yield turn.batches
         run.epoch += turn.ends_epoch
-
-
-def timed(device: Device, work) -> float:
-    """Returns the seconds until the device has finished `work`."""
-    device.synchronize()
-    begin = time.perf_counter()
-    work()
-    device.synchronize()
-    return time.perf_counter() - begin
 
 
 @dataclasses.dataclass

@@ -17,7 +17,7 @@ class TensorBoard:
                      ema_decay               as in the row; there times 1000, here not
                      wpb, bsz                ntokens and nsentences once more, as there
                      wps                     tokens/s; there wps, wpb and ntokens count masked tokens alone
-                     fps, tflops, hours, target_var, pred_var, epoch    no counterpart there
+                     fps, tflops, mfu, hours, target_var, pred_var, epoch    no counterpart there
         valid        loss, best_loss         the row's valid_loss, valid_best_loss
                      target_var, pred_var, cosine, cosine_constant, epoch    no counterpart there
 

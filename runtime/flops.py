@@ -1,6 +1,12 @@
-"""How many FLOPs an update needs, whatever the code that computes it."""
+"""How many FLOPs an update needs, whatever the code that computes it, and how many a second the device can do."""
+
+import time
+
+# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
+from device import Device  # isort: split
 
 import numpy as np
+import torch
 
 from data import Batch
 from dataset.binarized import PAD
@@ -43,3 +49,39 @@ def update_flops(batches: list[Batch], run) -> float:
             wanted = masked if run.cfg.data.teacher_input == "full" else target
             total += encoder_flops(target, wanted, cfg)
     return total
+
+
+class Matmuls:
+    """Square matmuls in the type that training uses: the speed that the device can reach. Their sizes, up to
+    8,192, go by its speed."""
+
+    def __init__(self, device: Device):
+        self.device, self.best, self.repeat, self.pairs = device, 0.0, 1, []
+        for n in (256, 512, 1024, 2048, 4096, 8192):
+            a, b = torch.randn(2, n, n, device=device.torch_device, dtype=device.amp or torch.float32)
+            self.pairs = [*self.pairs[-1:], (a, b)]
+            _, spent = (timed(device, lambda: a @ b) for _ in range(2))  # the first one loads the kernel
+            if spent > 0.05:
+                break
+        self.repeat = max(1, min(20, int(0.02 / spent)))
+        self.burst(0.2)
+
+    def burst(self, seconds: float = 0.5) -> float:
+        """Run matmuls for about this long; returns the best FLOP/s of them."""
+        best = 0.0
+        for a, b in self.pairs:
+            end = time.perf_counter() + seconds / len(self.pairs)
+            while time.perf_counter() < end:
+                spent = timed(self.device, lambda: [a @ b for _ in range(self.repeat)])
+                best = max(best, 2 * len(a) ** 3 * self.repeat / spent)
+        self.best = max(self.best, best)
+        return best
+
+
+def timed(device: Device, work) -> float:
+    """Returns the seconds until the device has finished `work`."""
+    device.synchronize()
+    begin = time.perf_counter()
+    work()
+    device.synchronize()
+    return time.perf_counter() - begin

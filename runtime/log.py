@@ -24,6 +24,7 @@ from device import Device
 from runtime.checkpoint import write_text
 from runtime.clock import Clock
 from runtime.curves import TensorBoard
+from runtime.flops import Matmuls
 from runtime.progress import Bar
 from runtime.quality import moments, quality
 
@@ -44,6 +45,7 @@ class Log:
         self.device, self.path, self.clock, self.bar = device, path, clock, None
         self.has_limit = clock is not None and clock.left < math.inf  # whether the clock may end the run
         self.curves = TensorBoard(tensorboard_logdir) if tensorboard_logdir and device.rank == 0 else None
+        self.peak = Matmuls(device).best if device.type != "cpu" and device.rank == 0 else 1.0  # FLOP/s
         self._began, self._torn = time.perf_counter(), False
         self._idle = 0.0  # seconds that were no training time
         self._ends = []  # when the updates of this start ended, until their speed has been told
@@ -182,6 +184,7 @@ class Log:
         if device.type != "cpu":  # of one accelerator
             flops = statistics.mean(d.flops for d in self.done if hasattr(d, "flops"))  # restored ones have none
             row["tflops"] = flops * row["ups"] / 1e12
+            row["mfu"] = flops * row["ups"] / self.peak
         if self.has_limit:
             row["hours"] = self.clock.hours
         self.row(row)

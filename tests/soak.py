@@ -1,9 +1,8 @@
 """Stress tests that take minutes. Each prints its figures as one JSON object; run them from the project's root.
 
-python -m tests.soak kills [--kills 30]                           SIGKILL a run that saves every update, at random times
-python -m tests.soak fuzz [--datasets 20000] [--checkpoints 5000] [--structured 500]
-                                                                  damaged files must load or give a one-line error
-python -m tests.soak memory [--updates 2000]                      resident memory early in a run and at its end
+python -m tests.soak kills     SIGKILL a run that saves every update, at random times
+python -m tests.soak fuzz      damaged files must load or give a one-line error
+python -m tests.soak memory    resident memory early in a run and at its end
 """
 
 import argparse

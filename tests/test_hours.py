@@ -173,6 +173,9 @@ def test_the_bar_expects_the_update_that_the_pace_so_far_leads_to(tmp_path):
 class Accelerator(Device):
     type = "cuda"
 
+    def synchronize(self):
+        pass
+
 
 def test_rows_of_an_accelerator_have_its_model_flops_per_second(corpus_dir, tmp_path):
     run, dataset = make_run(corpus_dir)
@@ -183,6 +186,7 @@ def test_rows_of_an_accelerator_have_its_model_flops_per_second(corpus_dir, tmp_
     log.read_skipped()
     state = log.state()
     row = log.write()
+    assert log.peak > 1e8 and row["mfu"] == pytest.approx(row["tflops"] * 1e12 / log.peak)
     assert row["tflops"] * 1e12 / row["ups"] == pytest.approx(sum(update_flops([b], run) for b in batches) / 3)
     log.restore(state)  # in the middle of an interval: the updates of the earlier start count as mean ones
     log.add(train.update(run, batches[:1]))

@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 
 import ema
-from bench import Matmuls, endless, measure, timed, update_flops
+from bench import endless, measure
 from config import InputError
 from data import Batch, Corpus
 from dataset.binarized import EOS, PAD, write_dataset
 from model import Data2VecText, Encoder, ModelConfig, RegressionHead, data2vec_loss
 from runtime import checkpoint
+from runtime.flops import Matmuls, timed, update_flops
 from runtime.progress import Bar
 from runtime.resume import contents
 from train import Config, Run, lr_at, update
