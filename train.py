@@ -64,9 +64,7 @@ class TrainConfig:
     validate_interval: int = option(1, "epochs between two validations (0: not at epoch ends)", low=0)
     validate_interval_updates: int = option(0, "updates between two validations (0: not by updates)", low=0)
     probe_interval_updates: int = option(0, "updates between two validations with the probe (0: never)", low=0)
-    best_by: str = option(
-        "loss", "what checkpoint_best.pt goes by: the lowest loss, or the probe's gain", choices=("loss", "probe")
-    )
+    best_by: str = option("loss", "what checkpoint_best.pt goes by", choices=("loss", "probe", "cosine_gain"))
     save_interval: int = option(1, "epochs between two checkpoints (0: not at epoch ends)", low=0)
     save_interval_updates: int = option(50000, "updates between kept checkpoints, with a validation (0: none)", low=0)
     keep_interval_updates: int = option(1, "how many of those to keep (-1: all)", low=-1)

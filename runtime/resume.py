@@ -145,6 +145,8 @@ def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoin
     run.num_updates, run.teacher_updates = progress["num_updates"], progress["teacher_updates"]
     run.optimizer.skipped, run.best_loss = progress["skipped"], progress["best_loss"]
     run.best_gain, run.first_target_var = map(progress.get, ("best_gain", "first_target_var"))  # 0.1.0 had neither
+    if loaded.config.get("best_by") != run.cfg.train.best_by:
+        run.best_gain = None  # it may be of another measure
     run.clock.restore(progress.get("hours", 0.0))  # new in 0.3.0
     run.epoch, run.batches_done = progress["epoch"], batches // world_size
     if reset_position and run.batches_done:

@@ -18,8 +18,10 @@ class Saves:
     written, after an error too."""
 
     def __init__(self, run, corpus, fingerprint: dict, log: Log, health: Health):
-        """run: a train.Run; fingerprint: of the data, as `resume.fingerprint_of` makes it."""
+        """run: a train.Run; fingerprint: of the data, as `resume.fingerprint_of` makes it. Raises InputError."""
         self.run, self.corpus, self.fingerprint, self.log, self.health = run, corpus, fingerprint, log, health
+        if run.cfg.train.best_by == "cosine_gain" and run.cfg.model.objective == "mlm":
+            raise InputError("--best_by cosine_gain is for data2vec's targets; with --objective mlm: loss or probe")
         self.folder = Path(run.cfg.train.save_dir)
         # with --fairseq_exact the teacher moves at an update's beginning, before Adam's step
         self.saver = checkpoint.Saver(run.device, None if run.cfg.train.fairseq_exact else run.optimizer.adam)
@@ -91,6 +93,8 @@ class Saves:
     def note(self, figures: dict) -> bool:
         """Take in a validation's figures; returns whether they are the best so far, by --best_by."""
         run, loss, gain = self.run, figures["loss"], figures.get("probe_gain")
+        if run.cfg.train.best_by == "cosine_gain":
+            gain = figures["cosine"] - max(figures["cosine_position"], figures["cosine_block"])
         run.first_target_var = run.first_target_var or figures.get("target_var")
         lower = math.isfinite(loss) and (run.best_loss is None or loss < run.best_loss)
         higher = gain is not None and (run.best_gain is None or gain > run.best_gain)
