@@ -165,7 +165,11 @@ def make_demo(folder, words: int = 4000):
         raise InputError(f"{folder}: {e.strerror}") from None
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as made:
         made = Path(made)
-        lines = _write_demo(made, words)
+        try:
+            lines = _write_demo(made, words)
+        except OSError as e:  # a full disk, of which Python names no file
+            e.filename = str(folder)
+            raise
         for path in folder.iterdir():
             if not (made / path.name).exists() or not filecmp.cmp(path, made / path.name, shallow=False):
                 raise InputError(f"--make_demo {folder}: {path.name} in it is not this demo's; choose a new folder")
