@@ -25,6 +25,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+sys.version_info >= (3, 10) or sys.exit(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}")
 VERSION = "0.3.0"  # docs/changelog.md begins with it
 
 # The dataclasses' defaults are those of fairseq's config/text/pretraining/base.yaml; a preset has what differs.
@@ -58,8 +59,7 @@ FAIRSEQ_EXACT = dict(
 
 # The files with the settings of a run, whose groups in --help are named by their classes; the rest is for training.
 SETTINGS = "data.py model.py ema.py optim.py device.py runtime/guard.py train.py".split()
-TITLES = {"DataConfig": "data", "ModelConfig": "model", "EmaConfig": "teacher", "DeviceConfig": "device"}
-TITLES["FinetuneConfig"] = "fine-tuning"
+TITLES = dict(Data="data", Model="model", Ema="teacher", Device="device", Finetune="fine-tuning")
 AHEAD = re.compile(r"(@dataclass.*\n)?(class|def) (\w*Config|add_flags)\b|(PARTS|RECIPES|METRICS) = ")
 HELP_LINES = 60  # of --help, which explains only these settings where not all fit
 OFTEN = "data_path tokens_per_sample max_tokens layers embed_dim ema_decay device amp lr warmup_updates max_update"
@@ -292,8 +292,8 @@ def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: d
     parser.add_argument("--config_dir", metavar="DIR", help="the folder of that YAML, which is fairseq's")
     switch = dict(nargs="?", const=True, type=boolean, metavar="yes|no")
     parser.add_argument("--fairseq_exact", help="the released code bug for bug", **switch)
-    for config in sorted(configs, key=lambda config: config.__name__ not in TITLES):
-        title = TITLES.get(config.__name__, "training")
+    for config in sorted(configs, key=lambda config: config.__name__.removesuffix("Config") not in TITLES):
+        title = TITLES.get(config.__name__.removesuffix("Config"), "training")
         group = next((g for g in parser._action_groups if g.title == title), None) or parser.add_argument_group(title)
         for name in (field.name for field in dataclasses.fields(config) if field.name in fields):
             field, choices = fields[name], fields[name].metadata["choices"]

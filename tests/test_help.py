@@ -128,3 +128,9 @@ def test_the_shortest_command_line_gives_the_same_settings(line):
     short = config.flags_of(parts)
     assert config.parse(train.PARTS, "", shlex.split(short))[0] == parts
     assert len(short.split("--")) <= len(line.split("--"))
+
+
+def test_an_old_python_is_refused_in_one_line():
+    command = [sys.executable, "-c", "import sys; sys.version_info = (3, 9, 18); import config"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert result.returncode == 1 and result.stderr.startswith("Python 3.10 or newer is needed; this is 3.")
