@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import importlib.util
 import io
 import math
 import operator
@@ -155,9 +156,6 @@ FORMS = {bool: "yes|no", int: "N", float: "X", str: "TEXT", tuple: "X,Y"}  # of 
 class Formatter(argparse.RawDescriptionHelpFormatter):
     """Fills the text to the width; an indented line, which is a command, is broken only where it is too long."""
 
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=30)
-
     def _fill_text(self, text, width, indent):
         lines, text = [], re.sub(r"(?<=\S)\n(?=\S)", " ", text)
         for line in text.splitlines():
@@ -174,7 +172,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are InputErrors; each flag --a_b is --a-b, too."""
 
     def __init__(self, **options):
-        plain = dict(allow_abbrev=False, formatter_class=Formatter)
+        plain = dict(allow_abbrev=False, formatter_class=lambda prog: Formatter(prog, max_help_position=30))
         super().__init__(**(plain | options))
         self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-3 for a flag
         self.add_argument("--version", action="version", version=f"data2vec-text {VERSION}")
@@ -346,6 +344,8 @@ def read_ahead(program: str, whole: bool = False):
             instances, _ = parse(names["PARTS"], ast.get_docstring(tree), extra=names["add_flags"])
         if whole:
             names["Config"](*instances)
+        if missing := [name for name in ("numpy", "torch", "tqdm") if importlib.util.find_spec(name) is None]:
+            raise InputError(f"this Python has no {' and no '.join(missing)}: pip install -r requirements.txt")
     except InputError as e:
         end(2, f"error: {e}")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it

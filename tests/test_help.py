@@ -134,3 +134,13 @@ def test_an_old_python_is_refused_in_one_line():
     command = [sys.executable, "-c", "import sys; sys.version_info = (3, 9, 18); import config"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     assert result.returncode == 1 and result.stderr.startswith("Python 3.10 or newer is needed; this is 3.")
+
+
+def test_missing_packages_are_named_in_one_line():
+    for program in ("train.py", "eval.py", "finetune.py", "convert.py", "bench.py"):
+        command = [sys.executable, "-S", HERE / program, *(["--data_path", "x"] if program == "train.py" else [])]
+        result = subprocess.run(command, capture_output=True, text=True)
+        expected = (
+            f"{program}: error: this Python has no numpy and no torch and no tqdm: pip install -r requirements.txt"
+        )
+        assert result.returncode == 2 and result.stderr.startswith(expected) and result.stderr.count("\n") == 1
