@@ -44,7 +44,7 @@ PRESETS = {
     "small": dict(  # learns words in a quarter of an hour on one CPU core (docs/results.md)
         tokens_per_sample=64, max_tokens=2048, mask_prob=0.3, mask_multiple_length=1,
         embed_dim=256, ffn_embed_dim=1024, layers=4, attention_heads=4, dropout=0.0, attention_dropout=0.0,
-        normalize_before=True, init="local", mlm_weight=1.0, loss_scale=0.2,
+        normalize_before=True, mlm_weight=1.0, loss_scale=0.2,
         average_top_k_layers=4, instance_norm_target_layer=True,
         ema_decay=1.0, ema_end_decay=0.999, ema_anneal_end_step=5000, ema_transformer_layers_only=False,
         lr=2e-3, warmup_updates=200, max_update=2500, log_interval=50, validate_interval=0, save_interval=0,
