@@ -50,7 +50,8 @@ def fake_python(project: Path, lacks: str = "none", index: str = "true") -> tupl
 
 def run_1p(project: Path, env: dict, *argv, cwd=HERE):
     command = ["bash", project / "run_1p.sh", *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd)
+    handled = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job ignores it
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, **handled)
 
 
 def test_bad_requests_are_refused_in_one_line():
