@@ -1,8 +1,10 @@
-"""Stress tests that take minutes. Each prints its figures as one JSON object; run them from the project's root.
+"""Stress tests that take minutes. Each prints its figures as one JSON object.
 
-python -m tests.soak kills     SIGKILL a run that saves every update, at random times
-python -m tests.soak fuzz      damaged files must load or give a one-line error
-python -m tests.soak memory    resident memory early in a run and at its end
+    python -m tests.soak kills     SIGKILL a run that saves every update, at random times
+    python -m tests.soak fuzz      damaged files must load or give a one-line error
+    python -m tests.soak memory    resident memory early in a run and at its end
+
+Run them from the project's root.
 """
 
 import argparse
@@ -59,7 +61,7 @@ def last_update(folder: Path) -> int:
 
 def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
     """Start a run, kill it, check its files, and repeat. After each kill, checkpoint_last.pt must load and be at most
-    two updates behind the log."""
+    two updates older than the log."""
     corpus, save_dir = corpus or small_corpus(folder / "corpus"), folder / "killed"
     flags = (
         "--max_update 1000000 --save_interval_updates 1 --keep_interval_updates 2 --disable_validation --log_interval 1"
