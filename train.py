@@ -100,6 +100,8 @@ class Config:
             part.check()
         if self.model.objective == "mlm" and self.data.teacher_input == "masked":
             raise InputError("--objective mlm has no teacher and reads whole blocks: --teacher_input full")
+        if self.model.objective == "mlm" and self.train.best_by == "cosine_gain":
+            raise InputError("--best_by cosine_gain is for data2vec's targets; with --objective mlm: loss or probe")
         if self.data.tokens_per_sample > self.model.max_source_positions:
             raise InputError(
                 f"--tokens_per_sample {self.data.tokens_per_sample} is above --max_source_positions"
@@ -195,7 +197,7 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
     at = run.clock.at(run.num_updates)  # what the schedules go by
     lr, decay = lr_at(at, cfg.train), ema.decay_at(at, cfg.ema)
     run.seed_dropout()
-    run.move_teacher()  # a no-op, unless fairseq_exact left it one update behind
+    run.move_teacher()  # a no-op, unless fairseq_exact left the last update out
 
     last, total = (torch.zeros(0, cfg.model.embed_dim, device=device.torch_device),) * 2, run.optimizer.begin()
     with device.autocast():  # one for all batches: it casts the student's weights once

@@ -18,10 +18,8 @@ class Saves:
     written, after an error too."""
 
     def __init__(self, run, corpus, fingerprint: dict, log: Log, health: Health):
-        """run: a train.Run; fingerprint: of the data, as `resume.fingerprint_of` makes it. Raises InputError."""
+        """run: a train.Run; fingerprint: of the data, as `resume.fingerprint_of` makes it."""
         self.run, self.corpus, self.fingerprint, self.log, self.health = run, corpus, fingerprint, log, health
-        if run.cfg.train.best_by == "cosine_gain" and run.cfg.model.objective == "mlm":
-            raise InputError("--best_by cosine_gain is for data2vec's targets; with --objective mlm: loss or probe")
         self.folder = Path(run.cfg.train.save_dir)
         # with --fairseq_exact the teacher moves at an update's beginning, before Adam's step
         self.saver = checkpoint.Saver(run.device, None if run.cfg.train.fairseq_exact else run.optimizer.adam)
