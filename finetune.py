@@ -58,6 +58,7 @@ RECIPES = {
     "qnli": (32, 1e-5, 33112, 1986, "accuracy"),
     "rte": (16, 2e-5, 2036, 122, "accuracy"),
 }
+BATCHES_GROUPED = 16  # examples are sorted by length within this many batches; more leave less padding, less is chance
 METRICS = ("accuracy", "f1", "matthews", "accuracy_and_f1", "pearson", "spearman", "pearson_and_spearman")
 
 
@@ -110,7 +111,7 @@ class FinetuneConfig:
         "", "a file of raw lines to classify (a pair: two texts and a tab), or of columns with --text"
     )
     out: str = option("", "where the predictions go (none: standard output)")
-    fairseq_exact: bool = option(False, "as recorded from fairseq: no dropout, and no example may be too long")
+    fairseq_exact: bool = option(False, "as recorded from fairseq: no dropout, batches of any lengths, none too long")
 
     def check(self):
         if not (self.ckpt or self.init_from):
@@ -174,6 +175,8 @@ class Run:
         self.cfg, self.device, self.data, self.lr, self.seed = cfg, device, data, lr, seed
         self.model = model.to(device.torch_device).train()
         order = labelled.training_order(len(data.train.rows), seed)
+        if not cfg.fairseq_exact:
+            order = labelled.group_lengths(data.train.lengths, order, BATCHES_GROUPED * cfg.batch_size)
         self.batches = labelled.cut_batches(data.train.lengths, order, cfg.batch_size, cfg.max_tokens)
         per_epoch = -(-len(self.batches) // cfg.update_freq)
         self.total = cfg.max_update or cfg.max_epoch * per_epoch  # where the learning rate reaches 0

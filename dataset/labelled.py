@@ -1,7 +1,8 @@
 """Labelled text: GLUE's files, your own .tsv, .csv and .jsonl, and fairseq's binarized folders; examples and batches.
 
 An example is one row of tokens: `<s> a </s>`, and for a pair of texts `<s> a </s> </s> b </s>`, without segment
-embeddings. Formats, order and batches are those of fairseq's task sentence_prediction at commit 3f6ba43f.
+embeddings. Formats, order and batches are those of fairseq's task sentence_prediction at commit 3f6ba43f, but for
+group_lengths, which it does not have.
 """
 
 import csv
@@ -274,6 +275,12 @@ def read_binarized(folder, split: str, dictionary: Dictionary, longest: int) -> 
 def training_order(count: int, seed: int) -> np.ndarray:
     """The order in which examples are cut into batches: sorted by the value that each one drew."""
     return np.argsort(np.random.RandomState(seed).permutation(count), kind="stable")
+
+
+def group_lengths(lengths: np.ndarray, order: np.ndarray, count: int) -> np.ndarray:
+    """The order with each `count` examples in a row sorted by length, so that their batches need little padding."""
+    parts = np.split(order, range(count, len(order), count))
+    return np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
 
 
 def cut_batches(lengths: np.ndarray, order: np.ndarray, batch_size: int, max_tokens: int) -> list[np.ndarray]:

@@ -137,6 +137,19 @@ def test_batches_end_where_the_next_example_would_not_fit():
     assert [batch.tolist() for batch in labelled.epoch_batches(cut, 5, 2)] == [walked[i] for i in shuffled]
 
 
+def test_batches_of_similar_lengths_hold_the_same_examples_with_little_padding():
+    lengths, order = np.random.default_rng(0).integers(3, 40, 1000), labelled.training_order(1000, 5)
+    grouped = labelled.group_lengths(lengths, order, 128)
+    for i in range(0, 1000, 128):  # chance decides which examples are sorted together
+        assert sorted(grouped[i : i + 128]) == sorted(order[i : i + 128])
+        assert (np.diff(lengths[grouped[i : i + 128]]) >= 0).all()
+    padding = [
+        sum(len(ids) * lengths[ids].max() for ids in labelled.cut_batches(lengths, o, 8, 0)) / lengths.sum() - 1
+        for o in (order, grouped)
+    ]
+    assert padding[0] > 0.5 and padding[1] < 0.15
+
+
 def test_an_update_is_the_mean_over_all_examples_of_its_batches(place, tmp_path):
     call(finetune.main, *flags(place, tmp_path, max_update=1, max_epoch=0, update_freq=99, batch_size=7))
     first = rows_of(tmp_path)[0]
@@ -162,7 +175,7 @@ def test_classes_count_from_the_most_frequent_and_ties_by_alphabet():
 
 @pytest.mark.parametrize("pool, lr", [("cls", 1e-2), ("mean", 3e-2)])
 def test_a_task_is_learned_and_raw_lines_get_names(place, tmp_path, pool, lr):
-    shown = call(finetune.main, *flags(place, tmp_path, test=place / "test.tsv", max_epoch=15, lr=lr, pool=pool))
+    shown = call(finetune.main, *flags(place, tmp_path, test=place / "test.tsv", max_epoch=20, lr=lr, pool=pool))
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["runs"][0]["valid"]["accuracy"] == results["runs"][0]["test"]["accuracy"] == 1
     assert "2 classes: bad, good" in shown and "valid accuracy 1.0000, test accuracy 1.0000" in shown
@@ -181,14 +194,14 @@ def test_a_task_is_learned_and_raw_lines_get_names(place, tmp_path, pool, lr):
 
 
 def test_several_rates_and_seeds_are_all_shown_and_the_best_one_stays(place, tmp_path):
-    options = dict(lr="1e-5,3e-3", seeds=2, untrained=True, max_epoch=3)
+    options = dict(lr="1e-5,1e-2", seeds=2, untrained=True, max_epoch=8)
     shown = call(finetune.main, *flags(place, tmp_path, **options))
     results = json.loads((tmp_path / "results.json").read_text())
-    names = [f"{u}lr {lr} seed {s}" for u in ("", "untrained ") for lr in ("1e-05", "0.003") for s in (1, 2)]
+    names = [f"{u}lr {lr} seed {s}" for u in ("", "untrained ") for lr in ("1e-05", "0.01") for s in (1, 2)]
     assert [run["name"] for run in results["runs"]] == names
-    assert results["best"].startswith("lr 0.003")
+    assert results["best"].startswith("lr 0.01")
     values = [run["valid"]["accuracy"] for run in results["runs"][2:4]]
-    assert f"lr 0.003: valid accuracy {np.mean(values):.4f} +- {np.std(values, ddof=1):.4f}" in shown
+    assert f"lr 0.01: valid accuracy {np.mean(values):.4f} +- {np.std(values, ddof=1):.4f}" in shown
     assert [path.name for path in tmp_path.rglob("*.pt")] == ["checkpoint_best.pt"]
     assert len(list(tmp_path.rglob("finetune.jsonl"))) == 8
 
