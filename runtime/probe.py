@@ -4,18 +4,20 @@
 
 The student, frozen and without dropout, reads masked text. From its last hidden state at each `<mask>`, a linear
 softmax classifier predicts the hidden token, one of the 1,000 most frequent in the training split (without special
-tokens). It is fitted on the training split. Accuracy and cross-entropy are measured on the valid split, next to two
+tokens). It is fitted on the training split. Accuracy and cross-entropy are measured on the valid split, next to three
 baselines on the same places:
 
     most frequent   always the same guess; its cross-entropy is that of the training split's frequencies
     untrained       the same classifier on the same model with its initial weights: what the position reveals, and
                     what a random network passes on of the visible words
+    neighbours      no model: at the places of the fit, it counts what is between which tokens (runtime/neighbours.py)
 
 How to read the result: a model that has learned nothing about words scores as `untrained` does, however low its loss,
 because part of a target can be predicted from the position alone. The gain of `trained` over `untrained` is what the
 model has learned from context. It is printed in nats per word with its standard error (each block counts as one
-observation); treat a gain below three standard errors as no gain. There is no highest possible score: a masked span
-hides several words, and no reader could name them all.
+observation); treat a gain below three standard errors as no gain. A model below `neighbours` tells less about a hidden
+word than the two tokens beside it. There is no highest possible score: a masked span hides several words, and no reader
+could name them all.
 """
 
 import copy
@@ -31,10 +33,12 @@ import torch.nn.functional as F
 from config import InputError
 from data import Batch, BlockDataset, Corpus
 from dataset.binarized import SPECIAL, TokenStream
+from runtime.neighbours import Neighbours, beside
 from runtime.progress import Bar
 
 CLASSES = 1000
 MASK_EPOCHS = 5  # a small split is read this many times, each time with the masks of another epoch
+ROWS = ("trained", "untrained", "neighbours", "most_frequent")
 LR, BATCH, MOST_EPOCHS, PATIENCE = 1e-3, 512, 50, 3  # for fitting the classifier
 
 
@@ -57,6 +61,10 @@ class Places:
     labels: np.ndarray  # (N,) int64, the classes of the hidden tokens
     blocks: np.ndarray  # (N,) number of the block that each place is in
     left_out: int  # number of masked places whose token is none of the classes
+
+    def beside(self) -> np.ndarray:
+        """The tokens left and right of the places, (2, N)."""
+        return np.concatenate([beside(batch, flat) for batch, flat in self.batches], 1)
 
 
 def find_places(dataset: BlockDataset, classes: np.ndarray, least: int) -> Places:
@@ -129,6 +137,8 @@ class Probe:
         classes = frequent_tokens(dataset.stream, corpus.dictionary)
         self.run, self.classes = run, int(classes.max()) + 1
         self.train, self.valid = (find_places(d, classes, places) for d in (dataset, corpus.split(split)))
+        counts = Neighbours(self.train.beside(), self.train.labels, self.classes, corpus.dictionary)
+        self.counted = counts.answer(self.valid.beside(), self.valid.labels)
         blocks = np.unique(self.train.blocks)
         if len(blocks) < 2:
             raise InputError(f"{dataset.stream.folder}: train has too few blocks for --probe")
@@ -190,9 +200,10 @@ class Probe:
             valid_left_out=self.valid.left_out,
             gain=float(gain.mean()),
             gain_error=float(np.sqrt(np.square(sums).sum()) / len(labels)),
+            gain_neighbours=float((untrained["loss"] - self.counted["loss"]).mean()),
             **{
                 name: dict(accuracy=float(answer["hit"].mean()), cross_entropy=float(answer["loss"].mean()))
-                for name, answer in (("trained", trained), ("untrained", untrained), ("most_frequent", guess))
+                for name, answer in zip(ROWS, (trained, untrained, self.counted, guess))
             },
         )
 
@@ -205,10 +216,11 @@ def table(result: dict, split: str) -> str:
         f"left out, since other tokens are hidden: {result['valid_left_out']:,} and {result['train_left_out']:,}",
         f"{'':14}{'accuracy':>16}{'cross-entropy (nats)':>24}",
     ]
-    for name in ("trained", "untrained", "most_frequent"):
+    for name in ROWS:
         figures = result[name]
         lines += [f"{name.replace('_', ' '):14}{figures['accuracy']:16.4f}{figures['cross_entropy']:24.4f}"]
-    gain, error = result["gain"], result["gain_error"]
+    gain, error, counted = result["gain"], result["gain_error"], result["gain_neighbours"]
     verdict = "words learned" if gain > 3 * error else "NO words learned"
     lines += [f"{verdict}: {gain:.4f} nats a word above untrained, standard error {error:.4f}"]
+    lines += [f"counts of the tokens left and right: {counted:.4f} nats{', more than that' * (counted > gain)}"]
     return "\n".join(lines)

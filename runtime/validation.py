@@ -21,7 +21,7 @@ class Validation:
         return {**figures, **self.ask_probe()} if with_probe else figures
 
     def ask_probe(self) -> dict:
-        """The probe's accuracy, and its gain over the model with its first weights, in nats a word."""
+        """The probe's accuracy, and its gain and that of counts over the model's first weights, in nats a word."""
         if self.probe is None:
             self.probe = Probe(self.run, self.corpus, self.split, PROBE_PLACES)
             self.untrained = self.probe.ask(self.first_student())
@@ -29,6 +29,7 @@ class Validation:
         return dict(
             probe_gain=result["gain"],
             probe_gain_error=result["gain_error"],
+            probe_gain_neighbours=result["gain_neighbours"],
             probe_accuracy=result["trained"]["accuracy"],
         )
 

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 import eval as evaluation
 import train
 from config import InputError
-from data import Corpus
+from data import Corpus, DataConfig
+from dataset.binarized import EOS, PAD
 from model import data2vec_loss, teacher_targets
-from runtime import guard, quality
+from runtime import guard, neighbours, probe, quality
 from runtime.guard import GuardConfig, Health
 from runtime.validation import Validation
-from tests.helpers import CPU, FEW, call, make_run, rows_of
+from tests.helpers import CPU, FEW, call, make_dataset, make_run, rows_of
 
 
 def places(run, dataset):
@@ -154,3 +155,49 @@ def test_a_folder_without_a_training_split_is_evaluated_without_the_guesses(tmp_
     beside = call(evaluation.main, "--ckpt", last)
     assert "no training split here" in alone and "r2" not in alone.splitlines()[-1]
     assert alone.splitlines()[2].split()[1:5] == beside.splitlines()[2].split()[1:5]  # the student's own figures
+
+
+# ---------------------------------------------------------------------------------------------- counts
+
+
+def test_the_guess_by_neighbours_is_the_formula_over_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(neighbours, "AT_ONCE", 7)
+    make_dataset(tmp_path, None, 30)
+    corpus = Corpus(DataConfig(data_path=str(tmp_path), tokens_per_sample=32, max_tokens=256, mask_multiple_length=2))
+    mask, class_of = corpus.dictionary.mask_id, probe.frequent_tokens(corpus.split("train").stream, corpus.dictionary)
+    counted, asked = (probe.find_places(corpus.split(split), class_of, 300) for split in ("train", "valid"))
+
+    def contexts(places):  # (left, right, class) of each place
+        labels = iter(places.labels.tolist())
+        for batch, flat in places.batches:
+            for row, column in (divmod(int(place), batch.source.shape[1]) for place in flat):
+                text = [*batch.source[row].tolist(), PAD]
+                yield text[column - 1], text[column + 1], next(labels)
+
+    known, size = list(contexts(counted)), class_of.max() + 1
+    share = np.array([1 + sum(label == k for *_, label in known) for k in range(size)]) / (len(known) + size)
+
+    def shares_beside(token, side):
+        if token in (mask, PAD):
+            return share
+        found = np.bincount([label for *tokens, label in known if tokens[side] == token], minlength=size)
+        return (found + neighbours.STRENGTH * share) / (found.sum() + neighbours.STRENGTH)
+
+    guess = neighbours.Neighbours(counted.beside(), counted.labels, size, corpus.dictionary)
+    answer = guess.answer(asked.beside(), asked.labels)
+    for (left, right, label), hit, loss in zip(contexts(asked), answer["hit"], answer["loss"], strict=True):
+        likely = shares_beside(left, 0) * shares_beside(right, 1) / share
+        assert loss == pytest.approx(-np.log(likely[label] / likely.sum()), rel=1e-9)
+        assert hit == (likely.argmax() == label)
+    assert len(set(answer["loss"].round(3))) > 20
+
+
+def test_counts_know_a_word_that_follows_from_its_neighbour(tmp_path):
+    starts = np.random.default_rng(0).integers(0, 20, 300).tolist()
+    make_dataset(tmp_path, [[4 + (s + i) % 20 for i in range(24)] + [EOS] for s in starts], 24)
+    run, train = make_run(tmp_path, mask_multiple_length=1, sample_break_mode="eos", mlm_weight=1)
+    figures = quality.evaluate(run, Corpus(run.cfg.data).split("valid"), train)
+    assert figures["mlm_loss_neighbours"] < 0.5 * figures["mlm_loss_frequency"]
+    assert figures["mlm_loss_frequency"] == pytest.approx(
+        figures["mlm_loss"], rel=0.05
+    )  # of a student that is not trained

@@ -19,7 +19,7 @@ TRAINING = (
 ).split()
 FIGURES = "loss target_var pred_var cosine cosine_constant".split()
 VALID = "loss target_var pred_var cosine cosine_position cosine_block r2 r2_position r2_block probe_gain".split()
-VALID += "probe_gain_error probe_accuracy mlm_loss mlm_accuracy".split()
+VALID += "probe_gain_error probe_gain_neighbours probe_accuracy mlm_loss mlm_loss_neighbours mlm_accuracy".split()
 
 HEAD = """---
 library_name: transformers

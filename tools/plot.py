@@ -19,13 +19,15 @@ from runtime import checkpoint
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 GUESSES = (("", "student"), ("_position", "position"), ("_block", "block"), ("_constant", "constant"))
+COUNTS = (("", "student"), ("_neighbours", "left and right counted"))
+FREQUENCY = ("valid_mlm_loss_frequency", "frequencies")
 # (title, unit, log scale, ((key in train.jsonl, name in the panel's own legend) of each line))
 PANELS = (
     ("loss", "per masked token", False, (("loss", "training"), ("valid_loss", "validation"))),
     ("cosine", "validation", False, tuple((f"valid_cosine{guess}", name) for guess, name in GUESSES)),
     ("R2", "validation", False, tuple((f"valid_r2{guess}", name) for guess, name in GUESSES[:3])),
-    ("probe's gain", "nats per word", False, (("valid_probe_gain", ""),)),
-    ("words", "nats", False, (("valid_mlm_loss", "student"), ("valid_mlm_loss_frequency", "word frequencies"))),
+    ("probe's gain", "nats per word", False, tuple((f"valid_probe_gain{guess}", name) for guess, name in COUNTS)),
+    ("words", "nats", False, (*((f"valid_mlm_loss{guess}", name) for guess, name in COUNTS), FREQUENCY)),
     ("variance", "0: collapse", True, (("target_var", "target"), ("pred_var", "prediction"))),
     ("gradient norm", "before clipping", False, (("gnorm", ""),)),
     ("learning rate", "", False, (("lr", ""),)),
