@@ -62,8 +62,9 @@ class Neighbours:
 
 
 @functools.lru_cache(1)  # a validation comes again with the same masks
-def word_loss(dataset: BlockDataset, train: BlockDataset) -> float:
-    """The guess's mean cross-entropy at some places of a split that show `<mask>`, in nats, among all tokens."""
+def word_loss(dataset: BlockDataset, train: BlockDataset) -> float | None:
+    """The guess's mean cross-entropy at some places of a split that show `<mask>`, in nats, among all tokens; None if
+    there are none."""
     parts, room = [], MOST_TOKENS
     for part in train.stream.checked(train.dictionary):
         parts.append(part[:room].astype(np.int64))
@@ -76,5 +77,7 @@ def word_loss(dataset: BlockDataset, train: BlockDataset) -> float:
             batch = dataset.batch(lists[i], 1)
             asked.append(beside(batch, batch.masked))
             words.append(batch.target.ravel()[batch.target_places])
+    if not any(map(len, words)):
+        return None
     counted = Neighbours(np.stack([text[:-2], text[2:]]), text[1:-1], len(train.dictionary), train.dictionary)
     return float(counted.answer(np.concatenate(asked, 1), np.concatenate(words))["loss"].mean())
