@@ -65,19 +65,22 @@ class Neighbours:
 def word_loss(dataset: BlockDataset, train: BlockDataset) -> float | None:
     """The guess's mean cross-entropy at some places of a split that show `<mask>`, in nats, among all tokens; None if
     there are none."""
+    lists, asked, words, places = dataset.epoch_batches(1), [], [], 0
+    for i in np.random.RandomState(0).permutation(len(lists)):
+        batch = dataset.batch(lists[i], 1)
+        asked.append(beside(batch, batch.masked))
+        words.append(batch.target.ravel()[batch.target_places])
+        places += len(batch.masked)
+        if places >= MOST_PLACES:
+            break
+    if not places:
+        return None
     parts, room = [], MOST_TOKENS
     for part in train.stream.checked(train.dictionary):
         parts.append(part[:room].astype(np.int64))
         room -= len(parts[-1])
         if not room:
             break
-    text, lists, asked, words = np.concatenate(parts), dataset.epoch_batches(1), [], []
-    for i in np.random.RandomState(0).permutation(len(lists)):
-        if sum(map(len, words)) < MOST_PLACES:
-            batch = dataset.batch(lists[i], 1)
-            asked.append(beside(batch, batch.masked))
-            words.append(batch.target.ravel()[batch.target_places])
-    if not any(map(len, words)):
-        return None
+    text = np.concatenate(parts)
     counted = Neighbours(np.stack([text[:-2], text[2:]]), text[1:-1], len(train.dictionary), train.dictionary)
     return float(counted.answer(np.concatenate(asked, 1), np.concatenate(words))["loss"].mean())

@@ -62,8 +62,10 @@ def verdict(figures: dict) -> str:
     words = []
     if "mlm_loss" in figures:
         words = ["words: {mlm_loss:.3f} nats (perplexity {mlm_perplexity:.1f}); accuracy {mlm_accuracy:.3f}"]
-        words += ["no model: frequencies {mlm_loss_frequency:.3f} nats"] if "mlm_loss_frequency" in figures else []
-        words[-1] += "; left and right counted {mlm_loss_neighbours:.3f}" if "mlm_loss_neighbours" in figures else ""
+        if "mlm_loss_frequency" in figures:
+            words.append("no model: frequencies {mlm_loss_frequency:.3f} nats")
+        if "mlm_loss_neighbours" in figures:
+            words[-1] += "; left and right counted {mlm_loss_neighbours:.3f}"
     if "r2" not in figures:
         nothing = ["no training split here, so what guesses without words would get is not known"]
         return "\n".join(words if figures.get("mlm_loss_frequency") else [*words, *nothing]).format(**figures)
@@ -184,7 +186,8 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
         raise InputError(f"{dataset.stream.folder}: {dataset.split} has nothing masked; is --mask_prob too small?")
     named = words.figures() if words else {}
     counted = word_loss(dataset, train) if words and train else None
-    named |= {} if counted is None else dict(mlm_loss_neighbours=counted)
+    if counted is not None:
+        named["mlm_loss_neighbours"] = counted
     if not has_targets:
         return dict(loss=named["mlm_loss"], sample_size=sample_size, batches=batches, **named)
     beside = guesses.figures(sums, sample_size) if guesses else {}
