@@ -219,8 +219,13 @@ def table(result: dict, split: str) -> str:
     for name in ROWS:
         figures = result[name]
         lines += [f"{name.replace('_', ' '):14}{figures['accuracy']:16.4f}{figures['cross_entropy']:24.4f}"]
-    gain, error, counted = result["gain"], result["gain_error"], result["gain_neighbours"]
-    verdict = "words learned" if gain > 3 * error else "NO words learned"
-    lines += [f"{verdict}: {gain:.4f} nats a word above untrained, standard error {error:.4f}"]
-    lines += [f"counts of the tokens left and right: {counted:.4f} nats{', more than that' * (counted > gain)}"]
-    return "\n".join(lines)
+    return "\n".join([*lines, *verdict(result["gain"], result["gain_error"], result["gain_neighbours"])])
+
+
+def verdict(gain: float, error: float, counted: float) -> list[str]:
+    """In words, whether the features name hidden words, and what counts reach."""
+    begin = "words learned" if gain > 3 * error else "NO words learned"
+    return [
+        f"{begin}: {gain:.4f} nats a word above untrained, standard error {error:.4f}",
+        f"counts of the tokens left and right: {counted:.4f} nats{', more than that' * (counted > gain)}",
+    ]

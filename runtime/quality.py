@@ -23,6 +23,7 @@ import mlm
 from config import InputError
 from data import Batch, BlockDataset
 from model import data2vec_loss, teacher_targets
+from runtime import probe
 from runtime.neighbours import word_loss
 from runtime.progress import Bar
 
@@ -66,6 +67,8 @@ def verdict(figures: dict) -> str:
             words.append("no model: frequencies {mlm_loss_frequency:.3f} nats")
         if "mlm_loss_neighbours" in figures:
             words[-1] += "; left and right counted {mlm_loss_neighbours:.3f}"
+    if "probe_gain" in figures:
+        words += probe.verdict(*(figures[f"probe_gain{part}"] for part in ("", "_error", "_neighbours")))
     if "r2" not in figures:
         nothing = ["no training split here, so what guesses without words would get is not known"]
         return "\n".join(words if figures.get("mlm_loss_frequency") else [*words, *nothing]).format(**figures)
@@ -76,7 +79,7 @@ def verdict(figures: dict) -> str:
     what = "positions and the block's mean" if beaten["position"] else "positions"
     begin = f"NOT learned: no better than {what}"
     if all(beaten.values()):
-        begin = "learned: better than both guesses; whether words, --probe tells"
+        begin = f"learned: better than both guesses{'; whether words, --probe tells' * ('probe_gain' not in figures)}"
     if figures["cosine_constant"] > ALIKE:  # there R2 is a share of next to nothing
         begin = "NOT learned: the targets are alike, their mean has a cosine of {cosine_constant:.3f}"
     told = (

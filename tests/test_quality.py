@@ -78,6 +78,11 @@ def test_learned_is_said_only_above_both_guesses_by_the_margin_and_three_errors(
         ).partition(":")[0]
 
     assert said(0.3, 0.1) == "learned" == said(0.3, 0.021)
+    words_only = dict(mlm_loss=5.0, mlm_loss_frequency=7.0, mlm_perplexity=148.0, mlm_accuracy=0.1)
+    probed = dict(probe_gain=0.01, probe_gain_error=0.004, probe_gain_neighbours=0.5)
+    for figures, words in ((probed, "NO words learned"), ({**probed, "probe_gain": 0.02}, "words learned")):
+        told = quality.verdict({**figures, **words_only})
+        assert f"\n{words}: 0.0" in told and told.endswith("0.5000 nats, more than that")
     assert said(0.3, 0.019) == said(0.3, 0.1, error=0.04) == said(0.3, -0.2) != "learned"
     assert said(0.3, 0.019) == "NOT learned" == said(0.3, 0.1, constant=0.91)  # half a collapse
     told = quality.verdict(
