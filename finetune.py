@@ -41,8 +41,8 @@ from optim import OptimConfig, Optimizer
 from runtime import checkpoint
 from runtime.guard import check_memory
 from runtime.lock import Lock
-from tools import finetune_report as report
 from tools import predict, pretrained
+from tools import finetune_report as report
 from tools.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum, outputs_of, state_of
 from tools.finetune_data import MOST_CLASSES, Data, read_data
 from tools.linear_probe import probe
@@ -85,6 +85,7 @@ class FinetuneConfig:
     freeze: bool = option(False, "fit a linear probe on frozen features; training settings have no meaning then")
     pool: str = option("cls", "what the head reads: <s>, or the mean over the text", choices=("cls", "mean"))
     untrained: bool = option(False, "do the same from random weights, for comparison")
+    embed_rms: float = option(0.0, "first bring the embeddings to this size, so that they move faster (0: no)", low=0)
     lr: tuple = option((2e-5,), "highest learning rate; several joined by commas are all tried", low=0)
     seed: int = option(1, "seed of order, head and dropout", low=0, high=2**31 - 1)
     seeds: int = option(1, "how many seeds from --seed on to fine-tune with", low=1, high=1000)
@@ -311,6 +312,8 @@ class Program:
         self.device.seed(seed)
         rates = {name: getattr(cfg, name) for name in ("dropout", "attention_dropout", "activation_dropout")}
         encoder, width = source.encoder(untrained, **rates), source.shape.embed_dim
+        if cfg.embed_rms:
+            pretrained.scale_embeddings(encoder, cfg.embed_rms)
         of_mean = cfg.freeze or cfg.pool == "mean"
         head = LinearProbe(width, outputs) if of_mean else SentenceHead(width, outputs, cfg.pooler_dropout)
         if cfg.init_from and source.head and not untrained:

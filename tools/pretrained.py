@@ -64,6 +64,18 @@ class Pretrained:
         return encoder
 
 
+@torch.no_grad()
+def scale_embeddings(encoder: Encoder, rms: float):
+    """Multiply token and position embeddings by one factor, until the tokens' have this root mean square.
+
+    The layer norm that follows takes the factor out again, but for its epsilon, so the outputs hardly change. Training
+    does: Adam moves every weight by about the learning rate, which is a larger share of a smaller weight.
+    """
+    factor = rms / encoder.embed_tokens.weight.square().mean().sqrt()
+    encoder.embed_tokens.weight.mul_(factor)
+    encoder.embed_positions.weight.mul_(factor)
+
+
 def load(path, teacher: bool = False, attention_heads: int = 0) -> Pretrained:
     """The student's encoder, or the teacher's, of a checkpoint of this project or of fairseq, of a bare state dict, or
     of a Hugging Face folder. attention_heads: 0 takes the file's. Raises InputError."""
