@@ -41,7 +41,7 @@ from optim import OptimConfig, Optimizer
 from runtime import checkpoint
 from runtime.guard import check_memory
 from runtime.lock import Lock
-from tools import predict, pretrained
+from tools import bag, predict, pretrained
 from tools import finetune_report as report
 from tools.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum, outputs_of, state_of
 from tools.finetune_data import MOST_CLASSES, Data, read_data
@@ -347,12 +347,14 @@ def finetune(cfg: FinetuneConfig, device: Device) -> int:
         report.remove(older)
         pretrained.write_text_files(folder, program.texts, replace=bool(older))
         report.describe(program.source, program.data, program.metric)
+        counted = bag.fit(program.data, len(program.dictionary), program.metric)
+        report.say([counted], program.metric, report.BAG)
         lrs = (0.0,) if cfg.freeze else cfg.lr
         plan = [(lr, seed, u) for u in (False, True)[: 1 + cfg.untrained] for lr in lrs for seed in seeds_of(cfg, u)]
         for lr, seed, untrained in plan:
             results.append(program.run(lr, seed, untrained, alone=len(plan) == 1))
             report.keep_best(results, program.metric)
-        report.finish(results, program.metric, folder)
+        report.finish(results, counted, program.metric, folder)
     finally:
         lock.release()
     return 0

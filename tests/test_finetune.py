@@ -18,6 +18,7 @@ from dataset import labelled
 from model import Data2VecText, ModelConfig
 from runtime import checkpoint
 from tests.helpers import CPU, GOLDEN, SMALL, call, few, golden
+from tools import bag
 
 WORDS = [f"w{i}" for i in range(36)]
 
@@ -204,8 +205,35 @@ def test_several_rates_and_seeds_are_all_shown_and_the_best_one_stays(place, tmp
     assert results["best"].startswith("lr 0.01")
     values = [run["valid"]["accuracy"] for run in results["runs"][2:4]]
     assert f"lr 0.01: valid accuracy {np.mean(values):.4f} +- {np.std(values, ddof=1):.4f}" in shown
+    told = f"a bag of the tokens, without an encoder: valid accuracy {results['bag']['valid']['accuracy']:.4f}\n"
+    assert shown.count(told) == 2 and results["bag"]["valid"]["accuracy"] > 0.9  # a word decides
     assert [path.name for path in tmp_path.rglob("*.pt")] == ["checkpoint_best.pt"]
     assert len(list(tmp_path.rglob("finetune.jsonl"))) == 8
+
+
+def test_a_bag_of_tokens_is_tf_idf_and_logistic_regression():
+    rng = np.random.default_rng(1)
+    rows = [np.r_[0, rng.integers(4, 24, rng.integers(0, 12)), 2] for _ in range(60)]
+    labels = np.array([int(7 in row) + int(9 in row) for row in rows])
+    has = np.array([[np.sum(row == token) for token in range(24)] for row in rows], float)  # (60, 24)
+    has[:, :4] = 0
+    rarity = np.log(61 / (1 + (has > 0).sum(0))) + 1
+    dense = np.where(has > 0, 1 + np.log(np.maximum(has, 1)), 0) * rarity
+    dense = torch.from_numpy(dense / np.maximum(np.linalg.norm(dense, axis=1), 1e-9)[:, None]).float()
+    bags, weight = bag.Bags(rows, rarity), torch.randn(24, 3, requires_grad=True)
+    outputs, target = bag.Product.apply(weight, bags), torch.randn(60, 3)
+    assert torch.allclose(outputs, dense @ weight, atol=1e-6)
+    assert torch.allclose(torch.autograd.grad((outputs * target).sum(), weight)[0], dense.T @ target, atol=1e-5)
+
+    split = labelled.Split(rows, labels)
+    data = finetune.Data(split, {"valid": split}, None, ["0", "1", "2"], 1)
+    found = bag.fit(data, 24, "accuracy")
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    fits = [linear_model.LogisticRegression(C=c, max_iter=9999).fit(dense, labels) for c in bag.STRENGTHS]
+    scores = [fit.score(dense, labels) for fit in fits]
+    assert found["valid"]["accuracy"] == max(scores) and found["strength"] == bag.STRENGTHS[np.argmax(scores)]
+    loss = -np.log(fits[np.argmax(scores)].predict_proba(dense)[np.arange(60), labels]).mean()
+    assert found["valid"]["loss"] == pytest.approx(loss, rel=1e-3)
 
 
 def test_a_frozen_encoder_stays_as_it_is_under_a_linear_probe(place, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 from config import InputError, printable
 from runtime import checkpoint
 
+BAG = "a bag of the tokens, without an encoder"
 OWN = re.compile(r"(untrained_)?(probe|lr_[\d.e+-]+)_seed_\d+")  # the folder of one of several fine-tunings
 
 
@@ -66,14 +67,19 @@ def summary(runs: list, split: str, metric: str) -> str:
     return shown
 
 
-def finish(results: list, metric: str, folder: Path):
-    """Print a line for each group, move the best checkpoint to `folder`, and write results.json. The best learning rate
-    is the one with the best mean on valid; of its seeds the best on valid."""
+def say(runs: list, metric: str, label: str):
+    """Print a line for runs that differ in their seed alone."""
+    splits = [name for name, value in runs[0].items() if isinstance(value, dict)]
+    print(f"{label}: " + ", ".join(summary(runs, split, metric) for split in splits))
+
+
+def finish(results: list, counted: dict, metric: str, folder: Path):
+    """Print a line for each group and for the bag of tokens, move the best checkpoint to `folder`, and write
+    results.json. The best learning rate is the one with the best mean on valid; of its seeds the best on valid."""
     groups = groups_of(results)
-    splits = [name for name, value in results[0].items() if isinstance(value, dict)]
-    for (untrained, lr), runs in groups.items():
-        label = runs[0]["name"].rpartition(" seed")[0]
-        print(f"{label}: " + ", ".join(summary(runs, split, metric) for split in splits))
+    for runs in groups.values():
+        say(runs, metric, runs[0]["name"].rpartition(" seed")[0])
+    say([counted], metric, BAG)
     trained = {lr: runs for (untrained, lr), runs in groups.items() if not untrained}
     lr = max(trained, key=lambda lr: statistics.fmean(result["valid"][metric] for result in trained[lr]))
     best, final = best_of(trained[lr], metric), folder / "checkpoint_best.pt"
@@ -83,7 +89,7 @@ def finish(results: list, metric: str, folder: Path):
             Path(result["checkpoint"]).unlink(missing_ok=True)
     rows = [{k: v for k, v in result.items() if k != "checkpoint"} for result in results]
     checkpoint.write_text(
-        folder / "results.json", json.dumps(dict(metric=metric, best=best["name"], runs=rows), indent=1)
+        folder / "results.json", json.dumps(dict(metric=metric, best=best["name"], runs=rows, bag=counted), indent=1)
     )
     print(printable(f"best on valid: {best['name']} | {final}"))
 

@@ -15,6 +15,28 @@ DECAYS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # weight decays to try
 STEPS = 200  # of L-BFGS, which needs far fewer
 
 
+def minimize(weight: Tensor, bias: Tensor, outputs, labels: np.ndarray, decay: float):
+    """Move weight and bias to the least mean loss of outputs() (N, K) plus decay / 2 * sum of the squared weights.
+
+    labels: class numbers or scores (N,). Cross-entropy, or squared error. Raises RunError if it is not finite.
+    """
+    y = torch.from_numpy(labels)
+    moved = [weight.requires_grad_(), bias.requires_grad_()]
+    optimizer = torch.optim.LBFGS(moved, max_iter=STEPS, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        out = outputs()
+        loss = F.mse_loss(out.view(-1), y) if y.is_floating_point() else F.cross_entropy(out, y)
+        loss = loss + decay / 2 * weight.square().sum()
+        if not loss.isfinite():
+            raise RunError(f"the loss of a linear classifier is {loss.item()}; are the scores too large?")
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
 def fit(features: Tensor, labels: np.ndarray, outputs: int, decay: float) -> nn.Linear:
     """The Linear with the least mean loss plus decay / 2 * sum of its squared weights, for standardized features.
 
@@ -23,23 +45,11 @@ def fit(features: Tensor, labels: np.ndarray, outputs: int, decay: float) -> nn.
     if len(features) < 2:
         raise InputError("--freeze: one training example; a linear probe needs more")
     mean, scale = features.mean(0), features.std(0).clamp(min=1e-6)
-    x, y = (features - mean) / scale, torch.from_numpy(labels)
+    x = (features - mean) / scale
     linear = nn.Linear(x.shape[1], outputs)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
-    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=STEPS, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        out = linear(x)
-        loss = F.mse_loss(out.view(-1), y) if y.is_floating_point() else F.cross_entropy(out, y)
-        loss = loss + decay / 2 * linear.weight.square().sum()
-        if not loss.isfinite():
-            raise RunError(f"--freeze: the loss of the linear probe is {loss.item()}; are the scores too large?")
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
+    minimize(linear.weight, linear.bias, lambda: linear(x), labels, decay)
     with torch.no_grad():  # the same function of features as they come
         linear.weight /= scale
         linear.bias -= linear.weight @ mean
