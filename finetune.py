@@ -346,10 +346,10 @@ def finetune(cfg: FinetuneConfig, device: Device) -> int:
         program, results = Program(cfg, device), []
         report.remove(older)
         pretrained.write_text_files(folder, program.texts, replace=bool(older))
-        report.describe(program.source, program.data, program.metric)
+        lrs = (0.0,) if cfg.freeze else cfg.lr
+        report.describe(program.source, program.data, program.metric, lrs)
         counted = bag.fit(program.data, len(program.dictionary), program.metric)
         report.say([counted], program.metric, report.BAG)
-        lrs = (0.0,) if cfg.freeze else cfg.lr
         plan = [(lr, seed, u) for u in (False, True)[: 1 + cfg.untrained] for lr in lrs for seed in seeds_of(cfg, u)]
         for lr, seed, untrained in plan:
             results.append(program.run(lr, seed, untrained, alone=len(plan) == 1))

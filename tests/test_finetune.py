@@ -260,6 +260,12 @@ def test_the_teacher_can_be_what_is_fine_tuned(place, tmp_path):
         assert torch.equal(best[f"encoder.{name}"], tensor)
 
 
+def test_a_small_encoder_with_a_large_ones_learning_rate_is_told(place, tmp_path):
+    for lr, known in ((2e-5, 1), ("2e-5,1e-3", 0)):
+        shown = call(finetune.main, *flags(place, tmp_path, lr=lr, max_epoch=1, max_update=1, overwrite=True))
+        assert shown.count("note: width 16 needs a higher --lr") == known
+
+
 def test_embeddings_of_another_size_give_the_same_outputs(place, tmp_path):
     before, losses = checkpoint.load(place / "pretrained.pt").student, []
     for rms in (0, 0.3):

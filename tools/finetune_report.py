@@ -12,6 +12,7 @@ import numpy as np
 from config import InputError, printable
 from runtime import checkpoint
 
+SMALL, SMALL_LR = 256, 1e-4  # up to this width, learning rates below this train next to nothing
 BAG = "a bag of the tokens, without an encoder"
 OWN = re.compile(r"(untrained_)?(probe|lr_[\d.e+-]+)_seed_\d+")  # the folder of one of several fine-tunings
 
@@ -94,8 +95,11 @@ def finish(results: list, counted: dict, metric: str, folder: Path):
     print(printable(f"best on valid: {best['name']} | {final}"))
 
 
-def describe(source, data, metric: str):
-    """Print what is about to be done; source: a Pretrained, data: a finetune_data.Data."""
+def describe(source, data, metric: str, lrs: tuple):
+    """Print what is about to be done. source: a Pretrained; data: a finetune_data.Data; lrs: (0,) for --freeze."""
+    width = source.shape.embed_dim
+    if width <= SMALL and 0 < max(lrs) < SMALL_LR:
+        print(f"note: width {width} needs a higher --lr, and --pool mean --embed_rms 0.02 helps it (docs/finetune.md)")
     sizes = [f"{len(data.train.rows):,} train"] + [f"{len(split.rows):,} {name}" for name, split in data.valid.items()]
     print(printable(f"{source.path} | {', '.join(sizes)} | best by {metric} on valid"))
     if data.names:
