@@ -24,12 +24,12 @@ def count(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 class Bags:
     """A sparse matrix (N, V) with a row of length 1 for each example: (1 + log count) * rarity of its tokens."""
 
-    def __init__(self, rows: list[np.ndarray], rarity: np.ndarray):
-        """rarity (V,): log((1 + examples) / (1 + those with the token)) + 1, of train."""
-        row, token, numbers = count(rows)
+    def __init__(self, counted: tuple, examples: int, rarity: np.ndarray):
+        """counted: by `count`; rarity (V,): log((1 + examples) / (1 + those with the token)) + 1, of train."""
+        row, token, numbers = counted
         weight = (1 + np.log(numbers)) * rarity[token]
-        weight /= np.sqrt(np.bincount(row, weight * weight, len(rows)))[row]
-        self.by_row = grouped(row, token, weight, len(rows))
+        weight /= np.sqrt(np.bincount(row, weight * weight, examples))[row]
+        self.by_row = grouped(row, token, weight, examples)
         self.by_token = grouped(token, row, weight, len(rarity))
 
 
@@ -61,14 +61,15 @@ class Product(torch.autograd.Function):
 
 def fit(data: Data, vocabulary: int, metric: str) -> dict:
     """The figures of each split, as a fine-tuning's, at the strength that is best by `metric` on valid."""
-    rows, best = data.train.rows, None
-    rarity = np.log((1 + len(rows)) / (1 + np.bincount(count(rows)[1], minlength=vocabulary))) + 1
+    examples, counted, best = len(data.train.rows), count(data.train.rows), None
+    rarity = np.log((1 + examples) / (1 + np.bincount(counted[1], minlength=vocabulary))) + 1
     splits = {**data.valid, **({"test": data.test} if data.test else {})}
-    train, bags = Bags(rows, rarity), {name: Bags(split.rows, rarity) for name, split in splits.items()}
+    train = Bags(counted, examples, rarity)
+    bags = {name: Bags(count(split.rows), len(split.rows), rarity) for name, split in splits.items()}
     for strength in STRENGTHS:
         weight, bias = torch.zeros(vocabulary, data.outputs), torch.zeros(data.outputs)
-        decay = 1 / (strength * len(rows))
-        minimize(weight, bias, lambda: Product.apply(weight, train) + bias, data.train.labels, decay)
+        decay, what = 1 / (strength * examples), "the loss of a bag of the tokens"
+        minimize(weight, bias, lambda: Product.apply(weight, train) + bias, data.train.labels, decay, what)
         with torch.no_grad():
             outputs = {name: Product.apply(weight, bag) + bias for name, bag in bags.items()}
         found = {name: figures_of(outputs[name], split, data.names) for name, split in splits.items()}

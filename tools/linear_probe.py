@@ -15,10 +15,11 @@ DECAYS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # weight decays to try
 STEPS = 200  # of L-BFGS, which needs far fewer
 
 
-def minimize(weight: Tensor, bias: Tensor, outputs, labels: np.ndarray, decay: float):
+def minimize(weight: Tensor, bias: Tensor, outputs, labels: np.ndarray, decay: float, what: str):
     """Move weight and bias to the least mean loss of outputs() (N, K) plus decay / 2 * sum of the squared weights.
 
-    labels: class numbers or scores (N,). Cross-entropy, or squared error. Raises RunError if it is not finite.
+    labels: class numbers or scores (N,). Cross-entropy, or squared error. Raises RunError, which says what has this
+    loss, if it is not finite.
     """
     y = torch.from_numpy(labels)
     moved = [weight.requires_grad_(), bias.requires_grad_()]
@@ -30,7 +31,7 @@ def minimize(weight: Tensor, bias: Tensor, outputs, labels: np.ndarray, decay: f
         loss = F.mse_loss(out.view(-1), y) if y.is_floating_point() else F.cross_entropy(out, y)
         loss = loss + decay / 2 * weight.square().sum()
         if not loss.isfinite():
-            raise RunError(f"the loss of a linear classifier is {loss.item()}; are the scores too large?")
+            raise RunError(f"{what} is {loss.item()}; are the scores too large?")
         loss.backward()
         return loss
 
@@ -49,7 +50,8 @@ def fit(features: Tensor, labels: np.ndarray, outputs: int, decay: float) -> nn.
     linear = nn.Linear(x.shape[1], outputs)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
-    minimize(linear.weight, linear.bias, lambda: linear(x), labels, decay)
+    what = "--freeze: the loss of the linear probe"
+    minimize(linear.weight, linear.bias, lambda: linear(x), labels, decay, what)
     with torch.no_grad():  # the same function of features as they come
         linear.weight /= scale
         linear.bias -= linear.weight @ mean
