@@ -33,16 +33,16 @@ if __name__ == "__main__":
     config.read_ahead(__file__)  # --help and mistakes, before torch is imported, which takes seconds
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch.profiler writes two lines to stderr; read on import
-# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from device import Device, open_device  # isort: split
+# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
+from hardware.device import Device, open_device  # isort: split
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
 from data import Corpus
-from runtime.flops import Matmuls, timed, update_flops
-from runtime.guard import check_memory
-from runtime.progress import Bar
+from hardware.flops import Matmuls, timed, update_flops
+from run.guard import check_memory
+from run.progress import Bar
 from train import PARTS, Config, Run, turns, update
 
 PARTS_OF_AN_UPDATE = ("data", "teacher", "student", "backward", "optimizer", "ema")  # as train.update names them
@@ -143,7 +143,7 @@ def main(argv: list | None = None) -> int:
         raise config.InputError("--updates must be at least 1, --warmup at least 0, --vocabulary at least 8")
     data = parts[0]
     if args.loader or args.startup:
-        from tools import bench_data
+        from hardware import bench_data
 
         print(json.dumps(bench_data.loader_report(data) if args.loader else bench_data.startup_report(data, args)))
         return 0
@@ -161,7 +161,7 @@ def main(argv: list | None = None) -> int:
 
 def bench(cfg: Config, device: Device, folder: Path, args, synthetic_data: bool) -> dict:
     """Run the benchmark that the flags ask for, and print its table."""
-    from tools import bench_step
+    from hardware import bench_step
 
     data, threads = cfg.data, torch.get_num_threads() if device.type == "cpu" else None
     result = dict(device=device.name, device_type=device.type, amp=device.amp_name, world_size=device.world_size)
@@ -177,7 +177,7 @@ def bench(cfg: Config, device: Device, folder: Path, args, synthetic_data: bool)
         check_memory(cfg.model, args.vocabulary, device, copies=5)
     cfg, corpus = bench_step.synthetic(cfg, folder, args.vocabulary) if synthetic_data else (cfg, Corpus(cfg.data))
     if args.check:
-        from tools import bench_check
+        from hardware import bench_check
 
         result["check"] = bench_check.check(cfg, device, corpus, args.updates)
         bench_check.print_check(result)

@@ -5,7 +5,7 @@
 Each file that has settings keeps them in a frozen dataclass whose fields are made with `option`. `parse` turns several
 of these classes into one command line. Of two sources the later one wins: defaults, the preset (`--config_name`) or
 fairseq's YAML (`--config_dir`), a checkpoint's settings, what `--fairseq_exact` implies, flags. fairseq's spellings of
-the flags are in compat/fairseq_config.py.
+the flags are in formats/fairseq_config.py.
 """
 
 import argparse
@@ -59,7 +59,7 @@ FAIRSEQ_EXACT = dict(
 )
 
 # The files with the settings of a run, whose groups in --help are named by their classes; the rest is for training.
-SETTINGS = "data.py model.py ema.py optim.py device.py runtime/guard.py train.py".split()
+SETTINGS = "data.py model.py ema.py optim.py hardware/device.py run/guard.py train.py".split()
 TITLES = dict(Data="data", Model="model", Ema="teacher", Device="device", Finetune="fine-tuning")
 AHEAD = re.compile(r"(@dataclass.*\n)?(class|def) (\w*Config|add_flags)\b|(PARTS|RECIPES|METRICS) = ")
 HELP_LINES = 60  # of --help, which explains only these settings where not all fit
@@ -278,7 +278,7 @@ def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: d
     extra(parser) adds a program's own flags. base: values, such as a checkpoint's settings, that override the preset
     and are overridden by flags. Returns (instances, namespace of the program's own flags). Raises InputError.
     """
-    from compat import fairseq_config
+    from formats import fairseq_config
 
     # --fairseq_exact is a field of train.py's, but a flag of every program
     fields = {f.name: f for config in configs for f in dataclasses.fields(config) if f.name != "fairseq_exact"}

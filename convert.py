@@ -21,18 +21,22 @@ import config
 if __name__ == "__main__":
     config.read_ahead(__file__)  # --help and mistakes, before torch is imported, which takes seconds
 
-# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-import device  # noqa: F401
+# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
+from hardware import device  # noqa: F401
 
 # isort: split
 import torch
 
 from config import InputError, printable
-from dataset.binarized import SPECIAL, Dictionary
+from text.binarized import SPECIAL, Dictionary
 from model import Data2VecText, ModelConfig
-from runtime import checkpoint, integrity
-from runtime.checkpoint import Loaded
-from tools import convert_classifier, convert_fairseq, convert_hf, model_card
+from run import checkpoint
+from formats import integrity
+from run.checkpoint import Loaded
+from formats import convert_classifier
+from formats import fairseq_state as convert_fairseq
+from formats import hf as convert_hf
+from formats import card as model_card
 from train import PARTS
 
 HEADS = ("regression_head.", "lm_head.")

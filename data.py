@@ -1,6 +1,6 @@
 """What goes in: settings, masks by the rule, batches, epochs.
 
-    python data.py --data_path DIR      describe a dataset; the command's other options are in tools/dataset.py
+    python data.py --data_path DIR      describe a dataset; the command's other options are in text/demo.py
 
 A *block* is one training sample: `<s>` and consecutive sentences of the dataset. A *batch* holds several blocks, padded
 to one length. Rules are those of fairseq's MaskTokensDataset and its masked language modeling task, at commit 3f6ba43f;
@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 
 from config import InputError, option, program
-from dataset.binarized import BOS, PAD, PIECE, SPECIAL, Dictionary, TokenStream, no_folder
-from dataset.blocks import cut_batches, cut_blocks, order_by_length
-from fast.masks import hide_blocks, hide_blocks_is_exact, ranges
+from text.binarized import BOS, PAD, PIECE, SPECIAL, Dictionary, TokenStream, no_folder
+from text.blocks import cut_batches, cut_blocks, order_by_length
+from text.masks import hide_blocks, hide_blocks_is_exact, ranges
 
 
 @dataclass(frozen=True)
@@ -335,6 +335,6 @@ class Corpus:
 
 
 if __name__ == "__main__":
-    from tools import dataset
+    from text import demo as dataset
 
     program(dataset.main)

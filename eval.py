@@ -8,7 +8,7 @@ FILE may be a checkpoint of this project, one of fairseq's data2vec_text (which 
 bare state dict under fairseq's names (its shape comes from flags). Settings come from the checkpoint; flags override
 them. A low loss proves little, since a teacher that answers the same everywhere is easy to predict, and a target may
 follow from its position alone. So the figures of guesses that read no word are printed beside the student's
-(runtime/quality.py). For features DIR needs only dict.txt and, where it is not of words, the BPE's files.
+(judge/quality.py). For features DIR needs only dict.txt and, where it is not of words, the BPE's files.
 """
 
 import json
@@ -19,18 +19,18 @@ import config
 if __name__ == "__main__":
     config.read_ahead(__file__)  # --help and mistakes, before torch is imported, which takes seconds
 
-# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from device import DeviceConfig, open_device  # isort: split
+# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
+from hardware.device import DeviceConfig, open_device  # isort: split
 
-from compat.fairseq_names import reference_settings
+from formats.fairseq_names import reference_settings
 from config import InputError, printable
 from data import Corpus
-from dataset.text import load_tokenizer
-from runtime import checkpoint
-from runtime.probe import Probe
-from runtime.probe import table as probe_table
-from runtime.quality import GUESSES, evaluate, verdict
-from runtime.resume import init_from
+from text.tokens import load_tokenizer
+from run import checkpoint
+from judge.probe import Probe
+from judge.probe import table as probe_table
+from judge.quality import GUESSES, evaluate, verdict
+from run.resume import init_from
 from train import PARTS, Config, Run
 
 
@@ -60,13 +60,13 @@ def table(result: dict) -> str:
     ]
     for label, figures in rows.items():
         lines.append(f"{label:10}" + "".join(f"{'' if x is None else format(x, '.4f'):>12}" for x in figures))
-    lines += ["position, block, constant: guesses that read no word (runtime/quality.py)"] * ("r2" in result)
+    lines += ["position, block, constant: guesses that read no word (judge/quality.py)"] * ("r2" in result)
     lines += [verdict(result)]
     return "\n".join(lines)
 
 
 def write_features(cfg: Config, device, corpus: Corpus, loaded: checkpoint.Loaded, path, args) -> int:
-    from tools import features
+    from judge import features
 
     if not args.out:
         raise InputError("--out is missing: the .npy file for the features")
@@ -93,7 +93,7 @@ def add_flags(parser):
     flag("--ckpt", metavar="FILE", help="the checkpoint; --init_from is another name for it")
     flag("--split", default="valid", metavar="NAME", help="of the dataset [valid]")
     flag("--untrained", action="store_true", help="evaluate the same model before training, too")
-    flag("--probe", action="store_true", help="do its features name hidden words? see runtime/probe.py")
+    flag("--probe", action="store_true", help="do its features name hidden words? see judge/probe.py")
     flag("--probe_places", type=int, default=50_000, metavar="N", help="masked places to fit it on [50000]")
     flag("--json", action="store_true", help="print one JSON object")
     flag("--features", metavar="TEXT", help="a file of raw lines, or - for standard input")

@@ -24,8 +24,8 @@ import config
 if __name__ == "__main__":
     config.read_ahead(__file__)  # --help and mistakes, before torch is imported, which takes seconds
 
-# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from device import LOWEST_LOSS_SCALE, Device, DeviceConfig, open_device, worker  # isort: split
+# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
+from hardware.device import LOWEST_LOSS_SCALE, Device, DeviceConfig, open_device, worker  # isort: split
 
 import numpy as np
 import torch
@@ -34,18 +34,20 @@ from tqdm import tqdm
 
 import convert
 from config import InputError, RunError, option
-from dataset import labelled
-from dataset.labelled import Split
-from fast.vectors import Separate
+from tasks import labelled
+from tasks.labelled import Split
+from hardware.vectors import Separate
 from optim import OptimConfig, Optimizer
-from runtime import checkpoint
-from runtime.guard import check_memory
-from runtime.lock import Lock
-from tools import bag, predict, pretrained
-from tools import finetune_report as report
-from tools.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum, outputs_of, state_of
-from tools.finetune_data import MOST_CLASSES, Data, read_data
-from tools.linear_probe import probe
+from run import checkpoint
+from run.guard import check_memory
+from run.lock import Lock
+from tasks import baselines as bag
+from tasks import predict
+from tasks import pretrained
+from tasks import report
+from tasks.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum, outputs_of, state_of
+from tasks.data import MOST_CLASSES, Data, read_data
+from tasks.linear_probe import probe
 
 # GLUE's recipe: batch_size, lr, max_update, warmup_updates, metric
 RECIPES = {

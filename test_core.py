@@ -13,17 +13,17 @@ import torch
 
 import ema
 import train
-from compat import fairseq_names
+from formats import fairseq_names
 from data import DataConfig, mask_block
-from dataset.binarized import BOS, PAD, Dictionary
+from text.binarized import BOS, PAD, Dictionary
 from ema import EmaConfig
 from model import ModelConfig, data2vec_loss, teacher_targets
-from runtime import checkpoint
-from tests.helpers import CPU, FEW, GOLDEN, HERE, SMALL, call, compare_checkpoints, golden, make_run, random_encoder
+from run import checkpoint
+from test.helpers import CPU, FEW, GOLDEN, HERE, SMALL, call, compare_checkpoints, golden, make_run, random_encoder
 
 # isort: split
-from tests.helpers import block_dataset, corpus_dir, rows_of  # noqa: F401
-from tools import dataset
+from test.helpers import block_dataset, corpus_dir, rows_of  # noqa: F401
+from text import demo as dataset
 
 
 @golden
@@ -369,7 +369,7 @@ def test_each_file_is_read_in_one_sitting_and_each_room_says_its_rule():
         text = path.read_text()
         assert ast.get_docstring(ast.parse(text)), path
         assert len(text.splitlines()) <= 400 and max(map(len, text.splitlines()), default=0) <= 120, path
-    deciding = ["model.py", "ema.py", "data.py", "dataset/blocks.py", "optim.py", "train.py"]
+    deciding = ["model.py", "ema.py", "data.py", "text/blocks.py", "optim.py", "train.py"]
     assert sum(len((HERE / name).read_text().splitlines()) for name in deciding) <= 1350
 
 

@@ -19,8 +19,8 @@ import config
 if __name__ == "__main__":
     config.read_ahead(__file__, whole=True)  # --help and mistakes, before torch is imported, which takes seconds
 
-# must be first: device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from device import Device, DeviceConfig, open_device, use_all_cores, worker  # isort: split
+# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
+from hardware.device import Device, DeviceConfig, open_device, use_all_cores, worker  # isort: split
 
 import torch
 from torch.profiler import record_function
@@ -30,18 +30,19 @@ import mlm
 from config import InputError, RunError, option
 from data import Batch, Corpus, DataConfig, prefetch
 from ema import EmaConfig
-from fast.vectors import LongVectors, Separate
+from hardware.vectors import LongVectors, Separate
 from model import Data2VecText, ModelConfig, data2vec_loss, teacher_targets
 from optim import OptimConfig, Optimizer, Step
-from runtime import checkpoint, resume
-from runtime.clock import Clock
-from runtime.flops import update_flops
-from runtime.guard import GuardConfig, Health, Signals, check_memory, explained_out_of_memory
-from runtime.lock import Lock
-from runtime.log import Log, describe_start
-from runtime.quality import verdict
-from runtime.saves import Saves
-from runtime.validation import Validation
+from run import checkpoint
+from run import resume
+from run.clock import Clock
+from hardware.flops import update_flops
+from run.guard import GuardConfig, Health, Signals, check_memory, explained_out_of_memory
+from run.lock import Lock
+from run.log import Log, describe_start
+from judge.quality import verdict
+from run.saves import Saves
+from judge.validation import Validation
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Other projects' spellings and files: fairseq's and Hugging Face's."""

@@ -1,0 +1,1 @@
+"""The only code that asks which chip it is."""

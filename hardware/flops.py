@@ -1,0 +1,87 @@
+"""How many FLOPs an update needs, whatever the code that computes it, and how many a second the device can do."""
+
+import time
+
+# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
+from hardware.device import Device  # isort: split
+
+import numpy as np
+import torch
+
+from data import Batch
+from text.binarized import PAD
+from mlm import places_of
+from model import ModelConfig
+
+
+def encoder_flops(lengths: np.ndarray, wanted: np.ndarray, cfg: ModelConfig) -> float:
+    """Forward FLOPs of one encoder over blocks of (B,) lengths; its last layer is wanted at (B,) places of them."""
+    n, m, C = lengths.astype(np.float64), wanted.astype(np.float64), cfg.embed_dim
+
+    def layer(q):
+        return float((n * 6 * C**2 + 4 * n**2 * C + q * (2 * C**2 + 4 * C * cfg.ffn_embed_dim)).sum())
+
+    return (cfg.layers - 1) * layer(n) + layer(m)
+
+
+def update_flops(batches: list[Batch], run) -> float:
+    """Model FLOPs of one update of a train.Run on this worker. Of a block of n tokens, m of them masked, for width C,
+    feed-forward width F, L layers:
+
+    layer(n, q)   = n * 6 C^2 + 4 n^2 C + q * (2 C^2 + 4 C F)    queries, keys, values; attention; output, feed-forward
+    encoder(n, m) = (L - 1) * layer(n, n) + layer(n, m)      what follows the last attention: at masked places only
+    update        = 3 * (encoder(student's n, m) + head) + encoder(teacher's n, m)    forward + backward; forward
+
+    A multiply-add is 2 FLOPs; padding does not count. head = 2 * (its weights) * m, with those of the token embedding
+    where words are predicted. Without data2vec's objective there is no teacher.
+    """
+    student, cfg, total = run.student, run.cfg.model, 0.0
+    heads = [head for head in (student.regression_head, student.lm_head) if head is not None]
+    head = 2 * sum(p.numel() for part in heads for p in part.parameters() if p.ndim == 2)
+    head += 2 * cfg.predicts_words * student.encoder.embed_tokens.weight.numel()
+    for batch in batches:
+        source, target = ((tokens != PAD).sum(1) for tokens in (batch.source, batch.target))
+        places = places_of(batch, cfg)
+        masked = np.bincount(places // batch.source.shape[1], minlength=len(source))
+        total += 3 * (encoder_flops(source, masked, cfg) + head * len(places))
+        if cfg.objective == "data2vec":
+            # with teacher_input=masked, every position of the teacher's input is a target
+            wanted = masked if run.cfg.data.teacher_input == "full" else target
+            total += encoder_flops(target, wanted, cfg)
+    return total
+
+
+class Matmuls:
+    """Square matmuls in the type that training uses: the speed that the device can reach. Their sizes, up to
+    8,192, go by its speed."""
+
+    def __init__(self, device: Device):
+        self.device, self.best, self.repeat, self.pairs = device, 0.0, 1, []
+        for n in (256, 512, 1024, 2048, 4096, 8192):
+            a, b = torch.randn(2, n, n, device=device.torch_device, dtype=device.amp or torch.float32)
+            self.pairs = [*self.pairs[-1:], (a, b)]
+            _, spent = (timed(device, lambda: a @ b) for _ in range(2))  # the first one loads the kernel
+            if spent > 0.05:
+                break
+        self.repeat = max(1, min(20, int(0.02 / spent)))
+        self.burst(0.2)
+
+    def burst(self, seconds: float = 0.5) -> float:
+        """Run matmuls for about this long; returns the best FLOP/s of them."""
+        best = 0.0
+        for a, b in self.pairs:
+            end = time.perf_counter() + seconds / len(self.pairs)
+            while time.perf_counter() < end:
+                spent = timed(self.device, lambda: [a @ b for _ in range(self.repeat)])
+                best = max(best, 2 * len(a) ** 3 * self.repeat / spent)
+        self.best = max(self.best, best)
+        return best
+
+
+def timed(device: Device, work) -> float:
+    """Returns the seconds until the device has finished `work`."""
+    device.synchronize()
+    begin = time.perf_counter()
+    work()
+    device.synchronize()
+    return time.perf_counter() - begin

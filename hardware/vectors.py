@@ -1,0 +1,123 @@
+"""How the weights lie: each by itself, or all of a model in two long vectors.
+
+Two vectors are for an NPU, where launching a kernel costs more than running it at small batches, and where several of
+torch's operators for lists of tensors are loops. The gradient's norm, the optimizer, the sum over workers, the
+teacher's average and the cast to 16 bits then take one launch each instead of hundreds. The numbers are those of
+separate weights under autocast; test/test_npu.py compares them.
+"""
+
+import itertools
+import math
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+
+class Separate:
+    """Every weight by itself, as the modules have them."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, amp: torch.dtype | None):
+        self.parameters = list(student.parameters())  # what the optimizer moves
+        self.count = len(self.parameters)  # of the student's weights
+        self.averaged = teacher, student.encoder  # what `ema.step` reads: (teacher's, student's)
+
+    def split_state(self, state: dict) -> dict:
+        """An optimizer's state of `parameters` -> its state of the student's parameters."""
+        return state
+
+    def join_state(self, state: dict) -> dict:
+        """The reverse of `split_state`."""
+        return state
+
+
+class LongVectors:
+    """The weights of student and teacher in two long vectors each; same names as `Separate`."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, amp: torch.dtype | None):
+        """amp: the type in which autocast lets Linear layers compute, or None."""
+        self.student, self.teacher = _Vectors(student, amp), _Vectors(teacher, amp)
+        self.parameters, self.count = self.student.vectors, len(self.student.order)
+        self.averaged = _Stretches(self.teacher), _Stretches(self.student, "encoder.")
+
+    def split_state(self, state: dict) -> dict:
+        out, student = {}, self.student
+        for i, moments in state.items():
+            parts = {k: dict(student.split(student.names[i], v)) for k, v in moments.items() if k != "step"}
+            for name in student.names[i]:
+                step = torch.tensor(float(moments["step"]))
+                out[student.order[name]] = {"step": step, **{k: part[name] for k, part in parts.items()}}
+        return dict(sorted(out.items()))
+
+    def join_state(self, state: dict) -> dict:
+        out, student = {}, self.student
+        for i, names in enumerate(student.names if state else []):
+            parts = [state[student.order[name]] for name in names]
+            out[i] = {k: torch.cat([part[k].flatten() for part in parts]) for k in parts[0] if k != "step"}
+            out[i]["step"] = parts[0]["step"]
+        return out
+
+
+class _Vectors:
+    """The weights of one module in `vectors`: its parameters become views of them, its `forward` reads them there."""
+
+    def __init__(self, module: nn.Module, amp: torch.dtype | None):
+        self.amp = amp
+        linear = {id(p) for part in module.modules() if isinstance(part, nn.Linear) for p in part.parameters()}
+        named = dict(module.named_parameters())
+        self.order = {name: i for i, name in enumerate(named)}  # the numbers that an optimizer's state has
+        self.shapes = {name: p.shape for name, p in named.items()}
+        # what autocast casts, and the rest; a model's names begin with its encoder's in both
+        self.names = [[name for name, p in named.items() if (id(p) in linear) == cast] for cast in (True, False)]
+        self.vectors = []
+        for names in self.names:
+            vector = torch.cat([named[name].detach().flatten() for name in names])
+            for name, part in self.split(names, vector):
+                named[name].data = part
+            self.vectors.append(nn.Parameter(vector, requires_grad=named[names[0]].requires_grad))
+        self.inner = _ClassForward(module)
+        module.forward = self.forward
+
+    def split(self, names: list, vector: torch.Tensor) -> list:
+        """A vector -> [(name, its part in the weight's shape), ...]; views."""
+        parts = vector.split([math.prod(self.shapes[name]) for name in names])
+        return [(name, part.view(self.shapes[name])) for name, part in zip(names, parts, strict=True)]
+
+    def forward(self, *inputs, **named):
+        linear, rest = self.vectors
+        linear = linear if self.amp is None else linear.to(self.amp)  # one cast here, and one of the gradient
+        weights = self.split(self.names[0], linear) + self.split(self.names[1], rest)
+        return functional_call(self.inner, {f"module.{name}": part for name, part in weights}, inputs, named)
+
+
+class _ClassForward(nn.Module):
+    """Calls the forward of the module's class, whatever the instance's own has become."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs, **named):
+        return type(self.module).forward(self.module, *inputs, **named)
+
+
+class _Stretches:
+    """The vectors, cut where the first part of the weights' names changes; each piece has the name of its first weight.
+    Only weights whose names begin with `prefix`, and without it."""
+
+    def __init__(self, weights: _Vectors, prefix: str = ""):
+        self.parts = []
+        for names, vector in zip(weights.names, weights.vectors):
+            begin = 0
+            for _, group in itertools.groupby(names, lambda name: name.removeprefix(prefix).split(".")[0]):
+                group = list(group)
+                size = sum(math.prod(weights.shapes[name]) for name in group)
+                if group[0].startswith(prefix):
+                    self.parts.append((group[0].removeprefix(prefix), vector.detach()[begin : begin + size]))
+                begin += size
+
+    def named_parameters(self):
+        return iter(self.parts)
+
+    def parameters(self):
+        return (part for _, part in self.parts)

@@ -1,0 +1,1 @@
+"""What an encoder is worth, beside the simplest guesses that know nothing."""

@@ -1,0 +1,1 @@
+"""Labelled text on a pretrained encoder."""

@@ -1,0 +1,52 @@
+"""What the tests of conversions share."""
+
+import pytest
+import torch
+
+import convert
+import train
+from run import checkpoint
+from test.helpers import FEW, call, random_encoder
+
+WORDS = 60  # in the dictionary of the fixture corpus_dir
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, corpus_dir):
+    """A run of four updates, as released, with a checkpoint after two."""
+    folder = tmp_path_factory.mktemp("saved")
+    argv = [*FEW, "--fairseq_exact", "--data_path", corpus_dir, "--save_dir", folder, "--max_update", 4]
+    call(train.main, *argv, "--save_interval_updates", 2, "--keep_interval_updates", -1, "--disable_validation")
+    return folder
+
+
+@pytest.fixture
+def random_file(tmp_path, saved, request):
+    """A checkpoint whose every weight is random, student and teacher apart; of a pre-norm model with the parameter
+    True."""
+    content = checkpoint.load(saved / "checkpoint_last.pt").content
+    size, pre_norm = content["dictionary"]["size"], getattr(request, "param", False)
+    models = [random_encoder(seed, size, normalize_before=pre_norm)[0] for seed in (1, 2)]
+    if pre_norm:  # the moments are those of another model
+        content["config"]["normalize_before"], content["optimizer"]["state"] = True, {}
+    content.update(student=models[0].state_dict(), teacher=models[1].encoder.state_dict())
+    checkpoint.save({k: v for k, v in content.items() if k != "format"}, tmp_path / "random.pt")
+    return tmp_path / "random.pt", models
+
+
+both_norms = pytest.mark.parametrize("random_file", [False, True], indirect=True, ids=["post-norm", "pre-norm"])
+
+
+def run(source, kind, out, *argv):
+    return call(convert.main, "--ckpt", source, "--to", kind, out, *argv)
+
+
+def same(a, b):
+    """Whether two trees are equal to the bit, types and order included."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return type(a) is type(b) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b

@@ -1,0 +1,304 @@
+"""What several test files share: small datasets and runs, the recorded numbers, programs as functions."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
+from hardware.device import Device  # isort: split
+
+import numpy as np
+import pytest
+import torch
+
+import config
+import convert
+import preprocess
+import train
+from data import Corpus, DataConfig
+from text.binarized import DTYPES, EOS, MAGIC, PAD, TokenStream, write_dataset
+from model import Data2VecText, ModelConfig
+from run import checkpoint
+
+HERE = Path(__file__).parent.parent  # the project
+
+GOLDEN = HERE.parent / "shared" / "golden"
+
+RAW, GPT2 = GOLDEN / "corpora" / "raw", GOLDEN / "corpora" / "gpt2_bpe"
+
+NOT_PUBLIC = (
+    "needs recordings of fairseq that are too large to be part of the project, and not public; test/golden has others"
+)
+golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=NOT_PUBLIC)
+
+CPU = Device(torch.device("cpu"), "test", None)
+
+SMALL = dict(
+    layers=2,
+    embed_dim=16,
+    ffn_embed_dim=32,
+    attention_heads=2,
+    average_top_k_layers=2,
+    dropout=0.0,
+    attention_dropout=0.0,
+    max_source_positions=64,
+)
+
+FEW = (
+    "--config_name tiny --device cpu --log_interval 1 --tokens_per_sample 32 --max_tokens 256 --warmup_updates 2"
+    " --validate_interval_updates 0"
+).split() + [str(part) for k, v in SMALL.items() for part in (f"--{k}", v)]
+
+
+def few(corpus_dir, folder, *argv) -> list[str]:
+    """train.py's arguments for a short run into `folder`."""
+    return [str(a) for a in (*FEW, "--data_path", corpus_dir, "--save_dir", folder, *argv)]
+
+
+def call(main, *argv) -> str:
+    """A program's standard output; its errors are raised."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main([str(a) for a in argv]) == 0
+    return out.getvalue()
+
+
+def rows_of(folder, key="loss") -> list:
+    return [row for line in (Path(folder) / "train.jsonl").read_text().splitlines() if key in (row := json.loads(line))]
+
+
+def speed_aside(rows: list) -> list:
+    """Log rows without the figures that differ from run to run."""
+    return [{k: v for k, v in row.items() if k not in ("fps", "ups", "wps", "wall")} for row in rows]
+
+
+def make_dataset(folder, sentences=None, words=60, splits=("train", "valid"), seed=0):
+    """A small dataset of random sentences in documents; the ids 4 .. words - 1."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    if sentences is None:
+        sentences = []
+        for _ in range(30):
+            sentences += [
+                [*rng.integers(4, words, rng.integers(1, 40)).tolist(), EOS] for _ in range(rng.integers(1, 8))
+            ]
+            sentences.append([EOS])
+    for split in splits:
+        write_dataset(folder / split, sentences, words)
+    (folder / "dict.txt").write_text("".join(f"w{i} {100 - i}\n" for i in range(words - 4)))
+    return folder, sentences
+
+
+@pytest.fixture(scope="module")
+def corpus_dir(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("corpus"))[0]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, corpus_dir):
+    """The folder of a finished run of four updates with its interval checkpoints."""
+    folder = tmp_path_factory.mktemp("saved")
+    argv = "--max_update 4 --save_interval_updates 1 --keep_interval_updates 3"
+    call(train.main, *few(corpus_dir, folder, *argv.split()))
+    return folder
+
+
+@pytest.fixture
+def tokenizers():
+    return pytest.importorskip("tokenizers", reason="BPE needs the tokenizers package")
+
+
+@pytest.fixture
+def block_dataset(corpus_dir):
+    def make(split="train", **options):
+        return Corpus(DataConfig(data_path=str(corpus_dir), tokens_per_sample=32, max_tokens=256, **options)).split(
+            split
+        )
+
+    return make
+
+
+def write_index(prefix, sentences, code, order=None):
+    """An .idx and .bin of any integer type, with the sentences in the file in another order if asked."""
+    dtype = np.dtype(DTYPES[code])
+    order = range(len(sentences)) if order is None else order
+    offsets, blob = {}, b""
+    for i in order:
+        offsets[i] = len(blob)
+        blob += np.asarray(sentences[i], dtype).tobytes()
+    Path(f"{prefix}.bin").write_bytes(blob)
+    Path(f"{prefix}.idx").write_bytes(
+        MAGIC
+        + (1).to_bytes(8, "little")
+        + bytes([code])
+        + len(sentences).to_bytes(8, "little")
+        + np.asarray([len(s) for s in sentences], "<i4").tobytes()
+        + np.asarray([offsets[i] for i in range(len(sentences))], "<i8").tobytes()
+    )
+
+
+def blocks_by_walking(sizes, mode, block_size):
+    """The rule for cutting blocks, sentence by sentence."""
+    blocks, at, current = [], 0, 0
+
+    def close():
+        nonlocal at, current
+        if current > (1 if mode == "complete_doc" else 0):
+            blocks.append((at, at + current))
+        at, current = at + current, 0
+
+    for size in sizes:
+        if mode == "complete_doc" and size == 1:
+            close()
+            at += 1
+            continue
+        if current and current + size > block_size:
+            close()
+        current += size
+    close()
+    return blocks
+
+
+def random_encoder(seed=0, vocabulary=40, **options):
+    """An encoder whose every parameter is random, biases and norms too, so that none can be forgotten unseen."""
+    cfg = ModelConfig(**{**SMALL, **options})
+    torch.manual_seed(seed)
+    model = Data2VecText(cfg, vocabulary).eval()
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, 1.0 if "norm" in name and p.ndim == 1 else 0.0, 0.3)
+    with torch.no_grad():
+        model.encoder.embed_tokens.weight[PAD] = 0
+        model.encoder.embed_positions.weight[PAD] = 0
+    return model, cfg
+
+
+def make_run(corpus_dir, seed=1, device=CPU, **options):
+    defaults = dict(
+        SMALL, tokens_per_sample=32, max_tokens=256, data_path=str(corpus_dir), lr=1e-3, warmup_updates=0, seed=seed
+    )
+    argv = [part for k, v in {**defaults, **options}.items() for part in (f"--{k}", str(v))]
+    cfg = train.Config(*config.parse(train.PARTS, "", argv)[0])
+    corpus = Corpus(cfg.data)
+    return train.Run(cfg, device, len(corpus.dictionary)), corpus.split("train")
+
+
+def small_content(updates=0, **entries) -> dict:
+    """A small checkpoint that is complete."""
+    state = {"weight": torch.arange(100.0)}
+    made = {**convert.beginning(1), "config": {"lr": 0.1}, "student": state, "teacher": state, **entries}
+    return {**made, "progress": {**made["progress"], "num_updates": updates}}
+
+
+def compare_checkpoints(a, b, exactly=True):
+    a, b = checkpoint.load(a).content, checkpoint.load(b).content
+    tensors = [
+        [
+            *c["student"].values(),
+            *c["teacher"].values(),
+            *(t for s in c["optimizer"]["state"].values() for t in s.values()),
+        ]
+        for c in (a, b)
+    ]
+    assert len(tensors[0]) > 50
+    for x, y in zip(*tensors, strict=True):
+        assert torch.equal(x, y) if exactly else torch.allclose(x, y, atol=2e-6)
+    measured = {"world_size", "batches", "best_loss", "first_target_var", "hours"}
+    a, b = ({k: v for k, v in c["progress"].items() if k not in measured} for c in (a, b))
+    assert a == b
+
+
+def torchrun_command(workers, *argv):
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        workers,
+        HERE / "train.py",
+    ]
+    return [str(word) for word in (*words, *argv)]
+
+
+def torchrun(workers, *argv):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(torchrun_command(workers, *argv), capture_output=True, text=True, env=env, timeout=200)
+
+
+def start_training(*argv):
+    """train.py in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, HERE / "train.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(process, text: str):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"ended before {text!r}")
+
+
+def terminate_after(process, text: str):
+    try:
+        wait_for(process, text)
+        process.terminate()
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+
+
+class Payload:
+    """An object whose unpickling makes the file `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def run_preprocess(dest, *argv, **texts) -> str:
+    """preprocess.py's output; texts: {split: files}."""
+    named = [part for split, names in texts.items() for part in (f"--{split}", *names)]
+    return call(preprocess.main, "--dest", dest, *named, *argv)
+
+
+def preprocess_words(dest, *argv, **texts) -> str:
+    return run_preprocess(dest, "--bpe", "none", "--workers", 1, *argv, **texts)
+
+
+def dataset_files(folder) -> dict:
+    """{name: bytes} of a dataset, without the log, whose times differ."""
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name not in ("preprocess.log", ".lock")}
+
+
+def sentences_of(folder, split) -> list:
+    """The sentences of a split as lists of token ids."""
+    stream = TokenStream(folder, split)
+    return [stream.read(a, b).tolist() for a, b in zip(stream.starts.tolist(), stream.starts[1:].tolist())]
+
+
+def small_corpus(folder, splits=("train", "valid", "test")) -> dict:
+    """Text files of 200 lines of words for each split, some of them empty: {split: [file]}."""
+    rng, texts = random.Random(0), {}
+    for split in splits:
+        lines = [" ".join(f"w{rng.randrange(40)}" for _ in range(rng.choice([0, 3, 9]))) for _ in range(200)]
+        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+        texts[split] = [folder / f"{split}.txt"]
+    return texts
+
+
+def copy_of_the_project(folder) -> dict:
+    """Copy what run_1p.sh needs; returns an environment in which it uses this Python."""
+    for path in [*HERE.glob("*.py"), *HERE.glob("*/*.py"), HERE / "run_1p.sh", *HERE.glob("requirements*.txt")]:
+        copy = Path(folder) / path.relative_to(HERE)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

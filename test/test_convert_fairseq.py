@@ -1,0 +1,305 @@
+"""Conversions to and from fairseq, and what convert.py refuses."""
+
+import argparse
+import dataclasses
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import convert
+import train
+from formats import fairseq_config
+from formats import fairseq_names
+from config import InputError
+from run import checkpoint
+from test.converting import random_file, run, same, saved  # noqa: F401
+from test.helpers import FEW, GOLDEN, SMALL, Payload, call, compare_checkpoints, golden, random_encoder
+from formats import fairseq_state as convert_fairseq
+
+FAIRSEQ = GOLDEN / "checkpoint" / "fairseq_doc128.pt"
+
+
+def fairseq_file(source, path, change=lambda content: None):
+    run(source, "fairseq", path)
+    content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+def test_the_way_to_fairseq_and_back_is_exact(tmp_path, saved):
+    source = saved / "checkpoint_last.pt"
+    run(source, "fairseq", tmp_path / "theirs.pt")
+    run(tmp_path / "theirs.pt", "native", tmp_path / "back.pt", "--from", "fairseq")
+    a, b = checkpoint.load(source).content, checkpoint.load(tmp_path / "back.pt").content
+    assert set(a) == set(b) and all(same(dict(a[k]), dict(b[k])) for k in a if k != "format")
+
+
+@golden
+def test_the_way_from_fairseq_and_back_is_exact(tmp_path):
+    run(FAIRSEQ, "native", tmp_path / "ours.pt")
+    run(tmp_path / "ours.pt", "fairseq", tmp_path / "back.pt")
+    a, b = (torch.load(path, weights_only=True) for path in (FAIRSEQ, tmp_path / "back.pt"))
+    assert set(a) == set(b)
+    for part in a:
+        if part == "model":  # there, order means nothing
+            a[part]["encoder._ema"], b[part]["encoder._ema"] = ({**x[part]["encoder._ema"]} for x in (a, b))
+            assert set(a[part]) == set(b[part]) and set(a[part]["encoder._ema"]) == set(b[part]["encoder._ema"])
+            ema = b[part].pop("encoder._ema")
+            assert all(torch.equal(v, ema[k]) for k, v in a[part].pop("encoder._ema").items())
+            assert all(torch.equal(v, b[part][k]) for k, v in a[part].items())
+        else:
+            assert same(a[part], b[part]), part
+
+
+@golden
+def test_what_we_write_for_fairseq_has_the_layout_of_its_own_file(tmp_path, saved):
+    run(saved / "checkpoint_last.pt", "fairseq", tmp_path / "made.pt")
+    made, own = (torch.load(path, weights_only=True) for path in (tmp_path / "made.pt", FAIRSEQ))
+
+    def keys(tree):
+        return {k: keys(v) if isinstance(v, dict) else None for k, v in tree.items()}
+
+    def within(part, whole, where):
+        for key, below in part.items():
+            assert key in whole, (where, key)
+            if below is not None and whole[key] is not None:
+                within(below, whole[key], f"{where}.{key}")
+
+    assert set(made) == set(own)
+    within(keys(made["cfg"]), keys(own["cfg"]), "cfg")
+    for part in ("model", "transformer"):  # what its loader reads has the same types, too
+        a, b = (c["cfg"]["model"] if part == "model" else c["cfg"]["model"]["transformer"] for c in (made, own))
+        assert all(type(a[k]) is type(b[k]) for k in a if k != "loss_scale"), part
+    few = [k for k in own["model"] if ".layers.2." not in k and ".layers.3." not in k]
+    assert set(made["model"]) == set(few) and type(made["model"]) is type(own["model"])
+    assert made["optimizer_history"][0].keys() == own["optimizer_history"][0].keys()
+    assert set(own["extra_state"]) | {"data2vec_text"} == set(made["extra_state"])
+    a, b = made["last_optimizer_state"], own["last_optimizer_state"]
+    assert a.keys() == b.keys() and a["param_groups"][0].keys() == b["param_groups"][0].keys()
+    assert a["param_groups"][0]["params"] == list(range(len(a["state"]))) == list(a["state"])
+    parameters = [k for k in few if not k.endswith(("version", "_ema"))]  # in the order of its modules
+    parameters = dict(zip(parameters, a["state"].values(), strict=True))
+    assert all(s["exp_avg"].shape == made["model"][k].shape for k, s in parameters.items())
+    assert all(s["step"] == 4 and type(s["step"]) is int for s in a["state"].values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_resumes_exactly_through_fairseqs_file(tmp_path, saved, corpus_dir, precision):
+    """Our own entries in the file are removed, so everything is read from fairseq's."""
+
+    def change(content):
+        del content["extra_state"]["data2vec_text"]
+        content["cfg"]["distributed_training"] = {"distributed_world_size": 1}
+        if precision == "fp16":  # one vector for all parameters, in their order
+            last = content["last_optimizer_state"]
+            flat = {m: torch.cat([s[m].flatten() for s in last["state"].values()]) for m in checkpoint.MOMENTS}
+            last["state"], last["loss_scale"] = {0: {"step": 2, **flat}}, 64.0
+
+    fairseq_file(saved / "checkpoint_1_2.pt", tmp_path / "theirs.pt", change)
+    (tmp_path / "run").mkdir()
+    run(tmp_path / "theirs.pt", "native", tmp_path / "run" / "checkpoint_last.pt")
+    few = [*FEW, "--fairseq_exact", "--data_path", corpus_dir, "--save_dir", tmp_path / "run", "--max_update", 4]
+    assert "at update 2" in call(train.main, *few, "--disable_validation", "--save_interval_updates", 0)
+    compare_checkpoints(saved / "checkpoint_last.pt", tmp_path / "run" / "checkpoint_last.pt")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda states: states[0].update(exp_avg=torch.zeros(3)), "the optimizer's exp_avg of parameter 0 is"),
+        (lambda states: states[1].update(exp_avg_sq=states[1]["exp_avg_sq"].long()), "not an ordinary tensor"),
+        (lambda states: states[0].update(step=float("inf")), "OverflowError"),
+        (lambda states: states.pop(2), "KeyError"),
+    ],
+)
+def test_moments_that_do_not_fit_are_left_out_with_the_reason(tmp_path, saved, spoil, message):
+    def change(content):
+        spoil(content["last_optimizer_state"]["state"])
+
+    fairseq_file(saved / "checkpoint_last.pt", tmp_path / "theirs.pt", change)
+    said = run(tmp_path / "theirs.pt", "native", tmp_path / "ours.pt")
+    assert "start anew" in said and message in said
+    content = checkpoint.load(tmp_path / "ours.pt").content
+    assert content["optimizer"]["state"] == {} and content["progress"]["num_updates"] == 0
+
+
+def test_entries_of_ours_in_fairseqs_file_are_checked_too(tmp_path, saved):
+    def change(content):
+        content["extra_state"]["data2vec_text"]["log"] = {"updates": 3}
+
+    fairseq_file(saved / "checkpoint_last.pt", tmp_path / "theirs.pt", change)
+    said = run(tmp_path / "theirs.pt", "native", tmp_path / "ours.pt")
+    assert "start anew" in said and "its log is not what a run writes" in said
+
+
+def test_settings_come_back_from_fairseqs_config_tree(saved):
+    flat = checkpoint.load(saved / "checkpoint_last.pt").config
+    fields = {field.name: field for part in train.PARTS for field in dataclasses.fields(part)}
+    values, _ = fairseq_config.from_reference(convert_fairseq.reference_config(flat), fields, "")
+    differing = {k for k, v in values.items() if flat[k] != v}
+    assert not differing and len(values) > 45
+
+
+def inert_class(module, name):
+    """A class that pickles as MODULE.NAME and exists only while the test runs."""
+    for part in ("omegaconf", module):
+        sys.modules.setdefault(part, types.ModuleType(part))
+    if not hasattr(sys.modules[module], name):
+        update = lambda self, **state: self.__dict__.update(state)  # noqa: E731
+        setattr(sys.modules[module], name, type(name, (), {"__module__": module, "__init__": update}))
+    return getattr(sys.modules[module], name)
+
+
+def as_omegaconf(value):
+    """The value as OmegaConf's nodes hold it in files of 2020 and 2021."""
+    if isinstance(value, dict):
+        kind = inert_class("omegaconf.dictconfig", "DictConfig")
+        return kind(_metadata=None, _parent=None, _content={k: as_omegaconf(v) for k, v in value.items()})
+    if isinstance(value, list):
+        kind = inert_class("omegaconf.listconfig", "ListConfig")
+        return kind(_metadata=None, _parent=None, _content=[as_omegaconf(v) for v in value])
+    return inert_class("omegaconf.nodes", "AnyNode")(_metadata=None, _parent=None, _val=value)
+
+
+@pytest.mark.parametrize("age", ["args", "omegaconf"])
+def test_files_of_older_fairseq_releases_are_read_with_their_settings(tmp_path, saved, age, monkeypatch):
+    mark = tmp_path / "ran"
+    before = set(sys.modules)
+
+    def change(content):
+        content["model"] = {k.replace("regression_head", "lm_head"): v for k, v in content["model"].items()}
+        content["model"]["encoder.lm_head.dense.weight"] = torch.ones(2, 2)
+        content["extra_state"] = {"best": Payload(mark)}
+        shape = {f"encoder_{k}": SMALL[k] for k in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")}
+        if age == "args":
+            args = dict(
+                arch="roberta",
+                lr=[1.0],
+                dropout=0.25,
+                attention_dropout=0.0,
+                activation_fn="gelu",
+                encoder_layerdrop=0,
+                **shape,
+            )
+            del content["cfg"]
+            content["args"] = argparse.Namespace(**args)
+        else:
+            content["cfg"]["model"]["transformer"]["dropout"] = 0.25
+            content["cfg"] = as_omegaconf(content["cfg"])
+
+    fairseq_file(saved / "checkpoint_last.pt", tmp_path / "old.pt", change)
+    for name in set(sys.modules) - before:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "old.pt", weights_only=True)
+    more = ["--average_top_k_layers", 2] if age == "args" else []
+    said = run(tmp_path / "old.pt", "native", tmp_path / "ours.pt", *more)
+    assert "start anew" in said and "not taken over: encoder.lm_head" in said and not mark.exists()
+    loaded, source = checkpoint.load(tmp_path / "ours.pt"), checkpoint.load(saved / "checkpoint_last.pt")
+    assert same(loaded.student, dict(source.student)) and same(loaded.teacher, dict(source.teacher))
+    assert {k: loaded.config[k] for k in SMALL} == {**SMALL, "dropout": 0.25}
+
+
+def test_bare_state_dicts_take_their_shape_from_flags(tmp_path, random_file):
+    path, (student, teacher) = random_file
+    torch.save(fairseq_names.to_reference(student.state_dict(), teacher.encoder.state_dict()), tmp_path / "bare.pt")
+    shape = [part for k, v in SMALL.items() for part in (f"--{k}", v)]
+    run(tmp_path / "bare.pt", "native", tmp_path / "ours.pt", *shape)
+    loaded = checkpoint.load(tmp_path / "ours.pt")
+    assert same(loaded.student, dict(student.state_dict())) and same(loaded.teacher, dict(teacher.encoder.state_dict()))
+    with pytest.raises(InputError, match="the student's encoder has no layers.2"):
+        run(tmp_path / "bare.pt", "native", tmp_path / "other.pt", *shape, "--layers", 3)
+
+
+def test_a_state_dict_of_parameters_is_converted_like_one_of_tensors(tmp_path, random_file):
+    theirs = fairseq_names.to_reference(random_file[1][0].state_dict(), {})
+    kinds = dict(tensors=lambda tensor: tensor, parameters=torch.nn.Parameter)
+    shape = [part for k, v in SMALL.items() for part in (f"--{k}", v)]
+    for name, kind in kinds.items():
+        state = {k: kind(v) for k, v in theirs.items() if k != fairseq_names.TEACHER}
+        torch.save(state, tmp_path / f"{name}.pt")
+        run(tmp_path / f"{name}.pt", "hf", tmp_path / name, *shape)
+        run(tmp_path / f"{name}.pt", "fairseq", tmp_path / f"{name}.fairseq.pt", *shape)
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in kinds)
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--to", "hf", "{out}", "--activation_dropout", 0.1], "activation_dropout 0.1: .* has only 0.0"),
+        (["--to", "hf", "{out}", "--normalize_before"], "has no layer_norm.weight"),
+        (["--to", "native", "{out}", "--teacher"], "--teacher goes with --to hf"),
+        (["--to", "native", "{there}"], "exists; remove it"),
+        (["--to", "tf", "{out}"], "needed: --ckpt"),
+        ([], "needed: --ckpt"),
+        (["--to", "hf", "{out}", "--from", "fairseq"], "--from fairseq: .* is native"),
+        (["--to", "hf", "{out}", "--dict", "{dict}"], "is not the one of"),
+        (["--to", "hf", "{out}", "--dict", "{out}"], "no such file"),
+        (["--to", "hf", "{out}", "--encoder_json", "{dict}"], "go together"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_by_name_and_nothing_is_written(tmp_path, saved, argv, message):
+    (tmp_path / "dict.txt").write_text("a 1\n")
+    names = dict(out=tmp_path / "out", there=tmp_path / "dict.txt", dict=tmp_path / "dict.txt")
+    argv = [str(a).format(**names) for a in argv]
+    with pytest.raises(InputError, match=message):
+        call(convert.main, "--ckpt", saved / "checkpoint_last.pt", *argv)
+    assert [p.name for p in tmp_path.iterdir()] == ["dict.txt"]
+
+
+def test_a_model_with_a_head_for_words_goes_to_transformers_without_it_and_not_to_fairseq(tmp_path, saved):
+    content = {k: v for k, v in checkpoint.load(saved / "checkpoint_last.pt").content.items() if k != "format"}
+    model, _ = random_encoder(1, content["dictionary"]["size"], mlm_weight=1.0)
+    content.update(student=model.state_dict(), teacher=model.encoder.state_dict())
+    content["config"]["mlm_weight"], content["optimizer"]["state"] = 1.0, {}
+    checkpoint.save(content, tmp_path / "words.pt")
+    run(tmp_path / "words.pt", "hf", tmp_path / "hf")
+    run(tmp_path / "words.pt", "native", tmp_path / "copy.pt")
+    assert same(checkpoint.load(tmp_path / "copy.pt").student, dict(model.state_dict()))
+    with pytest.raises(InputError, match="has a head for words, which fairseq's data2vec_text lacks"):
+        run(tmp_path / "words.pt", "fairseq", tmp_path / "theirs.pt")
+
+
+@pytest.mark.parametrize("random_file", [True], indirect=True)
+def test_a_pre_norm_model_goes_to_fairseq_and_back(tmp_path, random_file):
+    run(random_file[0], "fairseq", tmp_path / "theirs.pt")
+    run(tmp_path / "theirs.pt", "native", tmp_path / "back.pt")
+    assert same(checkpoint.load(tmp_path / "back.pt").student, dict(random_file[1][0].state_dict()))
+
+
+@pytest.mark.parametrize("kind", ["hf", "fairseq", "native"])
+def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, saved, kind, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*dict(hf=(Path, "write_bytes")).get(kind, (torch, "save")), full)
+    with pytest.raises(OSError, match="No space left"):
+        run(saved / "checkpoint_last.pt", kind, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_of_a_wrong_type_in_what_fairseq_keeps_for_us_are_refused_in_one_line(tmp_path, saved):
+    run(saved / "checkpoint_last.pt", "fairseq", tmp_path / "theirs.pt")
+    content = torch.load(tmp_path / "theirs.pt", weights_only=True)
+    for value in (("a", "b"), (None, 1), ([1], [2]), torch.zeros(2)):
+        content["extra_state"][convert_fairseq.OURS]["config"]["adam_betas"] = value
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(InputError, match="x.pt: damaged: its config is not what a run writes there"):
+            run(tmp_path / "x.pt", "native", tmp_path / "out.pt")
+    content["extra_state"] = torch.zeros(2)
+    torch.save(content, tmp_path / "x.pt")
+    run(tmp_path / "x.pt", "native", tmp_path / "out.pt")  # its weights alone
+
+
+def test_of_many_entries_that_are_not_taken_over_some_are_named(tmp_path, saved):
+    run(saved / "checkpoint_last.pt", "fairseq", tmp_path / "theirs.pt")
+    content = torch.load(tmp_path / "theirs.pt", weights_only=True)
+    content["model"] |= {f"encoder.x{i}.y": torch.zeros(1) for i in range(1000)}
+    torch.save(content, tmp_path / "x.pt")
+    said = run(tmp_path / "x.pt", "native", tmp_path / "out.pt")
+    assert said.count("not taken over: encoder.x") == 50 and said.splitlines()[-1] == "nor 950 more"

