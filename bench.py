@@ -28,24 +28,81 @@ import tempfile
 from pathlib import Path
 
 import config
+from config import PARTS, Config
+from run import flags
+
+
+def add_flags(parser):
+    def whole_numbers(text):
+        return [config.whole_number(part) for part in text.split(",")]
+
+    flag, some, number = (
+        parser.add_argument,
+        dict(type=whole_numbers, metavar="N,N"),
+        dict(type=int, metavar="N"),
+    )
+    flag("--compare", action="store_true", help="compare with the same step written plainly")
+    flag("--peer", choices=["transformers"], help="compare with the same step around that library")
+    flag(
+        "--check",
+        action="store_true",
+        help="compare --updates updates with the CPU's; ends with 1 if they differ",
+    )
+    flag("--sweep", action="store_true", help="measure several block lengths and batch sizes")
+    flag("--sweep_lengths", default=[64, 128, 512], help="tokens in a block [64,128,512]", **some)
+    flag(
+        "--sweep_tokens",
+        default=[1280, 4096, 8192],
+        help="tokens in a batch [1280,4096,8192]",
+        **some,
+    )
+    flag(
+        "--checkpoint", action="store_true", help="measure how long training waits for a checkpoint"
+    )
+    flag("--loader", action="store_true", help="measure the data loader alone")
+    flag("--startup", action="store_true", help="measure the start, up to the first batch")
+    flag(
+        "--sentences",
+        type=config.numbers,
+        default=(1.8e6,),
+        metavar="N,N",
+        help="its corpus sizes [1.8e6]",
+    )
+    flag("--updates", default=20, help="updates to measure [20]", **number)
+    flag("--warmup", default=3, help="updates before the measured ones [3]", **number)
+    flag(
+        "--vocabulary",
+        default=50264,
+        help="vocabulary size of the synthetic corpus [50264]",
+        **number,
+    )
+
 
 if __name__ == "__main__":
-    config.read_ahead(__file__)  # --help and mistakes, before torch is imported, which takes seconds
+    flags.answer_early(PARTS, __doc__, add_flags)  # torch takes seconds to import
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch.profiler writes two lines to stderr; read on import
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import Device, open_device  # isort: split
+
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "6"
+)  # else torch.profiler writes two lines to stderr; read on import
+from data import Corpus
+from hardware.device import Device, open_device
+from hardware.flops import Matmuls, timed, update_flops
+from run.guard import check_memory
+from run.progress import Bar
+from train import Run, turns, update
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
-from data import Corpus
-from hardware.flops import Matmuls, timed, update_flops
-from run.guard import check_memory
-from run.progress import Bar
-from train import PARTS, Config, Run, turns, update
-
-PARTS_OF_AN_UPDATE = ("data", "teacher", "student", "backward", "optimizer", "ema")  # as train.update names them
+PARTS_OF_AN_UPDATE = (
+    "data",
+    "teacher",
+    "student",
+    "backward",
+    "optimizer",
+    "ema",
+)  # as train.update names them
 
 
 def endless(run: Run, corpus: Corpus):
@@ -105,47 +162,39 @@ def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
 def time_parts(device: Device, work, calls: int) -> dict[str, float]:
     """Milliseconds of each named part in one call of `work`, mean over `calls`; 0 for a part that it does not name."""
     on_cuda = device.type == "cuda"
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]) as profile:
+    with torch.profiler.profile(
+        activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]
+    ) as profile:
         for _ in Bar(range(calls), device.rank, what="parts", unit="update"):
             work()
         device.synchronize()
     parts = dict.fromkeys(PARTS_OF_AN_UPDATE, 0.0)
     for event in profile.key_averages():
         if event.key in parts:  # CUDA has a second row for the same name: its span on the device
-            spent = event.device_time_total if on_cuda and event.key != "data" else event.cpu_time_total
+            spent = (
+                event.device_time_total if on_cuda and event.key != "data" else event.cpu_time_total
+            )
             parts[event.key] = max(parts[event.key], spent / 1e3 / calls)
     return parts
 
 
-def add_flags(parser):
-    def whole_numbers(text):
-        return [config.whole_number(part) for part in text.split(",")]
-
-    flag, some, number = parser.add_argument, dict(type=whole_numbers, metavar="N,N"), dict(type=int, metavar="N")
-    flag("--compare", action="store_true", help="compare with the same step written plainly")
-    flag("--peer", choices=["transformers"], help="compare with the same step around that library")
-    flag("--check", action="store_true", help="compare --updates updates with the CPU's; ends with 1 if they differ")
-    flag("--sweep", action="store_true", help="measure several block lengths and batch sizes")
-    flag("--sweep_lengths", default=[64, 128, 512], help="tokens in a block [64,128,512]", **some)
-    flag("--sweep_tokens", default=[1280, 4096, 8192], help="tokens in a batch [1280,4096,8192]", **some)
-    flag("--checkpoint", action="store_true", help="measure how long training waits for a checkpoint")
-    flag("--loader", action="store_true", help="measure the data loader alone")
-    flag("--startup", action="store_true", help="measure the start, up to the first batch")
-    flag("--sentences", type=config.numbers, default=(1.8e6,), metavar="N,N", help="its corpus sizes [1.8e6]")
-    flag("--updates", default=20, help="updates to measure [20]", **number)
-    flag("--warmup", default=3, help="updates before the measured ones [3]", **number)
-    flag("--vocabulary", default=50264, help="vocabulary size of the synthetic corpus [50264]", **number)
-
-
 def main(argv: list | None = None) -> int:
-    parts, args = config.parse(PARTS, __doc__, argv, extra=add_flags)
+    parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags)
     if args.updates < 1 or args.warmup < 0 or args.vocabulary < 8:
-        raise config.InputError("--updates must be at least 1, --warmup at least 0, --vocabulary at least 8")
+        raise config.InputError(
+            "--updates must be at least 1, --warmup at least 0, --vocabulary at least 8"
+        )
     data = parts[0]
     if args.loader or args.startup:
         from hardware import bench_data
 
-        print(json.dumps(bench_data.loader_report(data) if args.loader else bench_data.startup_report(data, args)))
+        print(
+            json.dumps(
+                bench_data.loader_report(data)
+                if args.loader
+                else bench_data.startup_report(data, args)
+            )
+        )
         return 0
     with tempfile.TemporaryDirectory() as folder:  # of the synthetic dataset
         cfg = Config(dataclasses.replace(data, data_path=data.data_path or folder), *parts[1:])
@@ -164,10 +213,19 @@ def bench(cfg: Config, device: Device, folder: Path, args, synthetic_data: bool)
     from hardware import bench_step
 
     data, threads = cfg.data, torch.get_num_threads() if device.type == "cpu" else None
-    result = dict(device=device.name, device_type=device.type, amp=device.amp_name, world_size=device.world_size)
+    result = dict(
+        device=device.name,
+        device_type=device.type,
+        amp=device.amp_name,
+        world_size=device.world_size,
+    )
     result |= dict(torch=torch.__version__, threads=threads, fairseq_exact=cfg.train.fairseq_exact)
     result |= {k: getattr(data, k) for k in ("teacher_input", "tokens_per_sample", "max_tokens")}
-    result |= dict(updates=args.updates, warmup=args.warmup, data="synthetic" if synthetic_data else data.data_path)
+    result |= dict(
+        updates=args.updates,
+        warmup=args.warmup,
+        data="synthetic" if synthetic_data else data.data_path,
+    )
     if device.rank == 0:
         where = f"{device.world_size} x {device.type} ({device.name})"
         print(f"{'device':16} {where}, amp {device.amp_name}, torch {torch.__version__}")
@@ -175,7 +233,11 @@ def bench(cfg: Config, device: Device, folder: Path, args, synthetic_data: bool)
         return result | dict(sweep=bench_step.sweep(cfg, device, args))
     if synthetic_data:
         check_memory(cfg.model, args.vocabulary, device, copies=5)
-    cfg, corpus = bench_step.synthetic(cfg, folder, args.vocabulary) if synthetic_data else (cfg, Corpus(cfg.data))
+    cfg, corpus = (
+        bench_step.synthetic(cfg, folder, args.vocabulary)
+        if synthetic_data
+        else (cfg, Corpus(cfg.data))
+    )
     if args.check:
         from hardware import bench_check
 
@@ -185,7 +247,9 @@ def bench(cfg: Config, device: Device, folder: Path, args, synthetic_data: bool)
     run = Run(cfg, device, len(corpus.dictionary))
     result["parameters"] = sum(p.numel() for p in run.student.parameters())
     if args.compare or args.peer:
-        other = (bench_step.Transformers if args.peer else bench_step.Plain)(run, len(corpus.dictionary))
+        other = (bench_step.Transformers if args.peer else bench_step.Plain)(
+            run, len(corpus.dictionary)
+        )
         result |= bench_step.compare(run, corpus, other, args.warmup, args.updates)
         show = functools.partial(bench_step.print_compare, other=args.peer or "plain")
     elif args.checkpoint:
@@ -200,4 +264,4 @@ def bench(cfg: Config, device: Device, folder: Path, args, synthetic_data: bool)
 
 
 if __name__ == "__main__":
-    config.program(main)
+    flags.program(main)

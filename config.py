@@ -1,70 +1,32 @@
-"""How settings become command-line flags; presets; errors, and how a program ends.
+"""The ground: every setting and preset, in the order of the paper, and the two errors.
 
-    python train.py --data_path DIR --config_name tiny --lr 3e-4
-
-Each file that has settings keeps them in a frozen dataclass whose fields are made with `option`. `parse` turns several
-of these classes into one command line. Of two sources the later one wins: defaults, the preset (`--config_name`) or
-fairseq's YAML (`--config_dir`), a checkpoint's settings, what `--fairseq_exact` implies, flags. fairseq's spellings of
-the flags are in formats/fairseq_config.py.
+No torch, and nothing of ours: a program that imports this file first answers --help at once. Each group of settings is
+a frozen dataclass whose fields are made with `option`; run/flags.py turns them into a command line.
 """
 
 import argparse
-import ast
-import contextlib
 import dataclasses
-import difflib
-import errno
-import importlib.util
-import io
 import math
 import operator
 import os
 import re
-import shlex
-import signal
 import sys
-import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.version_info >= (3, 10) or sys.exit(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}")
+if sys.version_info < (3, 10):
+    sys.exit(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}")
+
 VERSION = "0.3.0"  # docs/changelog.md begins with it
 
-# The dataclasses' defaults are those of fairseq's config/text/pretraining/base.yaml; a preset has what differs.
-# fmt: off
-PRESETS = {
-    "base": {},
-    "npu_1p": dict(tokens_per_sample=64, max_tokens=1280),  # the Ascend ModelZoo's run on one device
-    "tiny": dict(  # shows in a minute or two on a laptop's CPU that everything works
-        tokens_per_sample=128, max_tokens=2048,
-        embed_dim=128, ffn_embed_dim=512, layers=4, attention_heads=4, dropout=0.0, attention_dropout=0.0,
-        average_top_k_layers=3, ema_decay=0.99, ema_end_decay=0.999, ema_anneal_end_step=200,
-        lr=1e-3, warmup_updates=40, max_update=400,
-        log_interval=20, validate_interval_updates=200, validate_interval=0, save_interval=0,
-    ),
-    "small": dict(  # learns words in a quarter of an hour on one CPU core (docs/results.md)
-        tokens_per_sample=64, max_tokens=2048, mask_prob=0.3, mask_multiple_length=1,
-        embed_dim=256, ffn_embed_dim=1024, layers=4, attention_heads=4, dropout=0.0, attention_dropout=0.0,
-        normalize_before=True, mlm_weight=1.0, loss_scale=0.2,
-        average_top_k_layers=4, instance_norm_target_layer=True,
-        ema_decay=1.0, ema_end_decay=0.999, ema_anneal_end_step=5000, ema_transformer_layers_only=False,
-        lr=2e-3, warmup_updates=200, max_update=2500, log_interval=50, validate_interval=0, save_interval=0,
-        validate_interval_updates=625, probe_interval_updates=1250, save_interval_updates=0,
-    ),
-}
-# fmt: on
+# Both are read when torch is imported, and every file of ours that needs torch imports this one before it.
+# torch_npu hooks itself into `import torch`, which fails where its driver is missing: hardware/device.py imports it.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+# Threads that wait by spinning take the cores away from whoever else works on the machine, and from each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# What the released code does where it differs from the paper or loses text.
-FAIRSEQ_EXACT = dict(
-    teacher_input="masked", long_sentences="skip", drop_remainder=True, min_target_var=0.0, min_pred_var=0.0
-)
 
-# The files with the settings of a run, whose groups in --help are named by their classes; the rest is for training.
-SETTINGS = "data.py model.py ema.py optim.py hardware/device.py run/guard.py train.py".split()
-TITLES = dict(Data="data", Model="model", Ema="teacher", Device="device", Finetune="fine-tuning")
-AHEAD = re.compile(r"(@dataclass.*\n)?(class|def) (\w*Config|add_flags)\b|(PARTS|RECIPES|METRICS) = ")
-HELP_LINES = 60  # of --help, which explains only these settings where not all fit
-OFTEN = "data_path tokens_per_sample max_tokens layers embed_dim ema_decay device amp lr warmup_updates max_update"
-OFTEN = f"{OFTEN} max_hours update_freq save_dir".split()
+# ---------------------------------------------------------------------------------------------- errors
 
 
 class InputError(ValueError):
@@ -93,23 +55,39 @@ def read_text(path, errors: str = "strict", encoding: str = "utf-8") -> str:
         raise InputError(f"{path}: {e.strerror}") from None
 
 
+# ---------------------------------------------------------------------------------------------- how a setting is made
+
+
 def option(default, help, low=None, high=None, above=None, below=None, choices=None):
     """A dataclass field that becomes a command-line flag. low and high are allowed values, above and below are not."""
     if type(default) is int and high is None:
         high = 2**31 - 1
     bounds = {"at least": low, "at most": high, "above": above, "below": below}
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, bounds=bounds))
+    return dataclasses.field(
+        default=default, metadata=dict(help=help, choices=choices, bounds=bounds)
+    )
 
 
 def check_ranges(config):
     """Raise InputError for the first field of the dataclass `config` that is outside its range; else return it."""
-    inside = {"at least": operator.ge, "at most": operator.le, "above": operator.gt, "below": operator.lt}
+    inside = {
+        "at least": operator.ge,
+        "at most": operator.le,
+        "above": operator.gt,
+        "below": operator.lt,
+    }
     for field in dataclasses.fields(config):
         value, choices = getattr(config, field.name), field.metadata["choices"]
-        if not isinstance(value, (int, float) if field.type is float else field.type):  # out of a checkpoint
-            raise InputError(f"--{field.name} {str(value)[:100]}: must be of type {field.type.__name__}")
+        if not isinstance(
+            value, (int, float) if field.type is float else field.type
+        ):  # out of a checkpoint
+            raise InputError(
+                f"--{field.name} {str(value)[:100]}: must be of type {field.type.__name__}"
+            )
         if isinstance(value, str) and not re.fullmatch("[^\0\ud800-\udc7f\udd00-\udfff]*", value):
-            raise InputError(f"--{field.name} {value[:100]}: holds a character that no path can hold")
+            raise InputError(
+                f"--{field.name} {value[:100]}: holds a character that no path can hold"
+            )
         if choices and value not in choices:
             raise InputError(f"--{field.name} {value}: choose from {', '.join(map(str, choices))}")
         for part in value if isinstance(value, tuple) else (value,):
@@ -123,7 +101,9 @@ def check_ranges(config):
 
 def boolean(text: str) -> bool:
     try:
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+            text.lower()
+        ]
     except KeyError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
 
@@ -150,251 +130,454 @@ def numbers(text: str) -> tuple:
 
 
 READERS = {bool: boolean, int: whole_number, float: number, str: str, tuple: numbers}
-FORMS = {bool: "yes|no", int: "N", float: "X", str: "TEXT", tuple: "X,Y"}  # of the values, in --help
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Fills the text to the width; an indented line, which is a command, is broken only where it is too long."""
-
-    def _fill_text(self, text, width, indent):
-        lines, text = [], re.sub(r"(?<=\S)\n(?=\S)", " ", text)
-        for line in text.splitlines():
-            start = re.match(" *", line)[0]
-            if start and len(line) > width:  # a command and, after some spaces, what it does
-                line = re.sub(r"(?<=\S) {2,}", f"\n{start}    ", line)
-            for part in line.splitlines() or [""]:
-                further = f"{start}    " if start else ""
-                lines += textwrap.wrap(part, width, subsequent_indent=further, break_on_hyphens=False) or [""]
-        return "\n".join(indent + line for line in lines)
+# ---------------------------------------------------------------------------------------------- pretraining
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are InputErrors; each flag --a_b is --a-b, too."""
+@dataclass(frozen=True)
+class DataConfig:
+    data_path: str = option(
+        "", "folder with dict.txt and {train,valid}.{bin,idx}; or A:B:..., one folder per epoch"
+    )
+    sample_break_mode: str = option(
+        "complete_doc",
+        "how sentences are cut into blocks",
+        choices=("none", "eos", "complete", "complete_doc"),
+    )
+    tokens_per_sample: int = option(512, "longest block, <s> included", low=2)
+    long_sentences: str = option(
+        "split",
+        "cut a sentence longer than a block, or drop it as fairseq does",
+        choices=("split", "skip"),
+    )
+    max_tokens: int = option(8192, "most tokens in a batch, padding included", low=1)
+    batch_size: int = option(0, "most blocks in a batch (0: no limit)", low=0)
+    required_batch_size_multiple: int = option(
+        8, "a batch holds a multiple of this, or fewer", low=1
+    )
+    drop_remainder: bool = option(False, "drop a last batch of another size, as fairseq does")
+    mask_prob: float = option(0.35, "share of tokens to mask, before overlaps", above=0, below=1)
+    mask_multiple_length: int = option(4, "tokens masked in a row", low=1, high=10_000)
+    mask_stdev: float = option(0.0, "standard deviation of that length", low=0, high=10_000)
+    random_token_prob: float = option(
+        0.0, "share of the masked tokens replaced by a random one", low=0, high=1
+    )
+    leave_unmasked_prob: float = option(
+        0.0, "share of the masked tokens left as they are", low=0, high=1
+    )
+    fixed_masks: bool = option(
+        False, "use epoch 1's masks in every epoch, as fairseq does with its num_workers=1"
+    )
+    teacher_input: str = option(
+        "full",
+        "what the teacher reads: the block (paper), or its masked tokens (fairseq)",
+        choices=("full", "masked"),
+    )
+    seed: int = option(
+        1, "seed of order, masks, initial weights and dropout", low=0, high=2**32 - 1 - 10**6
+    )
 
-    def __init__(self, **options):
-        plain = dict(allow_abbrev=False, formatter_class=lambda prog: Formatter(prog, max_help_position=30))
-        super().__init__(**(plain | options))
-        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own takes -1e-3 for a flag
-        self.add_argument("--version", action="version", version=f"data2vec-text {VERSION}")
-
-    def add_argument(self, *names, **options):
-        action = super().add_argument(*names, **options)
-        self.also(action, *names)
-        return action
-
-    def format_help(self) -> str:
-        """As much as fits HELP_LINES lines."""
-        for explained in (None, OFTEN, ()):
-            text = self.help_on(explained)
-            if len(text.splitlines()) <= HELP_LINES:
-                break
-        return text
-
-    def help_on(self, explained=None) -> str:
-        """The help that explains the program's own flags and, of the settings, only these (None: all)."""
-        formatter = self._get_formatter()
-        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
-        formatter.add_text(self.description)
-        for group in self._action_groups:
-            actions = [action for action in group._group_actions if action.help != argparse.SUPPRESS]
-            own = explained is None or group in (self._optionals, self._positionals)
-            shown = [action for action in actions if own or action.dest in explained]
-            left = len(actions) - len(shown)
-            formatter.start_section(f"{group.title} (--help_all shows {left} more)" if left else group.title)
-            formatter.add_text(presets_on(group.names, explained) if group.title == "presets" else group.description)
-            formatter.add_arguments(shown)
-            formatter.end_section()
-        return formatter.format_help()
-
-    def flag(self, name: str):
-        """The action of the flag that is spelled like this, or None."""
-        return self._option_string_actions.get(name)
-
-    def also(self, action, *spellings):
-        """Accept these spellings of an action's flag, too. Help and errors show only those of add_argument."""
-        for spelling in spellings:
-            if spelling.startswith("--"):
-                for text in (spelling, "--" + spelling[2:].replace("_", "-")):
-                    self._option_string_actions.setdefault(text, action)
-
-    def parse_args(self, args=None, namespace=None):
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            word = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
-            shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
-            names = [name[2:] for action in shown for name in action.option_strings]
-            asked = word.lstrip("-").split(".")[-1].replace("-", "_")
-            initials = "".join(part[:1] for part in asked.split("_"))  # --learning_rate is --lr
-            near = difflib.get_close_matches(asked, names, 1, 0.7) or [initials] * (initials in names)
-            hint = f"; did you mean --{near[0]}?" if near else ""
-            if Path(word).is_dir() and self.flag("--data_path"):
-                hint = "; the folder of a dataset is --data_path"
-            self.error(f"{word}: no option of that name here{hint}")
-        return found
-
-    def error(self, message):
-        raise InputError(f"{message} (see {self.prog} --help)")
+    def check(self):
+        if not self.data_path:
+            raise InputError(
+                "--data_path is missing: the folder that preprocess.py, or data.py --make_demo, has made"
+            )
+        if self.random_token_prob + self.leave_unmasked_prob > 1:
+            raise InputError(
+                "--random_token_prob and --leave_unmasked_prob: their sum must be at most 1"
+            )
 
 
-def presets_on(names, explained=None) -> str:
-    """What each preset sets of these settings, and of the others how many (explained None: all)."""
-    lines = []
-    for title, preset in {**PRESETS, "--fairseq_exact": FAIRSEQ_EXACT}.items():
-        sets = {k: v for k, v in preset.items() if k in names}
-        shown = [f"{k}={v}" for k, v in sets.items() if len(sets) < 6 or explained is None or k in OFTEN]
-        more = [f"{len(sets) - len(shown)} more"] if len(shown) < len(sets) else []
-        lines.append(f" {title}: " + ", ".join(shown + more))
-    return "\n".join(lines[1:])
+@dataclass(frozen=True)
+class ModelConfig:
+    layers: int = option(12, "encoder layers", low=1, high=1000)
+    embed_dim: int = option(768, "width", low=1, high=100_000)
+    ffn_embed_dim: int = option(3072, "inner width of the feed-forward part", low=1)
+    attention_heads: int = option(12, "attention heads", low=1)
+    max_source_positions: int = option(512, "rows of the position table", low=1)
+    normalize_before: bool = option(
+        False, "LayerNorm before attention and feed-forward (pre-norm) instead of after"
+    )
+    activation_fn: str = option(
+        "gelu", "between the feed-forward's two matrices", choices=("gelu", "relu")
+    )
+    dropout: float = option(0.1, "after embedding, attention and feed-forward", low=0, below=1)
+    attention_dropout: float = option(0.1, "on the attention weights", low=0, below=1)
+    activation_dropout: float = option(0.0, "after the activation", low=0, below=1)
+    head_layers: int = option(2, "linear layers of the regression head", low=1, high=100)
+    average_top_k_layers: int = option(
+        10, "how many of the teacher's last layers make the target", low=1
+    )
+    batch_norm_target_layer: bool = option(
+        False, "normalize each layer's target per channel over the batch"
+    )
+    instance_norm_target_layer: bool = option(
+        False, "normalize each layer's target per channel over a block"
+    )
+    layer_norm_target_layer: bool = option(
+        True, "normalize each layer's target per token over the channels"
+    )
+    layer_norm_targets: bool = option(False, "normalize the averaged target per token")
+    instance_norm_targets: bool = option(
+        False, "normalize the averaged target per channel over a block"
+    )
+    loss_beta: float = option(
+        4.0, "where smooth L1 turns from square to linear (0: squared error)", low=0
+    )
+    loss_scale: float = option(1.0, "factor of the loss (0 or less: 1 / sqrt(width))")
+    init: str = option("bert", "how the weights start (init.py)", choices=("bert", "local"))
+    objective: str = option(
+        "data2vec",
+        "what the student predicts: the teacher's targets, or hidden words",
+        choices=("data2vec", "mlm"),
+    )
+    mlm_weight: float = option(
+        0.0, "weight of the masked language modelling loss beside data2vec's", low=0
+    )
+
+    @property
+    def predicts_words(self) -> bool:
+        return self.objective == "mlm" or self.mlm_weight > 0
+
+    def check(self):
+        if self.embed_dim % self.attention_heads:
+            raise InputError(
+                f"--attention_heads {self.attention_heads} does not divide --embed_dim {self.embed_dim}"
+            )
+        if self.average_top_k_layers > self.layers:
+            raise InputError(
+                f"--average_top_k_layers {self.average_top_k_layers}: there are only {self.layers} layers"
+            )
 
 
-class HelpAll(argparse.Action):
-    def __call__(self, parser, *_):
-        print(parser.help_on(), end="")
-        parser.exit()
+@dataclass(frozen=True)
+class EmaConfig:
+    ema_decay: float = option(0.999, "decay of the teacher at the start", low=0, high=1)
+    ema_end_decay: float = option(0.9999, "decay from ema_anneal_end_step on", low=0, high=1)
+    ema_anneal_end_step: int = option(
+        300000, "updates over which the decay goes from one to the other", low=0
+    )
+    ema_transformer_layers_only: bool = option(
+        True, "copy the embeddings and their LayerNorm instead of averaging them"
+    )
 
 
-def words_of(value) -> str:
-    """A setting as it is written on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+@dataclass(frozen=True)
+class OptimConfig:
+    clip_norm: float = option(5.0, "largest global gradient norm (0: no clipping)", low=0)
+    adam_betas: tuple = option((0.9, 0.98), "Adam's decays", low=0, below=1)
+    adam_eps: float = option(
+        1e-6, "Adam's epsilon, added to the uncorrected second moment as in fairseq", above=0
+    )
+    weight_decay: float = option(0.01, "decoupled weight decay, on all parameters", low=0)
+
+    def check(self):
+        if len(self.adam_betas) != 2:
+            raise InputError(f"--adam_betas {self.adam_betas}: two numbers, such as 0.9,0.98")
 
 
-def flags_of(parts: list) -> str:
-    """The shortest command line that gives the settings in these instances."""
-    values = {name: value for part in parts for name, value in vars(part).items()}
-    plain = {field.name: field.default for part in parts for field in dataclasses.fields(part)}
-    if values.get("fairseq_exact"):
-        plain |= {**FAIRSEQ_EXACT, "fairseq_exact": None}
-    ways = []
-    for name, preset in PRESETS.items():
-        way = [f"--config_name {name}"] if preset else []
-        expected = plain | preset
-        ways.append(way + [f"--{k} {shlex.quote(words_of(v))}" for k, v in values.items() if v != expected[k]])
-    return " ".join(min(ways, key=len))
+@dataclass(frozen=True)
+class DeviceConfig:
+    device: str = option("auto", "where to run", choices=("auto", "npu", "cuda", "cpu"))
+    amp: str = option(
+        "auto",
+        "mixed precision; auto: bf16 where the device has it, else fp16, off on the CPU",
+        choices=("auto", "off", "fp16", "bf16"),
+    )
+    deterministic: bool = option(
+        False, "on an NPU or GPU: the same numbers again from the same command; slower"
+    )
 
 
-def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: dict | None = None):
-    """Read a command line into one instance of each dataclass in `configs` (no two share a field name).
-
-    extra(parser) adds a program's own flags. base: values, such as a checkpoint's settings, that override the preset
-    and are overridden by flags. Returns (instances, namespace of the program's own flags). Raises InputError.
-    """
-    from formats import fairseq_config
-
-    # --fairseq_exact is a field of train.py's, but a flag of every program
-    fields = {f.name: f for config in configs for f in dataclasses.fields(config) if f.name != "fairseq_exact"}
-    parser = Parser(description=doc, usage="%(prog)s [--NAME VALUE ...]")
-    if extra:
-        extra(parser)
-    parser.add_argument("--help_all", action=HelpAll, nargs=0, help="the same with all settings of a run, and exit")
-    parser.add_argument("--config_name", metavar="NAME", help="a preset, or with --config_dir a YAML")
-    parser.add_argument("--config_dir", metavar="DIR", help="the folder of that YAML, which is fairseq's")
-    switch = dict(nargs="?", const=True, type=boolean, metavar="yes|no")
-    parser.add_argument("--fairseq_exact", help="the released code bug for bug", **switch)
-    for config in sorted(configs, key=lambda config: config.__name__.removesuffix("Config") not in TITLES):
-        title = TITLES.get(config.__name__.removesuffix("Config"), "training")
-        group = next((g for g in parser._action_groups if g.title == title), None) or parser.add_argument_group(title)
-        for name in (field.name for field in dataclasses.fields(config) if field.name in fields):
-            field, choices = fields[name], fields[name].metadata["choices"]
-            text = field.metadata["help"].replace("%", "%%")
-            text += f" [{words_of(field.default)}]" if field.default != "" else ""
-            form = "|".join(choices) if choices else FORMS[field.type]
-            flag = switch if field.type is bool else dict(type=READERS[field.type], metavar=form)
-            parser.also(group.add_argument(f"--{name}", help=text, **flag), f"--{name}")
-    if "mask_prob" in fields:  # of pretraining
-        parser.add_argument_group("presets").names = fields
-    fairseq_config.add_spellings(parser)
-    argv = fairseq_config.as_flags(sys.argv[1:] if argv is None else argv, parser)
-    given = vars(parser.parse_args(argv))  # None: not given
-
-    values = {}
-    config_dir, config_name, exact = given.pop("config_dir"), given.pop("config_name"), given.pop("fairseq_exact")
-    if config_dir:
-        if not config_name:
-            raise InputError("--config_dir needs --config_name, the YAML's name without .yaml")
-        path = Path(config_dir) / f"{config_name.removesuffix('.yaml')}.yaml"
-        values.update(fairseq_config.read_yaml(path, fields, explain=len(configs) > 1))
-    elif config_name:
-        if config_name not in PRESETS:
-            raise InputError(f"--config_name {config_name}: no such preset; choose from {', '.join(PRESETS)}")
-        values.update(PRESETS[config_name])
-    values.update(base or {})
-    if exact is not None:
-        plain = {name: fields[name].default for name in FAIRSEQ_EXACT if name in fields}
-        values.update(FAIRSEQ_EXACT if exact else plain, fairseq_exact=exact)
-    if given.get("max_hours") and given["schedule_by"] in (None, "auto"):
-        given["schedule_by"] = "hours" if given["max_update"] is None else "updates"
-    values.update({name: given.pop(name) for name in fields if given.get(name) is not None})
-    names = [{field.name for field in dataclasses.fields(config)} & set(values) for config in configs]
-    instances = [check_ranges(config(**{name: values[name] for name in part})) for config, part in zip(configs, names)]
-    return instances, argparse.Namespace(**{name: value for name, value in given.items() if name not in fields})
+@dataclass(frozen=True)
+class GuardConfig:
+    max_skipped: int = option(
+        50, "updates in a row with a non-finite loss or gradient before the run stops", low=1
+    )
+    min_target_var: float = option(
+        0.01, "variance of the targets under which they have collapsed (0: no guard)", low=0
+    )
+    min_pred_var: float = option(
+        1e-6, "variance of the predictions under which they have collapsed (0: no guard)", low=0
+    )
 
 
-def read_ahead(program: str, whole: bool = False):
-    """Answer --help, and refuse a command line that `parse` would refuse, before torch is imported: that takes seconds.
+@dataclass(frozen=True)
+class TrainConfig:
+    fairseq_exact: bool = option(False, "the released code bug for bug")
+    lr: float = option(2e-4, "highest learning rate", low=0)
+    warmup_updates: int = option(10000, "updates of linear warm-up", low=0)
+    max_update: int = option(1_000_000, "updates in all; then the learning rate is 0", low=1)
+    max_hours: float = option(
+        0.0, "stop after this many hours in all, with validation and saves (0: no limit)", low=0
+    )
+    schedule_by: str = option(
+        "auto",
+        "what learning rate and teacher follow: updates, or hours where --max_hours is given and --max_update is not",
+        choices=("auto", "updates", "hours"),
+    )
+    max_epoch: int = option(0, "stop after this many epochs (0: no limit)", low=0)
+    update_freq: int = option(1, "batches that make one update, per worker", low=1)
+    compile: bool = option(
+        False, "let torch.compile fuse the layers; the first updates take a minute"
+    )
+    log_interval: int = option(200, "updates between two log lines", low=1)
+    disable_validation: bool = option(False, "never validate; no valid split is needed")
+    validate_interval: int = option(
+        1, "epochs between two validations (0: not at epoch ends)", low=0
+    )
+    validate_interval_updates: int = option(
+        0, "updates between two validations (0: not by updates)", low=0
+    )
+    probe_interval_updates: int = option(
+        0, "updates between two validations with the probe (0: never)", low=0
+    )
+    best_by: str = option(
+        "loss", "what checkpoint_best.pt goes by", choices=("loss", "probe", "cosine_gain")
+    )
+    save_interval: int = option(1, "epochs between two checkpoints (0: not at epoch ends)", low=0)
+    save_interval_updates: int = option(
+        50000, "updates between kept checkpoints, with a validation (0: none)", low=0
+    )
+    keep_interval_updates: int = option(1, "how many of those to keep (-1: all)", low=-1)
+    save_interval_minutes: float = option(
+        30.0, "minutes after which checkpoint_last.pt is saved (0: never)", low=0
+    )
+    save_dir: str = option("checkpoints", "for checkpoints and train.jsonl")
+    tensorboard_logdir: str = option(
+        "", "where TensorBoard curves go, under fairseq's names; needs tensorboard"
+    )
+    npu_profile: int = option(
+        0, "write torch_npu's profile of this many updates into --save_dir; on an NPU", low=0
+    )
+    init_from: str = option(
+        "", "start from the weights and teacher of this checkpoint, ours or fairseq's"
+    )
 
-    Only what AHEAD matches is run. whole: no setting is from elsewhere, so what does not fit together is refused, too.
-    """
-    names = {**globals(), "dataclass": dataclasses.dataclass, "config": sys.modules[__name__]}
-    for name in dict.fromkeys([*SETTINGS, Path(program).resolve().name]):
-        tree, names["add_flags"] = ast.parse((Path(__file__).parent / name).read_text(encoding="utf-8")), None
-        wanted = [node for node in tree.body if AHEAD.match(ast.unparse(node))]
-        exec(compile(ast.Module(wanted, []), name, "exec"), names)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # of notes; they come again
-            instances, _ = parse(names["PARTS"], ast.get_docstring(tree), extra=names["add_flags"])
-        if whole:
-            names["Config"](*instances)
-        if missing := [name for name in ("numpy", "torch", "tqdm") if importlib.util.find_spec(name) is None]:
-            raise InputError(f"this Python has no {' and no '.join(missing)}: pip install -r requirements.txt")
-    except InputError as e:
-        end(2, f"error: {e}")
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
-        signal.signal(signal.SIGINT, interrupted)
+    def check(self):
+        if self.best_by == "probe" and not self.probe_interval_updates:
+            raise InputError(
+                "--best_by probe needs --probe_interval_updates, the updates between two probes"
+            )
+        if self.schedule_by == "hours" and not self.max_hours:
+            raise InputError(
+                "--schedule_by hours needs --max_hours, the hours of the whole schedule"
+            )
+        if not self.save_dir:
+            raise InputError("--save_dir is empty; the current folder is called .")
 
 
-def interrupted(*_):
-    """Ctrl-C while modules are imported: nothing is to be kept."""
-    os.write(2, f"\n{Path(sys.argv[0]).name}: interrupted\n".encode())
-    os._exit(130)
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    data: DataConfig
+    model: ModelConfig
+    ema: EmaConfig
+    optim: OptimConfig
+    device: DeviceConfig
+    guard: GuardConfig
+    train: TrainConfig
+
+    def __post_init__(self):
+        for part in (self.data, self.model, self.optim, self.train):
+            part.check()
+        if self.model.objective == "mlm" and self.data.teacher_input == "masked":
+            raise InputError(
+                "--objective mlm has no teacher and reads whole blocks: --teacher_input full"
+            )
+        if self.model.objective == "mlm" and self.train.best_by == "cosine_gain":
+            raise InputError(
+                "--best_by cosine_gain is for data2vec's targets; with --objective mlm: loss or probe"
+            )
+        if self.data.tokens_per_sample > self.model.max_source_positions:
+            raise InputError(
+                f"--tokens_per_sample {self.data.tokens_per_sample} is above --max_source_positions"
+                f" {self.model.max_source_positions}, the length of the position table"
+            )
+
+    def flat(self) -> dict:
+        return {
+            k: v
+            for part in dataclasses.fields(self)
+            for k, v in vars(getattr(self, part.name)).items()
+        }
 
 
-def program(main):
-    """Run a program's main() and exit. An InputError becomes one line on stderr and exit code 2, a RunError or a full
-    disk 1, Ctrl-C 130."""
-    if signal.getsignal(signal.SIGINT) is interrupted:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        leave(main())
-    except BrokenPipeError:  # `... | head`
-        sys.stderr.close()
-        sys.exit(141)
-    except KeyboardInterrupt:
-        end(130, "interrupted")
-    except InputError as e:
-        end(2, f"error: {e}")
-    except RunError as e:
-        end(1, f"stopped: {e}")
-    except (MemoryError, RuntimeError) as e:  # torch's own kind for a CPU is a plain RuntimeError
-        if isinstance(e, RuntimeError) and not re.search("can't allocate memory|out of memory", str(e)):
-            raise
-        end(1, f"stopped: out of memory: {str(e)[:300]}")
-    except OSError as e:
-        text = f"{e.filename}: {e.strerror or e}" if e.filename else f"{e.strerror or e}"
-        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # no mistake in the command
-        end(1, f"stopped: {text}") if full else end(2, f"error: {text}")
+PARTS = [part.type for part in dataclasses.fields(Config)]
+
+# The dataclasses' defaults are those of fairseq's config/text/pretraining/base.yaml; a preset has what differs.
+# fmt: off
+PRESETS = {
+    "base": {},
+    "npu_1p": dict(tokens_per_sample=64, max_tokens=1280),  # the Ascend ModelZoo's run on one device
+    "tiny": dict(  # shows in a minute or two on a laptop's CPU that everything works
+        tokens_per_sample=128, max_tokens=2048,
+        embed_dim=128, ffn_embed_dim=512, layers=4, attention_heads=4, dropout=0.0, attention_dropout=0.0,
+        average_top_k_layers=3, ema_decay=0.99, ema_end_decay=0.999, ema_anneal_end_step=200,
+        lr=1e-3, warmup_updates=40, max_update=400,
+        log_interval=20, validate_interval_updates=200, validate_interval=0, save_interval=0,
+    ),
+    "small": dict(  # learns words in a quarter of an hour on one CPU core (docs/results.md)
+        tokens_per_sample=64, max_tokens=2048, mask_prob=0.3, mask_multiple_length=1,
+        embed_dim=256, ffn_embed_dim=1024, layers=4, attention_heads=4, dropout=0.0, attention_dropout=0.0,
+        normalize_before=True, mlm_weight=1.0, loss_scale=0.2,
+        average_top_k_layers=4, instance_norm_target_layer=True,
+        ema_decay=1.0, ema_end_decay=0.999, ema_anneal_end_step=5000, ema_transformer_layers_only=False,
+        lr=2e-3, warmup_updates=200, max_update=2500, log_interval=50, validate_interval=0, save_interval=0,
+        validate_interval_updates=625, probe_interval_updates=1250, save_interval_updates=0,
+    ),
+}
+# fmt: on
+
+# What the released code does where it differs from the paper or loses text.
+FAIRSEQ_EXACT = dict(
+    teacher_input="masked",
+    long_sentences="skip",
+    drop_remainder=True,
+    min_target_var=0.0,
+    min_pred_var=0.0,
+)
 
 
-def end(code: int, text: str):
-    """Exit with one line on stderr."""
-    print(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr)
-    leave(code)
+# ---------------------------------------------------------------------------------------------- fine-tuning
 
 
-def leave(code: int):
-    """Exit. A worker leaves at once, since a thread of torch.distributed that asks for Python's lock while Python ends
-    aborts the process (SIGABRT), now and then and also after a good run."""
-    if "MASTER_ADDR" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+MOST_CLASSES = 1000  # the measures hold an example times a class in memory
+# GLUE's recipe: batch_size, lr, max_update, warmup_updates, metric
+RECIPES = {
+    "cola": (16, 1e-5, 5336, 320, "matthews"),
+    "sst2": (32, 1e-5, 20935, 1256, "accuracy"),
+    "mrpc": (16, 1e-5, 2296, 137, "accuracy_and_f1"),
+    "stsb": (16, 2e-5, 3598, 214, "pearson_and_spearman"),
+    "qqp": (32, 1e-5, 113272, 28318, "accuracy_and_f1"),
+    "mnli": (32, 1e-5, 123873, 7432, "accuracy"),
+    "qnli": (32, 1e-5, 33112, 1986, "accuracy"),
+    "rte": (16, 2e-5, 2036, 122, "accuracy"),
+}
+
+
+METRICS = (
+    "accuracy",
+    "f1",
+    "matthews",
+    "accuracy_and_f1",
+    "pearson",
+    "spearman",
+    "pearson_and_spearman",
+)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    ckpt: str = option("", "the encoder: a checkpoint, ours or fairseq's, or a Hugging Face folder")
+    init_from: str = option("", "the same, and its classification head too, where it has one")
+    teacher: bool = option(False, "take the teacher's encoder instead of the student's")
+    attention_heads: int = option(
+        0, "of weights that come without settings (0: a guess, which is printed)", low=0
+    )
+    task: str = option(
+        "none", "a task of GLUE, with its files in --data_path", choices=("none", *RECIPES)
+    )
+    data_path: str = option(
+        "", "folder of GLUE's files, or of the binarized folders input0, input1 and label"
+    )
+    train: str = option("", "your own labelled text: .tsv, .csv or .jsonl")
+    valid: str = option("", "the split that decides which checkpoint and which --lr is the best")
+    test: str = option("", "a split to score once, by the best checkpoint")
+    text: str = option(
+        "", "columns of the text, one or two joined by a comma: names, or numbers from 1"
+    )
+    label: str = option("", "column of the label")
+    header: str = option(
+        "auto", "whether the files' first row names the columns", choices=("auto", "true", "false")
+    )
+    regression: bool = option(False, "labels are numbers to be predicted, not classes")
+    label_scale: float = option(1.0, "divide the numbers by this while training", above=0)
+    num_classes: int = option(0, "classes (0: as many as training has)", low=0)
+    dict: str = option("", "dict.txt of the pretraining data, where it is not found")
+    encoder_json: str = option("", "the BPE's vocabulary")
+    vocab_bpe: str = option("", "the BPE's merges")
+    freeze: bool = option(
+        False, "fit a linear probe on frozen features; training settings have no meaning then"
+    )
+    pool: str = option(
+        "cls", "what the head reads: <s>, or the mean over the text", choices=("cls", "mean")
+    )
+    untrained: bool = option(False, "do the same from random weights, for comparison")
+    embed_rms: float = option(
+        0.0, "first bring the embeddings to this size, so that they move faster (0: no)", low=0
+    )
+    lr: tuple = option(
+        (2e-5,), "highest learning rate; several joined by commas are all tried", low=0
+    )
+    seed: int = option(1, "seed of order, head and dropout", low=0, high=2**31 - 1)
+    seeds: int = option(1, "how many seeds from --seed on to fine-tune with", low=1, high=1000)
+    batch_size: int = option(16, "most examples in a batch", low=1)
+    max_tokens: int = option(4400, "most tokens in a batch, padding included (0: no limit)", low=0)
+    update_freq: int = option(1, "batches that make one update", low=1)
+    max_update: int = option(
+        0, "updates in all; the learning rate is 0 there (0: --max_epoch epochs)", low=0
+    )
+    max_epoch: int = option(10, "stop after this many epochs (0: no limit)", low=0)
+    warmup_updates: int = option(-1, "updates of linear warm-up (-1: by --warmup_share)", low=-1)
+    warmup_share: float = option(0.06, "warm-up as a share of all updates", low=0, high=1)
+    patience: int = option(
+        0, "stop after this many validations in a row without a better one (0: never)", low=0
+    )
+    metric: str = option(
+        "auto", "what decides; auto: accuracy, or the mean correlation", choices=("auto", *METRICS)
+    )
+    clip_norm: float = option(0.0, "largest global gradient norm (0: no clipping)", low=0)
+    adam_betas: tuple = option((0.9, 0.98), "Adam's decays", low=0, below=1)
+    adam_eps: float = option(
+        1e-6, "Adam's epsilon, beside the uncorrected second moment as in fairseq", above=0
+    )
+    weight_decay: float = option(0.1, "decoupled weight decay, on all parameters", low=0)
+    dropout: float = option(0.1, "after embedding, attention and feed-forward", low=0, below=1)
+    attention_dropout: float = option(0.1, "on the attention weights", low=0, below=1)
+    activation_dropout: float = option(0.0, "after the activation", low=0, below=1)
+    pooler_dropout: float = option(0.0, "before both matrices of the head", low=0, below=1)
+    save_dir: str = option("", "where the checkpoint, finetune.jsonl and results.json go")
+    overwrite: bool = option(False, "remove an older fine-tuning in --save_dir")
+    predict: str = option(
+        "",
+        "a file of raw lines to classify (a pair: two texts and a tab), or of columns with --text",
+    )
+    out: str = option("", "where the predictions go (none: standard output)")
+    fairseq_exact: bool = option(
+        False, "as recorded from fairseq: no dropout, batches of any lengths, none too long"
+    )
+
+    def check(self):
+        if not (self.ckpt or self.init_from):
+            raise InputError("--ckpt is missing: the pretrained checkpoint to start from")
+        if self.ckpt and self.init_from:
+            raise InputError(
+                "--ckpt and --init_from both name the weights to start from; give one of them"
+            )
+        if self.predict:
+            if not self.ckpt:
+                raise InputError("--predict needs --ckpt, the checkpoint_best.pt of a fine-tuning")
+            return
+        if not self.save_dir:
+            raise InputError("--save_dir is missing: the folder for the fine-tuned checkpoint")
+        if len(self.adam_betas) != 2 or not self.lr:
+            raise InputError(
+                f"--adam_betas {self.adam_betas}, --lr {self.lr}: two decays, and at least one lr"
+            )
+        if bool(self.train or self.valid) == bool(self.data_path):
+            raise InputError(
+                "--data_path DIR, or --train F and --valid F: one of them says where the labelled text is"
+            )
+        if self.train and not (self.valid and self.text and self.label):
+            raise InputError("--train F needs --valid F, --text COL[,COL] and --label COL")
+        if self.task != "none" and not self.data_path:
+            raise InputError(
+                f"--task {self.task} needs --data_path, the folder with GLUE's train.tsv and dev.tsv"
+            )
+        if self.num_classes > MOST_CLASSES:
+            raise InputError(f"--num_classes {self.num_classes}: must be at most {MOST_CLASSES}")
+        if not (self.max_update or self.max_epoch):
+            raise InputError("--max_update 0 --max_epoch 0: one of them must end the run")

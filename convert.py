@@ -16,32 +16,46 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import config
+from config import PARTS
+from run import flags
+
+
+def add_flags(parser):
+    flag, kinds = parser.add_argument, ("hf", "fairseq", "native")
+    flag(
+        "--ckpt", metavar="CHECKPOINT", help="what to convert: a file, or a folder of transformers"
+    )
+    flag("--from", dest="source", choices=kinds, help="fail if it is not of this kind")
+    flag("--to", nargs=2, metavar=("|".join(kinds), "PATH"), help="what to make, and where")
+    flag("--teacher", action="store_true", help="with --to hf: the teacher instead of the student")
+    flag("--dict", metavar="FILE", help="dict.txt of the training data [in --data_path]")
+    flag("--encoder_json", metavar="FILE", help="the BPE's vocabulary [in --data_path]")
+    flag("--vocab_bpe", metavar="FILE", help="the BPE's merges [in --data_path]")
+
 
 if __name__ == "__main__":
-    config.read_ahead(__file__)  # --help and mistakes, before torch is imported, which takes seconds
+    flags.answer_early(PARTS, __doc__, add_flags)  # torch takes seconds to import
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware import device  # noqa: F401
 
-# isort: split
-import torch
-
-from config import InputError, printable
-from text.binarized import SPECIAL, Dictionary
-from model import Data2VecText, ModelConfig
-from run import checkpoint
-from formats import integrity
-from run.checkpoint import Loaded
-from formats import convert_classifier
+from config import PARTS, InputError, ModelConfig, printable
+from formats import card as model_card
+from formats import convert_classifier, integrity
 from formats import fairseq_state as convert_fairseq
 from formats import hf as convert_hf
-from formats import card as model_card
-from train import PARTS
+from model import Data2VecText
+from run import checkpoint
+from run.checkpoint import Loaded
+from text.binarized import SPECIAL, Dictionary
+
+import torch
 
 HEADS = ("regression_head.", "lm_head.")
 MOST_LEFT = 50  # of the entries that are not taken over, how many are named
-KINDS = {"hf": ("hf",), "fairseq": ("fairseq", "state_dict"), "native": ("ours",)}  # for --from -> Loaded.kind
+KINDS = {
+    "hf": ("hf",),
+    "fairseq": ("fairseq", "state_dict"),
+    "native": ("ours",),
+}  # for --from -> Loaded.kind
 
 
 @dataclass
@@ -60,15 +74,21 @@ class Source:
 
 
 def to_hf(source: Source, out: Path) -> list[str]:
-    has_tokenizer = bool(source.dictionary and (source.bpe[0] or not source.dictionary.holds_bpe_ids()))
+    has_tokenizer = bool(
+        source.dictionary and (source.bpe[0] or not source.dictionary.holds_bpe_ids())
+    )
     weights = source.content["teacher"] if source.teacher else source.content["student"]
     encoder = {k.removeprefix("encoder."): v for k, v in weights.items() if not k.startswith(HEADS)}
-    head = {k: v for k, v in weights.items() if k.startswith(convert_hf.WORD_HEAD)}  # the teacher has none
+    head = {
+        k: v for k, v in weights.items() if k.startswith(convert_hf.WORD_HEAD)
+    }  # the teacher has none
     with checkpoint.whole(out) as folder:
         folder.mkdir()
         unknown, longest = 0, source.flat["tokens_per_sample"]
         if has_tokenizer:
-            unknown = convert_hf.write_tokenizer(folder, source.dictionary, source.bpe, longest, bool(head))
+            unknown = convert_hf.write_tokenizer(
+                folder, source.dictionary, source.bpe, longest, bool(head)
+            )
         convert_hf.write(folder, encoder, source.model, unknown, head)
         task = "fill-mask" if head else "feature-extraction"
         if "classifier" in source.content:  # of finetune.py
@@ -76,13 +96,22 @@ def to_hf(source: Source, out: Path) -> list[str]:
             convert_classifier.add_head(folder, source.content["classifier"], source.path)
         card = model_card.text(out.resolve().name, source, task, has_tokenizer)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    notes = [] if has_tokenizer else ["no tokenizer: give --data_path, or --dict, --encoder_json and --vocab_bpe"]
-    return [*notes, f"{out}/README.md is its model card; the licence and the corpus are yours to fill in"]
+    notes = (
+        []
+        if has_tokenizer
+        else ["no tokenizer: give --data_path, or --dict, --encoder_json and --vocab_bpe"]
+    )
+    return [
+        *notes,
+        f"{out}/README.md is its model card; the licence and the corpus are yours to fill in",
+    ]
 
 
 def to_fairseq(source: Source, out: Path) -> list[str]:
     if not any(k.startswith("regression_head.") for k in source.content["student"]):
-        raise InputError(f"{source.path} has no regression head, which fairseq's data2vec_text needs")
+        raise InputError(
+            f"{source.path} has no regression head, which fairseq's data2vec_text needs"
+        )
     if any(k.startswith("lm_head.") for k in source.content["student"]):
         raise InputError(f"{source.path} has a head for words, which fairseq's data2vec_text lacks")
     made = convert_fairseq.to_fairseq({"config": None, **source.content}, source.flat)
@@ -93,9 +122,13 @@ def to_fairseq(source: Source, out: Path) -> list[str]:
 def to_native(source: Source, out: Path) -> list[str]:
     content, dictionary = {**source.content, "config": source.flat}, source.dictionary
     if dictionary:
-        content["dictionary"] = dict(size=len(dictionary), digest=dictionary.digest(), mask_id=dictionary.mask_id)
+        content["dictionary"] = dict(
+            size=len(dictionary), digest=dictionary.digest(), mask_id=dictionary.mask_id
+        )
     checkpoint.save(content, out)
-    return [f"optimizer and data position start anew ({source.untrained})"] if source.untrained else []
+    return (
+        [f"optimizer and data position start anew ({source.untrained})"] if source.untrained else []
+    )
 
 
 # What --to makes: each writes `out` and returns lines to print. A further format is a function here.
@@ -107,7 +140,9 @@ def left_out(loaded: Loaded) -> list[str]:
     if loaded.kind == "ours":
         return []
     known = convert_hf.KNOWN if loaded.kind == "hf" else convert_fairseq.KNOWN
-    names = [name for name in loaded.content.get("model", loaded.content) if not re.match(known, name)]
+    names = [
+        name for name in loaded.content.get("model", loaded.content) if not re.match(known, name)
+    ]
     return sorted({".".join(name.split(".")[:2]) for name in names})
 
 
@@ -132,24 +167,41 @@ def complete(loaded: Loaded, cfg: ModelConfig, seed: int, untrained: str, path) 
     """
     tokens = loaded.student.get("encoder.embed_tokens.weight")
     if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2 or len(tokens) < len(SPECIAL):
-        raise InputError(f"{path}: the student has no embed_tokens.weight; is it a data2vec_text model?")
+        raise InputError(
+            f"{path}: the student has no embed_tokens.weight; is it a data2vec_text model?"
+        )
     with torch.device("meta"):  # for names and shapes
         model = Data2VecText(cfg, len(tokens))
     student = {}
-    for name, module in model.named_children():  # the encoder and the heads, of which the file may lack some
-        state = {k.removeprefix(f"{name}."): v for k, v in loaded.student.items() if k.startswith(f"{name}.")}
+    for (
+        name,
+        module,
+    ) in model.named_children():  # the encoder and the heads, of which the file may lack some
+        state = {
+            k.removeprefix(f"{name}."): v
+            for k, v in loaded.student.items()
+            if k.startswith(f"{name}.")
+        }
         if state:
             state = checkpoint.own_state(state, module, f"the student's {name}", path)
             student.update((f"{name}.{k}", v) for k, v in state.items())
     teacher = loaded.teacher
     if not teacher:  # as at the start of training
-        teacher = {k.removeprefix("encoder."): v for k, v in student.items() if k.startswith("encoder.")}
+        teacher = {
+            k.removeprefix("encoder."): v for k, v in student.items() if k.startswith("encoder.")
+        }
     teacher = checkpoint.own_state(teacher, model.encoder, "the teacher", path)
-    weights, template = dict(student=student, teacher=teacher), {k: v.to("meta") for k, v in student.items()}
+    weights, template = (
+        dict(student=student, teacher=teacher),
+        {k: v.to("meta") for k, v in student.items()},
+    )
     if loaded.kind == "ours":
         optimizer = loaded.content["optimizer"]
         shapes = [tensor.shape for tensor in student.values()]
-        optimizer = {**optimizer, "state": checkpoint.checked_moments(optimizer["state"], shapes, path)}
+        optimizer = {
+            **optimizer,
+            "state": checkpoint.checked_moments(optimizer["state"], shapes, path),
+        }
         return {**loaded.content, **weights, "optimizer": optimizer}, ""
     content = {**beginning(seed), **weights}
     if loaded.kind != "fairseq" or untrained:
@@ -161,27 +213,21 @@ def complete(loaded: Loaded, cfg: ModelConfig, seed: int, untrained: str, path) 
     except InputError as e:
         return content, str(e)
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError, RuntimeError) as e:
-        return content, f"no state of fairseq's Adam in it: {type(e).__name__} {' '.join(str(e).split())[:200]}"
-
-
-def add_flags(parser):
-    flag, kinds = parser.add_argument, ("hf", "fairseq", "native")
-    flag("--ckpt", metavar="CHECKPOINT", help="what to convert: a file, or a folder of transformers")
-    flag("--from", dest="source", choices=kinds, help="fail if it is not of this kind")
-    flag("--to", nargs=2, metavar=("|".join(kinds), "PATH"), help="what to make, and where")
-    flag("--teacher", action="store_true", help="with --to hf: the teacher instead of the student")
-    flag("--dict", metavar="FILE", help="dict.txt of the training data [in --data_path]")
-    flag("--encoder_json", metavar="FILE", help="the BPE's vocabulary [in --data_path]")
-    flag("--vocab_bpe", metavar="FILE", help="the BPE's merges [in --data_path]")
+        return (
+            content,
+            f"no state of fairseq's Adam in it: {type(e).__name__} {' '.join(str(e).split())[:200]}",
+        )
 
 
 def main(argv: list | None = None) -> int:
-    _, args = config.parse(PARTS, __doc__, argv, extra=add_flags)
+    _, args = flags.parse(PARTS, __doc__, argv, extra=add_flags)
     if not args.ckpt or not args.to or args.to[0] not in TARGETS:
         raise InputError(f"needed: --ckpt CHECKPOINT, and --to {'|'.join(TARGETS)} PATH")
     path, (kind, out) = Path(args.ckpt), (args.to[0], Path(args.to[1]))
     if args.teacher and kind != "hf":
-        raise InputError("--teacher goes with --to hf: the other files hold both student and teacher")
+        raise InputError(
+            "--teacher goes with --to hf: the other files hold both student and teacher"
+        )
     if out.is_file() or out.is_dir() and (kind != "hf" or any(out.iterdir())):
         raise InputError(f"{out} exists; remove it, or choose another name")
 
@@ -192,14 +238,22 @@ def main(argv: list | None = None) -> int:
     if args.teacher and not loaded.teacher:
         raise InputError(f"--teacher: {path} has none")
     settings, untrained = convert_fairseq.settings_of(loaded, path)
-    parts, args = config.parse(PARTS, __doc__, argv, extra=add_flags, base=settings)
-    model, flat = parts[PARTS.index(ModelConfig)], {k: v for part in parts for k, v in vars(part).items()}
+    parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags, base=settings)
+    model, flat = (
+        parts[PARTS.index(ModelConfig)],
+        {k: v for part in parts for k, v in vars(part).items()},
+    )
     content, untrained = complete(loaded, model, flat["seed"], untrained, path)
     dictionary, bpe = convert_hf.find_dictionary(args, flat["data_path"])
     if dictionary:
         size = len(content["student"]["encoder.embed_tokens.weight"])
-        if len(dictionary) != size or content["dictionary"].get("digest", dictionary.digest()) != dictionary.digest():
-            raise InputError(f"the dictionary, of {len(dictionary)} symbols, is not the one of {path}, of {size}")
+        if (
+            len(dictionary) != size
+            or content["dictionary"].get("digest", dictionary.digest()) != dictionary.digest()
+        ):
+            raise InputError(
+                f"the dictionary, of {len(dictionary)} symbols, is not the one of {path}, of {size}"
+            )
 
     out.parent.mkdir(parents=True, exist_ok=True)
     source = Source(path, loaded, content, flat, model, dictionary, bpe, args.teacher, untrained)
@@ -212,4 +266,4 @@ def main(argv: list | None = None) -> int:
 
 
 if __name__ == "__main__":
-    config.program(main)
+    flags.program(main)

@@ -14,56 +14,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from config import InputError, option, program
+from config import DataConfig, InputError
 from text.binarized import BOS, PAD, PIECE, SPECIAL, Dictionary, TokenStream, no_folder
 from text.blocks import cut_batches, cut_blocks, order_by_length
 from text.masks import hide_blocks, hide_blocks_is_exact, ranges
 
-
-@dataclass(frozen=True)
-class DataConfig:
-    data_path: str = option("", "folder with dict.txt and {train,valid}.{bin,idx}; or A:B:..., one folder per epoch")
-    sample_break_mode: str = option(
-        "complete_doc", "how sentences are cut into blocks", choices=("none", "eos", "complete", "complete_doc")
-    )
-    tokens_per_sample: int = option(512, "longest block, <s> included", low=2)
-    long_sentences: str = option(
-        "split", "cut a sentence longer than a block, or drop it as fairseq does", choices=("split", "skip")
-    )
-    max_tokens: int = option(8192, "most tokens in a batch, padding included", low=1)
-    batch_size: int = option(0, "most blocks in a batch (0: no limit)", low=0)
-    required_batch_size_multiple: int = option(8, "a batch holds a multiple of this, or fewer", low=1)
-    drop_remainder: bool = option(False, "drop a last batch of another size, as fairseq does")
-    mask_prob: float = option(0.35, "share of tokens to mask, before overlaps", above=0, below=1)
-    mask_multiple_length: int = option(4, "tokens masked in a row", low=1, high=10_000)
-    mask_stdev: float = option(0.0, "standard deviation of that length", low=0, high=10_000)
-    random_token_prob: float = option(0.0, "share of the masked tokens replaced by a random one", low=0, high=1)
-    leave_unmasked_prob: float = option(0.0, "share of the masked tokens left as they are", low=0, high=1)
-    fixed_masks: bool = option(False, "use epoch 1's masks in every epoch, as fairseq does with its num_workers=1")
-    teacher_input: str = option(
-        "full", "what the teacher reads: the block (paper), or its masked tokens (fairseq)", choices=("full", "masked")
-    )
-    seed: int = option(1, "seed of order, masks, initial weights and dropout", low=0, high=2**32 - 1 - 10**6)
-
-    def check(self):
-        if not self.data_path:
-            raise InputError("--data_path is missing: the folder that preprocess.py, or data.py --make_demo, has made")
-        if self.random_token_prob + self.leave_unmasked_prob > 1:
-            raise InputError("--random_token_prob and --leave_unmasked_prob: their sum must be at most 1")
-
+import numpy as np
 
 # ---------------------------------------------------------------------------------------------- masks
 
 
 class BlockMask(NamedTuple):
     hidden: np.ndarray  # (length,) bool: the places chosen for masking
-    shown: np.ndarray  # (length,) bool: those of them where the student sees `<mask>` or a random token
+    shown: (
+        np.ndarray
+    )  # (length,) bool: those of them where the student sees `<mask>` or a random token
     random: tuple | None  # (places (length,) bool, their tokens): those of them with a random token
 
 
-def mask_block(length: int, dictionary: Dictionary, cfg: DataConfig, epoch: int, index: int) -> BlockMask:
+def mask_block(
+    length: int, dictionary: Dictionary, cfg: DataConfig, epoch: int, index: int
+) -> BlockMask:
     """Draw the mask of block number `index` of `length` tokens, `<s>` included.
 
     Each block of each epoch has a generator of its own, so masks depend neither on the order of blocks nor on the
@@ -113,12 +84,16 @@ class Batch:
     target: np.ndarray  # (B, U): what the teacher reads
     masked: np.ndarray  # (M,): flat places in `source` that show `<mask>`
     target_places: np.ndarray  # (M,): flat places of the same tokens in `target`
-    chosen: np.ndarray  # (K,): flat places in `source` chosen for masking, also those that show another token
+    chosen: (
+        np.ndarray
+    )  # (K,): flat places in `source` chosen for masking, also those that show another token
     ids: np.ndarray  # (B,) block numbers
     ntokens: int  # tokens that are not padding
     source_padded: bool  # holds at least one <pad>
     target_padded: bool
-    pinned: object = None  # a tensor of the arrays, back to back, that a device can copy by itself (Device.pin)
+    pinned: object = (
+        None  # a tensor of the arrays, back to back, that a device can copy by itself (Device.pin)
+    )
 
     @property
     def nsentences(self) -> int:
@@ -132,7 +107,9 @@ class Batch:
 class MaskedRows(NamedTuple):  # padded blocks, back to back (P,), or (B, T)
     tokens: np.ndarray  # int64
     source: np.ndarray  # int64: what the student reads
-    hidden: np.ndarray  # bool: the places chosen for masking; those that show `<mask>` enter the loss
+    hidden: (
+        np.ndarray
+    )  # bool: the places chosen for masking; those that show `<mask>` enter the loss
 
 
 def cut(array: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
@@ -160,17 +137,25 @@ class BlockDataset:
         block_size = (limit if split_long else cfg.tokens_per_sample) - 1
         if block_size < 1:
             raise InputError(f"--max_tokens {cfg.max_tokens}: too small for <s> and a token")
-        self.starts, ends = cut_blocks(self.stream.sizes, cfg.sample_break_mode, block_size, split_long)
+        self.starts, ends = cut_blocks(
+            self.stream.sizes, cfg.sample_break_mode, block_size, split_long
+        )
         self.lengths = (ends - self.starts + 1).astype(np.int32)  # with <s>
         order = order_by_length(self.lengths, cfg.seed)
         ascending = self.lengths[order]
-        fit = int(np.searchsorted(ascending, limit if self.training else cfg.tokens_per_sample, side="right"))
+        fit = int(
+            np.searchsorted(
+                ascending, limit if self.training else cfg.tokens_per_sample, side="right"
+            )
+        )
         order, ascending, self.too_long = order[:fit], ascending[:fit], order[fit:]
         if not self.training and fit and ascending[-1] > cfg.max_tokens:
             raise InputError(
                 f"{folder}: {split} has a block of {ascending[-1]} tokens, above --max_tokens {cfg.max_tokens}"
             )
-        ends = cut_batches(ascending, cfg.max_tokens, cfg.batch_size, cfg.required_batch_size_multiple)
+        ends = cut_batches(
+            ascending, cfg.max_tokens, cfg.batch_size, cfg.required_batch_size_multiple
+        )
         last = int(ends[-2]) if len(ends) > 1 else 0  # where the last batch begins
         dropped = cfg.drop_remainder and (fit - last) % cfg.required_batch_size_multiple
         self.remainder = order[last:] if dropped else order[:0]
@@ -183,7 +168,9 @@ class BlockDataset:
 
     def dropped_tokens(self) -> tuple[int, int]:
         """Tokens of the text that training never sees: (in blocks too long, in the dropped remainder)."""
-        return tuple(int(self.lengths[part].sum()) - len(part) for part in (self.too_long, self.remainder))
+        return tuple(
+            int(self.lengths[part].sum()) - len(part) for part in (self.too_long, self.remainder)
+        )
 
     def epoch_batches(self, epoch: int, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
         """Block numbers of this worker's batches, in order; all workers get as many lists, the last may be empty."""
@@ -191,7 +178,9 @@ class BlockDataset:
         which = np.arange(len(self.batch_ends))
         if self.training:
             np.random.RandomState((self.cfg.seed + epoch) % 2**32).shuffle(which)
-        mine = [self.order[begins[i] : self.batch_ends[i]] for i in which[rank::world_size].tolist()]
+        mine = [
+            self.order[begins[i] : self.batch_ends[i]] for i in which[rank::world_size].tolist()
+        ]
         if len(mine) < -(-len(which) // world_size):
             mine.append(self.order[:0])
         return mine
@@ -213,8 +202,13 @@ class BlockDataset:
 
         cfg, source, hidden = self.cfg, tokens.copy(), np.zeros(len(tokens), bool)
         mask_epoch = epoch if self.training and not cfg.fixed_masks else 1
-        mask_one = functools.partial(mask_block, dictionary=self.dictionary, cfg=cfg, epoch=mask_epoch)
-        if cfg.mask_stdev == cfg.random_token_prob == cfg.leave_unmasked_prob == 0 and hide_blocks_is_exact():
+        mask_one = functools.partial(
+            mask_block, dictionary=self.dictionary, cfg=cfg, epoch=mask_epoch
+        )
+        if (
+            cfg.mask_stdev == cfg.random_token_prob == cfg.leave_unmasked_prob == 0
+            and hide_blocks_is_exact()
+        ):
             rule = cfg.seed, mask_epoch, cfg.mask_prob, cfg.mask_multiple_length
             hide_blocks(hidden, begins, lengths, ids, *rule, mask_one)
             source[hidden] = self.dictionary.mask_id
@@ -229,7 +223,9 @@ class BlockDataset:
 
     def mask(self, ids: np.ndarray, epoch: int) -> MaskedRows:
         """The blocks `ids` (at least one) read and masked in training epoch `epoch`, (B, T) each."""
-        rows = self._mask_rows(ids.astype(np.int64), np.full(len(ids), self.lengths[ids].max()), epoch)
+        rows = self._mask_rows(
+            ids.astype(np.int64), np.full(len(ids), self.lengths[ids].max()), epoch
+        )
         return MaskedRows(*(array.reshape(len(ids), -1) for array in rows))
 
     def _make_batches(self, lists: list[np.ndarray], epoch: int) -> list[Batch]:
@@ -266,8 +262,13 @@ class BlockDataset:
             chosen = np.flatnonzero(hidden)  # (K,)
             chosen_ends = np.searchsorted(chosen, ends)
         fields = dict(  # of every batch
-            source=[part.reshape(count, -1) for part, count in zip(cut(source, ends), counts.tolist())],
-            target=[part.reshape(count, -1) for part, count in zip(cut(target, target_ends), counts.tolist())],
+            source=[
+                part.reshape(count, -1) for part, count in zip(cut(source, ends), counts.tolist())
+            ],
+            target=[
+                part.reshape(count, -1)
+                for part, count in zip(cut(target, target_ends), counts.tolist())
+            ],
             masked=cut(masked - np.repeat(begins, masked_counts), masked_ends),
             target_places=cut(target_places - np.repeat(target_begins, masked_counts), masked_ends),
             chosen=cut(chosen - np.repeat(begins, np.diff(chosen_ends, prepend=0)), chosen_ends),
@@ -335,6 +336,7 @@ class Corpus:
 
 
 if __name__ == "__main__":
-    from text import demo as dataset
+    from run import flags
+    from text import demo
 
-    program(dataset.main)
+    flags.program(demo.main)

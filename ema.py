@@ -1,22 +1,11 @@
 """How the teacher moves: an exponential moving average of the student's encoder, in float32 (paper, section 3.2)."""
 
 import copy
-from dataclasses import dataclass
 
-import torch
-
-from config import option
+from config import EmaConfig
 from model import Encoder
 
-
-@dataclass(frozen=True)
-class EmaConfig:
-    ema_decay: float = option(0.999, "decay of the teacher at the start", low=0, high=1)
-    ema_end_decay: float = option(0.9999, "decay from ema_anneal_end_step on", low=0, high=1)
-    ema_anneal_end_step: int = option(300000, "updates over which the decay goes from one to the other", low=0)
-    ema_transformer_layers_only: bool = option(
-        True, "copy the embeddings and their LayerNorm instead of averaging them"
-    )
+import torch
 
 
 def decay_at(update: float, cfg: EmaConfig) -> float:
@@ -38,7 +27,9 @@ def step(teacher: Encoder, student: Encoder, decay: float, cfg: EmaConfig):
         return
     averaged, copied = ([], []), ([], [])
     for (name, old), new in zip(teacher.named_parameters(), student.parameters(), strict=True):
-        copy_it = cfg.ema_transformer_layers_only and name.startswith(("embed_", "layernorm_embedding"))
+        copy_it = cfg.ema_transformer_layers_only and name.startswith(
+            ("embed_", "layernorm_embedding")
+        )
         pair = copied if copy_it else averaged
         pair[0].append(old)
         pair[1].append(new)

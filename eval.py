@@ -14,31 +14,60 @@ follow from its position alone. So the figures of guesses that read no word are 
 import json
 from pathlib import Path
 
-import config
+from config import PARTS
+from run import flags
+
+
+def add_flags(parser):
+    flag = parser.add_argument
+    flag("--ckpt", metavar="FILE", help="the checkpoint; --init_from is another name for it")
+    flag("--split", default="valid", metavar="NAME", help="of the dataset [valid]")
+    flag("--untrained", action="store_true", help="evaluate the same model before training, too")
+    flag(
+        "--probe", action="store_true", help="do its features name hidden words? see judge/probe.py"
+    )
+    flag(
+        "--probe_places",
+        type=int,
+        default=50_000,
+        metavar="N",
+        help="masked places to fit it on [50000]",
+    )
+    flag("--json", action="store_true", help="print one JSON object")
+    flag("--features", metavar="TEXT", help="a file of raw lines, or - for standard input")
+    flag("--out", metavar="F.npy", help="where their features go")
+    flag("--layer", type=int, metavar="N", help="whose output: 0 is the embeddings [the last]")
+    flag(
+        "--pool", default="mean", choices=("mean", "cls", "none"), help="of a line's tokens [mean]"
+    )
+    flag("--encoder_json", metavar="FILE", help="the BPE's vocabulary [in --data_path]")
+    flag("--vocab_bpe", metavar="FILE", help="the BPE's merges [in --data_path]")
+
 
 if __name__ == "__main__":
-    config.read_ahead(__file__)  # --help and mistakes, before torch is imported, which takes seconds
+    flags.answer_early(PARTS, __doc__, add_flags)  # torch takes seconds to import
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import DeviceConfig, open_device  # isort: split
 
-from formats.fairseq_names import reference_settings
-from config import InputError, printable
+from config import PARTS, Config, DeviceConfig, InputError, printable
 from data import Corpus
-from text.tokens import load_tokenizer
-from run import checkpoint
+from formats.fairseq_names import reference_settings
+from hardware.device import open_device
 from judge.probe import Probe
 from judge.probe import table as probe_table
 from judge.quality import GUESSES, evaluate, verdict
+from run import checkpoint
 from run.resume import init_from
-from train import PARTS, Config, Run
+from text.tokens import load_tokenizer
+from train import Run
 
 
 def saved_settings(loaded: checkpoint.Loaded, path) -> dict:
     """The settings a checkpoint brings along; where it runs is a matter of this command, not of its run."""
     values = loaded.config
     if loaded.kind == "fairseq":
-        fields = {name: field for part in PARTS for name, field in part.__dataclass_fields__.items()}
+        fields = {
+            name: field for part in PARTS for name, field in part.__dataclass_fields__.items()
+        }
         values = reference_settings(loaded.config, fields, path)
     where = DeviceConfig.__dataclass_fields__
     return {k: v for k, v in values.items() if k not in where and k != "init_from"}
@@ -59,13 +88,19 @@ def table(result: dict) -> str:
         f"{'':10}" + "".join(f"{name:>12}" for name in names),
     ]
     for label, figures in rows.items():
-        lines.append(f"{label:10}" + "".join(f"{'' if x is None else format(x, '.4f'):>12}" for x in figures))
-    lines += ["position, block, constant: guesses that read no word (judge/quality.py)"] * ("r2" in result)
+        lines.append(
+            f"{label:10}" + "".join(f"{'' if x is None else format(x, '.4f'):>12}" for x in figures)
+        )
+    lines += ["position, block, constant: guesses that read no word (judge/quality.py)"] * (
+        "r2" in result
+    )
     lines += [verdict(result)]
     return "\n".join(lines)
 
 
-def write_features(cfg: Config, device, corpus: Corpus, loaded: checkpoint.Loaded, path, args) -> int:
+def write_features(
+    cfg: Config, device, corpus: Corpus, loaded: checkpoint.Loaded, path, args
+) -> int:
     from judge import features
 
     if not args.out:
@@ -74,47 +109,48 @@ def write_features(cfg: Config, device, corpus: Corpus, loaded: checkpoint.Loade
         raise InputError("--untrained and --probe go with an evaluation, not with --features")
     if device.world_size > 1:
         raise InputError("--features runs in one process; give each a part of the text")
-    tokenize = load_tokenizer(corpus.folders[0], corpus.dictionary, args.encoder_json, args.vocab_bpe)
+    tokenize = load_tokenizer(
+        corpus.folders[0], corpus.dictionary, args.encoder_json, args.vocab_bpe
+    )
     run = Run(cfg, device, len(corpus.dictionary))
     init_from(run, corpus, loaded, path)
     done = features.write(
-        run.student.encoder, device, tokenize, args.features, args.out, args.layer, args.pool, cfg.data
+        run.student.encoder,
+        device,
+        tokenize,
+        args.features,
+        args.out,
+        args.layer,
+        args.pool,
+        cfg.data,
     )
     shown = "{out}: {lines:,} lines, {tokens:,} tokens, {unknown:.1%} <unk>, width {width}, layer {layer}, pool {pool}"
     shown += ", {seconds:.1f} s"
     print(
-        json.dumps(dict(ckpt=str(path), amp=device.amp_name, **done)) if args.json else printable(shown.format(**done))
+        json.dumps(dict(ckpt=str(path), amp=device.amp_name, **done))
+        if args.json
+        else printable(shown.format(**done))
     )
     return 0
 
 
-def add_flags(parser):
-    flag = parser.add_argument
-    flag("--ckpt", metavar="FILE", help="the checkpoint; --init_from is another name for it")
-    flag("--split", default="valid", metavar="NAME", help="of the dataset [valid]")
-    flag("--untrained", action="store_true", help="evaluate the same model before training, too")
-    flag("--probe", action="store_true", help="do its features name hidden words? see judge/probe.py")
-    flag("--probe_places", type=int, default=50_000, metavar="N", help="masked places to fit it on [50000]")
-    flag("--json", action="store_true", help="print one JSON object")
-    flag("--features", metavar="TEXT", help="a file of raw lines, or - for standard input")
-    flag("--out", metavar="F.npy", help="where their features go")
-    flag("--layer", type=int, metavar="N", help="whose output: 0 is the embeddings [the last]")
-    flag("--pool", default="mean", choices=("mean", "cls", "none"), help="of a line's tokens [mean]")
-    flag("--encoder_json", metavar="FILE", help="the BPE's vocabulary [in --data_path]")
-    flag("--vocab_bpe", metavar="FILE", help="the BPE's merges [in --data_path]")
-
-
 def main(argv: list | None = None) -> int:
-    parts, args = config.parse(PARTS, __doc__, argv, extra=add_flags)
+    parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags)
     path, given = args.ckpt or parts[-1].init_from, parts[0].data_path
     if not path:
         raise InputError("--ckpt is missing: the checkpoint to evaluate")
     loaded = checkpoint.load(path)
-    parts, args = config.parse(PARTS, __doc__, argv, extra=add_flags, base=saved_settings(loaded, path))
+    parts, args = flags.parse(
+        PARTS, __doc__, argv, extra=add_flags, base=saved_settings(loaded, path)
+    )
     cfg = Config(*parts)
-    missing = next((folder for folder in cfg.data.data_path.split(":") if not Path(folder).is_dir()), None)
+    missing = next(
+        (folder for folder in cfg.data.data_path.split(":") if not Path(folder).is_dir()), None
+    )
     if missing and not given:
-        raise InputError(f"{missing}: no such folder; {path} was trained on it: name its place now with --data_path")
+        raise InputError(
+            f"{missing}: no such folder; {path} was trained on it: name its place now with --data_path"
+        )
     device = open_device(cfg.device)
     try:
         corpus = Corpus(cfg.data)
@@ -129,7 +165,11 @@ def main(argv: list | None = None) -> int:
         first_weights = probe.ask(run.student) if probe else None
         init_from(run, corpus, loaded, path)
         result = dict(
-            ckpt=str(path), split=args.split, amp=device.amp_name, **evaluate(run, dataset, train), **untrained
+            ckpt=str(path),
+            split=args.split,
+            amp=device.amp_name,
+            **evaluate(run, dataset, train),
+            **untrained,
         )
         if probe:
             result["probe"] = probe.result(first_weights, probe.ask(run.student))
@@ -143,4 +183,4 @@ def main(argv: list | None = None) -> int:
 
 
 if __name__ == "__main__":
-    config.program(main)
+    flags.program(main)

@@ -16,132 +16,45 @@ Source: fairseq at commit 3f6ba43f, task and criterion `sentence_prediction`, mo
 import json
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-import config
+from config import METRICS, RECIPES, DeviceConfig, FinetuneConfig, InputError, OptimConfig, RunError
+from run import flags
+
+PARTS = [FinetuneConfig, DeviceConfig]
 
 if __name__ == "__main__":
-    config.read_ahead(__file__)  # --help and mistakes, before torch is imported, which takes seconds
+    flags.answer_early(PARTS, __doc__)  # torch takes seconds to import
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import LOWEST_LOSS_SCALE, Device, DeviceConfig, open_device, worker  # isort: split
+
+import convert
+from hardware.device import LOWEST_LOSS_SCALE, Device, open_device, worker
+from hardware.vectors import Separate
+from optim import Optimizer
+from run import checkpoint
+from run.guard import check_memory
+from run.lock import Lock
+from tasks import baselines as bag
+from tasks import labelled, predict, pretrained, report
+from tasks.classifier import (
+    Classifier,
+    LinearProbe,
+    SentenceHead,
+    figures_of,
+    loss_sum,
+    outputs_of,
+    state_of,
+)
+from tasks.data import Data, read_data
+from tasks.labelled import Split
+from tasks.linear_probe import probe
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import convert
-from config import InputError, RunError, option
-from tasks import labelled
-from tasks.labelled import Split
-from hardware.vectors import Separate
-from optim import OptimConfig, Optimizer
-from run import checkpoint
-from run.guard import check_memory
-from run.lock import Lock
-from tasks import baselines as bag
-from tasks import predict
-from tasks import pretrained
-from tasks import report
-from tasks.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum, outputs_of, state_of
-from tasks.data import MOST_CLASSES, Data, read_data
-from tasks.linear_probe import probe
-
-# GLUE's recipe: batch_size, lr, max_update, warmup_updates, metric
-RECIPES = {
-    "cola": (16, 1e-5, 5336, 320, "matthews"),
-    "sst2": (32, 1e-5, 20935, 1256, "accuracy"),
-    "mrpc": (16, 1e-5, 2296, 137, "accuracy_and_f1"),
-    "stsb": (16, 2e-5, 3598, 214, "pearson_and_spearman"),
-    "qqp": (32, 1e-5, 113272, 28318, "accuracy_and_f1"),
-    "mnli": (32, 1e-5, 123873, 7432, "accuracy"),
-    "qnli": (32, 1e-5, 33112, 1986, "accuracy"),
-    "rte": (16, 2e-5, 2036, 122, "accuracy"),
-}
 BATCHES_GROUPED = 16  # examples are sorted by length within this many batches; more leave less padding, less is chance
-METRICS = ("accuracy", "f1", "matthews", "accuracy_and_f1", "pearson", "spearman", "pearson_and_spearman")
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    ckpt: str = option("", "the encoder: a checkpoint, ours or fairseq's, or a Hugging Face folder")
-    init_from: str = option("", "the same, and its classification head too, where it has one")
-    teacher: bool = option(False, "take the teacher's encoder instead of the student's")
-    attention_heads: int = option(0, "of weights that come without settings (0: a guess, which is printed)", low=0)
-    task: str = option("none", "a task of GLUE, with its files in --data_path", choices=("none", *RECIPES))
-    data_path: str = option("", "folder of GLUE's files, or of the binarized folders input0, input1 and label")
-    train: str = option("", "your own labelled text: .tsv, .csv or .jsonl")
-    valid: str = option("", "the split that decides which checkpoint and which --lr is the best")
-    test: str = option("", "a split to score once, by the best checkpoint")
-    text: str = option("", "columns of the text, one or two joined by a comma: names, or numbers from 1")
-    label: str = option("", "column of the label")
-    header: str = option("auto", "whether the files' first row names the columns", choices=("auto", "true", "false"))
-    regression: bool = option(False, "labels are numbers to be predicted, not classes")
-    label_scale: float = option(1.0, "divide the numbers by this while training", above=0)
-    num_classes: int = option(0, "classes (0: as many as training has)", low=0)
-    dict: str = option("", "dict.txt of the pretraining data, where it is not found")
-    encoder_json: str = option("", "the BPE's vocabulary")
-    vocab_bpe: str = option("", "the BPE's merges")
-    freeze: bool = option(False, "fit a linear probe on frozen features; training settings have no meaning then")
-    pool: str = option("cls", "what the head reads: <s>, or the mean over the text", choices=("cls", "mean"))
-    untrained: bool = option(False, "do the same from random weights, for comparison")
-    embed_rms: float = option(0.0, "first bring the embeddings to this size, so that they move faster (0: no)", low=0)
-    lr: tuple = option((2e-5,), "highest learning rate; several joined by commas are all tried", low=0)
-    seed: int = option(1, "seed of order, head and dropout", low=0, high=2**31 - 1)
-    seeds: int = option(1, "how many seeds from --seed on to fine-tune with", low=1, high=1000)
-    batch_size: int = option(16, "most examples in a batch", low=1)
-    max_tokens: int = option(4400, "most tokens in a batch, padding included (0: no limit)", low=0)
-    update_freq: int = option(1, "batches that make one update", low=1)
-    max_update: int = option(0, "updates in all; the learning rate is 0 there (0: --max_epoch epochs)", low=0)
-    max_epoch: int = option(10, "stop after this many epochs (0: no limit)", low=0)
-    warmup_updates: int = option(-1, "updates of linear warm-up (-1: by --warmup_share)", low=-1)
-    warmup_share: float = option(0.06, "warm-up as a share of all updates", low=0, high=1)
-    patience: int = option(0, "stop after this many validations in a row without a better one (0: never)", low=0)
-    metric: str = option("auto", "what decides; auto: accuracy, or the mean correlation", choices=("auto", *METRICS))
-    clip_norm: float = option(0.0, "largest global gradient norm (0: no clipping)", low=0)
-    adam_betas: tuple = option((0.9, 0.98), "Adam's decays", low=0, below=1)
-    adam_eps: float = option(1e-6, "Adam's epsilon, beside the uncorrected second moment as in fairseq", above=0)
-    weight_decay: float = option(0.1, "decoupled weight decay, on all parameters", low=0)
-    dropout: float = option(0.1, "after embedding, attention and feed-forward", low=0, below=1)
-    attention_dropout: float = option(0.1, "on the attention weights", low=0, below=1)
-    activation_dropout: float = option(0.0, "after the activation", low=0, below=1)
-    pooler_dropout: float = option(0.0, "before both matrices of the head", low=0, below=1)
-    save_dir: str = option("", "where the checkpoint, finetune.jsonl and results.json go")
-    overwrite: bool = option(False, "remove an older fine-tuning in --save_dir")
-    predict: str = option(
-        "", "a file of raw lines to classify (a pair: two texts and a tab), or of columns with --text"
-    )
-    out: str = option("", "where the predictions go (none: standard output)")
-    fairseq_exact: bool = option(False, "as recorded from fairseq: no dropout, batches of any lengths, none too long")
-
-    def check(self):
-        if not (self.ckpt or self.init_from):
-            raise InputError("--ckpt is missing: the pretrained checkpoint to start from")
-        if self.ckpt and self.init_from:
-            raise InputError("--ckpt and --init_from both name the weights to start from; give one of them")
-        if self.predict:
-            if not self.ckpt:
-                raise InputError("--predict needs --ckpt, the checkpoint_best.pt of a fine-tuning")
-            return
-        if not self.save_dir:
-            raise InputError("--save_dir is missing: the folder for the fine-tuned checkpoint")
-        if len(self.adam_betas) != 2 or not self.lr:
-            raise InputError(f"--adam_betas {self.adam_betas}, --lr {self.lr}: two decays, and at least one lr")
-        if bool(self.train or self.valid) == bool(self.data_path):
-            raise InputError("--data_path DIR, or --train F and --valid F: one of them says where the labelled text is")
-        if self.train and not (self.valid and self.text and self.label):
-            raise InputError("--train F needs --valid F, --text COL[,COL] and --label COL")
-        if self.task != "none" and not self.data_path:
-            raise InputError(f"--task {self.task} needs --data_path, the folder with GLUE's train.tsv and dev.tsv")
-        if self.num_classes > MOST_CLASSES:
-            raise InputError(f"--num_classes {self.num_classes}: must be at most {MOST_CLASSES}")
-        if not (self.max_update or self.max_epoch):
-            raise InputError("--max_update 0 --max_epoch 0: one of them must end the run")
-
-
-PARTS = [FinetuneConfig, DeviceConfig]
 
 
 def implied(given: FinetuneConfig) -> dict:
@@ -174,17 +87,33 @@ def lr_at(updates: int, lr: float, warmup: int, total: int) -> float:
 class Run:
     """The state of one fine-tuning."""
 
-    def __init__(self, cfg: FinetuneConfig, device: Device, model: Classifier, data: Data, lr: float, seed: int):
+    def __init__(
+        self,
+        cfg: FinetuneConfig,
+        device: Device,
+        model: Classifier,
+        data: Data,
+        lr: float,
+        seed: int,
+    ):
         self.cfg, self.device, self.data, self.lr, self.seed = cfg, device, data, lr, seed
         self.model = model.to(device.torch_device).train()
         order = labelled.training_order(len(data.train.rows), seed)
         if not cfg.fairseq_exact:
-            order = labelled.group_lengths(data.train.lengths, order, BATCHES_GROUPED * cfg.batch_size)
-        self.batches = labelled.cut_batches(data.train.lengths, order, cfg.batch_size, cfg.max_tokens)
+            order = labelled.group_lengths(
+                data.train.lengths, order, BATCHES_GROUPED * cfg.batch_size
+            )
+        self.batches = labelled.cut_batches(
+            data.train.lengths, order, cfg.batch_size, cfg.max_tokens
+        )
         per_epoch = -(-len(self.batches) // cfg.update_freq)
-        self.total = cfg.max_update or cfg.max_epoch * per_epoch  # where the learning rate reaches 0
+        self.total = (
+            cfg.max_update or cfg.max_epoch * per_epoch
+        )  # where the learning rate reaches 0
         self.end = min(self.total, cfg.max_epoch * per_epoch) if cfg.max_epoch else self.total
-        self.warmup = round(cfg.warmup_share * self.total) if cfg.warmup_updates < 0 else cfg.warmup_updates
+        self.warmup = (
+            round(cfg.warmup_share * self.total) if cfg.warmup_updates < 0 else cfg.warmup_updates
+        )
         weights = Separate(self.model, self.model.encoder, device.amp)
         rules = OptimConfig(cfg.clip_norm, cfg.adam_betas, cfg.adam_eps, cfg.weight_decay)
         self.optimizer = Optimizer(weights, rules, device, cfg.update_freq)
@@ -216,11 +145,15 @@ def update(run: Run, batches: list) -> dict | None:
     step = run.optimizer.step(lr, run.num_updates, total, torch.tensor([size, size, 0]))
     if step is None:
         if run.optimizer.loss_scale < LOWEST_LOSS_SCALE:
-            raise RunError("gradients overflow float16 at any loss scale; lower --lr, or use --amp bf16")
+            raise RunError(
+                "gradients overflow float16 at any loss scale; lower --lr, or use --amp bf16"
+            )
         return None
     loss, gnorm = step.loss.item() / size, step.gnorm.item()
     if not math.isfinite(loss + gnorm):
-        raise RunError(f"update {run.num_updates + 1}: loss {loss}, gradient norm {gnorm}; try a lower --lr")
+        raise RunError(
+            f"update {run.num_updates + 1}: loss {loss}, gradient norm {gnorm}; try a lower --lr"
+        )
     run.num_updates += 1
     return dict(num_updates=run.num_updates, loss=loss, sample_size=size, gnorm=gnorm, lr=lr)
 
@@ -255,7 +188,9 @@ def train(run: Run, metric: str, name: str, write, save) -> dict:
                     break
 
             found = evaluate(run, run.data.valid)
-            flat = {f"{split}_{k}": v for split, figures in found.items() for k, v in figures.items()}
+            flat = {
+                f"{split}_{k}": v for split, figures in found.items() for k, v in figures.items()
+            }
             write(dict(num_updates=run.num_updates, epoch=epoch, **flat))
             better = best is None or found["valid"][metric] > best["valid"][metric]
             waited = 0 if better else waited + 1
@@ -263,7 +198,9 @@ def train(run: Run, metric: str, name: str, write, save) -> dict:
                 best = dict(num_updates=run.num_updates, **found)
                 save()
             shown = f"{name}: update {run.num_updates:,} of {run.end:,}, epoch {epoch}"
-            tqdm.write(f"{shown}: valid loss {found['valid']['loss']:.4f}, {metric} {found['valid'][metric]:.4f}")
+            tqdm.write(
+                f"{shown}: valid loss {found['valid']['loss']:.4f}, {metric} {found['valid'][metric]:.4f}"
+            )
     return best
 
 
@@ -276,11 +213,15 @@ class Program:
     def __init__(self, cfg: FinetuneConfig, device: Device):
         self.cfg, self.device, self.folder = cfg, device, Path(cfg.save_dir)
         self.source = pretrained.load(cfg.ckpt or cfg.init_from, cfg.teacher, cfg.attention_heads)
-        check_memory(self.source.shape, self.source.vocabulary, device, copies=2 if cfg.freeze else 5)
+        check_memory(
+            self.source.shape, self.source.vocabulary, device, copies=2 if cfg.freeze else 5
+        )
         self.dictionary, tokenize, self.texts = pretrained.prepare_text(cfg, self.source)
         self.data = read_data(cfg, self.source.longest, self.dictionary, tokenize)
         allowed = METRICS[:4] if self.data.names else METRICS[4:]
-        self.metric = cfg.metric if cfg.metric != "auto" else "accuracy" if self.data.names else allowed[-1]
+        self.metric = (
+            cfg.metric if cfg.metric != "auto" else "accuracy" if self.data.names else allowed[-1]
+        )
         if self.metric not in allowed:
             raise InputError(f"--metric {self.metric}: choose from {', '.join(allowed)}")
 
@@ -312,26 +253,38 @@ class Program:
     def new_model(self, seed: int, untrained: bool) -> Classifier:
         cfg, source, outputs = self.cfg, self.source, self.data.outputs
         self.device.seed(seed)
-        rates = {name: getattr(cfg, name) for name in ("dropout", "attention_dropout", "activation_dropout")}
+        rates = {
+            name: getattr(cfg, name)
+            for name in ("dropout", "attention_dropout", "activation_dropout")
+        }
         encoder, width = source.encoder(untrained, **rates), source.shape.embed_dim
         if cfg.embed_rms:
             pretrained.scale_embeddings(encoder, cfg.embed_rms)
         of_mean = cfg.freeze or cfg.pool == "mean"
-        head = LinearProbe(width, outputs) if of_mean else SentenceHead(width, outputs, cfg.pooler_dropout)
+        head = (
+            LinearProbe(width, outputs)
+            if of_mean
+            else SentenceHead(width, outputs, cfg.pooler_dropout)
+        )
         if cfg.init_from and source.head and not untrained:
             checkpoint.put(source.head, head, "the classification head", source.path)
         return Classifier(encoder, head)
 
     def contents(self, model: Classifier) -> dict:
         """What checkpoint.load reads as a checkpoint of this project without a teacher, and the classifier."""
-        state, symbols = {k: v.detach().cpu() for k, v in model.state_dict().items()}, self.dictionary
+        state, symbols = (
+            {k: v.detach().cpu() for k, v in model.state_dict().items()},
+            self.dictionary,
+        )
         place = dict(data_path=str(self.folder.resolve()), tokens_per_sample=self.source.longest)
         return convert.beginning(self.cfg.seed) | dict(
             config={**vars(self.source.shape), **place},
             dictionary=dict(size=len(symbols), digest=symbols.digest(), mask_id=symbols.mask_id),
             student={k: v for k, v in state.items() if k.startswith("encoder.")},
             classifier=dict(
-                head={k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")},
+                head={
+                    k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")
+                },
                 labels=self.data.names,
                 texts=self.data.texts,
                 label_scale=self.cfg.label_scale,
@@ -352,7 +305,12 @@ def finetune(cfg: FinetuneConfig, device: Device) -> int:
         report.describe(program.source, program.data, program.metric, lrs)
         counted = bag.fit(program.data, len(program.dictionary), program.metric)
         report.say([counted], program.metric, report.BAG)
-        plan = [(lr, seed, u) for u in (False, True)[: 1 + cfg.untrained] for lr in lrs for seed in seeds_of(cfg, u)]
+        plan = [
+            (lr, seed, u)
+            for u in (False, True)[: 1 + cfg.untrained]
+            for lr in lrs
+            for seed in seeds_of(cfg, u)
+        ]
         for lr, seed, untrained in plan:
             results.append(program.run(lr, seed, untrained, alone=len(plan) == 1))
             report.keep_best(results, program.metric)
@@ -370,9 +328,11 @@ def seeds_of(cfg: FinetuneConfig, untrained: bool) -> list[int]:
 def main(argv: list | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if any(word.replace("-", "_").startswith(("__config_name", "__config_dir")) for word in argv):
-        raise InputError("--config_name, --config_dir: those settings are for pretraining; --task sets GLUE's recipe")
-    (cfg, where), _ = config.parse(PARTS, __doc__, argv)
-    (cfg, where), _ = config.parse(PARTS, __doc__, argv, base=implied(cfg))
+        raise InputError(
+            "--config_name, --config_dir: those settings are for pretraining; --task sets GLUE's recipe"
+        )
+    (cfg, where), _ = flags.parse(PARTS, __doc__, argv)
+    (cfg, where), _ = flags.parse(PARTS, __doc__, argv, base=implied(cfg))
     cfg.check()
     if worker()[1] > 1:
         raise InputError("fine-tuning runs on one device; start it without torchrun")
@@ -380,16 +340,21 @@ def main(argv: list | None = None) -> int:
     try:
         return predict.predict(cfg, device) if cfg.predict else finetune(cfg, device)
     except KeyboardInterrupt:
-        print("\nfinetune.py: interrupted; a checkpoint_best.pt that was written stays", file=sys.stderr)
+        print(
+            "\nfinetune.py: interrupted; a checkpoint_best.pt that was written stays",
+            file=sys.stderr,
+        )
         return 130
     except (RuntimeError, MemoryError) as e:
         if isinstance(e, RunError) or not device.is_out_of_memory(e):
             raise
         said = " ".join(str(e).split())[:200]
-        raise RunError(f"out of memory; lower --batch_size or --max_tokens, raise --update_freq; {said}") from None
+        raise RunError(
+            f"out of memory; lower --batch_size or --max_tokens, raise --update_freq; {said}"
+        ) from None
     finally:
         device.close()
 
 
 if __name__ == "__main__":
-    config.program(main)
+    flags.program(main)

@@ -11,13 +11,14 @@ in fairseq's RobertaLMHead.
 
 import math
 
+from config import ModelConfig
+from data import Batch, BlockDataset
+from model import data2vec_loss, teacher_targets
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from data import Batch, BlockDataset
-from model import ModelConfig, data2vec_loss, teacher_targets
 
 
 def places_of(batch: Batch, cfg: ModelConfig) -> Tensor:
@@ -27,7 +28,9 @@ def places_of(batch: Batch, cfg: ModelConfig) -> Tensor:
 
 def words_of(batch: Batch, cfg: ModelConfig) -> Tensor:
     """The tokens (M,) that were there before masking. With objective=mlm the batch must hold whole blocks."""
-    return batch.target.flatten().index_select(0, batch.chosen if cfg.objective == "mlm" else batch.target_places)
+    return batch.target.flatten().index_select(
+        0, batch.chosen if cfg.objective == "mlm" else batch.target_places
+    )
 
 
 def word_loss(logits: Tensor, words: Tensor) -> Tensor:
@@ -45,7 +48,9 @@ def loss_of(run, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         return word_loss(logits, words_of(batch, cfg)), none, none
     target = teacher_targets(run.teacher, batch, cfg)
     prediction, logits = run.student(batch.source, batch.masked, batch.source_padded)
-    loss = data2vec_loss(prediction, target, cfg) + cfg.mlm_weight * word_loss(logits, words_of(batch, cfg))
+    loss = data2vec_loss(prediction, target, cfg) + cfg.mlm_weight * word_loss(
+        logits, words_of(batch, cfg)
+    )
     return loss, prediction, target
 
 
@@ -56,7 +61,9 @@ class WordFigures:
         """Without a training split the frequencies are not known, and left out."""
         self.device, self.frequency = run.device, None
         if train is not None:
-            counts = train.stream.counts(train.dictionary) + 1.0  # as if each word had been seen once more
+            counts = (
+                train.stream.counts(train.dictionary) + 1.0
+            )  # as if each word had been seen once more
             self.frequency = run.device.tensor(np.log(counts / counts.sum()).astype(np.float32))
         self.sums = torch.zeros(4, device=run.device.torch_device)
 

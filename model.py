@@ -8,56 +8,17 @@ Shapes: B blocks, T tokens (padding included), U tokens that the teacher reads, 
 """
 
 import math
-from dataclasses import dataclass
+
+from config import InputError, ModelConfig
+from hardware import kernels
+from init import PAD, start
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from config import InputError, option
-from hardware import kernels
-from init import PAD, start
-
 LAYER_NORM_EPS = 1e-5
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    layers: int = option(12, "encoder layers", low=1, high=1000)
-    embed_dim: int = option(768, "width", low=1, high=100_000)
-    ffn_embed_dim: int = option(3072, "inner width of the feed-forward part", low=1)
-    attention_heads: int = option(12, "attention heads", low=1)
-    max_source_positions: int = option(512, "rows of the position table", low=1)
-    normalize_before: bool = option(False, "LayerNorm before attention and feed-forward (pre-norm) instead of after")
-    activation_fn: str = option("gelu", "between the feed-forward's two matrices", choices=("gelu", "relu"))
-    dropout: float = option(0.1, "after embedding, attention and feed-forward", low=0, below=1)
-    attention_dropout: float = option(0.1, "on the attention weights", low=0, below=1)
-    activation_dropout: float = option(0.0, "after the activation", low=0, below=1)
-    head_layers: int = option(2, "linear layers of the regression head", low=1, high=100)
-    average_top_k_layers: int = option(10, "how many of the teacher's last layers make the target", low=1)
-    batch_norm_target_layer: bool = option(False, "normalize each layer's target per channel over the batch")
-    instance_norm_target_layer: bool = option(False, "normalize each layer's target per channel over a block")
-    layer_norm_target_layer: bool = option(True, "normalize each layer's target per token over the channels")
-    layer_norm_targets: bool = option(False, "normalize the averaged target per token")
-    instance_norm_targets: bool = option(False, "normalize the averaged target per channel over a block")
-    loss_beta: float = option(4.0, "where smooth L1 turns from square to linear (0: squared error)", low=0)
-    loss_scale: float = option(1.0, "factor of the loss (0 or less: 1 / sqrt(width))")
-    init: str = option("bert", "how the weights start (init.py)", choices=("bert", "local"))
-    objective: str = option(
-        "data2vec", "what the student predicts: the teacher's targets, or hidden words", choices=("data2vec", "mlm")
-    )
-    mlm_weight: float = option(0.0, "weight of the masked language modelling loss beside data2vec's", low=0)
-
-    @property
-    def predicts_words(self) -> bool:
-        return self.objective == "mlm" or self.mlm_weight > 0
-
-    def check(self):
-        if self.embed_dim % self.attention_heads:
-            raise InputError(f"--attention_heads {self.attention_heads} does not divide --embed_dim {self.embed_dim}")
-        if self.average_top_k_layers > self.layers:
-            raise InputError(f"--average_top_k_layers {self.average_top_k_layers}: there are only {self.layers} layers")
 
 
 class Dropout(nn.Module):
@@ -115,9 +76,13 @@ class EncoderLayer(nn.Module):
         self.dropout = Dropout(cfg.dropout)
         self.activation_dropout = Dropout(cfg.activation_dropout)
 
-    def forward(self, x: Tensor, attend: Tensor | None, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, attend: Tensor | None, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (B, T, C) -> the layer's output and its target, both (B, T, C), or both (M, C) at the places."""
-        y = self.self_attn(self.self_attn_layer_norm(x) if self.normalize_before else x, attend, places)
+        y = self.self_attn(
+            self.self_attn_layer_norm(x) if self.normalize_before else x, attend, places
+        )
         if places is not None:
             x = at_places(x, places)
         x = x + self.dropout(y)
@@ -145,7 +110,9 @@ class Encoder(nn.Module):
         self.layernorm_embedding = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS)
         self.dropout = Dropout(cfg.dropout)
         self.layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.layers))
-        self.layer_norm = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS) if cfg.normalize_before else None
+        self.layer_norm = (
+            nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS) if cfg.normalize_before else None
+        )
 
     def forward(
         self, tokens: Tensor, padded: bool = True, top_k: int = 0, places: Tensor | None = None
@@ -176,7 +143,9 @@ class Encoder(nn.Module):
             positions = real.cumsum(1) * real + PAD  # pads are not counted, wherever they are
         else:
             positions = torch.arange(PAD + 1, PAD + 1 + T, device=tokens.device)
-        x = self.dropout(self.layernorm_embedding(self.embed_tokens(tokens) + self.embed_positions(positions)))
+        x = self.dropout(
+            self.layernorm_embedding(self.embed_tokens(tokens) + self.embed_positions(positions))
+        )
         if not padded:
             return x, None
         return x * real[:, :, None], kernels.mask(real)
@@ -250,7 +219,9 @@ def teacher_targets(teacher: Encoder, batch, cfg: ModelConfig) -> Tensor:
     """
     if cfg.batch_norm_target_layer or cfg.instance_norm_target_layer or cfg.instance_norm_targets:
         return targets_over_places(teacher, batch, cfg)
-    _, layers = teacher(batch.target, batch.target_padded, cfg.average_top_k_layers, batch.target_places)
+    _, layers = teacher(
+        batch.target, batch.target_padded, cfg.average_top_k_layers, batch.target_places
+    )
     y = torch.stack(layers).float()  # (K, M, C)
     if cfg.layer_norm_target_layer:
         y = F.layer_norm(y, y.shape[-1:])

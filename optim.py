@@ -7,24 +7,12 @@ Source: fairseq's trainer and Adam (fairseq/optim/adam.py), which differs from t
 import math
 from dataclasses import dataclass
 
+from config import OptimConfig
+from hardware.device import Device
+
 import torch
 from torch import Tensor
 from torch.profiler import record_function
-
-from config import InputError, option
-from hardware.device import Device
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    clip_norm: float = option(5.0, "largest global gradient norm (0: no clipping)", low=0)
-    adam_betas: tuple = option((0.9, 0.98), "Adam's decays", low=0, below=1)
-    adam_eps: float = option(1e-6, "Adam's epsilon, added to the uncorrected second moment as in fairseq", above=0)
-    weight_decay: float = option(0.01, "decoupled weight decay, on all parameters", low=0)
-
-    def check(self):
-        if len(self.adam_betas) != 2:
-            raise InputError(f"--adam_betas {self.adam_betas}: two numbers, such as 0.9,0.98")
 
 
 @dataclass
@@ -46,13 +34,23 @@ class Optimizer:
         self.weights, self.cfg, self.device = weights, cfg, device
         self.is_fused = device.has_fused_adam
         # foreach=None: torch has operators for lists of weights. For a CPU it has none, and torch_npu looks for a card.
-        form = dict(fused=True) if self.is_fused else dict(foreach=False if device.type == "cpu" else None)
-        self.adam = torch.optim.AdamW(weights.parameters, betas=cfg.adam_betas, weight_decay=cfg.weight_decay, **form)
-        if device.world_size > 1:  # what the workers sum: all gradients, each a view of this vector, and the loss
+        form = (
+            dict(fused=True)
+            if self.is_fused
+            else dict(foreach=False if device.type == "cpu" else None)
+        )
+        self.adam = torch.optim.AdamW(
+            weights.parameters, betas=cfg.adam_betas, weight_decay=cfg.weight_decay, **form
+        )
+        if (
+            device.world_size > 1
+        ):  # what the workers sum: all gradients, each a view of this vector, and the loss
             self.sizes = [*(p.numel() for p in weights.parameters), 1]
             self.vector = torch.zeros(sum(self.sizes), device=device.torch_device)
         self.scaler = device.scaler(update_freq)
-        self.loss_scale = self.scaler.get_scale()  # kept on the host: asking for it waits for the device
+        self.loss_scale = (
+            self.scaler.get_scale()
+        )  # kept on the host: asking for it waits for the device
         self.skipped = 0  # steps known to have left the weights alone
 
     def begin(self) -> Tensor:
@@ -141,7 +139,9 @@ def hide_from_step(grads: list, skipped: Tensor):
         g.masked_fill_(skipped, 0.0)
 
 
-def norm_and_factor(grads: list, sample_size: int | Tensor, clip_norm: float) -> tuple[Tensor, Tensor]:
+def norm_and_factor(
+    grads: list, sample_size: int | Tensor, clip_norm: float
+) -> tuple[Tensor, Tensor]:
     """For gradients summed over sample_size masked tokens: the global norm () of their mean, and the factor () that
     makes them that mean, clipped to clip_norm (0: not clipped). Does not wait for the device."""
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))

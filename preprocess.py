@@ -38,13 +38,18 @@ from pathlib import Path
 
 import config
 from config import InputError, RunError, printable, read_text
+from run import flags
+from run.lock import Lock
 from text import files
 from text.binarized import Dictionary, build_dictionary, publish, token_type, write_parts
 from text.files import disk_size, identity, json_rows, read_all
 from text.tokens import BPE_FILES, Tokenizer, need_tokenizers, read_bpe, text_ids, train_bpe
-from run.lock import Lock
 
-SPLITS = ("test", "valid", "train")  # train last, since a folder without it is not taken for a dataset
+SPLITS = (
+    "test",
+    "valid",
+    "train",
+)  # train last, since a folder without it is not taken for a dataset
 MANY_UNKNOWN = 0.05  # share of <unk> above which a warning is due
 CONTINUE = "the same command continues after the last finished step"
 
@@ -73,11 +78,18 @@ class Pool:
     """`count` processes with the tokenizer, or only this one if count is 1; the results are the same."""
 
     def __init__(self, count: int, tokenizer: Tokenizer, names: list[str]):
-        self.tokenizer, self.count, self.processes = tokenizer, min(count, disk_size(names) // files.CHUNK), None
+        self.tokenizer, self.count, self.processes = (
+            tokenizer,
+            min(count, disk_size(names) // files.CHUNK),
+            None,
+        )
         if self.count > 1:
             # not fork: threads of torch or tokenizers may be running
             self.processes = ProcessPoolExecutor(
-                self.count, get_context("spawn"), _begin, (tokenizer.ids, tokenizer.dtype, tokenizer.bpe)
+                self.count,
+                get_context("spawn"),
+                _begin,
+                (tokenizer.ids, tokenizer.dtype, tokenizer.bpe),
             )
             # workers inherit this mask: only this process answers Ctrl-C, a moment later if it comes now
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -106,7 +118,9 @@ class Pool:
             while ahead:
                 yield ahead.popleft().result()
         except BrokenProcessPool:
-            raise RunError(f"a worker was killed, perhaps out of memory (try fewer --workers); {CONTINUE}") from None
+            raise RunError(
+                f"a worker was killed, perhaps out of memory (try fewer --workers); {CONTINUE}"
+            ) from None
 
 
 # ---------------------------------------------------------------------------------------------- steps
@@ -129,14 +143,22 @@ def built_dictionary(args: argparse.Namespace, bpe) -> bytes:
 def difference(key: str, old, new) -> str:
     """In words: that a step was made with another setting, or from another text, than is asked for now."""
     if key in ("train", "text"):
-        with contextlib.suppress(TypeError, KeyError, ValueError, OverflowError):  # a log that was edited
+        with contextlib.suppress(
+            TypeError, KeyError, ValueError, OverflowError
+        ):  # a log that was edited
             names = [", ".join(text["file"] for text in texts) for texts in (old, new)]
             if names[0] != names[1]:
                 return f"from {names[0]}, not {names[1]}"
             for a, b in zip(old, new, strict=True):
                 if a != b:
-                    size = "the same size" if a["bytes"] == b["bytes"] else f"{a['bytes']:,}, now {b['bytes']:,} bytes"
-                    was, now = (datetime.fromtimestamp(text["mtime_ns"] // 10**9) for text in (a, b))
+                    size = (
+                        "the same size"
+                        if a["bytes"] == b["bytes"]
+                        else f"{a['bytes']:,}, now {b['bytes']:,} bytes"
+                    )
+                    was, now = (
+                        datetime.fromtimestamp(text["mtime_ns"] // 10**9) for text in (a, b)
+                    )
                     return f"from {a['file']} as it was on {was}; now it is of {now} ({size})"
     if key.endswith("_sha256"):
         return f"with another {'dictionary' if key == 'dict_sha256' else 'BPE'}"
@@ -149,7 +171,11 @@ class Steps:
     A step is done if its files exist and its row says that they were made from the same inputs and settings as now.
     """
 
-    FILES = {"bpe": BPE_FILES, "dict": ("dict.txt",), **{split: (f"{split}.bin", f"{split}.idx") for split in SPLITS}}
+    FILES = {
+        "bpe": BPE_FILES,
+        "dict": ("dict.txt",),
+        **{split: (f"{split}.bin", f"{split}.idx") for split in SPLITS},
+    }
 
     def __init__(self, folder: Path):
         self.folder, self.log, self.rows = folder, folder / "preprocess.log", {}
@@ -169,14 +195,21 @@ class Steps:
             return True
         before = self.rows.get(step, {}).get("made_from")
         if before is None:
-            raise InputError(f"{last} exists, but was not made by preprocess.py; --overwrite replaces it")
+            raise InputError(
+                f"{last} exists, but was not made by preprocess.py; --overwrite replaces it"
+            )
         for key in sorted(before.keys() | made_from.keys()):
             old, new = (values.get(key) for values in (before, made_from))
             if json.dumps(old) != json.dumps(new):
-                raise InputError(f"{last} was made {difference(key, old, new)}; --overwrite makes it anew")
+                raise InputError(
+                    f"{last} was made {difference(key, old, new)}; --overwrite makes it anew"
+                )
         if [path.stat().st_size for path in paths if path.exists()] == self.rows[step].get("bytes"):
             return True
-        print(f"{printable(str(last))}: its size has changed since it was made; making it again", flush=True)
+        print(
+            f"{printable(str(last))}: its size has changed since it was made; making it again",
+            flush=True,
+        )
         return False
 
     def finish(self, step: str, made_from: dict, **facts):
@@ -225,14 +258,26 @@ def write_split(steps: Steps, split: str, names: list[str], pool: Pool, made_fro
         steps.remove(".tmp")
         raise InputError(f"--{split} {' '.join(names)}: no text in it")
     seconds = round(time.perf_counter() - began, 3)
-    steps.finish(split, made_from, sentences=sentences, empty=empty, tokens=tokens, unk=unknown, seconds=seconds)
+    steps.finish(
+        split,
+        made_from,
+        sentences=sentences,
+        empty=empty,
+        tokens=tokens,
+        unk=unknown,
+        seconds=seconds,
+    )
     print(
         f"{printable(str(steps.folder / split))}: {sentences:,} sentences, {empty:,} of them empty, {tokens:,} tokens,"
         f" {100 * unknown / tokens:.1f}% <unk>, {seconds:.1f} s",
         flush=True,
     )
     if unknown > MANY_UNKNOWN * tokens:
-        advice = "--bpe train knows every text" if pool.tokenizer.bpe is None else "is it the dictionary of this BPE?"
+        advice = (
+            "--bpe train knows every text"
+            if pool.tokenizer.bpe is None
+            else "is it the dictionary of this BPE?"
+        )
         warn(f"dict.txt lacks {100 * unknown / tokens:.0f}% of the tokens of {split}; {advice}")
 
 
@@ -240,23 +285,32 @@ def write_split(steps: Steps, split: str, names: list[str], pool: Pool, made_fro
 
 
 def parse(argv: list | None) -> argparse.Namespace:
-    parser = config.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     add, number = parser.add_argument, dict(type=config.whole_number, metavar="N")
     for split in reversed(SPLITS):
         add(f"--{split}", nargs="+", default=[], metavar="F", help=f"text of the {split} split")
     add("--dest", required=True, metavar="DIR", help="folder to write to")
-    add("--bpe", required=True, choices=("gpt2", "train", "none"), help="how text becomes tokens, see above")
+    add(
+        "--bpe",
+        required=True,
+        choices=("gpt2", "train", "none"),
+        help="how text becomes tokens, see above",
+    )
     add("--encoder_json", metavar="F", help="GPT-2's encoder.json")
     add("--vocab_bpe", metavar="F", help="GPT-2's vocab.bpe")
     add("--vocab_size", help="tokens of a trained BPE, 256 single bytes included [32000]", **number)
     add("--bpe_sample_mb", help="MB of text, at most, that a BPE is trained on [20]", **number)
     add("--dict", metavar="F", help="use this dict.txt instead of building one")
-    add("--nwords", help="most symbols in a built one, 4 special ones included [no limit]", **number)
+    add(
+        "--nwords", help="most symbols in a built one, 4 special ones included [no limit]", **number
+    )
     add("--threshold", help="least occurrences of a symbol in a built dictionary [0]", **number)
     add("--workers", default=min(16, os.cpu_count() or 1), help="processes [%(default)s]", **number)
     add("--overwrite", action="store_true", help="remove the dataset in DIR and start over")
     argv = sys.argv[1:] if argv is None else argv  # --encoder-json is --encoder_json
-    args = parser.parse_args([re.sub("(?<=^--)[^=]*", lambda m: m[0].replace("-", "_"), word) for word in argv])
+    args = parser.parse_args(
+        [re.sub("(?<=^--)[^=]*", lambda m: m[0].replace("-", "_"), word) for word in argv]
+    )
 
     for name, needed, allowed in (
         ("encoder_json", args.bpe == "gpt2", args.bpe == "gpt2"),
@@ -270,8 +324,13 @@ def parse(argv: list | None) -> argparse.Namespace:
         if needed and getattr(args, name) is None:
             raise InputError(f"--{name} is missing, which --bpe {args.bpe} needs")
         if not allowed and getattr(args, name) is not None:
-            raise InputError(f"--{name} has no meaning with --bpe {args.bpe}{' and --dict' if args.dict else ''}")
-    args.vocab_size, args.bpe_sample_mb = args.vocab_size or 32000, min(args.bpe_sample_mb or 20, 10**6)
+            raise InputError(
+                f"--{name} has no meaning with --bpe {args.bpe}{' and --dict' if args.dict else ''}"
+            )
+    args.vocab_size, args.bpe_sample_mb = (
+        args.vocab_size or 32000,
+        min(args.bpe_sample_mb or 20, 10**6),
+    )
     args.nwords, args.threshold = max(0, args.nwords or 0), args.threshold or 0
     for name, low in (("workers", 1), ("vocab_size", 256), ("bpe_sample_mb", 1)):
         if getattr(args, name) < low:
@@ -279,7 +338,9 @@ def parse(argv: list | None) -> argparse.Namespace:
     if args.vocab_size > 10**6:  # memory for all of them is taken at once
         raise InputError(f"--vocab_size {args.vocab_size}: must be at most 1,000,000")
     if 0 < args.nwords < 5:
-        raise InputError(f"--nwords {args.nwords}: four of them are special, so it must be at least 5")
+        raise InputError(
+            f"--nwords {args.nwords}: four of them are special, so it must be at least 5"
+        )
     if not any(getattr(args, split) for split in SPLITS):
         raise InputError("no text: give --train F, --valid F or --test F")
     if not args.dict and not args.train:
@@ -292,12 +353,21 @@ def preprocess(args: argparse.Namespace):
     inputs = {split: [identity(name) for name in names] for split, names in texts.items()}
     for first, second in itertools.combinations(inputs, 2):
         if shared := [text["file"] for text in inputs[first] if text in inputs[second]]:
-            warn(f"{', '.join(shared)} is in {first} and {second}: figures on {first} will say little of new text")
+            warn(
+                f"{', '.join(shared)} is in {first} and {second}: figures on {first} will say little of new text"
+            )
     given = {"dict": [args.dict], "bpe": [args.encoder_json, args.vocab_bpe]}
     for path in filter(None, sum(given.values(), [])):
         read_text(path)  # refuses what is no file or no text
-    given = {step: [Path(path).read_bytes() for path in paths] for step, paths in given.items() if paths[0]}
-    digests = {f"{step}_sha256": hashlib.sha256(b"".join(contents)).hexdigest() for step, contents in given.items()}
+    given = {
+        step: [Path(path).read_bytes() for path in paths]
+        for step, paths in given.items()
+        if paths[0]
+    }
+    digests = {
+        f"{step}_sha256": hashlib.sha256(b"".join(contents)).hexdigest()
+        for step, contents in given.items()
+    }
     made_from = dict(bpe=args.bpe, **digests)
     if args.bpe == "train":
         made_from |= dict(vocab_size=args.vocab_size, bpe_sample_mb=args.bpe_sample_mb)
@@ -323,14 +393,20 @@ def preprocess(args: argparse.Namespace):
     bpe = read_bpe(args.encoder_json, args.vocab_bpe) if args.bpe == "gpt2" else None
     dictionary = Dictionary(args.dict) if args.dict else None
     if bpe and dictionary and not dictionary.ids.keys() & set(map(str, bpe.get_vocab().values())):
-        raise InputError(f"--dict {args.dict}: holds none of the ids of {args.encoder_json}; it is another tokenizer's")
+        raise InputError(
+            f"--dict {args.dict}: holds none of the ids of {args.encoder_json}; it is another tokenizer's"
+        )
     if args.bpe == "train":
         need_tokenizers()
     steps.remove(".tmp")
     if args.overwrite:
         steps.remove()
     if args.bpe != "none" and not done["bpe"]:
-        steps.write("bpe", made_from, given.get("bpe") or train_bpe(args.train, args.vocab_size, args.bpe_sample_mb))
+        steps.write(
+            "bpe",
+            made_from,
+            given.get("bpe") or train_bpe(args.train, args.vocab_size, args.bpe_sample_mb),
+        )
     if args.bpe == "train":
         bpe = read_bpe(*steps.paths("bpe"))
     if not done["dict"]:
@@ -366,4 +442,4 @@ def main(argv: list | None = None) -> int:
 
 
 if __name__ == "__main__":
-    config.program(main)
+    flags.program(main)

@@ -7,35 +7,53 @@ import json
 import math
 import re
 
+import config
+import ema
+import train
+from config import DataConfig, EmaConfig, ModelConfig
+from data import mask_block
+from formats import fairseq_names
+from model import data2vec_loss, teacher_targets
+from run import checkpoint
+from test.helpers import (  # noqa: F401
+    CPU,
+    FEW,
+    GOLDEN,
+    HERE,
+    SMALL,
+    block_dataset,
+    call,
+    compare_checkpoints,
+    corpus_dir,
+    golden,
+    make_run,
+    random_encoder,
+    rows_of,
+)
+from text import demo as dataset
+from text.binarized import BOS, PAD, Dictionary
+
 import numpy as np
 import pytest
 import torch
 
-import ema
-import train
-from formats import fairseq_names
-from data import DataConfig, mask_block
-from text.binarized import BOS, PAD, Dictionary
-from ema import EmaConfig
-from model import ModelConfig, data2vec_loss, teacher_targets
-from run import checkpoint
-from test.helpers import CPU, FEW, GOLDEN, HERE, SMALL, call, compare_checkpoints, golden, make_run, random_encoder
-
-# isort: split
-from test.helpers import block_dataset, corpus_dir, rows_of  # noqa: F401
-from text import demo as dataset
-
 
 @golden
-@pytest.mark.parametrize("name", ["base", "base_valid", "npu_1p", "complete_256", "none_128", "eos_512"])
+@pytest.mark.parametrize(
+    "name", ["base", "base_valid", "npu_1p", "complete_256", "none_128", "eos_512"]
+)
 def test_batches_equal_the_references_recorded_ones(name):
     recorded = json.loads((GOLDEN / "batches" / f"{name}.json").read_text())
     folder = GOLDEN / "corpora" / {"bin": "bpe-bin"}.get(recorded["data"], recorded["data"])
     argv = ["--data_path", folder, "--fairseq_exact", "--json", "--split", recorded["split"]]
-    argv += ["--max_tokens", recorded["max_tokens"]] + [w for k, v in recorded["config"].items() for w in (f"--{k}", v)]
+    argv += ["--max_tokens", recorded["max_tokens"]] + [
+        w for k, v in recorded["config"].items() for w in (f"--{k}", v)
+    ]
     for key, epoch in recorded["epochs"].items():
         number, rank, world_size = re.match(r"epoch(\d+)_shard(\d+)of(\d+)", key).groups()
-        facts = json.loads(call(dataset.main, *argv, "--epoch", number, "--rank", rank, "--world_size", world_size))
+        facts = json.loads(
+            call(dataset.main, *argv, "--epoch", number, "--rank", rank, "--world_size", world_size)
+        )
         for ours, theirs in (
             ("batches", "batches"),
             ("empty_batches", "empty"),
@@ -66,8 +84,14 @@ def test_masks_follow_the_rule_step_by_step(corpus_dir, stdev, random, leave):
         n, epoch = 5 + index, index % 3 + 1
         rng = np.random.default_rng(int(hash((9, epoch, index)) % 1e6))
         places = rng.choice(n, int(0.35 * n / 4 + rng.random()), replace=False)
-        spans = [max(0, int(round(x))) for x in rng.normal(4, stdev, size=len(places))] if stdev else [4] * len(places)
-        expected = {p + i for p, span in zip(places.tolist(), spans) for i in range(span) if p + i < n}
+        spans = (
+            [max(0, int(round(x))) for x in rng.normal(4, stdev, size=len(places))]
+            if stdev
+            else [4] * len(places)
+        )
+        expected = {
+            p + i for p, span in zip(places.tolist(), spans) for i in range(span) if p + i < n
+        }
         special = rng.random(n) < random + leave if random + leave else np.zeros(n, bool)
         left = special & (leave > 0)
         if random and leave:
@@ -80,7 +104,9 @@ def test_masks_follow_the_rule_step_by_step(corpus_dir, stdev, random, leave):
             assert not places
         else:
             assert (
-                np.flatnonzero(drawn[0]).tolist() == places and drawn[1].min() >= 4 and drawn[1].max() < len(dictionary)
+                np.flatnonzero(drawn[0]).tolist() == places
+                and drawn[1].min() >= 4
+                and drawn[1].max() < len(dictionary)
             )
 
 
@@ -92,7 +118,10 @@ def test_a_batch_holds_blocks_padded_on_the_right_and_the_teacher_s_two_inputs(b
         blocks = [full.read_block(i) for i in ids.tolist()]
         assert all(block[0] == BOS for block in blocks) and a.ntokens == sum(map(len, blocks))
         for row, block in enumerate(blocks):
-            assert a.target[row, : len(block)].tolist() == block.tolist() and (a.target[row, len(block) :] == PAD).all()
+            assert (
+                a.target[row, : len(block)].tolist() == block.tolist()
+                and (a.target[row, len(block) :] == PAD).all()
+            )
             mask = b.source[row, : len(block)] == full.dictionary.mask_id
             assert [t for t in b.target[row].tolist() if t != PAD] == block[mask].tolist()
         assert np.array_equal(a.source, b.source) and np.array_equal(a.target_places, a.masked)
@@ -100,7 +129,9 @@ def test_a_batch_holds_blocks_padded_on_the_right_and_the_teacher_s_two_inputs(b
         assert np.array_equal(a.masked, np.flatnonzero(a.source == full.dictionary.mask_id))
 
 
-@pytest.mark.parametrize(("beta", "scale"), [(4.0, 1.0), (0.5, 2.0), (0.0, 1.0), (0.0, -1.0), (1.0, 0.0)])
+@pytest.mark.parametrize(
+    ("beta", "scale"), [(4.0, 1.0), (0.5, 2.0), (0.0, 1.0), (0.0, -1.0), (1.0, 0.0)]
+)
 def test_the_loss_equals_its_formula(beta, scale):
     prediction, target = torch.randn(7, 16) * 3, torch.randn(7, 16)
     d = (prediction - target).abs().double()
@@ -149,11 +180,16 @@ def test_a_whole_run_equals_the_references_recorded_one(tmp_path, name):
     for mine, theirs in zip(rows_of(tmp_path), expected, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=5e-6)
         assert mine["gnorm"] == pytest.approx(theirs["gnorm"], rel=5e-5)
-        assert mine["lr"] == pytest.approx(theirs["lr"], abs=1e-12) and mine["ema_decay"] == pytest.approx(
-            theirs["ema_decay"], abs=1e-12
+        assert mine["lr"] == pytest.approx(theirs["lr"], abs=1e-12) and mine[
+            "ema_decay"
+        ] == pytest.approx(theirs["ema_decay"], abs=1e-12)
+        assert (mine["sample_size"], mine["nsentences"]) == (
+            theirs["sample_size"],
+            theirs["nsentences"],
         )
-        assert (mine["sample_size"], mine["nsentences"]) == (theirs["sample_size"], theirs["nsentences"])
-    assert rows_of(tmp_path, "valid_loss")[-1]["valid_loss"] == pytest.approx(recorded["final_valid"]["loss"], rel=5e-6)
+    assert rows_of(tmp_path, "valid_loss")[-1]["valid_loss"] == pytest.approx(
+        recorded["final_valid"]["loss"], rel=5e-6
+    )
     saved = checkpoint.load(tmp_path / "checkpoint_last.pt")
     mine, final = (
         fairseq_names.to_reference(saved.student, saved.teacher),
@@ -166,7 +202,9 @@ def test_a_whole_run_equals_the_references_recorded_one(tmp_path, name):
 
 def test_the_decay_follows_the_references_line():
     cfg = EmaConfig(ema_decay=0.9, ema_end_decay=0.99, ema_anneal_end_step=10)
-    assert [ema.decay_at(u, cfg) for u in (0, 1, 5, 10, 11)] == pytest.approx([0.9, 0.909, 0.945, 0.99, 0.99])
+    assert [ema.decay_at(u, cfg) for u in (0, 1, 5, 10, 11)] == pytest.approx(
+        [0.9, 0.909, 0.945, 0.99, 0.99]
+    )
 
 
 @pytest.mark.parametrize("layers_only", [True, False])
@@ -178,33 +216,53 @@ def test_the_teacher_moves_by_the_formula(layers_only):
     ema.step(teacher, student, 0.75, cfg)
     for name, new in teacher.state_dict().items():
         copied = layers_only and not name.startswith("layers.")
-        expected = student.state_dict()[name] if copied else 0.75 * before[name] + 0.25 * student.state_dict()[name]
+        expected = (
+            student.state_dict()[name]
+            if copied
+            else 0.75 * before[name] + 0.25 * student.state_dict()[name]
+        )
         assert torch.allclose(new, expected, atol=1e-7), name
     assert (
-        new.dtype == torch.float32 and not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+        new.dtype == torch.float32
+        and not teacher.training
+        and not any(p.requires_grad for p in teacher.parameters())
     )
 
 
 def test_the_learning_rate_warms_up_and_falls_as_the_formula_says():
-    cfg = train.TrainConfig(lr=0.1, warmup_updates=4, max_update=12)
+    cfg = config.TrainConfig(lr=0.1, warmup_updates=4, max_update=12)
     cosine = [0.05 * (1 + math.cos(math.pi * i / 8)) for i in range(9)]
-    assert [train.lr_at(u, cfg) for u in range(13)] == pytest.approx([0, 0.025, 0.05, 0.075, *cosine])
-    assert train.lr_at(0, train.TrainConfig(lr=0.1, warmup_updates=0, max_update=5)) == 0.1
-    assert train.lr_at(99, train.TrainConfig(lr=0.1, warmup_updates=200, max_update=100)) == pytest.approx(0.0495)
+    assert [train.lr_at(u, cfg) for u in range(13)] == pytest.approx(
+        [0, 0.025, 0.05, 0.075, *cosine]
+    )
+    assert train.lr_at(0, config.TrainConfig(lr=0.1, warmup_updates=0, max_update=5)) == 0.1
+    assert train.lr_at(
+        99, config.TrainConfig(lr=0.1, warmup_updates=200, max_update=100)
+    ) == pytest.approx(0.0495)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.05])
-def test_an_update_is_the_references_adam_with_eps_beside_the_uncorrected_root(corpus_dir, clip_norm):
+def test_an_update_is_the_references_adam_with_eps_beside_the_uncorrected_root(
+    corpus_dir, clip_norm
+):
     betas, eps, decay = (0.8, 0.9), 0.03, 0.1  # large, so that their places show
     run, dataset = make_run(
-        corpus_dir, adam_betas="0.8,0.9", adam_eps=eps, weight_decay=decay, clip_norm=clip_norm, lr=0.01
+        corpus_dir,
+        adam_betas="0.8,0.9",
+        adam_eps=eps,
+        weight_decay=decay,
+        clip_norm=clip_norm,
+        lr=0.01,
     )
     state = {n: (p.detach().double().clone(), 0.0, 0.0) for n, p in run.student.named_parameters()}
     for t, ids in enumerate(dataset.epoch_batches(1)[:5], 1):
         batch = dataset.batch(ids, 1)
         here = CPU.upload(batch)
         target = teacher_targets(run.teacher, here, run.cfg.model)
-        loss = data2vec_loss(run.student(here.source, here.masked), target, run.cfg.model) / batch.sample_size
+        loss = (
+            data2vec_loss(run.student(here.source, here.masked), target, run.cfg.model)
+            / batch.sample_size
+        )
         grads = dict(zip(state, torch.autograd.grad(loss, list(run.student.parameters()))))
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
         lr = train.lr_at(t - 1, run.cfg.train)
@@ -222,7 +280,9 @@ def test_an_update_is_the_references_adam_with_eps_beside_the_uncorrected_root(c
 
 
 def test_the_teacher_begins_as_a_copy_steps_once_an_update_and_takes_no_gradient(corpus_dir):
-    run, dataset = make_run(corpus_dir, update_freq=3, ema_anneal_end_step=10, ema_decay=0.5, ema_end_decay=0.9)
+    run, dataset = make_run(
+        corpus_dir, update_freq=3, ema_anneal_end_step=10, ema_decay=0.5, ema_end_decay=0.9
+    )
     expected = {k: v.clone() for k, v in run.teacher.state_dict().items()}
     assert all(torch.equal(v, run.student.encoder.state_dict()[k]) for k, v in expected.items())
     batches = [dataset.batch(ids, 1) for ids in dataset.epoch_batches(1)[:6]]
@@ -233,7 +293,9 @@ def test_the_teacher_begins_as_a_copy_steps_once_an_update_and_takes_no_gradient
         for name, new in run.teacher.state_dict().items():
             old = expected[name]
             expected[name] = (
-                decay * old + (1 - decay) * student[name] if name.startswith("layers.") else student[name].clone()
+                decay * old + (1 - decay) * student[name]
+                if name.startswith("layers.")
+                else student[name].clone()
             )
             assert torch.allclose(new, expected[name], atol=1e-6)
     assert all(p.grad is None and not p.requires_grad for p in run.teacher.parameters())
@@ -241,7 +303,9 @@ def test_the_teacher_begins_as_a_copy_steps_once_an_update_and_takes_no_gradient
 
 def test_fairseq_exact_leaves_the_teacher_one_update_behind(corpus_dir):
     run, dataset = make_run(corpus_dir, fairseq_exact="true")
-    normal, _ = make_run(corpus_dir, teacher_input="masked", long_sentences="skip", drop_remainder="true")
+    normal, _ = make_run(
+        corpus_dir, teacher_input="masked", long_sentences="skip", drop_remainder="true"
+    )
     batches = [dataset.batch(ids, 1) for ids in dataset.epoch_batches(1)[:3]]
     for batch in batches:
         before = {k: v.clone() for k, v in normal.teacher.state_dict().items()}
@@ -249,7 +313,9 @@ def test_fairseq_exact_leaves_the_teacher_one_update_behind(corpus_dir):
         assert losses[0] == losses[1]  # the same run, seen at another moment
         assert all(torch.equal(v, before[k]) for k, v in run.teacher.state_dict().items())
     run.move_teacher()
-    assert all(torch.equal(v, normal.teacher.state_dict()[k]) for k, v in run.teacher.state_dict().items())
+    assert all(
+        torch.equal(v, normal.teacher.state_dict()[k]) for k, v in run.teacher.state_dict().items()
+    )
 
 
 def test_update_freq_2_equals_one_batch_of_twice_the_size(corpus_dir):
@@ -257,10 +323,14 @@ def test_update_freq_2_equals_one_batch_of_twice_the_size(corpus_dir):
     dataset = make_run(corpus_dir)[1]
     for ids in [ids for ids in dataset.epoch_batches(1) if len(ids) >= 4][:4]:
         one = train.update(runs[0], [dataset.batch(ids, 1)])
-        two = train.update(runs[1], [dataset.batch(part, 1) for part in (ids[: len(ids) // 3], ids[len(ids) // 3 :])])
+        two = train.update(
+            runs[1],
+            [dataset.batch(part, 1) for part in (ids[: len(ids) // 3], ids[len(ids) // 3 :])],
+        )
         assert float(two.loss) == pytest.approx(float(one.loss), rel=1e-5)
         assert (
-            float(two.gnorm) == pytest.approx(float(one.gnorm), rel=1e-5) and two.counts.tolist() == one.counts.tolist()
+            float(two.gnorm) == pytest.approx(float(one.gnorm), rel=1e-5)
+            and two.counts.tolist() == one.counts.tolist()
         )
     for a, b in zip(runs[0].weights.parameters, runs[1].weights.parameters):
         assert torch.allclose(a, b, atol=2e-6)
@@ -331,19 +401,25 @@ def test_an_interrupted_run_continues_bit_for_bit(tmp_path, corpus_dir, monkeypa
         with pytest.raises(KeyboardInterrupt):
             call(train.main, *argv, "--save_dir", tmp_path / "parts")
     call(train.main, *argv, "--save_dir", tmp_path / "parts")
-    assert 4 in calls and 24 in calls and calls.count(5) == 2  # it did go back to the last checkpoint
-    compare_checkpoints(tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "parts" / "checkpoint_last.pt")
+    assert (
+        4 in calls and 24 in calls and calls.count(5) == 2
+    )  # it did go back to the last checkpoint
+    compare_checkpoints(
+        tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "parts" / "checkpoint_last.pt"
+    )
     speed = {"fps", "ups", "wps", "wall"}
     strip = lambda rows: [{k: v for k, v in row.items() if k not in speed} for row in rows]  # noqa: E731
     for key in ("loss", "valid_loss"):
         assert strip(rows_of(tmp_path / "whole", key)) == strip(rows_of(tmp_path / "parts", key))
     step = 5 if "--log_interval" in extra else 1
-    assert [row["num_updates"] for row in rows_of(tmp_path / "parts")] == list(range(step, 31, step))
+    assert [row["num_updates"] for row in rows_of(tmp_path / "parts")] == list(
+        range(step, 31, step)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the form itself
 
-# Each may import only what comes before it; compat is imported by config.parse and by the loading of checkpoints.
+# Each may import only what comes before it; compat is imported by flags.parse and by the loading of checkpoints.
 FLOORS = "config compat dataset fast model data device ema optim mlm runtime train bench eval tools convert".split()
 FLOORS += ["finetune"]
 
@@ -357,7 +433,9 @@ def test_imports_point_one_way():
         room = path.parent.name if path.parent != HERE else path.stem
         if room not in FLOORS:
             continue
-        for node in ast.parse(path.read_text()).body:  # what a function imports, it imports when it is called
+        for node in ast.parse(
+            path.read_text()
+        ).body:  # what a function imports, it imports when it is called
             used = [node.module] if isinstance(node, ast.ImportFrom) else []
             used += [a.name for a in node.names] if isinstance(node, ast.Import) else []
             for name in (name.split(".")[0] for name in used):
@@ -368,16 +446,26 @@ def test_each_file_is_read_in_one_sitting_and_each_room_says_its_rule():
     for path in sources():
         text = path.read_text()
         assert ast.get_docstring(ast.parse(text)), path
-        assert len(text.splitlines()) <= 400 and max(map(len, text.splitlines()), default=0) <= 120, path
+        assert (
+            len(text.splitlines()) <= 400 and max(map(len, text.splitlines()), default=0) <= 120
+        ), path
     deciding = ["model.py", "ema.py", "data.py", "text/blocks.py", "optim.py", "train.py"]
     assert sum(len((HERE / name).read_text().splitlines()) for name in deciding) <= 1350
 
 
 def test_the_loop_and_the_update_fit_on_a_screen():
-    nodes = {node.name: node for node in ast.walk(ast.parse((HERE / "train.py").read_text())) if hasattr(node, "name")}
+    nodes = {
+        node.name: node
+        for node in ast.walk(ast.parse((HERE / "train.py").read_text()))
+        if hasattr(node, "name")
+    }
     functions = [node for node in nodes.values() if isinstance(node, ast.FunctionDef)]
     for node in functions:
-        inner = [n for n in ast.walk(node) if isinstance(n, (ast.FunctionDef, ast.Lambda)) and n is not node]
+        inner = [
+            n
+            for n in ast.walk(node)
+            if isinstance(n, (ast.FunctionDef, ast.Lambda)) and n is not node
+        ]
         assert not inner, f"a function inside {node.name}"
     lines = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
     assert lines["loop"] <= 45 and lines["update"] <= 30
@@ -385,5 +473,7 @@ def test_the_loop_and_the_update_fit_on_a_screen():
 
 
 def test_the_update_reads_like_the_paper():
-    sentences = r"target = teacher_targets\(.*\n +prediction = run\.student\(.*\n +loss = data2vec_loss\("
+    sentences = (
+        r"target = teacher_targets\(.*\n +prediction = run\.student\(.*\n +loss = data2vec_loss\("
+    )
     assert re.search(sentences, (HERE / "train.py").read_text())

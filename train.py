@@ -8,112 +8,58 @@ Run the same command again to continue from checkpoint_last.pt in --save_dir. Fi
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import config
+from config import PARTS, Config, InputError, ModelConfig, RunError, TrainConfig
+from run import flags
+
+
+def add_flags(parser):
+    parser.add_argument(
+        "--no_resume", action="store_true", help="start over; --save_dir must be empty"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="with --no_resume: remove the old run there"
+    )
+    parser.add_argument(
+        "--reset_data_position",
+        action="store_true",
+        help="on changed data: resume at the next epoch",
+    )
+    parser.add_argument(
+        "--distributed_world_size", type=int, metavar="N", help="must be torchrun's"
+    )
+
 
 if __name__ == "__main__":
-    config.read_ahead(__file__, whole=True)  # --help and mistakes, before torch is imported, which takes seconds
+    flags.answer_early(
+        PARTS, __doc__, add_flags, check=lambda parts: Config(*parts)
+    )  # torch takes seconds to import
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import Device, DeviceConfig, open_device, use_all_cores, worker  # isort: split
-
-import torch
-from torch.profiler import record_function
 
 import ema
 import mlm
-from config import InputError, RunError, option
-from data import Batch, Corpus, DataConfig, prefetch
-from ema import EmaConfig
-from hardware.vectors import LongVectors, Separate
-from model import Data2VecText, ModelConfig, data2vec_loss, teacher_targets
-from optim import OptimConfig, Optimizer, Step
-from run import checkpoint
-from run import resume
-from run.clock import Clock
+from data import Batch, Corpus, prefetch
+from hardware.device import Device, open_device, use_all_cores, worker
 from hardware.flops import update_flops
-from run.guard import GuardConfig, Health, Signals, check_memory, explained_out_of_memory
+from hardware.vectors import LongVectors, Separate
+from judge.quality import verdict
+from judge.validation import Validation
+from model import Data2VecText, data2vec_loss, teacher_targets
+from optim import Optimizer, Step
+from run import checkpoint, resume
+from run.clock import Clock
+from run.guard import Health, Signals, check_memory, explained_out_of_memory
 from run.lock import Lock
 from run.log import Log, describe_start
-from judge.quality import verdict
 from run.saves import Saves
-from judge.validation import Validation
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    fairseq_exact: bool = option(False, "the released code bug for bug")
-    lr: float = option(2e-4, "highest learning rate", low=0)
-    warmup_updates: int = option(10000, "updates of linear warm-up", low=0)
-    max_update: int = option(1_000_000, "updates in all; then the learning rate is 0", low=1)
-    max_hours: float = option(0.0, "stop after this many hours in all, with validation and saves (0: no limit)", low=0)
-    schedule_by: str = option(
-        "auto",
-        "what learning rate and teacher follow: updates, or hours where --max_hours is given and --max_update is not",
-        choices=("auto", "updates", "hours"),
-    )
-    max_epoch: int = option(0, "stop after this many epochs (0: no limit)", low=0)
-    update_freq: int = option(1, "batches that make one update, per worker", low=1)
-    compile: bool = option(False, "let torch.compile fuse the layers; the first updates take a minute")
-    log_interval: int = option(200, "updates between two log lines", low=1)
-    disable_validation: bool = option(False, "never validate; no valid split is needed")
-    validate_interval: int = option(1, "epochs between two validations (0: not at epoch ends)", low=0)
-    validate_interval_updates: int = option(0, "updates between two validations (0: not by updates)", low=0)
-    probe_interval_updates: int = option(0, "updates between two validations with the probe (0: never)", low=0)
-    best_by: str = option("loss", "what checkpoint_best.pt goes by", choices=("loss", "probe", "cosine_gain"))
-    save_interval: int = option(1, "epochs between two checkpoints (0: not at epoch ends)", low=0)
-    save_interval_updates: int = option(50000, "updates between kept checkpoints, with a validation (0: none)", low=0)
-    keep_interval_updates: int = option(1, "how many of those to keep (-1: all)", low=-1)
-    save_interval_minutes: float = option(30.0, "minutes after which checkpoint_last.pt is saved (0: never)", low=0)
-    save_dir: str = option("checkpoints", "for checkpoints and train.jsonl")
-    tensorboard_logdir: str = option("", "where TensorBoard curves go, under fairseq's names; needs tensorboard")
-    npu_profile: int = option(0, "write torch_npu's profile of this many updates into --save_dir; on an NPU", low=0)
-    init_from: str = option("", "start from the weights and teacher of this checkpoint, ours or fairseq's")
-
-    def check(self):
-        if self.best_by == "probe" and not self.probe_interval_updates:
-            raise InputError("--best_by probe needs --probe_interval_updates, the updates between two probes")
-        if self.schedule_by == "hours" and not self.max_hours:
-            raise InputError("--schedule_by hours needs --max_hours, the hours of the whole schedule")
-        if not self.save_dir:
-            raise InputError("--save_dir is empty; the current folder is called .")
-
-
-@dataclass(frozen=True)
-class Config:
-    """All settings of a run."""
-
-    data: DataConfig
-    model: ModelConfig
-    ema: EmaConfig
-    optim: OptimConfig
-    device: DeviceConfig
-    guard: GuardConfig
-    train: TrainConfig
-
-    def __post_init__(self):
-        for part in (self.data, self.model, self.optim, self.train):
-            part.check()
-        if self.model.objective == "mlm" and self.data.teacher_input == "masked":
-            raise InputError("--objective mlm has no teacher and reads whole blocks: --teacher_input full")
-        if self.model.objective == "mlm" and self.train.best_by == "cosine_gain":
-            raise InputError("--best_by cosine_gain is for data2vec's targets; with --objective mlm: loss or probe")
-        if self.data.tokens_per_sample > self.model.max_source_positions:
-            raise InputError(
-                f"--tokens_per_sample {self.data.tokens_per_sample} is above --max_source_positions"
-                f" {self.model.max_source_positions}, the length of the position table"
-            )
-
-    def flat(self) -> dict:
-        return {k: v for part in dataclasses.fields(self) for k, v in vars(getattr(self, part.name)).items()}
-
-
-PARTS = [part.type for part in dataclasses.fields(Config)]
+import torch
+from torch.profiler import record_function
 
 
 def lr_at(updates: float, cfg: TrainConfig) -> float:
@@ -141,8 +87,13 @@ class Run:
                 layer.compile(dynamic=True)  # in place: names and weights stay what they are
         self.optimizer = Optimizer(self.weights, cfg.optim, device, cfg.train.update_freq)
         self.clock = Clock(device, cfg.train)
-        self.num_updates = self.teacher_updates = 0  # updates of the student, and those that the teacher has taken in
-        self.epoch, self.batches_done = 1, 0  # the data position: batches of this worker done in this epoch
+        self.num_updates = self.teacher_updates = (
+            0  # updates of the student, and those that the teacher has taken in
+        )
+        self.epoch, self.batches_done = (
+            1,
+            0,
+        )  # the data position: batches of this worker done in this epoch
         self.best_loss = self.best_gain = self.first_target_var = None  # of the validations
 
     def seed_dropout(self):
@@ -155,14 +106,20 @@ class Run:
     def move_teacher(self):
         """Bring the teacher up to the student's updates, once for each."""
         if self.teacher_updates < self.num_updates:
-            ema.step(*self.weights.averaged, ema.decay_at(self.clock.at(self.num_updates), self.cfg.ema), self.cfg.ema)
+            ema.step(
+                *self.weights.averaged,
+                ema.decay_at(self.clock.at(self.num_updates), self.cfg.ema),
+                self.cfg.ema,
+            )
             self.teacher_updates = self.num_updates
 
     def load(self, student: dict, teacher: dict | None, path):
         """Take the weights of two state dicts; without a teacher's, the teacher is the student's encoder again. Raises
         InputError if they do not fit; `path` is where they are from."""
         checkpoint.put(student, self.student, "the student", path)
-        checkpoint.put(teacher or self.student.encoder.state_dict(), self.teacher, "the teacher", path)
+        checkpoint.put(
+            teacher or self.student.encoder.state_dict(), self.teacher, "the teacher", path
+        )
 
     def is_finished(self) -> bool:
         over = self.num_updates >= self.clock.last_update or self.clock.left <= 0
@@ -200,7 +157,10 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
     run.seed_dropout()
     run.move_teacher()  # a no-op, unless fairseq_exact left the last update out
 
-    last, total = (torch.zeros(0, cfg.model.embed_dim, device=device.torch_device),) * 2, run.optimizer.begin()
+    last, total = (
+        (torch.zeros(0, cfg.model.embed_dim, device=device.torch_device),) * 2,
+        run.optimizer.begin(),
+    )
     with device.autocast():  # one for all batches: it casts the student's weights once
         for batch in map(device.upload, batches):
             if cfg.model.predicts_words:
@@ -218,15 +178,30 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
     if step is None:
         return None
     run.num_updates += 1
-    if not cfg.train.fairseq_exact:  # there the teacher waits for the next update, also while validating and saving
+    if (
+        not cfg.train.fairseq_exact
+    ):  # there the teacher waits for the next update, also while validating and saving
         run.move_teacher()
-    done = dict(number=run.num_updates, epoch=run.epoch, lr=lr, ema_decay=decay, flops=update_flops(batches, run))
-    return Update(**vars(step), **done, blocks=[int(i) for batch in batches for i in batch.ids], last_batch=last)
+    done = dict(
+        number=run.num_updates,
+        epoch=run.epoch,
+        lr=lr,
+        ema_decay=decay,
+        flops=update_flops(batches, run),
+    )
+    return Update(
+        **vars(step),
+        **done,
+        blocks=[int(i) for batch in batches for i in batch.ids],
+        last_batch=last,
+    )
 
 
 def count(batches: list[Batch], cfg: ModelConfig) -> torch.Tensor:
     """(3,) int64 on the host: places in the loss, blocks, tokens."""
-    counts = [[len(mlm.places_of(batch, cfg)), batch.nsentences, batch.ntokens] for batch in batches]
+    counts = [
+        [len(mlm.places_of(batch, cfg)), batch.nsentences, batch.ntokens] for batch in batches
+    ]
     return torch.tensor(counts, dtype=torch.int64).reshape(len(batches), 3).sum(0)
 
 
@@ -252,7 +227,13 @@ def is_due(run: Run, turn: Turn, counted: bool, updates: int, epochs: int) -> bo
 
 
 def loop(
-    run: Run, corpus: Corpus, validation: Validation | None, log: Log, saves: Saves, signals: Signals, profiled
+    run: Run,
+    corpus: Corpus,
+    validation: Validation | None,
+    log: Log,
+    saves: Saves,
+    signals: Signals,
+    profiled,
 ) -> tuple:
     """Update, log, validate and save, until the end or a signal. Returns the last validation's figures, exit code."""
     t, health, figures = run.cfg.train, saves.health, {}
@@ -282,7 +263,9 @@ def loop(
                 due = functools.partial(is_due, run, turn, done is not None)
                 save_now, best = due(t.save_interval_updates, t.save_interval), False
                 probe = t.probe_interval_updates > 0 and due(t.probe_interval_updates, 0)
-                if validation and (save_now or probe or due(t.validate_interval_updates, t.validate_interval)):
+                if validation and (
+                    save_now or probe or due(t.validate_interval_updates, t.validate_interval)
+                ):
                     saves.settle()  # a failed save takes its best loss back
                     figures = validation(probe)
                     best = saves.note(figures)
@@ -313,7 +296,9 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         if device.rank == 0:
             resume.prepare_save_dir(folder, args)
             stack.callback(Lock(folder).release)
-            resume.remove(folder, "checkpoint_*.pt.tmp", "train.*jsonl.tmp")  # what a broken save left
+            resume.remove(
+                folder, "checkpoint_*.pt.tmp", "train.*jsonl.tmp"
+            )  # what a broken save left
         device.barrier()  # rank 0 has prepared the directory
         check_memory(cfg.model, len(corpus.dictionary), device, copies=5)
         run = Run(cfg, device, len(corpus.dictionary))
@@ -328,24 +313,25 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         device.check_profile(t.npu_profile, run.num_updates, run.clock.last_update)
         resume.check_agreement(run, corpus, fingerprint)  # and every worker has read what it needs
         if device.rank == 0 and args.no_resume:
-            resume.remove(folder, "checkpoint_*.pt", "train.jsonl")  # only after every check has passed
+            resume.remove(
+                folder, "checkpoint_*.pt", "train.jsonl"
+            )  # only after every check has passed
         describe_start(run, dataset, log, found and found[0])
         del found  # all of it has been copied
         profiled = stack.enter_context(device.profile(t.npu_profile, folder))
-        saves = Saves(run, corpus, fingerprint, log, Health(cfg.guard, t.warmup_updates, log.say, run.clock.at))
+        saves = Saves(
+            run,
+            corpus,
+            fingerprint,
+            log,
+            Health(cfg.guard, t.warmup_updates, log.say, run.clock.at),
+        )
         validation = None if t.disable_validation else Validation(run, corpus)
         return loop(run, corpus, validation, log, saves, signals, profiled)
 
 
-def add_flags(parser):
-    parser.add_argument("--no_resume", action="store_true", help="start over; --save_dir must be empty")
-    parser.add_argument("--overwrite", action="store_true", help="with --no_resume: remove the old run there")
-    parser.add_argument("--reset_data_position", action="store_true", help="on changed data: resume at the next epoch")
-    parser.add_argument("--distributed_world_size", type=int, metavar="N", help="must be torchrun's")
-
-
 def main(argv: list | None = None) -> int:
-    parts, args = config.parse(PARTS, __doc__, argv, extra=add_flags)
+    parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags)
     cfg = Config(*parts)
     _, world_size, _ = worker()
     there = args.distributed_world_size
@@ -371,4 +357,4 @@ def main(argv: list | None = None) -> int:
 
 
 if __name__ == "__main__":
-    config.program(main)
+    flags.program(main)

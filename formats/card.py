@@ -11,7 +11,14 @@ from pathlib import Path
 from config import VERSION, printable
 from text.files import json_rows
 
-SHAPE = ("layers", "embed_dim", "ffn_embed_dim", "attention_heads", "activation_fn", "max_source_positions")
+SHAPE = (
+    "layers",
+    "embed_dim",
+    "ffn_embed_dim",
+    "attention_heads",
+    "activation_fn",
+    "max_source_positions",
+)
 TRAINING = (
     "objective mlm_weight tokens_per_sample sample_break_mode max_tokens batch_size update_freq lr warmup_updates"
     " max_update weight_decay dropout mask_prob mask_multiple_length average_top_k_layers ema_decay ema_end_decay"
@@ -66,7 +73,10 @@ answers = pipeline("text-classification", model="{name}")("A line of text.")""",
 def table(head: tuple, rows: list[tuple]) -> str:
     """A table in Markdown, or nothing if it has no rows."""
     lines = [head, ("---",) * len(head), *rows] if rows else []
-    lines = ["| " + " | ".join(printable(str(cell)).replace("|", "\\|") for cell in line) + " |" for line in lines]
+    lines = [
+        "| " + " | ".join(printable(str(cell)).replace("|", "\\|") for cell in line) + " |"
+        for line in lines
+    ]
     return "".join(line + "\n" for line in lines)
 
 
@@ -80,7 +90,11 @@ def figures(path: Path, updates: int) -> list[tuple]:
         for prefix, names in (("", FIGURES), ("valid_", VALID)):
             if prefix + "loss" in row:
                 part = {prefix + name: row.get(prefix + name) for name in names}
-                found |= {k: (v, number) for k, v in part.items() if isinstance(v, float) and math.isfinite(v)}
+                found |= {
+                    k: (v, number)
+                    for k, v in part.items()
+                    if isinstance(v, float) and math.isfinite(v)
+                }
     return [(name, f"{value:.4g}", number) for name, (value, number) in found.items()]
 
 
@@ -124,8 +138,12 @@ def text(name: str, source, task: str, has_tokenizer: bool) -> str:
     size = len(source.content["student"]["encoder.embed_tokens.weight"])
     parts.append(f"\nThe vocabulary has {size:,} {'tokens' if source.bpe[0] else 'symbols'}.\n")
     names = [*SHAPE, *(TRAINING if updates else ())]
-    parts.append("\n## Settings\n\n" + table(("setting", "value"), [(f"`{k}`", flat[k]) for k in names]))
+    parts.append(
+        "\n## Settings\n\n" + table(("setting", "value"), [(f"`{k}`", flat[k]) for k in names])
+    )
     if rows := figures(source.path.parent / "train.jsonl", updates) if updates else []:
         parts.append("\n## Figures\n\n" + table(("figure", "value", "at update"), rows))
-        parts.append("\nA low loss proves little; data2vec-text's docs/health.md says what the figures mean.\n")
+        parts.append(
+            "\nA low loss proves little; data2vec-text's docs/health.md says what the figures mean.\n"
+        )
     return "".join(parts)

@@ -9,12 +9,12 @@ transformers.pipeline("text-classification", model=HF_DIR) then gives the names 
 import json
 from pathlib import Path
 
-import torch
-
 from config import InputError
+from formats.hf import FAMILIES
 from run import checkpoint
 from tasks.classifier import SentenceHead
-from formats.hf import FAMILIES
+
+import torch
 
 
 def add_head(folder: Path, made: dict, path):
@@ -38,7 +38,9 @@ def add_head(folder: Path, made: dict, path):
     head = {k: v.float() for k, v in made["head"].items()}
     for part in ("out_proj.weight", "out_proj.bias"):
         head[part] = head[part] * made["label_scale"]
-    _, model, prefix = next(family for family in FAMILIES.values() if family[0] == settings["model_type"])
+    _, model, prefix = next(
+        family for family in FAMILIES.values() if family[0] == settings["model_type"]
+    )
     settings["architectures"] = [f"{model}ForSequenceClassification"]
     settings["problem_type"] = "single_label_classification" if names else "regression"
     settings["id2label"] = {str(i): name for i, name in enumerate(names or ["score"])}

@@ -47,7 +47,11 @@ FLAT = dict(  # names that fairseq-train has and its groups do not
 
 # The classes that fairseq's groups choose; any other would be another model or method.
 BUILT_IN_NAMES = dict(
-    task="masked_lm", criterion="model", optimizer="adam", lr_scheduler="cosine", model="data2vec_text"
+    task="masked_lm",
+    criterion="model",
+    optimizer="adam",
+    lr_scheduler="cosine",
+    model="data2vec_text",
 )
 
 # What fairseq can switch and we cannot: accepted at this value, refused at others.
@@ -100,7 +104,10 @@ INSTEAD = {
     "checkpoint.finetune_from_model": ("null", "use --init_from FILE"),
     "checkpoint.keep_best_checkpoints": (-1, "checkpoint_best.pt is the only one of its kind"),
     "checkpoint.keep_last_epochs": (-1, "use --save_interval_updates and --keep_interval_updates"),
-    "checkpoint.no_save": (False, "use --save_interval 0 --save_interval_updates 0; the end of a run is always saved"),
+    "checkpoint.no_save": (
+        False,
+        "use --save_interval 0 --save_interval_updates 0; the end of a run is always saved",
+    ),
     "checkpoint.patience": (-1, "--max_update or --max_epoch ends a run"),
     "checkpoint.reset_dataloader": (False, "use --reset_data_position"),
     "checkpoint.reset_lr_scheduler": (False, "--init_from FILE starts a new schedule"),
@@ -155,7 +162,9 @@ ONLY = {
     for name, value in values.items()
     for spelling in _spellings(group, name)
 }
-ONLY |= {name: value for group, value in BUILT_IN_NAMES.items() for name in (group, f"{group}._name")}
+ONLY |= {
+    name: value for group, value in BUILT_IN_NAMES.items() for name in (group, f"{group}._name")
+}
 ONLY |= {"arch": BUILT_IN_NAMES["model"], "encoder_layerdrop": 0}
 
 
@@ -187,8 +196,14 @@ def _same(value, built_in) -> bool:
 def _check_built_in(name: str, value, built_in):
     """Raise InputError if the value that is given for fairseq's option `name` is not the built-in one."""
     if not _same(value, built_in):
-        why = "; for masked language modelling there is --objective mlm" if "masked_lm" in str(value) else ""
-        raise InputError(f"{name}={str(value)[:100]} is not supported: only {name}={built_in} is built in{why}")
+        why = (
+            "; for masked language modelling there is --objective mlm"
+            if "masked_lm" in str(value)
+            else ""
+        )
+        raise InputError(
+            f"{name}={str(value)[:100]} is not supported: only {name}={built_in} is built in{why}"
+        )
 
 
 def add_spellings(parser):
@@ -200,7 +215,12 @@ def add_spellings(parser):
         if parser.flag(f"--{name}"):  # finetune.py has a --task of its own
             continue
         action = parser.add_argument(
-            f"--{name}", action=Answer, nargs="?", const="true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            f"--{name}",
+            action=Answer,
+            nargs="?",
+            const="true",
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
         )
         parser.also(action, f"--{name.split('.')[-1]}")
 
@@ -212,7 +232,10 @@ def as_flags(argv: list, parser) -> list:
         flag = parser.flag(before)
         takes_this = flag is not None and flag.nargs is None  # such as a path called run.1=a/b
         if not takes_this and HYDRA.fullmatch(word):
-            print(f"{printable(word)} ignored: it is for hydra; output goes to --save_dir", file=sys.stderr)
+            print(
+                f"{printable(word)} ignored: it is for hydra; output goes to --save_dir",
+                file=sys.stderr,
+            )
         elif match := None if takes_this else WORD.fullmatch(word):
             name, _, value = match.groups()
             if value == "null" and name in OURS:
@@ -221,7 +244,9 @@ def as_flags(argv: list, parser) -> list:
                 value = NULL[OURS[name]]
             out.append(f"--{name}={value}")
         elif not takes_this and word.startswith("~"):
-            raise InputError(f"{printable(word)}: hydra's way to drop a setting; give the value that you want instead")
+            raise InputError(
+                f"{printable(word)}: hydra's way to drop a setting; give the value that you want instead"
+            )
         elif word not in ("-m", "--multirun"):
             out.append(word)
     return out
@@ -234,18 +259,24 @@ def read_yaml(path: Path, fields: dict, explain: bool) -> dict:
     try:
         import yaml
     except ImportError:
-        raise InputError("reading a YAML config needs the PyYAML package: pip install pyyaml") from None
+        raise InputError(
+            "reading a YAML config needs the PyYAML package: pip install pyyaml"
+        ) from None
     text = read_text(path)
     if len(text) > LARGEST:  # PyYAML reads it at 40 to 200 kB/s
         raise InputError(f"{path}: over {LARGEST:,} characters, which no fairseq config has")
     try:
         depth = 0
         for event in yaml.parse(text):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
+                event, yaml.CollectionEndEvent
+            )
             # a few aliases can stand for a billion values, or for one that holds itself
             if depth > 50 or isinstance(event, yaml.AliasEvent):
                 where = f"{path}, line {event.start_mark.line + 1}"
-                raise InputError(f"{where}: an alias (*NAME) or a 51st level, which no fairseq config needs")
+                raise InputError(
+                    f"{where}: an alias (*NAME) or a 51st level, which no fairseq config needs"
+                )
         tree = yaml.safe_load(text) or {}
     except InputError:
         raise
@@ -279,7 +310,10 @@ def read_yaml(path: Path, fields: dict, explain: bool) -> dict:
                     f"; with one worker the batch is {text} times smaller than with {text}, and"
                     f" --update_freq {int(text) * values.get('update_freq', 1)} keeps it"
                 )
-        print(f"{path.name}: {printable(name)[:100]}={printable(text)[:100]} ignored: {why}", file=sys.stderr)
+        print(
+            f"{path.name}: {printable(name)[:100]}={printable(text)[:100]} ignored: {why}",
+            file=sys.stderr,
+        )
     return values
 
 
@@ -299,7 +333,10 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
     values, others = {}, {}
     try:
         flat = {name: (value, str(value)) for name, value in leaves(tree)}
-    except (ValueError, RecursionError) as e:  # Python does not print an integer of thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as e:  # Python does not print an integer of thousands of digits
         raise InputError(f"{where}: not a fairseq config: {e}") from None
     for name, (value, text) in flat.items():
         ours = OURS.get(name)
@@ -309,7 +346,9 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
             if link := re.fullmatch(r"\$\{([\w.]+)\}", text):
                 text = flat[link[1]][1] if link[1] in flat else text
             if text.startswith("${"):
-                raise InputError(f"{where}: {name}={text[:100]} cannot be resolved; write the value")
+                raise InputError(
+                    f"{where}: {name}={text[:100]} cannot be resolved; write the value"
+                )
             try:
                 values[ours] = READERS[fields[ours].type](text)
             except (ValueError, argparse.ArgumentTypeError) as e:

@@ -22,7 +22,9 @@ def load(path, is_archive: bool):
     try:
         return torch.load(str(path), weights_only=True, **options)
     except pickle.UnpicklingError:
-        return _plain(torch.load(str(path), weights_only=False, pickle_module=_INERT_PICKLE, **options), {})
+        return _plain(
+            torch.load(str(path), weights_only=False, pickle_module=_INERT_PICKLE, **options), {}
+        )
 
 
 class _Inert:
@@ -52,18 +54,33 @@ class _Inert:
         pass
 
 
-class _InertUnpickler(pickle._Unpickler):  # the unpickler in C allocates as much memory as a damaged file asks for
+class _InertUnpickler(
+    pickle._Unpickler
+):  # the unpickler in C allocates as much memory as a damaged file asks for
     ALLOWED = {
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
         ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
         **{
             ("torch", f"{kind}Storage"): getattr(torch, f"{kind}Storage")
-            for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+            for kind in (
+                "Float",
+                "Double",
+                "Half",
+                "BFloat16",
+                "Long",
+                "Int",
+                "Short",
+                "Char",
+                "Byte",
+                "Bool",
+            )
         },
     }
 
-    def load_build(self):  # pickle's own sets attributes of whatever it is told to, torch's functions among them
+    def load_build(
+        self,
+    ):  # pickle's own sets attributes of whatever it is told to, torch's functions among them
         state = self.stack.pop()
         if isinstance(self.stack[-1], _Inert):
             self.stack[-1].state = state
@@ -71,7 +88,9 @@ class _InertUnpickler(pickle._Unpickler):  # the unpickler in C allocates as muc
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
     def find_class(self, module, name):
-        return self.ALLOWED.get((module, name)) or type(name.rpartition(".")[2] or "Inert", (_Inert,), {})
+        return self.ALLOWED.get((module, name)) or type(
+            name.rpartition(".")[2] or "Inert", (_Inert,), {}
+        )
 
 
 _INERT_PICKLE = types.SimpleNamespace(
@@ -93,8 +112,12 @@ def _plain(node, seen: dict):
         seen[id(node)] = None  # for a node that holds itself
         seen[id(node)] = _plain(inner, seen)
     elif isinstance(node, dict):
-        seen[id(node)] = made = collections.OrderedDict() if isinstance(node, collections.OrderedDict) else {}
-        made.update((key, _plain(value, seen)) for key, value in node.items() if not isinstance(key, _Inert))
+        seen[id(node)] = made = (
+            collections.OrderedDict() if isinstance(node, collections.OrderedDict) else {}
+        )
+        made.update(
+            (key, _plain(value, seen)) for key, value in node.items() if not isinstance(key, _Inert)
+        )
     elif isinstance(node, list):
         seen[id(node)] = made = []
         made.extend(_plain(value, seen) for value in node)

@@ -9,13 +9,12 @@ Both ways keep weights, teacher, optimizer and the position in the data bit for 
 import dataclasses
 from collections import OrderedDict
 
-from formats import fairseq_config
-from formats.fairseq_names import TEACHER, from_reference, to_reference
-from config import InputError
+from config import PARTS, InputError, TrainConfig
 from eval import saved_settings
-from formats import integrity
+from formats import fairseq_config, integrity
+from formats.fairseq_names import TEACHER, from_reference, to_reference
 from run.checkpoint import MOMENTS, Loaded, checked_moments
-from train import PARTS, TrainConfig, lr_at
+from train import lr_at
 
 # The groups of fairseq's config, and the settings in them that we write, under its names. Its loader fills in a missing
 # group, but fails on an empty one.
@@ -28,7 +27,9 @@ GROUPS = {
 TRAINING_GROUPS = ("optimization", "optimizer", "lr_scheduler")
 OURS = "data2vec_text"  # in extra_state of a fairseq file that we wrote: our entries that fairseq has no place for
 KNOWN = r"encoder\.(sentence_encoder|regression_head|lm_head\.\d+|_ema$)"  # names that a conversion takes over
-THEIRS = "fairseq"  # in a file of ours made from one of fairseq's: its entries that we have no place for
+THEIRS = (
+    "fairseq"  # in a file of ours made from one of fairseq's: its entries that we have no place for
+)
 
 
 def reference_config(flat: dict) -> dict:
@@ -51,7 +52,10 @@ def reference_config(flat: dict) -> dict:
     tree["model"]["transformer"].update(layernorm_embedding=True, no_scale_embedding=True)
     tree["model"]["transformer"]["encoder"]["learned_pos"] = True
     # the model has no decoder, but the loader looks up the decoder's defaults, and in the wrong place
-    tree["model"]["transformer"]["decoder"] = {"input_dim": flat["embed_dim"], "output_dim": flat["embed_dim"]}
+    tree["model"]["transformer"]["decoder"] = {
+        "input_dim": flat["embed_dim"],
+        "output_dim": flat["embed_dim"],
+    }
     return tree
 
 
@@ -59,17 +63,25 @@ def optimizer_names(model: dict) -> list[str]:
     """The parameters in a model of fairseq's, in the order in which its optimizer numbers them."""
     names = [k for k in model if k != TEACHER and not k.endswith(".version")]
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-    return sorted(names, key=lambda name: modules.index(name.rpartition(".")[0]))  # a module's weight, then its bias
+    return sorted(
+        names, key=lambda name: modules.index(name.rpartition(".")[0])
+    )  # a module's weight, then its bias
 
 
 def to_fairseq(content: dict, flat: dict) -> dict:
     """The content of a checkpoint of ours as fairseq's trainer would have saved it. flat: its settings, including those
     that this command's flags changed."""
-    student, progress, states = content["student"], content["progress"], content["optimizer"]["state"]
+    student, progress, states = (
+        content["student"],
+        content["progress"],
+        content["optimizer"]["state"],
+    )
     names, moments = optimizer_names(to_reference(student, {})), {}
     for moment in MOMENTS if states else ():
         moments[moment] = to_reference({k: states[i][moment] for i, k in enumerate(student)}, {})
-    train = TrainConfig(**{field.name: flat[field.name] for field in dataclasses.fields(TrainConfig)})
+    train = TrainConfig(
+        **{field.name: flat[field.name] for field in dataclasses.fields(TrainConfig)}
+    )
     group = dict(
         lr=lr_at(progress["num_updates"], train),
         betas=flat["adam_betas"],
@@ -95,7 +107,10 @@ def to_fairseq(content: dict, flat: dict) -> dict:
             metrics=OrderedDict(),
             previous_training_time=0.0,
             train_iterator=dict(
-                version=2, epoch=progress["epoch"], iterations_in_epoch=progress["batches"], shuffle=True
+                version=2,
+                epoch=progress["epoch"],
+                iterations_in_epoch=progress["batches"],
+                shuffle=True,
             ),
             val_loss=progress["best_loss"],
             best=progress["best_loss"],
@@ -105,12 +120,20 @@ def to_fairseq(content: dict, flat: dict) -> dict:
         made = dict(content[THEIRS])
         group = made.pop("param_group")
     else:
-        kept = {k: v for k, v in content.items() if k not in ("format", "student", "teacher", "optimizer", THEIRS)}
+        kept = {
+            k: v
+            for k, v in content.items()
+            if k not in ("format", "student", "teacher", "optimizer", THEIRS)
+        }
         made["extra_state"][OURS] = {**kept, "param_groups": content["optimizer"]["param_groups"]}
     step = int(states[0]["step"]) if states else 0
     made["model"] = OrderedDict(to_reference(student, content["teacher"]))
     made["last_optimizer_state"] = dict(
-        state={i: {"step": step, **{m: moments[m][k] for m in MOMENTS}} for i, k in enumerate(names) if states},
+        state={
+            i: {"step": step, **{m: moments[m][k] for m in MOMENTS}}
+            for i, k in enumerate(names)
+            if states
+        },
         param_groups=[group],
     )
     if content["scaler"]:
@@ -134,7 +157,11 @@ def from_fairseq(content: dict, template: dict, path) -> dict:
             parts = {name: vector.view(model[name].shape) for name, vector in zip(names, vectors)}
         moments[moment], _ = from_reference(parts)
     step = int(states[0]["step"]) if states else 0
-    state = {i: {"step": step, **{m: moments[m][name] for m in MOMENTS}} for i, name in enumerate(template) if states}
+    state = {
+        i: {"step": step, **{m: moments[m][name] for m in MOMENTS}}
+        for i, name in enumerate(template)
+        if states
+    }
     state = checked_moments(state, [tensor.shape for tensor in template.values()], path)
     if OURS in extra and extra[OURS]["progress"]["num_updates"] == updates:
         kept = dict(extra[OURS])
@@ -147,7 +174,9 @@ def from_fairseq(content: dict, template: dict, path) -> dict:
         scaler={"scale": float(last["loss_scale"])} if "loss_scale" in last else {},
         progress=dict(
             num_updates=updates,
-            teacher_updates=max(0, updates - 1),  # fairseq's teacher has not followed the last update
+            teacher_updates=max(
+                0, updates - 1
+            ),  # fairseq's teacher has not followed the last update
             skipped=updates - step,
             epoch=place["epoch"],
             batches=place["iterations_in_epoch"],

@@ -12,17 +12,16 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-
+from config import DataConfig, InputError, ModelConfig, read_text
 from formats import fairseq_config
 from formats.fairseq_names import merge_qkv, split_qkv
-from config import InputError, read_text
-from data import DataConfig
-from text.binarized import BOS, EOS, SPECIAL, UNK, Dictionary
-from model import LAYER_NORM_EPS, PAD, ModelConfig, WordHead
+from model import LAYER_NORM_EPS, PAD, WordHead
 from run import checkpoint
 from run.checkpoint import Loaded
+from text.binarized import BOS, EOS, SPECIAL, UNK, Dictionary
+
+import torch
+import torch.nn.functional as F
 
 # Parts of names: on the left fairseq's, after `encoder.sentence_encoder.`, on the right those of transformers, in the
 # order in which they are looked for.
@@ -38,7 +37,10 @@ NAMES = {
     ".fc1.": ".intermediate.dense.",
     ".fc2.": ".output.dense.",
 }
-POST_NORM = {".self_attn_layer_norm.": ".attention.output.LayerNorm.", ".final_layer_norm.": ".output.LayerNorm."}
+POST_NORM = {
+    ".self_attn_layer_norm.": ".attention.output.LayerNorm.",
+    ".final_layer_norm.": ".output.LayerNorm.",
+}
 PRE_NORM = {
     ".self_attn_layer_norm.": ".attention.LayerNorm.",
     ".final_layer_norm.": ".intermediate.LayerNorm.",
@@ -46,7 +48,10 @@ PRE_NORM = {
 }
 TOKENS = "embeddings.word_embeddings.weight"
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"  # BERT's sentences A and B, which only transformers has
-ENCODER, NOT_OURS = ("embeddings.", "encoder.layer.", "LayerNorm."), (TOKEN_TYPES, "embeddings.position_ids")
+ENCODER, NOT_OURS = (
+    ("embeddings.", "encoder.layer.", "LayerNorm."),
+    (TOKEN_TYPES, "embeddings.position_ids"),
+)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SYMBOLS = "dictionary_size"  # our own entry in config.json: how many of the token embeddings the dictionary has
 KNOWN = r"embeddings\.|encoder\.layer\.|LayerNorm\."  # names that a conversion takes over
@@ -56,7 +61,9 @@ FAMILIES = {
     True: ("roberta-prelayernorm", "RobertaPreLayerNorm", "roberta_prelayernorm."),
 }
 WORD_HEAD = "lm_head."  # of its own names, which are ours
-SPACES = "".join(filter(str.isspace, map(chr, range(0x3001))))  # str.strip's; the tokenizers package knows four fewer
+SPACES = "".join(
+    filter(str.isspace, map(chr, range(0x3001)))
+)  # str.strip's; the tokenizers package knows four fewer
 NEVER = -1e4  # a bias that makes a token's probability 0, also in float16
 
 # ModelConfig's field -> name in config.json
@@ -70,17 +77,27 @@ CONFIG = dict(
     attention_dropout="attention_probs_dropout_prob",
 )
 # What our model cannot vary: written into every config.json, and required of each that is read.
-BUILT_IN = dict(layer_norm_eps=LAYER_NORM_EPS, pad_token_id=PAD, bos_token_id=0, eos_token_id=2, is_decoder=False)
+BUILT_IN = dict(
+    layer_norm_eps=LAYER_NORM_EPS,
+    pad_token_id=PAD,
+    bos_token_id=0,
+    eos_token_id=2,
+    is_decoder=False,
+)
 DEFAULT_EPS = 1e-12  # transformers' own; its other defaults equal BUILT_IN
 
-FILES = dict(dict="dict.txt", encoder_json="encoder.json", vocab_bpe="vocab.bpe")  # flag: name in a data folder
+FILES = dict(
+    dict="dict.txt", encoder_json="encoder.json", vocab_bpe="vocab.bpe"
+)  # flag: name in a data folder
 
 
 def _safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        raise InputError("model.safetensors needs the safetensors package: pip install safetensors") from None
+        raise InputError(
+            "model.safetensors needs the safetensors package: pip install safetensors"
+        ) from None
     return safetensors
 
 
@@ -108,13 +125,17 @@ def load(folder: Path) -> Loaded:
         found = theirs.get(name, DEFAULT_EPS if name == "layer_norm_eps" else value)
         if found != value:
             raise InputError(f"{where}: {name} is {str(found)[:100]}; our model has only {value}")
-    shape = {ours: theirs[name] for ours, name in CONFIG.items() if name in theirs}  # the other defaults equal ours
+    shape = {
+        ours: theirs[name] for ours, name in CONFIG.items() if name in theirs
+    }  # the other defaults equal ours
     shape |= dict(max_source_positions=rows - PAD - 1, normalize_before=pre_norm)
     fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
     settings, _ = fairseq_config.from_reference({"model": shape}, fields, str(where))
     layers = settings.get("layers", ModelConfig.layers)
     settings["average_top_k_layers"] = min(layers, ModelConfig.average_top_k_layers)
-    settings["tokens_per_sample"] = min(settings["max_source_positions"], DataConfig.tokens_per_sample)
+    settings["tokens_per_sample"] = min(
+        settings["max_source_positions"], DataConfig.tokens_per_sample
+    )
 
     path = folder / WEIGHTS[0]
     if path.is_file():
@@ -122,13 +143,19 @@ def load(folder: Path) -> Loaded:
         try:
             state = package.torch.load_file(path)
         except (package.SafetensorError, OSError, ValueError, KeyError) as e:
-            raise InputError(f"{path}: not a complete safetensors file: {' '.join(str(e).split())[:200]}") from None
+            raise InputError(
+                f"{path}: not a complete safetensors file: {' '.join(str(e).split())[:200]}"
+            ) from None
     elif (folder / WEIGHTS[1]).is_file():
         path = folder / WEIGHTS[1]
         state = checkpoint.read(path)
     else:
-        raise InputError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, in one piece each")
-    state = {str(name).removeprefix(FAMILIES[pre_norm][2]): tensor for name, tensor in state.items()}
+        raise InputError(
+            f"{folder}: has neither model.safetensors nor pytorch_model.bin, in one piece each"
+        )
+    state = {
+        str(name).removeprefix(FAMILIES[pre_norm][2]): tensor for name, tensor in state.items()
+    }
     try:
         head = _word_head(state, theirs.get(SYMBOLS))
         encoder = merge_qkv(_encoder(state, theirs.get(SYMBOLS), pre_norm), path)
@@ -138,7 +165,9 @@ def load(folder: Path) -> Loaded:
         ) from None
     if head:
         settings["objective"] = "mlm"
-    return Loaded("hf", settings, {**{f"encoder.{k}": v for k, v in encoder.items()}, **head}, None, state)
+    return Loaded(
+        "hf", settings, {**{f"encoder.{k}": v for k, v in encoder.items()}, **head}, None, state
+    )
 
 
 def names_of(pre_norm: bool) -> dict:
@@ -159,18 +188,26 @@ def _encoder(state: dict, symbols: int | None, pre_norm: bool) -> dict:
     if types is not None and types[:1].any() and "embed_positions.weight" in encoder:
         # every token is of the first type and has a position, so the position's row can carry both
         positions = encoder["embed_positions.weight"].float()
-        encoder["embed_positions.weight"] = torch.cat([positions[: PAD + 1], positions[PAD + 1 :] + types[:1].float()])
+        encoder["embed_positions.weight"] = torch.cat(
+            [positions[: PAD + 1], positions[PAD + 1 :] + types[:1].float()]
+        )
     return encoder
 
 
 def _word_head(state: dict, symbols: int | None) -> dict:
     """A WordHead's entries in their state dict, from which they are taken; {} if it has no complete one or if its last
     matrix is not the token embeddings, which ours always is."""
-    names = [WORD_HEAD + name for name in WordHead(ModelConfig(embed_dim=1, attention_heads=1), 1).state_dict()]
+    names = [
+        WORD_HEAD + name
+        for name in WordHead(ModelConfig(embed_dim=1, attention_heads=1), 1).state_dict()
+    ]
     tied = {WORD_HEAD + "decoder.weight": TOKENS, WORD_HEAD + "decoder.bias": WORD_HEAD + "bias"}
     if any(name not in state for name in names):
         return {}
-    if any(name in state and not torch.equal(state[name], state[source]) for name, source in tied.items()):
+    if any(
+        name in state and not torch.equal(state[name], state[source])
+        for name, source in tied.items()
+    ):
         return {}
     head = {name: state.pop(name) for name in names}
     for name in tied:
@@ -178,7 +215,9 @@ def _word_head(state: dict, symbols: int | None) -> dict:
     return {**head, WORD_HEAD + "bias": head[WORD_HEAD + "bias"][:symbols]}
 
 
-def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int = 0, head: dict | None = None):
+def write(
+    folder: Path, encoder: dict, cfg: ModelConfig, unknown: int = 0, head: dict | None = None
+):
     """Write config.json and model.safetensors of a model of FAMILIES, with a head of its ...ForMaskedLM.
 
     encoder: state dict of an Encoder; unknown: how many ids after its own get the embedding of <unk>; head: the entries
@@ -186,9 +225,14 @@ def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int = 0, head:
     """
     kind, model, prefix = FAMILIES[cfg.normalize_before]
     if cfg.activation_dropout:
-        raise InputError(f"--activation_dropout {cfg.activation_dropout}: transformers' {model} has only 0.0")
+        raise InputError(
+            f"--activation_dropout {cfg.activation_dropout}: transformers' {model} has only 0.0"
+        )
     tokens, tensors = encoder["embed_tokens.weight"], {}
-    encoder = {**encoder, "embed_tokens.weight": torch.cat([tokens, tokens[UNK].repeat(unknown, 1)])}
+    encoder = {
+        **encoder,
+        "embed_tokens.weight": torch.cat([tokens, tokens[UNK].repeat(unknown, 1)]),
+    }
     for name, tensor in split_qkv(encoder).items():
         for ours, part in names_of(cfg.normalize_before).items():
             name = name.replace(ours, part)
@@ -197,7 +241,11 @@ def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int = 0, head:
     if head:
         # a token that the dictionary lacks is never the answer: <unk>, which it is to the model, would count twice
         bias = F.pad(head[WORD_HEAD + "bias"], (0, unknown), value=NEVER)
-        tensors = {**{prefix + name: v for name, v in tensors.items()}, **head, WORD_HEAD + "bias": bias}
+        tensors = {
+            **{prefix + name: v for name, v in tensors.items()},
+            **head,
+            WORD_HEAD + "bias": bias,
+        }
     theirs = dict(
         architectures=[model + ("ForMaskedLM" if head else "Model")],
         model_type=kind,
@@ -227,13 +275,19 @@ def find_dictionary(args, data_path: str) -> tuple[Dictionary | None, list]:
         found.append(path if path and path.is_file() else None)
     dictionary, encoder_json, vocab_bpe = found
     if (encoder_json is None) != (vocab_bpe is None):
-        raise InputError("--encoder_json and --vocab_bpe go together: the BPE's vocabulary and its merges")
+        raise InputError(
+            "--encoder_json and --vocab_bpe go together: the BPE's vocabulary and its merges"
+        )
     if encoder_json and not dictionary:
-        raise InputError("--encoder_json needs the dictionary that gives its tokens their ids: --dict or --data_path")
+        raise InputError(
+            "--encoder_json needs the dictionary that gives its tokens their ids: --dict or --data_path"
+        )
     return dictionary and Dictionary(dictionary), [encoder_json, vocab_bpe]
 
 
-def write_tokenizer(folder: Path, dictionary: Dictionary, bpe: list, longest: int, fills_masks: bool) -> int:
+def write_tokenizer(
+    folder: Path, dictionary: Dictionary, bpe: list, longest: int, fills_masks: bool
+) -> int:
     """Write the files from which AutoTokenizer makes `<s> ... </s>` in this dictionary's ids, at most `longest` tokens.
     As in training, outer white space is removed first.
 
@@ -246,17 +300,26 @@ def write_tokenizer(folder: Path, dictionary: Dictionary, bpe: list, longest: in
     if bpe[0]:
         model, lacking = _bpe(dictionary, *bpe)
         # what slow tokenizers and finetune.py read
-        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        (folder / "vocab.json").write_text(
+            json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8"
+        )
         shutil.copyfile(bpe[1], folder / "merges.txt")
         cut, normalizers = dict(type="ByteLevel", use_regex=True, **byte_level), [outer]
     else:
         model, lacking = {"type": "WordLevel", "vocab": dictionary.ids, "unk_token": "<unk>"}, 0
-        cut = dict(type="Split", pattern={"Regex": f"[{SPACES}]+"}, behavior="Removed", invert=False)
-        mask = _replace(f"(?<![^{SPACES}])<mask>(?![^{SPACES}])", "<unk>")  # which it is in training
+        cut = dict(
+            type="Split", pattern={"Regex": f"[{SPACES}]+"}, behavior="Removed", invert=False
+        )
+        mask = _replace(
+            f"(?<![^{SPACES}])<mask>(?![^{SPACES}])", "<unk>"
+        )  # which it is in training
         normalizers = [outer] if fills_masks else [outer, mask]
     # normalized: they are looked for in the normalized text; else each piece between two of them would be stripped
     flags = dict(single_word=False, rstrip=False, normalized=True, special=True)
-    added = [dict(id=dictionary.ids[s], content=s, lstrip=s == "<mask>", **flags) for s in (*SPECIAL, "<mask>")]
+    added = [
+        dict(id=dictionary.ids[s], content=s, lstrip=s == "<mask>", **flags)
+        for s in (*SPECIAL, "<mask>")
+    ]
     made = dict(
         version="1.0",
         truncation=None,
@@ -264,7 +327,9 @@ def write_tokenizer(folder: Path, dictionary: Dictionary, bpe: list, longest: in
         added_tokens=sorted(added, key=lambda token: token["id"]),
         normalizer=dict(type="Sequence", normalizers=normalizers),
         pre_tokenizer=cut,
-        post_processor=dict(type="RobertaProcessing", sep=("</s>", EOS), cls=("<s>", BOS), **byte_level),
+        post_processor=dict(
+            type="RobertaProcessing", sep=("</s>", EOS), cls=("<s>", BOS), **byte_level
+        ),
         decoder=dict(type="ByteLevel", use_regex=True, **byte_level) if bpe[0] else None,
         model=model,
     )
@@ -281,7 +346,9 @@ def write_tokenizer(folder: Path, dictionary: Dictionary, bpe: list, longest: in
         model_max_length=longest,
         model_input_names=["input_ids", "attention_mask"],
     )
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+    )
     return lacking
 
 
@@ -292,7 +359,9 @@ def _replace(regex: str, content: str) -> dict:
 def _bpe(dictionary: Dictionary, encoder_json: Path, vocab_bpe: Path) -> tuple[dict, int]:
     """The BPE for tokenizer.json, and how many of its tokens the dictionary lacks."""
     try:
-        tokens = {str(number): token for token, number in json.loads(read_text(encoder_json)).items()}
+        tokens = {
+            str(number): token for token, number in json.loads(read_text(encoder_json)).items()
+        }
         "".join(tokens.values()).encode()  # a lone surrogate cannot be written
     except (ValueError, AttributeError, RecursionError) as e:
         raise InputError(f"{encoder_json}: not a BPE vocabulary in JSON: {e}") from None
@@ -302,6 +371,10 @@ def _bpe(dictionary: Dictionary, encoder_json: Path, vocab_bpe: Path) -> tuple[d
     vocabulary.update((token, i) for i, token in enumerate(lacking, len(dictionary)))
     rows = read_text(vocab_bpe).split("\n")
     merges = [row for row in rows[rows[0].startswith("#version") :] if row]
-    if wrong := [row for row in merges if not {*row.split(" "), row.replace(" ", "")} <= vocabulary.keys()]:
-        raise InputError(f"{vocab_bpe}: {wrong[0][:80]!r} does not merge two tokens of {encoder_json}")
+    if wrong := [
+        row for row in merges if not {*row.split(" "), row.replace(" ", "")} <= vocabulary.keys()
+    ]:
+        raise InputError(
+            f"{vocab_bpe}: {wrong[0][:80]!r} does not merge two tokens of {encoder_json}"
+        )
     return dict(type="BPE", vocab=vocabulary, merges=merges), len(lacking)

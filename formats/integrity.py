@@ -4,9 +4,9 @@ import math
 import zipfile
 from pathlib import Path
 
-import torch
-
 from config import InputError
+
+import torch
 
 # What each entry must be, as `fits` reads it.
 COUNT, FROM_ONE, NUMBER, NONE = range(2**62), range(1, 2**62), (int, float), type(None)
@@ -29,16 +29,31 @@ ENTRIES = dict(
         world_size=FROM_ONE,
         best_loss=(*NUMBER, NONE),
         data={str: SCALAR},
-        **{name: (*NUMBER, NONE) for name in ("best_gain?", "first_target_var?")},  # 0.1.0 saved neither
+        **{
+            name: (*NUMBER, NONE) for name in ("best_gain?", "first_target_var?")
+        },  # 0.1.0 saved neither
         **{"hours?": NUMBER},  # new in 0.3.0
     ),
-    log=dict(updates=[dict(number=COUNT, loss=float, gnorm=float, counts=[COUNT] * 3)], skipped=[bool], seconds=NUMBER),
+    log=dict(
+        updates=[dict(number=COUNT, loss=float, gnorm=float, counts=[COUNT] * 3)],
+        skipped=[bool],
+        seconds=NUMBER,
+    ),
     # of a file that convert.py made from one of fairseq's: what only fairseq has a place for
     **{"fairseq?": {"param_group": dict, str: object}},
     # of a file that finetune.py wrote: texts is 2 for pairs, labels None for a regression
-    **{"classifier?": dict(head={str: torch.Tensor}, labels=(NONE, [str]), texts=range(1, 3), label_scale=NUMBER)},
+    **{
+        "classifier?": dict(
+            head={str: torch.Tensor}, labels=(NONE, [str]), texts=range(1, 3), label_scale=NUMBER
+        )
+    },
 )
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights; torch cannot compute with smaller
+FLOATS = (
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)  # of weights; torch cannot compute with smaller
 MOST_VALUES, DEEPEST = 1_000_000, 50  # of the dict in any file; the base model's has a few thousand
 
 
@@ -64,7 +79,9 @@ def check_archive(path: Path, checksums: bool = True):
             if checksums and (record := archive.testzip()):
                 raise zipfile.BadZipFile(f"the record {record} does not fit its checksum")
     except Exception as e:  # zipfile raises many kinds for bad offsets, flags and the like
-        raise InputError(f"{path}: damaged: {' '.join(str(e).split())[:200] or type(e).__name__}") from None
+        raise InputError(
+            f"{path}: damaged: {' '.join(str(e).split())[:200] or type(e).__name__}"
+        ) from None
 
 
 def _directory_of(path: Path) -> int:
@@ -92,7 +109,9 @@ def check_values(content: dict, path):
         node, depth = nodes.pop()
         count += 1
         if count > MOST_VALUES or depth > DEEPEST:
-            raise InputError(f"{path}: holds over {MOST_VALUES:,} values, or some more than {DEEPEST} levels deep")
+            raise InputError(
+                f"{path}: holds over {MOST_VALUES:,} values, or some more than {DEEPEST} levels deep"
+            )
         if isinstance(node, dict):
             nodes += [(part, depth + 1) for entry in node.items() for part in entry]
         elif isinstance(node, (list, tuple, set)):
@@ -102,10 +121,16 @@ def check_values(content: dict, path):
                 raise InputError(f"{path}: holds a tensor that is not an ordinary one on the CPU")
             shown += node.numel() * node.element_size()
             held[node.untyped_storage().data_ptr()] = node.untyped_storage().nbytes()
-        elif isinstance(node, int) and node.bit_length() > 64:  # Python refuses to print a very long one
+        elif (
+            isinstance(node, int) and node.bit_length() > 64
+        ):  # Python refuses to print a very long one
             raise InputError(f"{path}: holds an integer of {node.bit_length()} bits")
-    if shown > 4 * sum(held.values()):  # tied weights are one thing, a small file that fills the memory another
-        raise InputError(f"{path}: its tensors have {shown:,} bytes, but share {sum(held.values()):,}")
+    if shown > 4 * sum(
+        held.values()
+    ):  # tied weights are one thing, a small file that fills the memory another
+        raise InputError(
+            f"{path}: its tensors have {shown:,} bytes, but share {sum(held.values()):,}"
+        )
 
 
 def is_ordinary(tensor: torch.Tensor) -> bool:
@@ -130,7 +155,10 @@ def check_entries(content: dict, path):
     log, progress, made = content["log"], content["progress"], content.get("classifier", {})
     for entry, is_right in (
         ("log", len(log["skipped"]) == len(log["updates"])),  # a flag for each update
-        ("progress", progress["skipped"] <= progress["num_updates"]),  # a skipped update is one, too
+        (
+            "progress",
+            progress["skipped"] <= progress["num_updates"],
+        ),  # a skipped update is one, too
         ("progress", 0 <= progress.get("hours", 0) < 1e6),
         ("classifier", made.get("labels") != [] and 0 < made.get("label_scale", 1) < math.inf),
     ):
@@ -160,4 +188,6 @@ def fits(value, form) -> bool:
         return sized and all(fits(inner, form[0]) for inner in value)
     if isinstance(form, tuple):
         return any(fits(value, part) for part in form)
-    return type(value) is int and value in form if isinstance(form, range) else isinstance(value, form)
+    return (
+        type(value) is int and value in form if isinstance(form, range) else isinstance(value, form)
+    )

@@ -9,13 +9,14 @@ gradient norm of every update, and the weights after the last one.
 import contextlib
 import dataclasses
 
-import torch
-
+import config
 import train
 from config import RunError
 from data import Corpus
-from hardware.device import Device
 from hardware import kernels
+from hardware.device import Device
+
+import torch
 
 # Largest difference, relative to the CPU's value, by the type in which the device's matmuls run. weights: how far they
 # have moved. Some three to thousand times what a CPU has, which docs/ascend.md lists: guesses until a card is measured.
@@ -26,11 +27,15 @@ BOUNDS = {
 }
 
 
-def check(cfg: train.Config, device: Device, corpus: Corpus, updates: int) -> dict:
+def check(cfg: config.Config, device: Device, corpus: Corpus, updates: int) -> dict:
     """Train on both. largest: by kind (what, its difference, its bound); first: the first beyond its bound, or None."""
-    model = dataclasses.replace(cfg.model, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
+    model = dataclasses.replace(
+        cfg.model, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0
+    )
     warmup = min(2, cfg.train.warmup_updates)  # so that the weights move
-    optim = dataclasses.replace(cfg.optim, clip_norm=0)  # else one wrong gradient changes all that Adam sees
+    optim = dataclasses.replace(
+        cfg.optim, clip_norm=0
+    )  # else one wrong gradient changes all that Adam sees
     settings = dataclasses.replace(cfg.train, compile=False, warmup_updates=warmup)
     cfg = dataclasses.replace(cfg, model=model, optim=optim, train=settings)
     with kernels.plain():
@@ -41,7 +46,9 @@ def check(cfg: train.Config, device: Device, corpus: Corpus, updates: int) -> di
         assert name == other, (name, other)
         kind, found = kind_of(name), difference(a, b)
         bound = BOUNDS[device.amp][kind]
-        if kind not in largest or not found <= largest[kind][1]:  # NaN is the largest, and beyond any bound
+        if (
+            kind not in largest or not found <= largest[kind][1]
+        ):  # NaN is the largest, and beyond any bound
             largest[kind] = name, found, bound
         if not found <= bound:
             beyond.append(name)
@@ -62,8 +69,14 @@ def spread(module: torch.nn.Module) -> dict:
     """Its weights, the matrices so large that a layer keeps its input's size. At a run's own start they are so small
     that every GELU is almost a straight line and every attention a plain mean: much could be wrong and not be seen."""
     state = {k: v.cpu() for k, v in module.state_dict().items()}
-    matrices = [f"{name}.weight" for name, part in module.named_modules() if isinstance(part, torch.nn.Linear)]
-    return state | {name: state[name] / state[name].std() * state[name].shape[1] ** -0.5 for name in matrices}
+    matrices = [
+        f"{name}.weight"
+        for name, part in module.named_modules()
+        if isinstance(part, torch.nn.Linear)
+    ]
+    return state | {
+        name: state[name] / state[name].std() * state[name].shape[1] ** -0.5 for name in matrices
+    }
 
 
 def on_host(x: torch.Tensor) -> torch.Tensor:
@@ -72,10 +85,13 @@ def on_host(x: torch.Tensor) -> torch.Tensor:
 
 def weights_of(run: train.Run) -> list:
     """Of the student and of the teacher, each in one vector."""
-    return [torch.cat([on_host(p).flatten() for p in module.parameters()]) for module in (run.student, run.teacher)]
+    return [
+        torch.cat([on_host(p).flatten() for p in module.parameters()])
+        for module in (run.student, run.teacher)
+    ]
 
 
-def record(cfg: train.Config, device: Device, corpus: Corpus, updates: int) -> list:
+def record(cfg: config.Config, device: Device, corpus: Corpus, updates: int) -> list:
     """[(name, float32 tensor on the host), ...] in the order that the docstring of this file has."""
     run = train.Run(cfg, device, len(corpus.dictionary))
     run.load(*map(spread, (run.student, run.teacher)), "")
@@ -95,7 +111,9 @@ def record(cfg: train.Config, device: Device, corpus: Corpus, updates: int) -> l
                 if done is not None:  # else float16 overflowed: again, with half the loss scale
                     break
             else:
-                raise RunError(f"--check: float16 overflows in update {number} on {device.type} at any loss scale")
+                raise RunError(
+                    f"--check: float16 overflows in update {number} on {device.type} at any loss scale"
+                )
             run.epoch += turn.ends_epoch
             for hook in hooks:
                 hook.remove()
@@ -107,7 +125,10 @@ def record(cfg: train.Config, device: Device, corpus: Corpus, updates: int) -> l
             if number == 1:  # Adam's first moment is then the gradient times 1 - its decay
                 state = run.optimizer.state()["state"]
                 names = [name for name, _ in run.student.named_parameters()]
-                found += [(f"gradient of {name}", on_host(state[i]["exp_avg"])) for i, name in enumerate(names)][::-1]
+                found += [
+                    (f"gradient of {name}", on_host(state[i]["exp_avg"]))
+                    for i, name in enumerate(names)
+                ][::-1]
             found.append((f"norm of the gradients {number}", on_host(done.gnorm)))
     moved = [after - before for after, before in zip(weights_of(run), begin)]
     return [*found, ("weights of the student", moved[0]), ("weights of the teacher", moved[1])]

@@ -14,13 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 import config
-from config import InputError
-from data import Batch, BlockDataset, Corpus, DataConfig, mask_block
-from text.binarized import BOS, HEADER, MAGIC, PAD, pieces
+from config import DataConfig, InputError
+from data import Batch, BlockDataset, Corpus, mask_block
 from run.progress import Bar
+from text.binarized import BOS, HEADER, MAGIC, PAD, pieces
+
+import numpy as np
 
 # ---------------------------------------------------------------------------------------------- loader
 
@@ -159,14 +159,20 @@ def first_batch(folder, flags: list, runs: int) -> dict:
         argv = [sys.executable, program, str(time.monotonic()), *flags, f"--data_path={folder}"]
         done = subprocess.run(argv, env=env, capture_output=True, text=True)
         if done.returncode:
-            raise InputError(f"--startup: {(done.stderr.splitlines() or ['the process was killed'])[-1]}")
+            raise InputError(
+                f"--startup: {(done.stderr.splitlines() or ['the process was killed'])[-1]}"
+            )
         results.append(json.loads(done.stdout))
     return {k: statistics.median(result[k] for result in results) for k in results[0]}
 
 
 def startup(data: DataConfig, sentences: list[int], vocabulary: int, runs: int = 5) -> list[dict]:
     """Measure the start on the dataset of `data`, or else on a corpus of each size."""
-    flags = [f"--{k}={v}" for k, v in vars(data).items() if k != "data_path" and v != getattr(DataConfig, k)]
+    flags = [
+        f"--{k}={v}"
+        for k, v in vars(data).items()
+        if k != "data_path" and v != getattr(DataConfig, k)
+    ]
     flags.append("--device=cpu")
     if data.data_path:
         return [first_batch(data.data_path, flags, runs)]

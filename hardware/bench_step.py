@@ -11,31 +11,31 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import Device  # isort: split
+import ema
+from bench import endless, measure
+from config import Config, InputError, ModelConfig
+from data import Batch, Corpus
+from hardware.device import Device
+from hardware.flops import Matmuls, timed, update_flops
+from model import Data2VecText, Encoder, RegressionHead, data2vec_loss
+from run import checkpoint
+from run.progress import Bar
+from run.resume import contents
+from text.binarized import EOS, PAD, write_dataset
+from train import Run, lr_at, update
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-import ema
-from bench import endless, measure
-from config import InputError
-from data import Batch, Corpus
-from text.binarized import EOS, PAD, write_dataset
-from model import Data2VecText, Encoder, ModelConfig, RegressionHead, data2vec_loss
-from run import checkpoint
-from hardware.flops import Matmuls, timed, update_flops
-from run.progress import Bar
-from run.resume import contents
-from train import Config, Run, lr_at, update
 
 
 def synthetic(cfg: Config, folder: Path, vocabulary: int, **changes) -> tuple[Config, Corpus]:
     """Write full blocks of random tokens into `folder`, as a dataset; returns the settings that read it, and it."""
     data = dataclasses.replace(cfg.data, data_path=str(folder), sample_break_mode="none", **changes)
     blocks = max(1, data.max_tokens // data.tokens_per_sample) * cfg.train.update_freq * 8
-    sentences = np.random.default_rng(0).integers(4, vocabulary, (blocks, data.tokens_per_sample - 1))
+    sentences = np.random.default_rng(0).integers(
+        4, vocabulary, (blocks, data.tokens_per_sample - 1)
+    )
     sentences[:, -1] = EOS
     write_dataset(folder / "train", sentences, vocabulary)
     (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(vocabulary - 4)))
@@ -78,16 +78,24 @@ class Plain:
         total = torch.zeros((), device=device.torch_device)
         for host in batches:
             tokens = host.target
-            if cfg.data.teacher_input == "masked":  # padded as in fairseq; without random or kept tokens
+            if (
+                cfg.data.teacher_input == "masked"
+            ):  # padded as in fairseq; without random or kept tokens
                 tokens = np.full_like(host.source, PAD)
                 tokens.ravel()[host.masked] = host.target.ravel()[host.target_places]
             source, tokens, masked = (device.tensor(x) for x in (host.source, tokens, host.masked))
             with device.autocast():
                 with torch.no_grad():
                     layers = self.encode(self.teacher, tokens)[1][-cfg.model.average_top_k_layers :]
-                    target = sum(F.layer_norm(y.float(), y.shape[-1:]) for y in layers) / len(layers)
+                    target = sum(F.layer_norm(y.float(), y.shape[-1:]) for y in layers) / len(
+                        layers
+                    )
                     target = target.flatten(0, 1).index_select(0, masked)
-                x = self.encode(self.student.encoder, source)[0].flatten(0, 1).index_select(0, masked)
+                x = (
+                    self.encode(self.student.encoder, source)[0]
+                    .flatten(0, 1)
+                    .index_select(0, masked)
+                )
                 loss = data2vec_loss(self.student.regression_head(x), target, cfg.model)
             self.scaler.scale(loss).backward()
             total += loss.detach()
@@ -97,14 +105,18 @@ class Plain:
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), optim.clip_norm or float("inf"))
         self.optimizer.param_groups[0]["lr"] = lr
         steps = self.num_updates + 1
-        self.optimizer.param_groups[0]["eps"] = optim.adam_eps / (1 - optim.adam_betas[1] ** steps) ** 0.5
+        self.optimizer.param_groups[0]["eps"] = (
+            optim.adam_eps / (1 - optim.adam_betas[1] ** steps) ** 0.5
+        )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.num_updates += 1
         decay = ema.decay_at(self.num_updates, cfg.ema)
         with torch.no_grad():
-            for (name, old), new in zip(self.teacher.named_parameters(), self.student.encoder.parameters()):
+            for (name, old), new in zip(
+                self.teacher.named_parameters(), self.student.encoder.parameters()
+            ):
                 copied = cfg.ema.ema_transformer_layers_only and "emb" in name.split(".")[0]
                 old.copy_(new) if copied else old.mul_(decay).add_(new, alpha=1 - decay)
         return total
@@ -117,7 +129,9 @@ class Transformers(Plain):
         try:
             from transformers import Data2VecTextConfig, Data2VecTextModel
         except ImportError:
-            raise InputError("--peer transformers: that package is not installed; pip install transformers") from None
+            raise InputError(
+                "--peer transformers: that package is not installed; pip install transformers"
+            ) from None
         settings = Data2VecTextConfig(
             vocab_size=vocabulary_size,
             hidden_size=cfg.embed_dim,
@@ -190,7 +204,10 @@ def compare(run: Run, corpus: Corpus, other: Plain, warmup: int, updates: int) -
         after = matmuls.burst(0.2)
         if i >= warmup:
             flops = update_flops(batches, run)
-            shares = flops / ours / max(before, between), flops / theirs / max(before, between, after)
+            shares = (
+                flops / ours / max(before, between),
+                flops / theirs / max(before, between, after),
+            )
             rounds.append(Round(ours, theirs, theirs / ours, *shares))
     source.close()
     tokens = sum(b.ntokens for b in batches)
@@ -231,7 +248,9 @@ def compare(run: Run, corpus: Corpus, other: Plain, warmup: int, updates: int) -
 
 
 def print_compare(r: dict, other: str):
-    print(f"{'':13}{'ms an update':>13}{'from':>9}{'to':>9}{'matmul peak':>13}{'kept for backward':>20}")
+    print(
+        f"{'':13}{'ms an update':>13}{'from':>9}{'to':>9}{'matmul peak':>13}{'kept for backward':>20}"
+    )
     for name, key in (("train.py", ""), (other, "other_")):
         low, high = r[f"{key}ms_range"]
         print(
@@ -239,9 +258,13 @@ def print_compare(r: dict, other: str):
             f"{r[f'{key}kept_bytes_per_token'] / 2**10:12.0f} KiB/tok"
         )
         for peak in r[f"{key}device_bytes_above_weights"]:
-            print(f"{'':13}{peak / 2**20:,.0f} MiB above the weights, {peak / r['tokens'] / 2**10:.0f} KiB a token")
+            print(
+                f"{'':13}{peak / 2**20:,.0f} MiB above the weights, {peak / r['tokens'] / 2**10:.0f} KiB a token"
+            )
     low, high = r["ratio_range"]
-    print(f"ratio {r['ratio']:.2f} (median of rounds; {low:.2f} to {high:.2f}), {r['tokens']} tokens an update")
+    print(
+        f"ratio {r['ratio']:.2f} (median of rounds; {low:.2f} to {high:.2f}), {r['tokens']} tokens an update"
+    )
 
 
 def sweep(base: Config, device: Device, args) -> list[dict]:
@@ -258,7 +281,17 @@ def sweep(base: Config, device: Device, args) -> list[dict]:
                 run.cfg, run.epoch = cfg, 1
                 r = measure(run, corpus, args.warmup, args.updates)
             rows.append(
-                {k: r[k] for k in ("ms", "wps", "model_tflops", "peak_share", "tokens", "peak_memory_bytes")}
+                {
+                    k: r[k]
+                    for k in (
+                        "ms",
+                        "wps",
+                        "model_tflops",
+                        "peak_share",
+                        "tokens",
+                        "peak_memory_bytes",
+                    )
+                }
                 | dict(shape, us_per_token=1e3 * r["ms"] / r["tokens"])
             )
             print_sweep(rows)
@@ -267,7 +300,9 @@ def sweep(base: Config, device: Device, args) -> list[dict]:
 
 def print_sweep(rows: list[dict]):
     if len(rows) == 1:
-        print(f"{'tokens/block':>12}{'tokens/batch':>14}{'ms an update':>14}{'us a token':>12}{'matmul peak':>13}")
+        print(
+            f"{'tokens/block':>12}{'tokens/batch':>14}{'ms an update':>14}{'us a token':>12}{'matmul peak':>13}"
+        )
     r = rows[-1]
     print(
         f"{r['tokens_per_sample']:12}{r['tokens']:14.0f}{r['ms']:14.1f}{r['us_per_token']:12.1f}"
@@ -289,7 +324,11 @@ class Save:
 def pauses(run: Run, corpus: Corpus, rounds: int) -> dict:
     """How long training waits for a checkpoint, and torch.save of the same state for comparison. The first save is
     reported by itself: it allocates the memory that later ones reuse."""
-    source, saver, saves = endless(run, corpus), checkpoint.Saver(run.device, run.optimizer.adam), []
+    source, saver, saves = (
+        endless(run, corpus),
+        checkpoint.Saver(run.device, run.optimizer.adam),
+        [],
+    )
     with tempfile.TemporaryDirectory(dir=".") as folder:
         path = Path(folder) / "checkpoint_last.pt"
         for _ in Bar(range(rounds + 1), run.device.rank, unit="save"):
@@ -326,22 +365,35 @@ def pauses(run: Run, corpus: Corpus, rounds: int) -> dict:
 def print_pauses(r: dict):
     print(f"{'state':16} {r['bytes'] / 2**20:,.0f} MiB")
     waits = f"{r['pause_s']:.2f} s ({r['first_pause_s']:.2f} s for the first save)"
-    print(f"{'training waits':16} {waits if r['copies'] else 'before the next step, which is part of the cost'}")
+    print(
+        f"{'training waits':16} {waits if r['copies'] else 'before the next step, which is part of the cost'}"
+    )
     print(f"{'written after':16} {r['whole_s']:.2f} s, including checksum and fsync")
-    print(f"{'costs in all':16} {r['cost_s']:.2f} s, over {r['updates_meanwhile']:.0f} updates while it is written")
+    print(
+        f"{'costs in all':16} {r['cost_s']:.2f} s, over {r['updates_meanwhile']:.0f} updates while it is written"
+    )
     print(f"{'torch.save':16} {r['torch_save_s']:.2f} s")
 
 
 def print_table(r: dict):
     for name, text in (
-        ("update", f"{r['blocks']:g} blocks, {r['tokens']:g} tokens; {r['parameters']:,} parameters"),
+        (
+            "update",
+            f"{r['blocks']:g} blocks, {r['tokens']:g} tokens; {r['parameters']:,} parameters",
+        ),
         ("FPS", f"{r['fps']:.2f} blocks/s"),
         ("tokens/s", f"{r['wps']:.0f}"),
         ("updates/s", f"{r['ups']:.3f}"),
-        ("ms an update", f"{r['ms']:.1f} (median of {r['updates']}; {r['ms_fastest']:.1f} to {r['ms_slowest']:.1f})"),
+        (
+            "ms an update",
+            f"{r['ms']:.1f} (median of {r['updates']}; {r['ms_fastest']:.1f} to {r['ms_slowest']:.1f})",
+        ),
         *((f"  {part}", f"{ms:.1f}") for part, ms in r["ms_parts"].items()),
         ("model TFLOP/s", f"{r['model_tflops']:.3f}"),
-        ("matmul TFLOP/s", f"{r['matmul_peak_tflops']:.3f}; the model reaches {100 * r['peak_share']:.0f}% of it"),
+        (
+            "matmul TFLOP/s",
+            f"{r['matmul_peak_tflops']:.3f}; the model reaches {100 * r['peak_share']:.0f}% of it",
+        ),
         ("peak memory", f"{r['peak_memory_bytes'] / 2**20:,.0f} MiB"),
     ):
         print(f"{name:16} {text}")

@@ -15,39 +15,27 @@ from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
-# torch_npu hooks itself into `import torch`, and where its driver is missing that import fails. It is imported by name
-# below instead. Must come before the first import of torch.
-os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-# Threads that wait by spinning take the cores away from whoever else works on the machine, and from each other. OpenMP
-# reads this when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from config import DeviceConfig, InputError, RunError
+from hardware.kernels import FIRST_GENERATION, VERSION
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch.profiler import record_function  # noqa: E402
-
-from config import InputError, RunError, option  # noqa: E402
-from hardware.kernels import FIRST_GENERATION, VERSION  # noqa: E402
+import numpy as np
+import torch
+from torch.profiler import record_function
 
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
 # for one collective; while rank 0 finishes a save, the others wait in one. Longer than HCCL's own two, so that HCCL
 # says what failed: HCCL_EXEC_TIMEOUT's default is 1,836 seconds.
 WORKER_TIMEOUT = timedelta(minutes=35)
-HCCL_CONNECT_TIMEOUT = "1800"  # seconds; its default of 120 ends a run whose workers start at different times
+HCCL_CONNECT_TIMEOUT = (
+    "1800"  # seconds; its default of 120 ends a run whose workers start at different times
+)
 FIRST_LOSS_SCALE, LOWEST_LOSS_SCALE, GROWTH_UPDATES = 128.0, 1e-4, 2**14  # fairseq's
-CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()  # before torch_npu binds threads to some
-PROFILE_FROM = 12  # the first update of a start that a profile shows; those before allocate and warm up
-
-
-@dataclass(frozen=True)
-class DeviceConfig:
-    device: str = option("auto", "where to run", choices=("auto", "npu", "cuda", "cpu"))
-    amp: str = option(
-        "auto",
-        "mixed precision; auto: bf16 where the device has it, else fp16, off on the CPU",
-        choices=("auto", "off", "fp16", "bf16"),
-    )
-    deterministic: bool = option(False, "on an NPU or GPU: the same numbers again from the same command; slower")
+CORES = (
+    os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+)  # before torch_npu binds threads to some
+PROFILE_FROM = (
+    12  # the first update of a start that a profile shows; those before allocate and warm up
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +76,9 @@ class Device:
         return self.type == "cuda" or (self.type == "cpu" and VERSION >= (2, 4))
 
     def autocast(self, enabled: bool = True):
-        return torch.autocast(self.type, self.amp, enabled) if self.amp else contextlib.nullcontext()
+        return (
+            torch.autocast(self.type, self.amp, enabled) if self.amp else contextlib.nullcontext()
+        )
 
     def scaler(self, update_freq: int):
         """The loss scaler: a real one under fp16, one that does nothing otherwise."""
@@ -98,7 +88,9 @@ class Device:
             growth_interval=max(1, GROWTH_UPDATES // (self.world_size * update_freq)),
             enabled=enabled,
         )
-        if (enabled and self.is_first_generation) or not hasattr(torch.amp, "GradScaler"):  # which is from 2.3 on
+        if (enabled and self.is_first_generation) or not hasattr(
+            torch.amp, "GradScaler"
+        ):  # which is from 2.3 on
             # A chip that saturates has finite gradients even after an overflow: only a sticky hardware flag tells.
             # torch_npu's own scaler clears it at an update's first scale(), and its workers agree on what it said.
             return (torch.npu if self.type == "npu" else torch.cuda).amp.GradScaler(**rules)
@@ -131,10 +123,13 @@ class Device:
         with profiler.profile(
             activities=[profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.NPU],
             # the update before is the profiler's own warm-up
-            schedule=profiler.schedule(wait=0, warmup=1, active=updates, repeat=1, skip_first=PROFILE_FROM - 2),
+            schedule=profiler.schedule(
+                wait=0, warmup=1, active=updates, repeat=1, skip_first=PROFILE_FROM - 2
+            ),
             on_trace_ready=profiler.tensorboard_trace_handler(str(folder)),
             experimental_config=profiler._ExperimentalConfig(
-                profiler_level=profiler.ProfilerLevel.Level1, aic_metrics=profiler.AiCMetrics.PipeUtilization
+                profiler_level=profiler.ProfilerLevel.Level1,
+                aic_metrics=profiler.AiCMetrics.PipeUtilization,
             ),
         ) as running:
             yield running.step
@@ -170,7 +165,9 @@ class Device:
 
     def set_rng_state(self, state: dict):
         torch.set_rng_state(state["cpu"])
-        if self.type != "cpu" and self.type in state:  # a checkpoint may have been written on another device
+        if (
+            self.type != "cpu" and self.type in state
+        ):  # a checkpoint may have been written on another device
             self._module.set_rng_state(state[self.type])
 
     def pin(self, batch):
@@ -187,10 +184,16 @@ class Device:
         """The batch with its arrays as tensors on this device; block ids stay on the host."""
         arrays = self._arrays(batch)
         if self.type == "cpu":
-            return replace(batch, **{name: torch.from_numpy(array) for name, array in arrays.items()})
+            return replace(
+                batch, **{name: torch.from_numpy(array) for name, array in arrays.items()}
+            )
         pinned = (batch if batch.pinned is not None else self.pin(batch)).pinned
-        parts = pinned.to(self.torch_device, non_blocking=True).split([array.size for array in arrays.values()])
-        tensors = {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), parts)}
+        parts = pinned.to(self.torch_device, non_blocking=True).split(
+            [array.size for array in arrays.values()]
+        )
+        tensors = {
+            name: part.view(array.shape) for (name, array), part in zip(arrays.items(), parts)
+        }
         return replace(batch, pinned=None, **tensors)
 
     def _arrays(self, batch) -> dict[str, np.ndarray]:
@@ -201,7 +204,11 @@ class Device:
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         """The array as a tensor on this device, without waiting for what the device is doing."""
         host = torch.from_numpy(array)
-        return host if self.type == "cpu" else host.pin_memory().to(self.torch_device, non_blocking=True)
+        return (
+            host
+            if self.type == "cpu"
+            else host.pin_memory().to(self.torch_device, non_blocking=True)
+        )
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the workers, in place."""
@@ -226,7 +233,15 @@ class Device:
 
     def lost_worker(self, error: Exception) -> str:
         """What to say if a collective failed because another worker is gone or silent; empty for any other error."""
-        words = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "HCCL", "gloo", "Timed out waiting")
+        words = (
+            "closed by peer",
+            "reset by peer",
+            "Broken pipe",
+            "NCCL",
+            "HCCL",
+            "gloo",
+            "Timed out waiting",
+        )
         if self.world_size == 1 or not any(word in str(error) for word in words):
             return ""
         if "timed out" in str(error).lower() or "timeout" in str(error).lower():
@@ -244,7 +259,10 @@ class Device:
 
 def _host_memory(root: str = "/") -> int:
     """Bytes that this process can have on the host: all of them, or what its container (cgroup) or ulimit -v allows."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), resource.getrlimit(resource.RLIMIT_AS)[0]]
+    limits = [
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        resource.getrlimit(resource.RLIMIT_AS)[0],
+    ]
     with contextlib.suppress(OSError):
         mine = re.search("^0::(.*)$", Path(root, "proc/self/cgroup").read_text(), re.M)
         own = Path(root, "sys/fs/cgroup" + (mine[1] if mine else "/"))
@@ -271,20 +289,30 @@ def open_device(cfg: DeviceConfig) -> Device:
     if kind == "npu":
         _import_npu()
     if kind == "cuda" and not torch.cuda.is_available():
-        built = "this torch is built for the CPU only" if torch.version.cuda is None else "no GPU or no driver is found"
+        built = (
+            "this torch is built for the CPU only"
+            if torch.version.cuda is None
+            else "no GPU or no driver is found"
+        )
         raise InputError(f"--device cuda: {built}")
     rank, world_size, local_rank = worker()
     if cfg.deterministic and kind != "cpu":  # a CPU is so by itself
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; without it, an error
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # read when CUDA starts; without it, an error
         torch.use_deterministic_algorithms(True)
-        if hasattr(torch.utils, "deterministic"):  # it would also fill all new memory, for code that reads it unset
+        if hasattr(
+            torch.utils, "deterministic"
+        ):  # it would also fill all new memory, for code that reads it unset
             torch.utils.deterministic.fill_uninitialized_memory = False
     if kind == "cpu":
         device, name = torch.device("cpu"), platform.processor() or platform.machine()
     else:
         module = getattr(torch, kind)
         if local_rank >= (count := module.device_count()):
-            raise InputError(f"worker {local_rank} has no {kind} of its own: this machine shows {count}")
+            raise InputError(
+                f"worker {local_rank} has no {kind} of its own: this machine shows {count}"
+            )
         try:
             module.set_device(local_rank)
             device, name = torch.device(kind, local_rank), module.get_device_name(local_rank)
@@ -298,7 +326,9 @@ def open_device(cfg: DeviceConfig) -> Device:
         try:
             torch.distributed.init_process_group(backend, timeout=WORKER_TIMEOUT)
         except RuntimeError as e:
-            raise RunError(f"worker {rank} cannot join the {world_size - 1} others: {_first_line(e)}") from None
+            raise RunError(
+                f"worker {rank} cannot join the {world_size - 1} others: {_first_line(e)}"
+            ) from None
     return Device(device, name, _amp_type(cfg.amp, kind, name), rank, world_size)
 
 
@@ -306,14 +336,19 @@ def worker() -> tuple[int, int, int]:
     """(rank, world size, rank on this machine), as torchrun sets them in the environment."""
     try:
         rank, world_size, local_rank = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
         )
     except ValueError as e:
         raise InputError(f"RANK, WORLD_SIZE or LOCAL_RANK in the environment: {e}") from None
     if not (0 <= rank < world_size and local_rank >= 0):
-        raise InputError(f"RANK={rank} and WORLD_SIZE={world_size} in the environment do not fit; start with torchrun")
+        raise InputError(
+            f"RANK={rank} and WORLD_SIZE={world_size} in the environment do not fit; start with torchrun"
+        )
     if world_size > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        raise InputError(f"WORLD_SIZE={world_size} without RANK, MASTER_ADDR and MASTER_PORT; start with torchrun")
+        raise InputError(
+            f"WORLD_SIZE={world_size} without RANK, MASTER_ADDR and MASTER_PORT; start with torchrun"
+        )
     return rank, world_size, local_rank
 
 
@@ -329,7 +364,9 @@ def _amp_type(amp: str, kind: str, name: str) -> torch.dtype | None:
     if amp == "bf16" and not has_bf16:
         # autocast would only warn there, and an NPU train in float32
         raise InputError(f"--amp bf16: {name} has no bfloat16; use --amp fp16")
-    if amp == "fp16" and kind == "cpu" and VERSION < (2, 4):  # there autocast warns, and does nothing
+    if (
+        amp == "fp16" and kind == "cpu" and VERSION < (2, 4)
+    ):  # there autocast warns, and does nothing
         raise InputError(f"--amp fp16 on a CPU needs torch 2.4; this is {torch.__version__}")
     return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[amp]
 
@@ -369,7 +406,9 @@ def _import_npu():
         # it prints a warning if set_env.sh was not sourced, where a program may print JSON
         with contextlib.redirect_stdout(sys.stderr):
             import torch_npu  # noqa: F401
-    except Exception as e:  # a missing CANN library surfaces as ImportError, OSError or RuntimeError
+    except (
+        Exception
+    ) as e:  # a missing CANN library surfaces as ImportError, OSError or RuntimeError
         if isinstance(e, ModuleNotFoundError):
             what = f"{e.name} is not installed; pip install -r hardware/requirements.txt"
         elif "Two accelerators" in str(e):
@@ -383,10 +422,16 @@ def _import_npu():
     try:
         there = torch.npu.is_available()
     except RuntimeError as e:
-        raise InputError(f"--device npu: the driver does not answer ({_first_line(e)}); see npu-smi info") from None
+        raise InputError(
+            f"--device npu: the driver does not answer ({_first_line(e)}); see npu-smi info"
+        ) from None
     if not there:
         visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
-        chosen = "" if visible is None else f"; ASCEND_RT_VISIBLE_DEVICES={visible!r} must name some in ascending order"
+        chosen = (
+            ""
+            if visible is None
+            else f"; ASCEND_RT_VISIBLE_DEVICES={visible!r} must name some in ascending order"
+        )
         raise InputError(
             "--device npu: torch_npu finds no card; npu-smi info shows what the driver sees (in a container, pass"
             f" /dev/davinci0 and its managers in){chosen}"

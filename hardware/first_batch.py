@@ -14,6 +14,8 @@ import types
 from dataclasses import dataclass
 from pathlib import Path
 
+from run import flags
+
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # started by path, this would be tools/
 
 import config  # noqa: E402
@@ -39,7 +41,9 @@ def main() -> int:
     try:
         start = float(sys.argv[1])
     except (IndexError, ValueError):
-        raise config.InputError("the first argument is the time of the start, as time.monotonic() gives it") from None
+        raise config.InputError(
+            "the first argument is the time of the start, as time.monotonic() gives it"
+        ) from None
     began = usage(start)
     import torch  # noqa: F401  measured
 
@@ -47,7 +51,7 @@ def main() -> int:
     import train
     from hardware.device import open_device
 
-    cfg = train.Config(*config.parse(train.PARTS, __doc__, sys.argv[2:])[0])
+    cfg = config.Config(*flags.parse(config.PARTS, __doc__, sys.argv[2:])[0])
     imported = usage(start)
     run = types.SimpleNamespace(cfg=cfg, device=open_device(cfg.device), epoch=1, batches_done=0)
     corpus = train.Corpus(cfg.data)
@@ -78,4 +82,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    config.program(main)
+    flags.program(main)

@@ -2,16 +2,14 @@
 
 import time
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import Device  # isort: split
+from config import ModelConfig
+from data import Batch
+from hardware.device import Device
+from mlm import places_of
+from text.binarized import PAD
 
 import numpy as np
 import torch
-
-from data import Batch
-from text.binarized import PAD
-from mlm import places_of
-from model import ModelConfig
 
 
 def encoder_flops(lengths: np.ndarray, wanted: np.ndarray, cfg: ModelConfig) -> float:
@@ -19,7 +17,9 @@ def encoder_flops(lengths: np.ndarray, wanted: np.ndarray, cfg: ModelConfig) -> 
     n, m, C = lengths.astype(np.float64), wanted.astype(np.float64), cfg.embed_dim
 
     def layer(q):
-        return float((n * 6 * C**2 + 4 * n**2 * C + q * (2 * C**2 + 4 * C * cfg.ffn_embed_dim)).sum())
+        return float(
+            (n * 6 * C**2 + 4 * n**2 * C + q * (2 * C**2 + 4 * C * cfg.ffn_embed_dim)).sum()
+        )
 
     return (cfg.layers - 1) * layer(n) + layer(m)
 
@@ -58,9 +58,13 @@ class Matmuls:
     def __init__(self, device: Device):
         self.device, self.best, self.repeat, self.pairs = device, 0.0, 1, []
         for n in (256, 512, 1024, 2048, 4096, 8192):
-            a, b = torch.randn(2, n, n, device=device.torch_device, dtype=device.amp or torch.float32)
+            a, b = torch.randn(
+                2, n, n, device=device.torch_device, dtype=device.amp or torch.float32
+            )
             self.pairs = [*self.pairs[-1:], (a, b)]
-            _, spent = (timed(device, lambda: a @ b) for _ in range(2))  # the first one loads the kernel
+            _, spent = (
+                timed(device, lambda: a @ b) for _ in range(2)
+            )  # the first one loads the kernel
             if spent > 0.05:
                 break
         self.repeat = max(1, min(20, int(0.02 / spent)))

@@ -15,16 +15,26 @@ VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])  # of to
 
 # torch.npu.get_device_name() of the first Ascend 910, whose last name is easily taken for the second's (Ascend910B1 to
 # B4, the Atlas A2): no bfloat16, no fused attention, and it saturates where the others overflow to infinity
-FIRST_GENERATION = {"Ascend910A", "Ascend910ProA", "Ascend910PremiumA", "Ascend910ProB", "Ascend910B"}
+FIRST_GENERATION = {
+    "Ascend910A",
+    "Ascend910ProA",
+    "Ascend910PremiumA",
+    "Ascend910ProB",
+    "Ascend910B",
+}
 
 # of older versions: torch.compiler.is_compiling is from 2.3 on (--compile is refused before), the argument from 2.4 on
 _is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
 _autocasts_on_cpu = (
-    torch.is_autocast_cpu_enabled if VERSION < (2, 4) else functools.partial(torch.is_autocast_enabled, "cpu")
+    torch.is_autocast_cpu_enabled
+    if VERSION < (2, 4)
+    else functools.partial(torch.is_autocast_enabled, "cpu")
 )
 
 _plain = False
-_autocast_type = getattr(torch, "get_autocast_dtype", lambda _: torch.get_autocast_gpu_dtype())  # torch 2.4
+_autocast_type = getattr(
+    torch, "get_autocast_dtype", lambda _: torch.get_autocast_gpu_dtype()
+)  # torch 2.4
 
 
 @contextlib.contextmanager
@@ -62,20 +72,28 @@ def dropout(x: Tensor, p: float) -> Tensor:
     rounded to a multiple of 1 / 65536."""
     if _place(x) != "cpu":
         return F.dropout(x, p, True)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    bits = (
+        torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    )
     dropped = min(round(p * 2**16), 2**16 - 1)
-    kept = bits[: x.numel()].ge_(dropped - 2**15)  # 1 or 0; compared in place: a bool result is ten times slower
+    kept = bits[: x.numel()].ge_(
+        dropped - 2**15
+    )  # 1 or 0; compared in place: a bool result is ten times slower
     return x * kept.view(x.shape).to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 def mask(real: Tensor) -> Tensor:
     """Where `attention` may look, (B, 1, T, T) bool, for real (B, T) bool, True at text; on a GPU as numbers."""
     B, T = real.shape
-    attend = real[:, None, None, :].expand(B, 1, T, T)  # the shape that every device's fused kernel takes
+    attend = real[:, None, None, :].expand(
+        B, 1, T, T
+    )  # the shape that every device's fused kernel takes
     if real.device.type != "cuda":
         return attend
     # without the name of a device, as before torch 2.4, this asks about a GPU
-    return as_numbers(attend, _autocast_type("cuda") if torch.is_autocast_enabled() else torch.float32)
+    return as_numbers(
+        attend, _autocast_type("cuda") if torch.is_autocast_enabled() else torch.float32
+    )
 
 
 def as_numbers(attend: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,7 +121,9 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, p
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
     if attend is not None:
         hidden = ~attend
-        scores = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)  # a chip that saturates has no -inf
+        scores = scores.masked_fill_(
+            hidden, torch.finfo(scores.dtype).min
+        )  # a chip that saturates has no -inf
     weights = F.softmax(scores, -1)
     if attend is not None:  # a token that may look nowhere gets 0, not NaN
         weights = weights.masked_fill(hidden, 0)

@@ -43,17 +43,26 @@ class LongVectors:
     def split_state(self, state: dict) -> dict:
         out, student = {}, self.student
         for i, moments in state.items():
-            parts = {k: dict(student.split(student.names[i], v)) for k, v in moments.items() if k != "step"}
+            parts = {
+                k: dict(student.split(student.names[i], v))
+                for k, v in moments.items()
+                if k != "step"
+            }
             for name in student.names[i]:
                 step = torch.tensor(float(moments["step"]))
-                out[student.order[name]] = {"step": step, **{k: part[name] for k, part in parts.items()}}
+                out[student.order[name]] = {
+                    "step": step,
+                    **{k: part[name] for k, part in parts.items()},
+                }
         return dict(sorted(out.items()))
 
     def join_state(self, state: dict) -> dict:
         out, student = {}, self.student
         for i, names in enumerate(student.names if state else []):
             parts = [state[student.order[name]] for name in names]
-            out[i] = {k: torch.cat([part[k].flatten() for part in parts]) for k in parts[0] if k != "step"}
+            out[i] = {
+                k: torch.cat([part[k].flatten() for part in parts]) for k in parts[0] if k != "step"
+            }
             out[i]["step"] = parts[0]["step"]
         return out
 
@@ -63,12 +72,22 @@ class _Vectors:
 
     def __init__(self, module: nn.Module, amp: torch.dtype | None):
         self.amp = amp
-        linear = {id(p) for part in module.modules() if isinstance(part, nn.Linear) for p in part.parameters()}
+        linear = {
+            id(p)
+            for part in module.modules()
+            if isinstance(part, nn.Linear)
+            for p in part.parameters()
+        }
         named = dict(module.named_parameters())
-        self.order = {name: i for i, name in enumerate(named)}  # the numbers that an optimizer's state has
+        self.order = {
+            name: i for i, name in enumerate(named)
+        }  # the numbers that an optimizer's state has
         self.shapes = {name: p.shape for name, p in named.items()}
         # what autocast casts, and the rest; a model's names begin with its encoder's in both
-        self.names = [[name for name, p in named.items() if (id(p) in linear) == cast] for cast in (True, False)]
+        self.names = [
+            [name for name, p in named.items() if (id(p) in linear) == cast]
+            for cast in (True, False)
+        ]
         self.vectors = []
         for names in self.names:
             vector = torch.cat([named[name].detach().flatten() for name in names])
@@ -81,13 +100,19 @@ class _Vectors:
     def split(self, names: list, vector: torch.Tensor) -> list:
         """A vector -> [(name, its part in the weight's shape), ...]; views."""
         parts = vector.split([math.prod(self.shapes[name]) for name in names])
-        return [(name, part.view(self.shapes[name])) for name, part in zip(names, parts, strict=True)]
+        return [
+            (name, part.view(self.shapes[name])) for name, part in zip(names, parts, strict=True)
+        ]
 
     def forward(self, *inputs, **named):
         linear, rest = self.vectors
-        linear = linear if self.amp is None else linear.to(self.amp)  # one cast here, and one of the gradient
+        linear = (
+            linear if self.amp is None else linear.to(self.amp)
+        )  # one cast here, and one of the gradient
         weights = self.split(self.names[0], linear) + self.split(self.names[1], rest)
-        return functional_call(self.inner, {f"module.{name}": part for name, part in weights}, inputs, named)
+        return functional_call(
+            self.inner, {f"module.{name}": part for name, part in weights}, inputs, named
+        )
 
 
 class _ClassForward(nn.Module):
@@ -109,11 +134,15 @@ class _Stretches:
         self.parts = []
         for names, vector in zip(weights.names, weights.vectors):
             begin = 0
-            for _, group in itertools.groupby(names, lambda name: name.removeprefix(prefix).split(".")[0]):
+            for _, group in itertools.groupby(
+                names, lambda name: name.removeprefix(prefix).split(".")[0]
+            ):
                 group = list(group)
                 size = sum(math.prod(weights.shapes[name]) for name in group)
                 if group[0].startswith(prefix):
-                    self.parts.append((group[0].removeprefix(prefix), vector.detach()[begin : begin + size]))
+                    self.parts.append(
+                        (group[0].removeprefix(prefix), vector.detach()[begin : begin + size])
+                    )
                 begin += size
 
     def named_parameters(self):

@@ -10,24 +10,28 @@ import sys
 import time
 from pathlib import Path
 
+from config import InputError
+from hardware.device import Device
+from model import Encoder
+from run import checkpoint
+from text.binarized import BOS, EOS, PAD, UNK
+from text.files import note, without_mark
+
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import InputError
-from text.binarized import BOS, EOS, PAD, UNK
-from text.files import note, without_mark
-from hardware.device import Device
-from model import Encoder
-from run import checkpoint
-
 POOLS = {
-    "mean": lambda x, real: (x * real[:, :, None]).sum(1) / real.sum(1, keepdim=True),  # over the tokens
+    "mean": lambda x, real: (
+        (x * real[:, :, None]).sum(1) / real.sum(1, keepdim=True)
+    ),  # over the tokens
     "cls": lambda x, real: x[:, 0],  # at <s>
     "none": lambda x, real: x,
 }
-BYTES = 1 << 18  # of text that is read, sorted by length, and written at a time; a line that is longer is cut there
+BYTES = (
+    1 << 18
+)  # of text that is read, sorted by length, and written at a time; a line that is longer is cut there
 ENDLESS = 1 << 30  # bytes without a line end that are no text
 MANY_UNKNOWN = 0.2  # share of <unk> above which a warning is due
 
@@ -40,7 +44,9 @@ class Rows:
         self.header()
 
     def header(self):
-        self.file.seek(0)  # numpy pads the header, so its length does not depend on the number of rows
+        self.file.seek(
+            0
+        )  # numpy pads the header, so its length does not depend on the number of rows
         shape = {"descr": "<f4", "fortran_order": False, "shape": (self.count, self.width)}
         np.lib.format.write_array_header_1_0(self.file, shape)
 
@@ -65,17 +71,23 @@ def read_line(file, where: str) -> bytes:
 
 def read_lines(source: str):
     """Yield lists of lines of a file, or of standard input for '-'. Raises InputError if they are not UTF-8."""
-    if source != "-" and not Path(source).is_file():  # a pipe that nobody writes to would be waited for
+    if (
+        source != "-" and not Path(source).is_file()
+    ):  # a pipe that nobody writes to would be waited for
         why = "not a file (- reads standard input)" if Path(source).exists() else "no such file"
         raise InputError(f"--features {source}: {why}")
-    file, name = (sys.stdin.buffer, "standard input") if source == "-" else (open(source, "rb"), source)
+    file, name = (
+        (sys.stdin.buffer, "standard input") if source == "-" else (open(source, "rb"), source)
+    )
     lines, size, number = [], 0, 1
     with file if source != "-" else contextlib.nullcontext():
         while line := read_line(file, f"{name}, line {number}"):
             try:  # where a line was cut, so may be its last character
                 text = codecs.getincrementaldecoder("utf-8")().decode(line, final=len(line) < BYTES)
             except UnicodeDecodeError as e:
-                raise InputError(f"{name}, line {number}: not UTF-8 at byte {e.start} of the line") from None
+                raise InputError(
+                    f"{name}, line {number}: not UTF-8 at byte {e.start} of the line"
+                ) from None
             lines.append((without_mark(text, name) if number == 1 else text).removesuffix("\n"))
             size, number = size + len(line), number + 1
             if size >= BYTES:
@@ -86,7 +98,9 @@ def read_lines(source: str):
 
 
 @torch.no_grad()
-def encode(encoder: Encoder, device: Device, rows: list, layer: int, pool: str, max_tokens: int) -> list[np.ndarray]:
+def encode(
+    encoder: Encoder, device: Device, rows: list, layer: int, pool: str, max_tokens: int
+) -> list[np.ndarray]:
     """rows: int64 arrays of tokens -> float32 vectors in the same order, (C,) each, or (tokens, C) with pool 'none'.
 
     max_tokens: most tokens of a batch, padding included; rows of similar length share a batch.
@@ -102,7 +116,9 @@ def encode(encoder: Encoder, device: Device, rows: list, layer: int, pool: str, 
         tokens = np.full((len(batch), longest), PAD, np.int64)
         for place, i in zip(tokens, batch):
             place[: lengths[i]] = rows[i]
-        padded = bool((tokens == PAD).any())  # also where fairseq's dictionary of words found <pad> in the text
+        padded = bool(
+            (tokens == PAD).any()
+        )  # also where fairseq's dictionary of words found <pad> in the text
         tokens = device.tensor(tokens)
         with device.autocast():
             states: list[Tensor] = encoder.hidden_states(tokens, padded=padded)
@@ -112,7 +128,16 @@ def encode(encoder: Encoder, device: Device, rows: list, layer: int, pool: str, 
     return found
 
 
-def write(encoder: Encoder, device: Device, tokenize, source: str, out: str, layer: int | None, pool: str, cfg) -> dict:
+def write(
+    encoder: Encoder,
+    device: Device,
+    tokenize,
+    source: str,
+    out: str,
+    layer: int | None,
+    pool: str,
+    cfg,
+) -> dict:
     """Write the features of the lines of `source` to `out`, a .npy file; with pool 'none' also OUT.offsets.npy.
 
     tokenize: a text.tokens.Tokenizer; cfg: DataConfig. A line longer than the training blocks is cut, since positions
@@ -132,7 +157,10 @@ def write(encoder: Encoder, device: Device, tokenize, source: str, out: str, lay
     encoder.eval()
     offsets, lines, cut, unknown, begin = [0], 0, 0, 0, time.perf_counter()
     with contextlib.ExitStack() as stack:
-        rows = Rows(open(stack.enter_context(checkpoint.whole(out)), "wb"), encoder.embed_tokens.embedding_dim)
+        rows = Rows(
+            open(stack.enter_context(checkpoint.whole(out)), "wb"),
+            encoder.embed_tokens.embedding_dim,
+        )
         stack.callback(rows.file.close)
         with tqdm(unit=" lines", disable=None, file=sys.stderr) as bar:
             for chunk in read_lines(source):
@@ -161,7 +189,10 @@ def write(encoder: Encoder, device: Device, tokenize, source: str, out: str, lay
         )
     share = unknown / max(1, int(offsets[-1]) - 2 * lines)
     if share > MANY_UNKNOWN:
-        print(f"warning: {share:.0%} of the tokens are <unk>: the model does not know this text", file=sys.stderr)
+        print(
+            f"warning: {share:.0%} of the tokens are <unk>: the model does not know this text",
+            file=sys.stderr,
+        )
     seconds = time.perf_counter() - begin
     return dict(
         out=out,

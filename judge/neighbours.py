@@ -9,11 +9,11 @@ or outside the block, tells nothing. A model that learns from context should com
 
 import functools
 
-import numpy as np
-
 from data import Batch, BlockDataset
 from text.binarized import PAD, Dictionary
 from text.masks import ranges
+
+import numpy as np
 
 MOST_TOKENS = 10_000_000  # of the training split, that are counted for all tokens
 MOST_PLACES = 20_000  # of the evaluated split, that are asked for all tokens
@@ -31,13 +31,18 @@ def beside(batch: Batch, flat: np.ndarray) -> np.ndarray:
 class Neighbours:
     """Counts of K classes beside each token."""
 
-    def __init__(self, tokens: np.ndarray, labels: np.ndarray, classes: int, dictionary: Dictionary):
+    def __init__(
+        self, tokens: np.ndarray, labels: np.ndarray, classes: int, dictionary: Dictionary
+    ):
         """tokens: those left and right (2, N) of places that hide the classes `labels` (N,), of `classes` ones."""
         counts = np.bincount(labels, minlength=classes) + 1.0
         self.share, self.hidden, self.sides = counts / counts.sum(), dictionary.mask_id, []
         for neighbour in tokens:
             keys, counts = np.unique(neighbour * classes + labels, return_counts=True)
-            begins, found = np.searchsorted(keys, np.arange(len(dictionary) + 1) * classes), keys % classes
+            begins, found = (
+                np.searchsorted(keys, np.arange(len(dictionary) + 1) * classes),
+                keys % classes,
+            )
             # where a token's row begins, the classes in it, and by how much each is more likely there, before scaling
             self.sides.append((begins, found, counts / (STRENGTH * self.share[found])))
 
@@ -55,7 +60,9 @@ class Neighbours:
     def factors(self, side: tuple[np.ndarray, ...], tokens: np.ndarray) -> np.ndarray:
         """By how much each class is more likely beside each of the tokens (N,), up to a factor for each: (N, K)."""
         begins, classes, more = side
-        lengths = np.where((tokens == PAD) | (tokens == self.hidden), 0, begins[tokens + 1] - begins[tokens])
+        lengths = np.where(
+            (tokens == PAD) | (tokens == self.hidden), 0, begins[tokens + 1] - begins[tokens]
+        )
         out, where = np.ones((len(tokens), len(self.share))), ranges(begins[tokens], lengths)
         out[np.repeat(np.arange(len(tokens)), lengths), classes[where]] += more[where]
         return out
@@ -82,5 +89,7 @@ def word_loss(dataset: BlockDataset, train: BlockDataset) -> float | None:
         if not room:
             break
     text = np.concatenate(parts)
-    counted = Neighbours(np.stack([text[:-2], text[2:]]), text[1:-1], len(train.dictionary), train.dictionary)
+    counted = Neighbours(
+        np.stack([text[:-2], text[2:]]), text[1:-1], len(train.dictionary), train.dictionary
+    )
     return float(counted.answer(np.concatenate(asked, 1), np.concatenate(words))["loss"].mean())

@@ -11,23 +11,42 @@ import math
 import os
 from pathlib import Path
 
-import config
 from config import InputError, printable, read_text
-from run import checkpoint
+from run import checkpoint, flags
 
 # Okabe and Ito's palette for colour-blind readers, without yellow (faint on white) and black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
-GUESSES = (("", "student"), ("_position", "position"), ("_block", "block"), ("_constant", "constant"))
+GUESSES = (
+    ("", "student"),
+    ("_position", "position"),
+    ("_block", "block"),
+    ("_constant", "constant"),
+)
 COUNTS = (("", "student"), ("_neighbours", "left and right counted"))
 FREQUENCY = ("valid_mlm_loss_frequency", "frequencies")
 # (title, unit, log scale, ((key in train.jsonl, name in the panel's own legend) of each line))
 PANELS = (
     ("loss", "per masked token", False, (("loss", "training"), ("valid_loss", "validation"))),
-    ("cosine", "validation", False, tuple((f"valid_cosine{guess}", name) for guess, name in GUESSES)),
+    (
+        "cosine",
+        "validation",
+        False,
+        tuple((f"valid_cosine{guess}", name) for guess, name in GUESSES),
+    ),
     ("R2", "validation", False, tuple((f"valid_r2{guess}", name) for guess, name in GUESSES[:3])),
-    ("probe's gain", "nats per word", False, tuple((f"valid_probe_gain{guess}", name) for guess, name in COUNTS)),
-    ("words", "nats", False, (*((f"valid_mlm_loss{guess}", name) for guess, name in COUNTS), FREQUENCY)),
+    (
+        "probe's gain",
+        "nats per word",
+        False,
+        tuple((f"valid_probe_gain{guess}", name) for guess, name in COUNTS),
+    ),
+    (
+        "words",
+        "nats",
+        False,
+        (*((f"valid_mlm_loss{guess}", name) for guess, name in COUNTS), FREQUENCY),
+    ),
     ("variance", "0: collapse", True, (("target_var", "target"), ("pred_var", "prediction"))),
     ("gradient norm", "before clipping", False, (("gnorm", ""),)),
     ("learning rate", "", False, (("lr", ""),)),
@@ -44,36 +63,58 @@ def read_run(run: str) -> dict:
     """
     path = Path(run) / "train.jsonl" if Path(run).is_dir() else Path(run)
     if not path.exists():
-        raise InputError(f"{path}: no such file; RUN is a --save_dir of train.py, or its train.jsonl")
+        raise InputError(
+            f"{path}: no such file; RUN is a --save_dir of train.py, or its train.jsonl"
+        )
     lines = read_text(path, "replace").splitlines()
     series = {key: ([], []) for *_, keys in PANELS for key, _ in keys}
     for line in lines:
         try:
             row = json.loads(line)
             update = float(row["num_updates"])
-            found = {key: _drawable(row[key]) for key in series if key in row and _drawable(update) == update}
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):  # cut short by a crash or a full disk
+            found = {
+                key: _drawable(row[key])
+                for key in series
+                if key in row and _drawable(update) == update
+            }
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            OverflowError,
+            RecursionError,
+        ):  # cut short by a crash or a full disk
             continue
         for key, value in found.items():
             series[key][0].append(update)
             series[key][1].append(value)
     if not any(math.isfinite(value) for _, values in series.values() for value in values):
-        raise InputError(f"{path}: no row of a log interval or a validation in it yet ({len(lines)} lines)")
+        raise InputError(
+            f"{path}: no row of a log interval or a validation in it yet ({len(lines)} lines)"
+        )
     return series
 
 
 def _drawable(value) -> float:
     """NaN for null, and for what matplotlib cannot put on an axis."""
-    return float(value) if value is not None and 1e-30 < abs(float(value)) < 1e30 or value == 0 else math.nan
+    return (
+        float(value)
+        if value is not None and 1e-30 < abs(float(value)) < 1e30 or value == 0
+        else math.nan
+    )
 
 
 def names_of(runs: list[str]) -> list[str]:
     """The runs' paths without train.jsonl and without the leading folders that all share."""
-    parts = [Path(run).parts[:-1] if Path(run).name == "train.jsonl" else Path(run).parts for run in runs]
+    parts = [
+        Path(run).parts[:-1] if Path(run).name == "train.jsonl" else Path(run).parts for run in runs
+    ]
     shared = 0
     while all(shared < len(p) - 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1
-    return [printable(os.path.join(*p[shared:]) if p[shared:] else run) for p, run in zip(parts, runs)]
+    return [
+        printable(os.path.join(*p[shared:]) if p[shared:] else run) for p, run in zip(parts, runs)
+    ]
 
 
 def draw(runs: dict, path: Path):
@@ -81,7 +122,9 @@ def draw(runs: dict, path: Path):
     try:
         import matplotlib
     except ImportError:
-        raise InputError("judge.plot needs the matplotlib package: pip install matplotlib") from None
+        raise InputError(
+            "judge.plot needs the matplotlib package: pip install matplotlib"
+        ) from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
@@ -92,16 +135,33 @@ def draw(runs: dict, path: Path):
     known = plt.gcf().canvas.get_supported_filetypes().keys() - {"pgf"}  # which needs LaTeX
     plt.close()
     if path.suffix[1:].lower() not in known:
-        raise InputError(f"--out {path}: the suffix chooses the format; use one of {', '.join(sorted(known))}")
-    colours = COLOURS if len(runs) <= len(COLOURS) else plt.cm.viridis([i / len(runs) for i in range(len(runs))])
-    plt.rcParams.update({"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False})
-    seen = {key for series in runs.values() for key, (_, values) in series.items() if any(map(math.isfinite, values))}
+        raise InputError(
+            f"--out {path}: the suffix chooses the format; use one of {', '.join(sorted(known))}"
+        )
+    colours = (
+        COLOURS
+        if len(runs) <= len(COLOURS)
+        else plt.cm.viridis([i / len(runs) for i in range(len(runs))])
+    )
+    plt.rcParams.update(
+        {"font.size": 8, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
+    seen = {
+        key
+        for series in runs.values()
+        for key, (_, values) in series.items()
+        if any(map(math.isfinite, values))
+    }
     panels = [panel for panel in PANELS if any(key in seen for key, _ in panel[-1])]
     columns = 3 if len(panels) <= 6 or len(panels) == 9 else 4
-    last = max(max(updates, default=0) for series in runs.values() for updates, _ in series.values())
+    last = max(
+        max(updates, default=0) for series in runs.values() for updates, _ in series.values()
+    )
     rows = -(-len(panels) // columns)
     size = (3 * columns, 2.4 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, dpi=100, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, dpi=100, layout="constrained", squeeze=False
+    )
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for i, (axis, (title, unit, log, keys)) in enumerate(zip(axes.flat, panels)):
@@ -112,7 +172,9 @@ def draw(runs: dict, path: Path):
                 look = dict(color=own if len(runs) == 1 else colour, linestyle=style, linewidth=1.2)
                 axis.plot(*series[key], **look, marker=marker, markersize=3)
                 if key in seen:
-                    lines[name] = Line2D([], [], **{**look, "color": own if len(runs) == 1 else "0.3"})
+                    lines[name] = Line2D(
+                        [], [], **{**look, "color": own if len(runs) == 1 else "0.3"}
+                    )
         axis.set_title(title + (f" ({unit})" if unit else ""))
         axis.grid(color="0.9", linewidth=0.6)
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
@@ -123,7 +185,9 @@ def draw(runs: dict, path: Path):
         if log:
             axis.set_yscale("log", nonpositive="mask")
         else:
-            axis.yaxis.set_major_formatter(EngFormatter(sep="") if title == "throughput" else "{x:g}")
+            axis.yaxis.set_major_formatter(
+                EngFormatter(sep="") if title == "throughput" else "{x:g}"
+            )
         if title == "throughput":
             axis.set_ylim(bottom=0)
         if title == "probe's gain":
@@ -135,7 +199,9 @@ def draw(runs: dict, path: Path):
         figure.suptitle(*runs, parse_math=False)  # a $ in a name is a $
     else:
         handles = [Line2D([], [], color=colour, linewidth=2) for colour in colours[: len(runs)]]
-        names = figure.legend(handles, list(runs), loc="outside upper center", ncols=min(4, len(runs)), frameon=False)
+        names = figure.legend(
+            handles, list(runs), loc="outside upper center", ncols=min(4, len(runs)), frameon=False
+        )
         for name in names.get_texts():
             name.set_parse_math(False)
     with checkpoint.whole(path) as part:
@@ -144,9 +210,16 @@ def draw(runs: dict, path: Path):
 
 
 def main(argv: list | None = None) -> int:
-    parser = config.Parser(description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a --save_dir of train.py, or its train.jsonl")
-    parser.add_argument("--out", default="curves.png", metavar="FILE", help="where the picture is written [curves.png]")
+    parser = flags.Parser(description=__doc__)
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="a --save_dir of train.py, or its train.jsonl"
+    )
+    parser.add_argument(
+        "--out",
+        default="curves.png",
+        metavar="FILE",
+        help="where the picture is written [curves.png]",
+    )
     args = parser.parse_args(argv)
     series = [read_run(run) for run in args.runs]
     draw(dict(zip(names_of(args.runs), series)), Path(args.out))
@@ -155,4 +228,4 @@ def main(argv: list | None = None) -> int:
 
 
 if __name__ == "__main__":
-    config.program(main)
+    flags.program(main)

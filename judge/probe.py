@@ -23,18 +23,16 @@ could name them all.
 import copy
 from dataclasses import dataclass
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import Device  # isort: split
+from config import InputError
+from data import Batch, BlockDataset, Corpus
+from hardware.device import Device
+from judge.neighbours import Neighbours, beside
+from run.progress import Bar
+from text.binarized import SPECIAL, TokenStream
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-from config import InputError
-from data import Batch, BlockDataset, Corpus
-from text.binarized import SPECIAL, TokenStream
-from judge.neighbours import Neighbours, beside
-from run.progress import Bar
 
 CLASSES = 1000
 MASK_EPOCHS = 5  # a small split is read this many times, each time with the masks of another epoch
@@ -84,7 +82,9 @@ def find_places(dataset: BlockDataset, classes: np.ndarray, least: int) -> Place
             blocks.append(ids[flat // batch.source.shape[1]])
             count, left_out = count + len(flat), left_out + int((label < 0).sum())
     if not count:
-        raise InputError(f"{dataset.stream.folder}: {dataset.split} hides no token that --probe could ask for")
+        raise InputError(
+            f"{dataset.stream.folder}: {dataset.split} hides no token that --probe could ask for"
+        )
     return Places(batches, np.concatenate(labels), np.concatenate(blocks), left_out)
 
 
@@ -95,7 +95,9 @@ def features(student, device: Device, places: Places) -> torch.Tensor:
     parts = []
     for batch, flat in Bar(places.batches, device.rank, what="probe, reading"):
         with device.autocast():
-            x, _ = student.encoder(device.tensor(batch.source), batch.source_padded, places=device.tensor(flat))
+            x, _ = student.encoder(
+                device.tensor(batch.source), batch.source_padded, places=device.tensor(flat)
+            )
         parts.append(x.float())
     student.train()
     return torch.cat(parts)
@@ -132,11 +134,15 @@ class Probe:
         if places < 1:
             raise InputError(f"--probe_places {places}: must be at least 1")
         if split == "train":
-            raise InputError("--probe fits on the train split; --split names the one to evaluate on, such as valid")
+            raise InputError(
+                "--probe fits on the train split; --split names the one to evaluate on, such as valid"
+            )
         dataset = corpus.split("train")
         classes = frequent_tokens(dataset.stream, corpus.dictionary)
         self.run, self.classes = run, int(classes.max()) + 1
-        self.train, self.valid = (find_places(d, classes, places) for d in (dataset, corpus.split(split)))
+        self.train, self.valid = (
+            find_places(d, classes, places) for d in (dataset, corpus.split(split))
+        )
         counts = Neighbours(self.train.beside(), self.train.labels, self.classes, corpus.dictionary)
         self.counted = counts.answer(self.valid.beside(), self.valid.labels)
         blocks = np.unique(self.train.blocks)
@@ -144,12 +150,16 @@ class Probe:
             raise InputError(f"{dataset.stream.folder}: train has too few blocks for --probe")
         self.seed = corpus.cfg.seed
         held = np.random.RandomState(self.seed).permutation(blocks)[: -(-len(blocks) // 10)]
-        self.held = np.isin(self.train.blocks, held)  # (N,) True for the places that decide when the fit stops
+        self.held = np.isin(
+            self.train.blocks, held
+        )  # (N,) True for the places that decide when the fit stops
 
     def ask(self, student) -> dict:
         """Fit on a student's states, then predict the valid places: `hit` (N,) bool and `loss` (N,) float64 in nats."""
         device = self.run.device
-        x, x_valid = whiten(*(features(student, device, places) for places in (self.train, self.valid)))
+        x, x_valid = whiten(
+            *(features(student, device, places) for places in (self.train, self.valid))
+        )
         weight, bias = self.fit(x)
         y, hit, loss = device.tensor(self.valid.labels), [], []
         for part, label in zip(x_valid.split(8192), y.split(8192)):
@@ -166,13 +176,19 @@ class Probe:
         device, y = self.run.device, self.run.device.tensor(self.train.labels)
         held, rest = (np.flatnonzero(which) for which in (self.held, ~self.held))
         x_held, y_held = (tensor.index_select(0, device.tensor(held)) for tensor in (x, y))
-        bias = device.tensor(log_frequencies(self.train.labels, self.classes).astype(np.float32)).requires_grad_()
+        bias = device.tensor(
+            log_frequencies(self.train.labels, self.classes).astype(np.float32)
+        ).requires_grad_()
         weight = torch.zeros(x.shape[1], self.classes, device=x.device, requires_grad=True)
         optimizer, rng = torch.optim.Adam([weight, bias], lr=LR), np.random.RandomState(self.seed)
         lowest, kept, waited = float("inf"), None, 0
-        for _ in Bar(range(MOST_EPOCHS), self.run.device.rank, what="probe, fitting at most", unit="epoch"):
+        for _ in Bar(
+            range(MOST_EPOCHS), self.run.device.rank, what="probe, fitting at most", unit="epoch"
+        ):
             for part in device.tensor(rng.permutation(rest)).split(BATCH):
-                loss = F.cross_entropy(x.index_select(0, part) @ weight + bias, y.index_select(0, part))
+                loss = F.cross_entropy(
+                    x.index_select(0, part) @ weight + bias, y.index_select(0, part)
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -180,7 +196,11 @@ class Probe:
                 loss = float(F.cross_entropy(x_held @ weight + bias, y_held))
             waited += 1
             if loss < lowest:
-                lowest, waited, kept = loss, 0, [tensor.detach().clone() for tensor in (weight, bias)]
+                lowest, waited, kept = (
+                    loss,
+                    0,
+                    [tensor.detach().clone() for tensor in (weight, bias)],
+                )
             if waited == PATIENCE:
                 break
         return kept
@@ -202,7 +222,9 @@ class Probe:
             gain_error=float(np.sqrt(np.square(sums).sum()) / len(labels)),
             gain_neighbours=float((untrained["loss"] - self.counted["loss"]).mean()),
             **{
-                name: dict(accuracy=float(answer["hit"].mean()), cross_entropy=float(answer["loss"].mean()))
+                name: dict(
+                    accuracy=float(answer["hit"].mean()), cross_entropy=float(answer["loss"].mean())
+                )
                 for name, answer in zip(ROWS, (trained, untrained, self.counted, guess))
             },
         )
@@ -218,8 +240,12 @@ def table(result: dict, split: str) -> str:
     ]
     for name in ROWS:
         figures = result[name]
-        lines += [f"{name.replace('_', ' '):14}{figures['accuracy']:16.4f}{figures['cross_entropy']:24.4f}"]
-    return "\n".join([*lines, *verdict(result["gain"], result["gain_error"], result["gain_neighbours"])])
+        lines += [
+            f"{name.replace('_', ' '):14}{figures['accuracy']:16.4f}{figures['cross_entropy']:24.4f}"
+        ]
+    return "\n".join(
+        [*lines, *verdict(result["gain"], result["gain_error"], result["gain_neighbours"])]
+    )
 
 
 def verdict(gain: float, error: float, counted: float) -> list[str]:

@@ -15,21 +15,24 @@ as one observation); `beyond_block` is the student's share of what the block gue
 
 import math
 
+import mlm
+from config import InputError
+from data import Batch, BlockDataset
+from judge import probe
+from judge.neighbours import word_loss
+from model import data2vec_loss, teacher_targets
+from run.progress import Bar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import mlm
-from config import InputError
-from data import Batch, BlockDataset
-from model import data2vec_loss, teacher_targets
-from judge import probe
-from judge.neighbours import word_loss
-from run.progress import Bar
-
 FIT_BATCHES = 32  # of the training split, for the position guess
 ALIKE = 0.9  # a constant guess with a higher cosine: half a collapse
-LEAST_GAIN, LEAST_ERRORS = 0.02, 3  # a gain of R2 counts if it is above the first, and above so many errors
+LEAST_GAIN, LEAST_ERRORS = (
+    0.02,
+    3,
+)  # a gain of R2 counts if it is above the first, and above so many errors
 GUESSES = ("position", "block")
 
 
@@ -62,18 +65,25 @@ def verdict(figures: dict) -> str:
     """In words, whether the student beats the guesses that know no word. figures: of `evaluate`, with a train split."""
     words = []
     if "mlm_loss" in figures:
-        words = ["words: {mlm_loss:.3f} nats (perplexity {mlm_perplexity:.1f}); accuracy {mlm_accuracy:.3f}"]
+        words = [
+            "words: {mlm_loss:.3f} nats (perplexity {mlm_perplexity:.1f}); accuracy {mlm_accuracy:.3f}"
+        ]
         if "mlm_loss_frequency" in figures:
             words.append("no model: frequencies {mlm_loss_frequency:.3f} nats")
         if "mlm_loss_neighbours" in figures:
             words[-1] += "; left and right counted {mlm_loss_neighbours:.3f}"
     if "probe_gain" in figures:
-        words += probe.verdict(*(figures[f"probe_gain{part}"] for part in ("", "_error", "_neighbours")))
+        words += probe.verdict(
+            *(figures[f"probe_gain{part}"] for part in ("", "_error", "_neighbours"))
+        )
     if "r2" not in figures:
         nothing = ["no training split here, so what guesses without words would get is not known"]
-        return "\n".join(words if figures.get("mlm_loss_frequency") else [*words, *nothing]).format(**figures)
+        return "\n".join(words if figures.get("mlm_loss_frequency") else [*words, *nothing]).format(
+            **figures
+        )
     beaten = {
-        name: figures[f"gain_{name}"] > max(LEAST_GAIN, LEAST_ERRORS * figures[f"gain_{name}_error"])
+        name: figures[f"gain_{name}"]
+        > max(LEAST_GAIN, LEAST_ERRORS * figures[f"gain_{name}_error"])
         for name in GUESSES
     }
     what = "positions and the block's mean" if beaten["position"] else "positions"
@@ -81,7 +91,9 @@ def verdict(figures: dict) -> str:
     if all(beaten.values()):
         begin = f"learned: better than both guesses{'; whether words, --probe tells' * ('probe_gain' not in figures)}"
     if figures["cosine_constant"] > ALIKE:  # there R2 is a share of next to nothing
-        begin = "NOT learned: the targets are alike, their mean has a cosine of {cosine_constant:.3f}"
+        begin = (
+            "NOT learned: the targets are alike, their mean has a cosine of {cosine_constant:.3f}"
+        )
     told = (
         "R2 {r2:.3f}; position {r2_position:.3f} (gain {gain_position:.3f} +- {gain_position_error:.3f}),"
         "\nposition and block {r2_block:.3f} (gain {gain_block:.3f} +- {gain_block_error:.3f})"
@@ -95,17 +107,28 @@ class Guesses:
     def __init__(self, run, train: BlockDataset):
         device, cfg = run.device, run.cfg
         self.run, width = run, cfg.data.tokens_per_sample
-        sums = torch.zeros(width + 1, cfg.model.embed_dim + 1, device=device.torch_device)  # the last column counts
-        lists = train.epoch_batches(1, device.rank, device.world_size)[: -(-FIT_BATCHES // device.world_size)]
-        for host in Bar(train.batches(lists, 1), device.rank, what="position guess", total=len(lists)):
-            target, places = targets_of(run, host), device.upload(host).masked % host.source.shape[1]
+        sums = torch.zeros(
+            width + 1, cfg.model.embed_dim + 1, device=device.torch_device
+        )  # the last column counts
+        lists = train.epoch_batches(1, device.rank, device.world_size)[
+            : -(-FIT_BATCHES // device.world_size)
+        ]
+        for host in Bar(
+            train.batches(lists, 1), device.rank, what="position guess", total=len(lists)
+        ):
+            target, places = (
+                targets_of(run, host),
+                device.upload(host).masked % host.source.shape[1],
+            )
             sums.index_add_(0, places, F.pad(target, (0, 1), value=1.0))
         device.all_reduce(sums)
         sums[width] = sums.sum(0)  # for positions that the batches never masked: the mean over all
         rows = torch.where(sums[:, -1:] > 0, sums, sums[width])
         self.table = rows[:, :-1] / rows[:, -1:].clamp(min=1)  # (width + 1, C)
         # over all places: squared error and cosine of the student and of each guess, then their loss
-        self.sums = {name: torch.zeros(3, device=device.torch_device) for name in ("student", *GUESSES)}
+        self.sums = {
+            name: torch.zeros(3, device=device.torch_device) for name in ("student", *GUESSES)
+        }
         # of each guess' squared error less the student's, summed over a block's n places, d: d, d^2, dn, n^2
         self.blocks = {name: torch.zeros(4, device=device.torch_device) for name in GUESSES}
 
@@ -114,7 +137,9 @@ class Guesses:
         width, cfg = batch.source.shape[1], self.run.cfg.model
         rows = batch.masked // width
         position = self.table[batch.masked % width]  # (M, C)
-        count = target.new_zeros(len(batch.source)).index_add_(0, rows, target.new_ones(len(rows)))  # (B,)
+        count = target.new_zeros(len(batch.source)).index_add_(
+            0, rows, target.new_ones(len(rows))
+        )  # (B,)
         left = target - position
         of_block = target.new_zeros(len(batch.source), left.shape[1]).index_add_(0, rows, left)
         others = (of_block[rows] - left) / (count[rows] - 1).clamp(min=1)[:, None]
@@ -123,23 +148,35 @@ class Guesses:
         for name, guess in guesses.items():
             errors[name] = (guess - target).square().sum(1)  # (M,)
             loss = data2vec_loss(guess, target, cfg)
-            self.sums[name] += torch.stack([errors[name].sum(), F.cosine_similarity(guess, target).sum(), loss])
+            self.sums[name] += torch.stack(
+                [errors[name].sum(), F.cosine_similarity(guess, target).sum(), loss]
+            )
         for name, sums in self.blocks.items():
-            gain = target.new_zeros(len(count)).index_add_(0, rows, errors[name] - errors["student"])  # (B,)
-            sums += torch.stack([gain.sum(), gain.square().sum(), (gain * count).sum(), count.square().sum()])
+            gain = target.new_zeros(len(count)).index_add_(
+                0, rows, errors[name] - errors["student"]
+            )  # (B,)
+            sums += torch.stack(
+                [gain.sum(), gain.square().sum(), (gain * count).sum(), count.square().sum()]
+            )
 
     def figures(self, moment_sums: Tensor, places: int) -> dict:
         """moment_sums: `moments` over all places and workers."""
         for sums in (*self.sums.values(), *self.blocks.values()):
             self.run.device.all_reduce(sums)
         target, squares = (moment_sums[i].cpu().double() for i in (2, 3))
-        total = float((squares - target.square() / places).sum())  # the squared error of the constant guess
+        total = float(
+            (squares - target.square() / places).sum()
+        )  # the squared error of the constant guess
         total = total if total > 0 else 1.0
         found = {name: sums.tolist() for name, sums in self.sums.items()}
         out = dict(r2=1 - found["student"][0] / total)
         for name in GUESSES:
             error, cosine, loss = found[name]
-            out |= {f"r2_{name}": 1 - error / total, f"cosine_{name}": cosine / places, f"loss_{name}": loss / places}
+            out |= {
+                f"r2_{name}": 1 - error / total,
+                f"cosine_{name}": cosine / places,
+                f"loss_{name}": loss / places,
+            }
             d, d2, dn, n2 = self.blocks[name].tolist()
             spread = max(0.0, d2 - 2 * dn * d / places + n2 * (d / places) ** 2)
             out |= {f"gain_{name}": d / total, f"gain_{name}_error": math.sqrt(spread) / total}
@@ -186,7 +223,9 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
         device.all_reduce(tensor)
     sample_size, batches = counts.tolist()
     if sample_size == 0:
-        raise InputError(f"{dataset.stream.folder}: {dataset.split} has nothing masked; is --mask_prob too small?")
+        raise InputError(
+            f"{dataset.stream.folder}: {dataset.split} has nothing masked; is --mask_prob too small?"
+        )
     named = words.figures() if words else {}
     counted = word_loss(dataset, train) if words and train else None
     if counted is not None:

@@ -1,11 +1,13 @@
 """What is measured beside training: the validation's figures and, every so often, the probe."""
 
 from data import Corpus
-from model import Data2VecText
 from judge.probe import Probe
 from judge.quality import evaluate
+from model import Data2VecText
 
-PROBE_PLACES = 10_000  # masked places to fit the probe on, and as many to ask; few, so that it costs seconds
+PROBE_PLACES = (
+    10_000  # masked places to fit the probe on, and as many to ask; few, so that it costs seconds
+)
 
 
 class Validation:

@@ -22,15 +22,11 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import Device, use_all_cores  # isort: split
+from config import InputError
+from formats import fairseq_files, fairseq_names, integrity
+from hardware.device import Device, use_all_cores
 
 import torch
-
-from formats import fairseq_files
-from formats import fairseq_names
-from config import InputError
-from formats import integrity
 
 FORMAT = "data2vec-text 1"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
@@ -58,7 +54,9 @@ def save(content: dict, path, *also, read=None):
     files before it are then new, and it and those after it are old.
     """
     write({"format": FORMAT, **content}, path, read)
-    for copy in also:  # neither links nor shared blocks of the disk: damage to one file leaves the others
+    for (
+        copy
+    ) in also:  # neither links nor shared blocks of the disk: damage to one file leaves the others
         with whole(copy) as part:
             shutil.copyfile(path, part)
 
@@ -70,7 +68,9 @@ def write(content: dict, path, read=None):
             torch.save(content, file)
         except RuntimeError as e:  # torch's writer turns a full disk into one
             cause = e.__context__
-            raise cause if isinstance(cause, OSError) else OSError(errno.EIO, str(e).splitlines()[0]) from None
+            raise (
+                cause if isinstance(cause, OSError) else OSError(errno.EIO, str(e).splitlines()[0])
+            ) from None
         if read:
             read()
 
@@ -99,7 +99,9 @@ class Saver:
 
         def write():
             use_all_cores()
-            if sys.platform == "linux":  # where a priority is a thread's own: updates have the cores first
+            if (
+                sys.platform == "linux"
+            ):  # where a priority is a thread's own: updates have the cores first
                 with contextlib.suppress(OSError):
                     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
             try:
@@ -135,7 +137,9 @@ class Saver:
             buffer = self._kept.get(key)
             if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
                 buffer = torch.empty(value.shape, dtype=value.dtype)
-                buffer = self._kept[key] = buffer if value.device.type == "cpu" else buffer.pin_memory()
+                buffer = self._kept[key] = (
+                    buffer if value.device.type == "cpu" else buffer.pin_memory()
+                )
             return buffer.copy_(value.detach(), non_blocking=True)
         if isinstance(value, dict):
             return {k: self._copy(v, (*key, k)) for k, v in value.items()}
@@ -182,7 +186,11 @@ def write_text(path, text: str):
 
 def prune(folder, keep: int):
     """Remove all but the newest `keep` of checkpoint_{epoch}_{updates}.pt in `folder`; keep < 0 keeps all."""
-    found = [(int(match[1]), path) for path in Path(folder).iterdir() if (match := KEPT.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in Path(folder).iterdir()
+        if (match := KEPT.fullmatch(path.name))
+    ]
     for _, path in sorted(found, reverse=True)[keep:] if keep >= 0 else []:
         path.unlink()
 
@@ -207,7 +215,11 @@ def _updates_in(path: Path) -> float:
             return -1
         integrity.check_archive(path, checksums=False)
         # mapped, so that no weight is read
-        return int(torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)["progress"]["num_updates"])
+        return int(
+            torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)["progress"][
+                "num_updates"
+            ]
+        )
     except Exception:  # `load` says what is wrong with it, if its turn comes
         return -1
 
@@ -218,7 +230,9 @@ def load(path) -> Loaded:
     content = read(path)
     if "format" in content:
         if content["format"] != FORMAT:
-            raise InputError(f"{path}: format {str(content['format'])[:100]!r}; this version reads {FORMAT!r}")
+            raise InputError(
+                f"{path}: format {str(content['format'])[:100]!r}; this version reads {FORMAT!r}"
+            )
         if not integrity.is_archive(path):
             raise InputError(f"{path}: damaged: it is not the archive that this project writes")
         integrity.check_entries(content, path)
@@ -258,7 +272,9 @@ def read(path) -> dict:
         raise
     except Exception as e:  # torch raises many kinds for a damaged or foreign file
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        first = "a pickle, but not torch's" if isinstance(e, pickle.UnpicklingError) else first[:200]
+        first = (
+            "a pickle, but not torch's" if isinstance(e, pickle.UnpicklingError) else first[:200]
+        )
         with contextlib.suppress(OSError), open(path, "rb") as file:
             if file.read(1) not in (b"P", b"\x80"):  # of a zip, of a pickle
                 first = "torch.save has not written it"
@@ -273,7 +289,11 @@ def read(path) -> dict:
 
 
 def _check_tensor(tensor, shape, what: str, path):
-    if not (isinstance(tensor, torch.Tensor) and integrity.is_ordinary(tensor) and tensor.dtype in integrity.FLOATS):
+    if not (
+        isinstance(tensor, torch.Tensor)
+        and integrity.is_ordinary(tensor)
+        and tensor.dtype in integrity.FLOATS
+    ):
         raise InputError(f"{path}: {what} is not an ordinary tensor of floating-point numbers")
     if tensor.shape != shape:
         raise InputError(
@@ -293,7 +313,9 @@ def check_fits(state: dict, module: torch.nn.Module, what: str, path):
         _check_tensor(state[name], tensor.shape, f"{what} {name}", path)
     extra = sorted(map(str, set(state) - set(expected)))
     if extra:
-        raise InputError(f"{path}: {what} has {extra[0][:200]}, which this model has not; another architecture")
+        raise InputError(
+            f"{path}: {what} has {extra[0][:200]}, which this model has not; another architecture"
+        )
 
 
 def own_state(state: dict, module: torch.nn.Module, what: str, path) -> dict:
@@ -319,7 +341,9 @@ def checked_moments(state: dict, shapes: list, path) -> dict:
     shapes and strides: a moment that is too small would have them write outside of it.
     """
     if state and set(state) != set(range(len(shapes))):
-        raise InputError(f"{path}: the optimizer has {len(state)} parameters, this model has {len(shapes)}")
+        raise InputError(
+            f"{path}: the optimizer has {len(state)} parameters, this model has {len(shapes)}"
+        )
     checked = {}
     for i, shape in enumerate(shapes if state else ()):
         entry = state[i] if isinstance(state[i], dict) else {}
@@ -328,7 +352,9 @@ def checked_moments(state: dict, shapes: list, path) -> dict:
         except (TypeError, ValueError, OverflowError, RuntimeError):
             step = math.nan
         if not 0 <= step < math.inf:
-            raise InputError(f"{path}: the optimizer's step of parameter {i} is not one number >= 0")
+            raise InputError(
+                f"{path}: the optimizer's step of parameter {i} is not one number >= 0"
+            )
         checked[i] = {"step": torch.tensor(step)}
         for name in MOMENTS:
             _check_tensor(entry.get(name), shape, f"the optimizer's {name} of parameter {i}", path)

@@ -10,7 +10,7 @@ class Clock:
     after the same update and have the same learning rates."""
 
     def __init__(self, device, cfg):
-        """cfg: a train.TrainConfig."""
+        """cfg: a config.TrainConfig."""
         self.device, self.cfg = device, cfg
         self.restore(0.0)
 
@@ -44,4 +44,6 @@ class Clock:
 
     def at(self, updates: int) -> float:
         """Where the schedules are after so many updates: there, or, by the hours, at their share of max_update."""
-        return self.cfg.max_update * self.hours / self.cfg.max_hours if self.goes_by_hours else updates
+        return (
+            self.cfg.max_update * self.hours / self.cfg.max_hours if self.goes_by_hours else updates
+        )

@@ -32,7 +32,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise InputError("--tensorboard_logdir needs the tensorboard package: pip install tensorboard") from None
+            raise InputError(
+                "--tensorboard_logdir needs the tensorboard package: pip install tensorboard"
+            ) from None
         self._writer, self._writers, self.logdir = SummaryWriter, {}, Path(logdir)
         threading.excepthook = _without_tensorboards(threading.excepthook)
         try:

@@ -4,24 +4,15 @@ import contextlib
 import os
 import signal
 import time
-from dataclasses import dataclass
 
-from config import InputError, RunError, option
+from config import GuardConfig, InputError, ModelConfig, RunError
 from hardware.device import LOWEST_LOSS_SCALE, Device
-from model import ModelConfig
 from judge.quality import ALIKE
 
 HALF_COLLAPSE = 3  # the variance of the targets fell to a third: a warning
-UNHEALTHY_INTERVALS = 10  # log intervals in a row with a collapsed variance after which the run stops
-
-
-@dataclass(frozen=True)
-class GuardConfig:
-    max_skipped: int = option(50, "updates in a row with a non-finite loss or gradient before the run stops", low=1)
-    min_target_var: float = option(0.01, "variance of the targets under which they have collapsed (0: no guard)", low=0)
-    min_pred_var: float = option(
-        1e-6, "variance of the predictions under which they have collapsed (0: no guard)", low=0
-    )
+UNHEALTHY_INTERVALS = (
+    10  # log intervals in a row with a collapsed variance after which the run stops
+)
 
 
 class Signals:
@@ -37,8 +28,14 @@ class Signals:
 
     def __enter__(self):
         self.stop, self.save, self._at = 0, 0, 0.0  # stop: the signal's number, or 0
-        handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop, signal.SIGUSR1: self._save}
-        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        handlers = {
+            signal.SIGTERM: self._stop,
+            signal.SIGINT: self._stop,
+            signal.SIGUSR1: self._save,
+        }
+        self._before = {
+            number: signal.signal(number, handler) for number, handler in handlers.items()
+        }
         return self
 
     def __exit__(self, *_):
@@ -60,7 +57,8 @@ class Signals:
         self.stop, self._at = number, time.monotonic()
         # not print: a signal may arrive in the middle of one
         os.write(
-            2, f"\n{signal.Signals(number).name}: finishing this update, then saving; again: exit at once\n".encode()
+            2,
+            f"\n{signal.Signals(number).name}: finishing this update, then saving; again: exit at once\n".encode(),
         )
 
     def _save(self, *_):
@@ -93,7 +91,9 @@ class Health:
 
     def check_loss_scale(self, scale: float):
         if scale < LOWEST_LOSS_SCALE:
-            raise Unhealthy("gradients overflow float16 at any loss scale; lower --lr, or use --amp bf16")
+            raise Unhealthy(
+                "gradients overflow float16 at any loss scale; lower --lr, or use --amp bf16"
+            )
 
     def check_variance(self, row: dict, first_target_var: float | None):
         """row: a log row; first_target_var: of the first validation. Nothing is judged in the warm-up, where
@@ -101,8 +101,13 @@ class Health:
         self.warn_of_half_collapse(row, first_target_var)
         wrong = [
             f"{name} {row[name]:.3g} is under --min_{name} {least:g}"
-            for name, least in (("target_var", self.cfg.min_target_var), ("pred_var", self.cfg.min_pred_var))
-            if self.at(row["num_updates"]) > self.warmup_updates and row[name] is not None and row[name] < least
+            for name, least in (
+                ("target_var", self.cfg.min_target_var),
+                ("pred_var", self.cfg.min_pred_var),
+            )
+            if self.at(row["num_updates"]) > self.warmup_updates
+            and row[name] is not None
+            and row[name] < least
         ]
         self.collapsed_in_row = self.collapsed_in_row + 1 if wrong else 0
         if self.collapsed_in_row >= UNHEALTHY_INTERVALS:
@@ -120,9 +125,13 @@ class Health:
         signs = []
         if self.at(row["num_updates"]) > self.warmup_updates and row["target_var"] is not None:
             if first_target_var and row["target_var"] < first_target_var / HALF_COLLAPSE:
-                signs.append(f"target_var {row['target_var']:.3g} was {first_target_var:.3g} at the first validation")
+                signs.append(
+                    f"target_var {row['target_var']:.3g} was {first_target_var:.3g} at the first validation"
+                )
             if row["cosine_constant"] > ALIKE:
-                signs.append(f"always predicting the mean target has a cosine of {row['cosine_constant']:.3f}")
+                signs.append(
+                    f"always predicting the mean target has a cosine of {row['cosine_constant']:.3f}"
+                )
         if signs and not self.half_collapsed:
             self.say(
                 f"warning: update {row['num_updates']}: {' and '.join(signs)}: the targets are becoming alike, so a low"
@@ -136,7 +145,9 @@ def check_memory(cfg: ModelConfig, vocabulary_size: int, device: Device, copies:
     """Raise InputError if so many float32 copies of the weights do not fit the device's memory: student and teacher,
     and to train them also gradients and Adam's two moments."""
     C, F = cfg.embed_dim, cfg.ffn_embed_dim
-    weights = (vocabulary_size + cfg.max_source_positions) * C + cfg.layers * (4 * C * C + 2 * C * F)
+    weights = (vocabulary_size + cfg.max_source_positions) * C + cfg.layers * (
+        4 * C * C + 2 * C * F
+    )
     weights += 4 * C * C * (cfg.head_layers - 1)  # and few more
     needed, there = weights * 4 * copies, device.memory()
     if needed > there:

@@ -19,7 +19,9 @@ class Lock:
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"
             self.file.close()
-            raise InputError(f"{flag} {folder} is in use by {holder}; choose another, or wait for its end") from None
+            raise InputError(
+                f"{flag} {folder} is in use by {holder}; choose another, or wait for its end"
+            ) from None
         except OSError:  # a file system without locks: better to run than to refuse
             return
         self.file.truncate(0)

@@ -1,3 +1,5 @@
+from run.flags import flags_of
+
 """What a run tells: train.jsonl, and a line or a progress bar for a person."""
 
 import contextlib
@@ -13,20 +15,20 @@ import time
 import types
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from config import VERSION, flags_of, printable, read_text
+from config import VERSION, printable, read_text
 from data import BlockDataset
-from text.notes import notes
 from hardware.device import Device
+from hardware.flops import Matmuls
+from judge.quality import moments, quality
 from run.checkpoint import write_text
 from run.clock import Clock
 from run.curves import TensorBoard
-from hardware.flops import Matmuls
 from run.progress import Bar
-from judge.quality import moments, quality
+from text.notes import notes
+
+import numpy as np
+import torch
+from tqdm import tqdm
 
 # what a row has and a printed line has not
 HIDDEN = re.compile(
@@ -40,12 +42,20 @@ NAMES = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
 class Log:
     """The figures of the updates since the last row. They stay on the device until a row is due; only rank 0 writes."""
 
-    def __init__(self, device: Device, path: Path, tensorboard_logdir: str = "", clock: Clock | None = None):
+    def __init__(
+        self, device: Device, path: Path, tensorboard_logdir: str = "", clock: Clock | None = None
+    ):
         """Raises InputError if TensorBoard curves are asked for and cannot be written."""
         self.device, self.path, self.clock, self.bar = device, path, clock, None
-        self.has_limit = clock is not None and clock.left < math.inf  # whether the clock may end the run
-        self.curves = TensorBoard(tensorboard_logdir) if tensorboard_logdir and device.rank == 0 else None
-        self.peak = Matmuls(device).best if device.type != "cpu" and device.rank == 0 else 1.0  # FLOP/s
+        self.has_limit = (
+            clock is not None and clock.left < math.inf
+        )  # whether the clock may end the run
+        self.curves = (
+            TensorBoard(tensorboard_logdir) if tensorboard_logdir and device.rank == 0 else None
+        )
+        self.peak = (
+            Matmuls(device).best if device.type != "cpu" and device.rank == 0 else 1.0
+        )  # FLOP/s
         self._began, self._torn = time.perf_counter(), False
         self._idle = 0.0  # seconds that were no training time
         self._ends = []  # when the updates of this start ended, until their speed has been told
@@ -58,7 +68,11 @@ class Log:
         """Open the bar, and drop the rows that a crashed run wrote after its last checkpoint: they will come again.
         last_update: inf if only the clock ends the run."""
         if self.device.rank == 0 and self.path.exists():
-            rows = [row for row in read_text(self.path, "replace").splitlines() if _updates_of(row) <= num_updates]
+            rows = [
+                row
+                for row in read_text(self.path, "replace").splitlines()
+                if _updates_of(row) <= num_updates
+            ]
             write_text(self.path, "".join(row + "\n" for row in rows))
         if self.curves is not None:
             self.draw(self.curves.open, num_updates)
@@ -95,8 +109,12 @@ class Log:
         where = self.device.torch_device
         for values in state["updates"]:
             tensors = {key: torch.tensor(values[key], device=where) for key in ("loss", "gnorm")}
-            counts = torch.tensor(values["counts"], device=where if self.device.world_size > 1 else "cpu")
-            self.done.append(types.SimpleNamespace(number=values["number"], counts=counts, **tensors))
+            counts = torch.tensor(
+                values["counts"], device=where if self.device.world_size > 1 else "cpu"
+            )
+            self.done.append(
+                types.SimpleNamespace(number=values["number"], counts=counts, **tensors)
+            )
         self.skipped, self.since = list(state["skipped"]), time.perf_counter() - state["seconds"]
 
     def reset(self):
@@ -104,7 +122,10 @@ class Log:
 
     def add(self, done):
         """Take in a train.Update."""
-        self.last_batch, done.last_batch = done.last_batch, None  # large, and only the newest is used
+        self.last_batch, done.last_batch = (
+            done.last_batch,
+            None,
+        )  # large, and only the newest is used
         self.done.append(done)
         self.updates = done.number
         if self.bar is not None:
@@ -119,24 +140,35 @@ class Log:
         """With which update the run will end, at the pace of its hours so far; None if that is not known."""
         last = self.last_update
         if self.has_limit and self.clock.hours:
-            last = min(last, round(self.updates * max(1, self.clock.cfg.max_hours / self.clock.hours)))
+            last = min(
+                last, round(self.updates * max(1, self.clock.cfg.max_hours / self.clock.hours))
+            )
         return None if math.isinf(last) else last
 
     def _left(self, each: float) -> float:
         """Seconds to the end of the run, if an update takes `each`."""
-        return min((self.last_update - self.updates) * each, self.clock.left if self.has_limit else math.inf)
+        return min(
+            (self.last_update - self.updates) * each,
+            self.clock.left if self.has_limit else math.inf,
+        )
 
     def _tell_speed(self):
         """Say how long the rest of the run takes, once its first updates have shown their speed."""
         count, seconds = len(self._ends) - 1, time.perf_counter() - self._idle - self._ends[0]
-        if self.last_update > self.updates and count >= 2 and (count >= KNOWN[0] or seconds >= KNOWN[1]):
+        if (
+            self.last_update > self.updates
+            and count >= 2
+            and (count >= KNOWN[0] or seconds >= KNOWN[1])
+        ):
             each, self._ends = seconds / count, None
             left = self._left(each)
             by = "max_hours" if left < (self.last_update - self.updates) * each else "max_update"
             where = f"this {NAMES[self.device.type]}"
             if self.device.world_size > 1:
                 where = f"these {self.device.world_size} {NAMES[self.device.type]}s"
-            self.say(f"{left / each:,.0f} updates at {each:.2g} s: {duration(left)} on {where}; see --{by}")
+            self.say(
+                f"{left / each:,.0f} updates at {each:.2g} s: {duration(left)} on {where}; see --{by}"
+            )
 
     def read_skipped(self) -> list[bool]:
         """Whether each update since the last call was skipped; waits for the device. Writes a row for each that was."""
@@ -144,7 +176,11 @@ class Log:
         flags = torch.stack([done.skipped for done in new]).tolist() if new else []
         for done, flag in zip(new, flags):
             if flag:
-                self.row(dict(skipped=True, num_updates=done.number, epoch=done.epoch, blocks=done.blocks))
+                self.row(
+                    dict(
+                        skipped=True, num_updates=done.number, epoch=done.epoch, blocks=done.blocks
+                    )
+                )
         self.skipped += flags
         return flags
 
@@ -154,14 +190,19 @@ class Log:
         self.read_skipped()
         good = [done for done, skipped in zip(self.done, self.skipped) if not skipped]
         loss, gnorm = (
-            sum(torch.stack([getattr(d, k) for d in good]).tolist()) if good else 0.0 for k in ("loss", "gnorm")
+            sum(torch.stack([getattr(d, k) for d in good]).tolist()) if good else 0.0
+            for k in ("loss", "gnorm")
         )
-        sample_size, nsentences, ntokens = torch.stack([d.counts for d in self.done]).sum(0).tolist()
+        sample_size, nsentences, ntokens = (
+            torch.stack([d.counts for d in self.done]).sum(0).tolist()
+        )
         seen = sum(torch.stack([d.counts[0] for d in good]).tolist()) if good else 0
         sums, places = moments(*self.last_batch), len(self.last_batch[0])
         if self.skipped[-1]:
             sums, places = torch.zeros_like(sums), 0
-        sums = device.all_reduce(torch.cat([sums.flatten(), torch.full((1,), float(places), device=sums.device)]))
+        sums = device.all_reduce(
+            torch.cat([sums.flatten(), torch.full((1,), float(places), device=sums.device)])
+        )
         figures = quality(sums[:-1].view(6, -1), int(sums[-1]))
         n, seconds = len(self.done), time.perf_counter() - self.since
         row = dict(
@@ -173,7 +214,10 @@ class Log:
             lr=last.lr,
             ema_decay=last.ema_decay,
             loss_scale=last.loss_scale,
-            **{k: figures[k] if sums[-1] else None for k in ("target_var", "pred_var", "cosine", "cosine_constant")},
+            **{
+                k: figures[k] if sums[-1] else None
+                for k in ("target_var", "pred_var", "cosine", "cosine_constant")
+            },
             num_updates=last.number,
             epoch=last.epoch,
             fps=nsentences / seconds,
@@ -182,7 +226,9 @@ class Log:
             wall=time.perf_counter() - self._began,
         )
         if device.type != "cpu":  # of one accelerator
-            flops = statistics.mean(d.flops for d in self.done if hasattr(d, "flops"))  # restored ones have none
+            flops = statistics.mean(
+                d.flops for d in self.done if hasattr(d, "flops")
+            )  # restored ones have none
             row["tflops"] = flops * row["ups"] / 1e12
             row["mfu"] = flops * row["ups"] / self.peak
         if self.has_limit:
@@ -197,38 +243,64 @@ class Log:
     def row(self, row: dict):
         if self.device.rank:
             return
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        row = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
         try:
             with self.path.open("a") as f:
                 f.write("\n" * self._torn + json.dumps(row) + "\n")
             self._torn = False
-        except OSError as e:  # a full disk must not end a run; the row may have been written in part
+        except (
+            OSError
+        ) as e:  # a full disk must not end a run; the row may have been written in part
             self._torn = True
-            self.say(f"warning: {self.path}: {e.strerror}; update {row['num_updates']} is not in it")
+            self.say(
+                f"warning: {self.path}: {e.strerror}; update {row['num_updates']} is not in it"
+            )
         if self.curves is not None:
             self.draw(self.curves.row, row)
         if self.bar is not None and None not in (row.get("loss"), row.get("target_var")):
-            self.bar.set_postfix_str(f"loss {row['loss']:.3f} lr {row['lr']:.1e}")  # more is cut off at 80 columns
+            self.bar.set_postfix_str(
+                f"loss {row['loss']:.3f} lr {row['lr']:.1e}"
+            )  # more is cut off at 80 columns
         elif row.get("skipped"):
             why = "skipped, since its loss or gradient is not finite"
             self.say(f"update {row['num_updates']}: {why}{self._advice}")
             self._advice = ""  # once is enough
         else:
-            shown = {k: v for k, v in row.items() if not HIDDEN.fullmatch(k) and (k, v) != ("loss_scale", 1)}
+            shown = {
+                k: v
+                for k, v in row.items()
+                if not HIDDEN.fullmatch(k) and (k, v) != ("loss_scale", 1)
+            }
             shown = dict(update=row["num_updates"], **shown)
-            words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()]
+            words = [
+                f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()
+            ]
             left = self._left(1 / row["ups"]) if "ups" in row else 0
             self.say(" | ".join(words + [f"{duration(left)} left"] * (left > 0)))
 
     def overflow(self, turn, num_updates: int, loss_scale: float):
         """A row for gradients that overflowed float16, which was no update. turn: a train.Turn."""
         blocks = [int(i) for batch in turn.batches for i in batch.ids]
-        self.row(dict(overflow=True, loss_scale=loss_scale, num_updates=num_updates, epoch=turn.epoch, blocks=blocks))
+        self.row(
+            dict(
+                overflow=True,
+                loss_scale=loss_scale,
+                num_updates=num_updates,
+                epoch=turn.epoch,
+                blocks=blocks,
+            )
+        )
 
     def validation(self, figures: dict, best_loss: float | None, num_updates: int, epoch: int):
         """A row for what `quality.evaluate` found."""
-        figures = {f"valid_{k}": v for k, v in figures.items() if k not in ("sample_size", "batches")}
-        self.row({**figures, "valid_best_loss": best_loss, "num_updates": num_updates, "epoch": epoch})
+        figures = {
+            f"valid_{k}": v for k, v in figures.items() if k not in ("sample_size", "batches")
+        }
+        self.row(
+            {**figures, "valid_best_loss": best_loss, "num_updates": num_updates, "epoch": epoch}
+        )
 
     @contextlib.contextmanager
     def paused(self):
@@ -241,8 +313,12 @@ class Log:
     def say(self, text: str):
         if self.device.rank == 0:
             try:
-                tqdm.write(printable(text)) if self.bar is not None else print(printable(text), flush=True)
-            except OSError:  # the reader is gone, as `| tee` is after Ctrl-C; that must not end the run
+                tqdm.write(printable(text)) if self.bar is not None else print(
+                    printable(text), flush=True
+                )
+            except (
+                OSError
+            ):  # the reader is gone, as `| tee` is after Ctrl-C; that must not end the run
                 sys.stdout = Path(os.devnull).open("w")
 
     def close(self):
@@ -257,7 +333,9 @@ class Log:
         try:
             work(*args)
         except OSError as e:
-            self.say(f"warning: {self.curves.logdir}: {e.strerror or e}; no more curves until the next start")
+            self.say(
+                f"warning: {self.curves.logdir}: {e.strerror or e}; no more curves until the next start"
+            )
             self.curves = None
 
 
@@ -277,7 +355,10 @@ def duration(seconds: float) -> str:
 
 def padding(dataset: BlockDataset) -> float:
     """The share of the places in a dataset's batches that hold no token."""
-    ends, lengths = dataset.batch_ends, dataset.lengths[dataset.order[: dataset.batch_ends[-1]]]  # ascending
+    ends, lengths = (
+        dataset.batch_ends,
+        dataset.lengths[dataset.order[: dataset.batch_ends[-1]]],
+    )  # ascending
     places = np.diff(ends, prepend=0) * lengths[ends - 1].astype(np.int64)
     return 1 - int(lengths.sum(dtype=np.int64)) / int(places.sum())
 
@@ -289,23 +370,37 @@ def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
     an_epoch = -(-len(train.batch_ends) // (device.world_size * t.update_freq))  # updates
     updates = min(run.clock.last_update, t.max_epoch * an_epoch or math.inf)
     log.open(run.num_updates, updates)
-    log.say(f"data2vec-text {VERSION}: train.py {flags_of([getattr(cfg, f.name) for f in dataclasses.fields(cfg)])}")
+    log.say(
+        f"data2vec-text {VERSION}: train.py {flags_of([getattr(cfg, f.name) for f in dataclasses.fields(cfg)])}"
+    )
     parameters = sum(p.numel() for p in run.weights.parameters)
-    log.say(f"{device.world_size} x {device.type} ({device.name}), amp {device.amp_name} | {parameters:,} parameters")
+    log.say(
+        f"{device.world_size} x {device.type} ({device.name}), amp {device.amp_name} | {parameters:,} parameters"
+    )
     passes = updates / an_epoch / len(cfg.data.data_path.split(":"))  # inf for a run by the clock
-    read = f"{100 * passes:.2g}% of the text" if passes < 0.995 else f"the text {passes:,.{passes < 10:d}f} times"
-    what = duration(3600 * t.max_hours) if math.isinf(updates) else f"{updates:,} updates read {read}"
+    read = (
+        f"{100 * passes:.2g}% of the text"
+        if passes < 0.995
+        else f"the text {passes:,.{passes < 10:d}f} times"
+    )
+    what = (
+        duration(3600 * t.max_hours) if math.isinf(updates) else f"{updates:,} updates read {read}"
+    )
     blocks = f"{len(train.lengths):,} blocks and {padding(train):.1%} padding in {len(train.batch_ends):,} batches"
     log.say(f"{blocks} an epoch; {what}")
     too_long, remainder = train.dropped_tokens()
     percent = 100 * (too_long + remainder) / max(1, train.stream.tokens)
     why = f" ({too_long:,} in too long blocks, {remainder:,} in the remainder)" if percent else ""
     advice = "; --long_sentences split --drop_remainder false keep all" if percent else ""
-    log.say(f"{'warning: ' if percent > 1 else ''}{percent:.2f}% of the training tokens are never seen{why}{advice}")
+    log.say(
+        f"{'warning: ' if percent > 1 else ''}{percent:.2f}% of the training tokens are never seen{why}{advice}"
+    )
     if source and run.is_finished():
         flag = "max_update" if run.num_updates >= run.clock.last_update else "max_epoch"
         flag = "max_hours" if run.clock.left <= 0 else flag
-        log.say(f"finished: {source} is at update {run.num_updates}; to train on, raise --{flag} {getattr(t, flag)}")
+        log.say(
+            f"finished: {source} is at update {run.num_updates}; to train on, raise --{flag} {getattr(t, flag)}"
+        )
     elif source:
         used = f", after {duration(3600 * run.clock.hours)}" if t.max_hours else ""
         log.say(f"resuming from {source} at update {run.num_updates}, epoch {run.epoch}{used}")
@@ -316,6 +411,8 @@ def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
             f"by the clock: the learning rate rises for {warm} and is 0 after {end}, the teacher's decay for {anneal}"
         )
     if cfg.train.warmup_updates >= cfg.train.max_update:
-        log.say(f"note: the learning rate is still warming up at the last of {cfg.train.max_update} updates")
+        log.say(
+            f"note: the learning rate is still warming up at the last of {cfg.train.max_update} updates"
+        )
     for text in notes(train):
         log.say(f"note: {text}")

@@ -14,24 +14,37 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import config
 from config import InputError, read_text
+from run import flags
 from text.files import json_rows
 
 
 def report(save_dir: Path, output: Path, device_id: str, mode: str) -> str:
     """Write the files; returns the lines to print. Raises InputError if the run has logged no update."""
     rows = json_rows(save_dir / "train.jsonl")
-    train = [row for row in rows if all(isinstance(row.get(key), float) for key in ("loss", "ups", "fps"))]
+    train = [
+        row
+        for row in rows
+        if all(isinstance(row.get(key), float) for key in ("loss", "ups", "fps"))
+    ]
     if not train:
-        raise InputError(f"{save_dir / 'train.jsonl'}: no update was logged, so there is nothing to report")
+        raise InputError(
+            f"{save_dir / 'train.jsonl'}: no update was logged, so there is nothing to report"
+        )
     best = [row["valid_best_loss"] for row in rows if isinstance(row.get("valid_best_loss"), float)]
     best = f"{best[-1]:.4f}" if best else "-"
     timed = train[1:] or train  # the first interval includes the start-up
     ups, fps = (statistics.median(row[key] for row in timed) for key in ("ups", "fps"))
-    seconds = sum(map(int, re.findall(r"^\d{1,9}$", read_text(save_dir / "run_1p_seconds.txt", "replace"), re.M)))
+    seconds = sum(
+        map(
+            int,
+            re.findall(r"^\d{1,9}$", read_text(save_dir / "run_1p_seconds.txt", "replace"), re.M),
+        )
+    )
     log = read_text(output / f"train_{device_id}.log", "replace")
-    kind, amp = (re.findall(r"^\d+ x (\w+) .*, amp (\w+) \|", log, re.M) or [("-", "-")])[-1]  # the last part's
+    kind, amp = (re.findall(r"^\d+ x (\w+) .*, amp (\w+) \|", log, re.M) or [("-", "-")])[
+        -1
+    ]  # the last part's
 
     case = "data2vec_for_PyTorch_1p" + "_pref" * (mode == "performance")
     (output / f"train_{case}_loss.txt").write_text("".join(f"{row['loss']}\n" for row in train))
@@ -66,4 +79,4 @@ def main(argv: list | None = None) -> int:
 
 
 if __name__ == "__main__":
-    config.program(main)
+    flags.program(main)

@@ -6,22 +6,24 @@ import os
 import sys
 from pathlib import Path
 
-from config import InputError, RunError, printable
+from config import InputError, ModelConfig, RunError, printable
 from data import Corpus
-from text.binarized import TokenStream
-from model import ModelConfig
 from run import checkpoint
+from text.binarized import TokenStream
 
 # What a changed digest of a fingerprint means.
 DIGESTS = dict(
-    dataset="the first folder of --data_path has changed", other_folders="a further folder of --data_path has changed"
+    dataset="the first folder of --data_path has changed",
+    other_folders="a further folder of --data_path has changed",
 )
 
 
 def fingerprint_of(corpus: Corpus) -> dict:
     """What tells the training data apart from other data. Raises InputError for a folder that cannot be read."""
     dataset, others = corpus.split("train", 1), hashlib.sha256()
-    for folder in corpus.folders[1:]:  # they are read epochs later; what is wrong with them shows now
+    for folder in corpus.folders[
+        1:
+    ]:  # they are read epochs later; what is wrong with them shows now
         others.update(TokenStream(folder, "train").digest().encode())
     return dict(
         folders=len(corpus.folders),
@@ -38,7 +40,9 @@ def contents(run, corpus: Corpus, fingerprint: dict) -> dict:
     return dict(
         config=run.cfg.flat(),
         dictionary=dict(
-            size=len(corpus.dictionary), digest=corpus.dictionary.digest(), mask_id=corpus.dictionary.mask_id
+            size=len(corpus.dictionary),
+            digest=corpus.dictionary.digest(),
+            mask_id=corpus.dictionary.mask_id,
         ),
         student=run.student.state_dict(),
         teacher=run.teacher.state_dict(),
@@ -66,7 +70,8 @@ def check_dictionary(loaded: checkpoint.Loaded, corpus: Corpus, path):
     if saved and saved["digest"] != corpus.dictionary.digest():
         raise InputError(
             f"{path}: trained with another dictionary ({saved['size']} symbols; {corpus.folders[0] / 'dict.txt'} has"
-            f" {len(corpus.dictionary)})" + (" in another order" if saved["size"] == len(corpus.dictionary) else "")
+            f" {len(corpus.dictionary)})"
+            + (" in another order" if saved["size"] == len(corpus.dictionary) else "")
         )
 
 
@@ -96,14 +101,26 @@ def find_checkpoint(folder: Path, say) -> tuple[Path, checkpoint.Loaded] | None:
             say(f"warning: {e}; trying the next older checkpoint")
             failure = e
     if found:
-        raise InputError(f"none of the {len(found)} checkpoints in {folder} can be read; the last error: {failure}")
+        raise InputError(
+            f"none of the {len(found)} checkpoints in {folder} can be read; the last error: {failure}"
+        )
     return None
 
 
-def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoint.Loaded, reset_position: bool, say):
+def resume(
+    run,
+    corpus: Corpus,
+    fingerprint: dict,
+    path: Path,
+    loaded: checkpoint.Loaded,
+    reset_position: bool,
+    say,
+):
     """Continue from a checkpoint of this project. Raises InputError if it belongs to another run."""
     if loaded.kind != "ours":
-        raise InputError(f"{path}: a fairseq file; start from it with --init_from and another --save_dir")
+        raise InputError(
+            f"{path}: a fairseq file; start from it with --init_from and another --save_dir"
+        )
     check_dictionary(loaded, corpus, path)
     progress, world_size = loaded.content["progress"], run.device.world_size
     saved, now = {**loaded.config, **progress["data"]}, {**run.cfg.flat(), **fingerprint}
@@ -119,7 +136,9 @@ def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoin
         raise InputError(f"{path} belongs to another run: {shown}; {advice}")
 
     if differing(ARCHITECTURE):
-        refuse(differing(ARCHITECTURE), "use the old settings, or --init_from with another --save_dir")
+        refuse(
+            differing(ARCHITECTURE), "use the old settings, or --init_from with another --save_dir"
+        )
     batches = progress["batches"] * progress["world_size"]  # of all workers
     moved = differing([*POSITION, *fingerprint])
     if batches % world_size:  # this many workers are never at that batch
@@ -130,8 +149,12 @@ def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoin
         refuse(moved, f"use the old settings, or {reset}")
     has = len(corpus.split("train", progress["epoch"]).batch_ends)
     if batches and batches >= has + -has % world_size and not reset_position:
-        raise InputError(f"{path} is at batch {batches} of epoch {progress['epoch']}, which has {has}; use {reset}")
-    unimportant = tuple("data_path init_from device npu_ log_ tensor validate_ save_ keep_ disable_".split())
+        raise InputError(
+            f"{path} is at batch {batches} of epoch {progress['epoch']}, which has {has}; use {reset}"
+        )
+    unimportant = tuple(
+        "data_path init_from device npu_ log_ tensor validate_ save_ keep_ disable_".split()
+    )
     other = [k for k in differing(set(loaded.config) - set(moved)) if not k.startswith(unimportant)]
     if other:
         shown = ", ".join(f"{k[:100]} {before(k)} -> {now.get(k)}" for k in sorted(other)[:20])
@@ -144,7 +167,9 @@ def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded: checkpoin
     run.device.set_rng_state(loaded.content["rng"])
     run.num_updates, run.teacher_updates = progress["num_updates"], progress["teacher_updates"]
     run.optimizer.skipped, run.best_loss = progress["skipped"], progress["best_loss"]
-    run.best_gain, run.first_target_var = map(progress.get, ("best_gain", "first_target_var"))  # 0.1.0 had neither
+    run.best_gain, run.first_target_var = map(
+        progress.get, ("best_gain", "first_target_var")
+    )  # 0.1.0 had neither
     if loaded.config.get("best_by") != run.cfg.train.best_by:
         run.best_gain = None  # it may be of another measure
     run.clock.restore(progress.get("hours", 0.0))  # new in 0.3.0

@@ -4,13 +4,13 @@ import math
 import time
 from pathlib import Path
 
-import torch
-
 from config import InputError, RunError
 from run import checkpoint
 from run.guard import Health, Unhealthy
 from run.log import Log
 from run.resume import contents
+
+import torch
 
 
 class Saves:
@@ -19,13 +19,23 @@ class Saves:
 
     def __init__(self, run, corpus, fingerprint: dict, log: Log, health: Health):
         """run: a train.Run; fingerprint: of the data, as `resume.fingerprint_of` makes it."""
-        self.run, self.corpus, self.fingerprint, self.log, self.health = run, corpus, fingerprint, log, health
+        self.run, self.corpus, self.fingerprint, self.log, self.health = (
+            run,
+            corpus,
+            fingerprint,
+            log,
+            health,
+        )
         self.folder = Path(run.cfg.train.save_dir)
         # with --fairseq_exact the teacher moves at an update's beginning, before Adam's step
-        self.saver = checkpoint.Saver(run.device, None if run.cfg.train.fairseq_exact else run.optimizer.adam)
+        self.saver = checkpoint.Saver(
+            run.device, None if run.cfg.train.fairseq_exact else run.optimizer.adam
+        )
         self.since = time.monotonic()  # the last save, or the start
         self.writing = None  # update number of the save under way
-        self.best_written = self.best_saved = self.best()  # in the save under way, and in the last good one
+        self.best_written = self.best_saved = (
+            self.best()
+        )  # in the save under way, and in the last good one
         self.failure = ""  # of the last save
 
     def save(self, *also: str):
@@ -34,7 +44,10 @@ class Saves:
         self.settle()
         self.failure = ""
         # a norm could overflow where the weights did not; isfinite() of each weight takes ten times as long
-        weights = (*run.weights.parameters, *run.weights.averaged[0].parameters())  # the student's and the teacher's
+        weights = (
+            *run.weights.parameters,
+            *run.weights.averaged[0].parameters(),
+        )  # the student's and the teacher's
         ends = torch.stack([end for p in weights for end in (p.amin(), p.amax())])
         if not ends.isfinite().all():
             raise RunError(
@@ -54,9 +67,15 @@ class Saves:
             if self.saver.finish():
                 self.best_saved = self.best_written
         except OSError as e:
-            self.run.best_loss, self.run.best_gain = self.best_saved  # the better one's file was not written
-            self.failure = f"update {self.writing} could not be saved in {self.folder}: {e.strerror or e}"
-            self.log.say(f"warning: {self.failure}; earlier saves are untouched, the next save tries again")
+            self.run.best_loss, self.run.best_gain = (
+                self.best_saved
+            )  # the better one's file was not written
+            self.failure = (
+                f"update {self.writing} could not be saved in {self.folder}: {e.strerror or e}"
+            )
+            self.log.say(
+                f"warning: {self.failure}; earlier saves are untouched, the next save tries again"
+            )
 
     def save_now(self, why: str):
         """Save and wait for it."""
@@ -96,7 +115,10 @@ class Saves:
         run.first_target_var = run.first_target_var or figures.get("target_var")
         lower = math.isfinite(loss) and (run.best_loss is None or loss < run.best_loss)
         higher = gain is not None and (run.best_gain is None or gain > run.best_gain)
-        run.best_loss, run.best_gain = loss if lower else run.best_loss, gain if higher else run.best_gain
+        run.best_loss, run.best_gain = (
+            loss if lower else run.best_loss,
+            gain if higher else run.best_gain,
+        )
         return lower if run.cfg.train.best_by == "loss" else higher
 
     def __enter__(self):
@@ -107,7 +129,9 @@ class Saves:
         lost_worker = isinstance(error, RuntimeError) and run.device.lost_worker(error)
         try:
             # The state is consistent between updates, so save before failing on a bad block or a lost worker.
-            if isinstance(error, (InputError, Unhealthy)) or (lost_worker and not isinstance(error, RunError)):
+            if isinstance(error, (InputError, Unhealthy)) or (
+                lost_worker and not isinstance(error, RunError)
+            ):
                 self.save()
         finally:
             self.settle()

@@ -1,14 +1,14 @@
 """What the tokens of a text tell without an encoder: TF-IDF and a linear classifier, beside every fine-tuning."""
 
+from tasks.classifier import figures_of
+from tasks.data import Data
+from tasks.linear_probe import minimize
+from text.binarized import SPECIAL
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from text.binarized import SPECIAL
-from tasks.classifier import figures_of
-from tasks.data import Data
-from tasks.linear_probe import minimize
 
 STRENGTHS = (0.1, 1, 10, 100)  # of the fit, of which valid chooses: scikit-learn's C
 
@@ -33,7 +33,9 @@ class Bags:
         self.by_token = grouped(token, row, weight, len(rarity))
 
 
-def grouped(keys: np.ndarray, values: np.ndarray, weights: np.ndarray, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def grouped(
+    keys: np.ndarray, values: np.ndarray, weights: np.ndarray, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Values and weights in the order of their keys, and where each of the keys 0 to size - 1 begins."""
     order = np.argsort(keys, kind="stable")
     first = np.searchsorted(keys[order], np.arange(size))
@@ -65,14 +67,25 @@ def fit(data: Data, vocabulary: int, metric: str) -> dict:
     rarity = np.log((1 + examples) / (1 + np.bincount(counted[1], minlength=vocabulary))) + 1
     splits = {**data.valid, **({"test": data.test} if data.test else {})}
     train = Bags(counted, examples, rarity)
-    bags = {name: Bags(count(split.rows), len(split.rows), rarity) for name, split in splits.items()}
+    bags = {
+        name: Bags(count(split.rows), len(split.rows), rarity) for name, split in splits.items()
+    }
     for strength in STRENGTHS:
         weight, bias = torch.zeros(vocabulary, data.outputs), torch.zeros(data.outputs)
         decay, what = 1 / (strength * examples), "the loss of a bag of the tokens"
-        minimize(weight, bias, lambda: Product.apply(weight, train) + bias, data.train.labels, decay, what)
+        minimize(
+            weight,
+            bias,
+            lambda: Product.apply(weight, train) + bias,
+            data.train.labels,
+            decay,
+            what,
+        )
         with torch.no_grad():
             outputs = {name: Product.apply(weight, bag) + bias for name, bag in bags.items()}
-        found = {name: figures_of(outputs[name], split, data.names) for name, split in splits.items()}
+        found = {
+            name: figures_of(outputs[name], split, data.names) for name, split in splits.items()
+        }
         if best is None or found["valid"][metric] > best["valid"][metric]:
             best = dict(strength=strength, **found)
     return best

@@ -1,20 +1,17 @@
 """The classifier of fine-tuning: encoder and head, their loss, and what they say of a split."""
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import Device  # isort: split
+from config import InputError
+from hardware.device import Device
+from model import PAD, Encoder
+from run import checkpoint
+from run.checkpoint import Loaded
+from tasks import labelled, metrics
+from tasks.labelled import Split
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from config import InputError
-from tasks import labelled
-from tasks.labelled import Split
-from model import PAD, Encoder
-from run import checkpoint
-from run.checkpoint import Loaded
-from tasks import metrics
 
 
 class SentenceHead(nn.Module):
@@ -89,7 +86,9 @@ def figures_of(outputs: Tensor, split: Split, names: list | None) -> dict:
     """Loss (mean, nats) and all measures of a split, from the model's outputs (N, outputs)."""
     loss = loss_sum(outputs, torch.from_numpy(split.labels)).item() / len(outputs)
     if names is None:
-        return dict(loss=loss, accuracy=None, **metrics.of_scores(outputs.view(-1).numpy(), split.labels))
+        return dict(
+            loss=loss, accuracy=None, **metrics.of_scores(outputs.view(-1).numpy(), split.labels)
+        )
     positive = names.index("1") if len(names) == 2 and "1" in names else None
     return dict(loss=loss, **metrics.of_classes(outputs.argmax(1).numpy(), split.labels, positive))
 
@@ -101,14 +100,18 @@ def entry_of(loaded: Loaded, path) -> dict:
     """The entry `classifier` of a fine-tuned checkpoint: head (a state dict), labels (the names of the classes, or None
     for scores), texts (1, or 2 for pairs), label_scale. Raises InputError."""
     if loaded.kind != "ours" or "classifier" not in loaded.content:
-        raise InputError(f"{path}: not fine-tuned; this needs the checkpoint_best.pt of a fine-tuning")
+        raise InputError(
+            f"{path}: not fine-tuned; this needs the checkpoint_best.pt of a fine-tuning"
+        )
     return loaded.content["classifier"]
 
 
 def rebuild(made: dict, encoder: Encoder, path) -> Classifier:
     """The classifier of such an entry around an encoder. Raises InputError if the head does not fit."""
     kind = SentenceHead if "dense.weight" in made["head"] else LinearProbe
-    with torch.device("meta"):  # names and shapes alone, so that many labels cannot ask for much memory
+    with torch.device(
+        "meta"
+    ):  # names and shapes alone, so that many labels cannot ask for much memory
         head = kind(encoder.embed_tokens.embedding_dim, len(made["labels"] or ["score"]))
     checkpoint.check_fits(made["head"], head, "the classification head", path)
     model = Classifier(encoder, head.to_empty(device="cpu"))

@@ -35,13 +35,21 @@ def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
     folder = Path(cfg.data_path)
     if cfg.data_path and labelled.is_binarized(folder):
         labels = folder / "label"
-        others = [s for s in ("valid1", "test") if (labels / f"{s}.idx").is_file() or (labels / f"{s}.label").is_file()]
+        others = [
+            s
+            for s in ("valid1", "test")
+            if (labels / f"{s}.idx").is_file() or (labels / f"{s}.label").is_file()
+        ]
         splits = ["train", "valid", *others]
-        read = {split: labelled.read_binarized(folder, split, dictionary, longest) for split in splits}
+        read = {
+            split: labelled.read_binarized(folder, split, dictionary, longest) for split in splits
+        }
         names, texts = read["train"][1], 1 + (folder / "input1").is_dir()
         found = {split: examples for split, (examples, _) in read.items()}
     elif cfg.data_path and cfg.task == "none":
-        raise InputError(f"{folder}: no folder input0 in it; for GLUE's files name the task, as --task rte")
+        raise InputError(
+            f"{folder}: no folder input0 in it; for GLUE's files name the task, as --task rte"
+        )
     else:
         tables = read_tables(cfg)
         texts, names = len(tables["train"].texts), None
@@ -49,7 +57,11 @@ def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
             names = labelled.label_names(tables["train"].labels)
         found = {}
         for split, table in tables.items():
-            labels = labelled.class_numbers(table, names) if names else labelled.scores(table, cfg.label_scale)
+            labels = (
+                labelled.class_numbers(table, names)
+                if names
+                else labelled.scores(table, cfg.label_scale)
+            )
             found[split] = labelled.make_split(
                 [token_rows(tokenize, column, longest) for column in table.texts], labels, longest
             )
@@ -59,16 +71,24 @@ def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
             " column? Scores need --regression"
         )
     if cfg.regression and names:
-        raise InputError(f"--regression: {cfg.data_path} has classes in label/dict.txt, and no label/train.label")
+        raise InputError(
+            f"--regression: {cfg.data_path} has classes in label/dict.txt, and no label/train.label"
+        )
     if names and cfg.num_classes:  # as fairseq, whose head may have more than occur
         if cfg.num_classes <= max(examples.labels.max() for examples in found.values()):
-            raise InputError(f"--num_classes {cfg.num_classes}: the labels are {', '.join(names[:20])}")
-        names = [*names, *(f"unused{i}" for i in range(len(names), cfg.num_classes))][: cfg.num_classes]
+            raise InputError(
+                f"--num_classes {cfg.num_classes}: the labels are {', '.join(names[:20])}"
+            )
+        names = [*names, *(f"unused{i}" for i in range(len(names), cfg.num_classes))][
+            : cfg.num_classes
+        ]
     if names and len(names) < 2:
         raise InputError(f"all training labels are {names[0]!r}; there is nothing to learn")
     for split, examples in found.items():
         if examples.cut and cfg.fairseq_exact:
-            raise InputError(f"--fairseq_exact: {examples.cut} examples of {split} are longer than {longest} tokens")
+            raise InputError(
+                f"--fairseq_exact: {examples.cut} examples of {split} are longer than {longest} tokens"
+            )
         if examples.cut:
             text = f"{examples.cut:,} of {len(examples.rows):,} examples of {split} are longer than {longest} tokens"
             print(f"warning: {text}, and cut there", file=sys.stderr)
@@ -87,7 +107,11 @@ def read_tables(cfg) -> dict[str, labelled.Table]:
     else:
         header = {"auto": None, "true": True, "false": False}[cfg.header]
         columns = Columns(columns_of(cfg.text), cfg.label, header)
-        paths = {split: getattr(cfg, split) for split in ("train", "valid", "test") if getattr(cfg, split)}
+        paths = {
+            split: getattr(cfg, split)
+            for split in ("train", "valid", "test")
+            if getattr(cfg, split)
+        }
     tables = {}
     for split, path in paths.items():
         place = GLUE["mnli_dev"] if cfg.task == "mnli" and split != "train" else columns
@@ -95,7 +119,9 @@ def read_tables(cfg) -> dict[str, labelled.Table]:
         if split == "train":  # the other files have a header if this one has
             columns = dataclasses.replace(columns, header=tables["train"].header)
         if tables[split].left_out:
-            print(f"note: {path}: {tables[split].left_out:,} rows without {place.fields} fields left out")
+            print(
+                f"note: {path}: {tables[split].left_out:,} rows without {place.fields} fields left out"
+            )
     return tables
 
 

@@ -12,10 +12,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from config import InputError, read_text
 from text.binarized import BOS, EOS, PAD, Dictionary, TokenFile
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,15 @@ def read_cells(path: Path) -> list[tuple[int, list | dict]]:
                 try:
                     cells = json.loads(line)
                     if "\\u" in line:
-                        json.dumps(cells, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+                        json.dumps(
+                            cells, ensure_ascii=False
+                        ).encode()  # half of a surrogate pair is no text
                 except (ValueError, RecursionError) as e:
                     raise InputError(f"{path}, line {number}: not JSON: {str(e)[:200]}") from None
                 if not isinstance(cells, dict):
-                    raise InputError(f"{path}, line {number}: expected a JSON object, such as {{...}}")
+                    raise InputError(
+                        f"{path}, line {number}: expected a JSON object, such as {{...}}"
+                    )
                 rows.append((number, cells))
     else:  # quotes mean nothing in a .tsv, as in GLUE's files
         rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip()]
@@ -128,11 +132,16 @@ def read_table(path, columns: Columns, regression: bool = False) -> Table:
     if isinstance(first, dict):
         keys, header = names, False
     else:
-        numbers = [int(name) - 1 if str(name).isdecimal() and len(str(name)) < 10 else None for name in names]
+        numbers = [
+            int(name) - 1 if str(name).isdecimal() and len(str(name)) < 10 else None
+            for name in names
+        ]
         if header is None:
             label = None if columns.label is None else numbers[-1]
             header = None in numbers or is_header(rows, label, regression)
-        keys = [first.index(name) if name in first else number for name, number in zip(names, numbers)]
+        keys = [
+            first.index(name) if name in first else number for name, number in zip(names, numbers)
+        ]
         for name, key in zip(names, keys):
             if key is None or not 0 <= key < len(first):
                 shown = ", ".join(map(repr, first)) if header else f"{len(first)} columns"
@@ -141,10 +150,19 @@ def read_table(path, columns: Columns, regression: bool = False) -> Table:
         if columns.fields:
             kept = [row for row in rows if len(row[1]) == columns.fields]
             rows, left_out = kept, len(rows) - len(kept)
-    table = Table(path, [], [[] for _ in columns.text], None if columns.label is None else [], header, left_out)
+    table = Table(
+        path,
+        [],
+        [[] for _ in columns.text],
+        None if columns.label is None else [],
+        header,
+        left_out,
+    )
     for line, cells in rows:
         if isinstance(first, list) and not columns.fields and len(cells) != len(first):
-            raise InputError(f"{path}, line {line}: {len(cells)} columns, but the first row has {len(first)}")
+            raise InputError(
+                f"{path}, line {line}: {len(cells)} columns, but the first row has {len(first)}"
+            )
         table.lines.append(line)
         for i, (name, key) in enumerate(zip(names, keys)):
             cell = cells.get(key) if isinstance(cells, dict) else cells[key]
@@ -183,12 +201,16 @@ def scores(table: Table, scale: float = 1.0) -> np.ndarray:
     values = [number_of(label) for label in table.labels]
     if None in values:
         i = values.index(None)
-        raise InputError(f"{table.path}, line {table.lines[i]}: {table.labels[i][:80]!r} is no number (--regression)")
+        raise InputError(
+            f"{table.path}, line {table.lines[i]}: {table.labels[i][:80]!r} is no number (--regression)"
+        )
     with np.errstate(all="ignore"):
         scaled = np.array(values, np.float32) / np.float32(scale)
     if not np.isfinite(scaled).all():
         i = int(np.isfinite(scaled).argmin())
-        raise InputError(f"{table.path}, line {table.lines[i]}: {values[i]:g} / {scale:g} is too large for float32")
+        raise InputError(
+            f"{table.path}, line {table.lines[i]}: {values[i]:g} / {scale:g} is too large for float32"
+        )
     return scaled
 
 
@@ -208,8 +230,15 @@ def join(parts: list[np.ndarray], longest: int) -> tuple[np.ndarray, bool]:
             first, second, half = len(parts[0]), len(parts[1]), room // 2
             keep = [first if first <= half else max(room - second, room - half)]
             keep.append(room - keep[0])
-        parts = [np.append(part[: size - 1], EOS) if size < len(part) else part for part, size in zip(parts, keep)]
-    row = [np.array([BOS]), parts[0], *(piece for part in parts[1:] for piece in (np.array([EOS]), part))]
+        parts = [
+            np.append(part[: size - 1], EOS) if size < len(part) else part
+            for part, size in zip(parts, keep)
+        ]
+    row = [
+        np.array([BOS]),
+        parts[0],
+        *(piece for part in parts[1:] for piece in (np.array([EOS]), part)),
+    ]
     return np.concatenate(row).astype(np.int64), cut
 
 
@@ -228,15 +257,21 @@ def read_binarized_labels(folder: Path, split: str) -> tuple[np.ndarray, list[st
     path = folder / "label" / f"{split}.label"
     if path.is_file():
         lines = read_text(path).splitlines()
-        table = Table(path, list(range(1, len(lines) + 1)), [], [line.strip() for line in lines], False, 0)
+        table = Table(
+            path, list(range(1, len(lines) + 1)), [], [line.strip() for line in lines], False, 0
+        )
         return scores(table), None
     dictionary = Dictionary(folder / "label" / "dict.txt")
     names = dictionary.symbols[4 : dictionary.rows]
-    while names and names[-1].startswith("madeupword"):  # they only fill the dictionary up to a multiple of 8
+    while names and names[-1].startswith(
+        "madeupword"
+    ):  # they only fill the dictionary up to a multiple of 8
         names.pop()
     file = TokenFile(folder / "label" / split)
     if (file.sizes < 1).any():
-        raise InputError(f"{folder / 'label' / split}: row {int(file.sizes.argmin())} is empty; each needs a label")
+        raise InputError(
+            f"{folder / 'label' / split}: row {int(file.sizes.argmin())} is empty; each needs a label"
+        )
     ends = np.cumsum(file.sizes, dtype=np.int64)
     numbers = file.take(ends - file.sizes).astype(np.int64) - 4  # after the four special symbols
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(names):
@@ -247,7 +282,9 @@ def read_binarized_labels(folder: Path, split: str) -> tuple[np.ndarray, list[st
     return numbers, names
 
 
-def read_binarized(folder, split: str, dictionary: Dictionary, longest: int) -> tuple[Split, list[str] | None]:
+def read_binarized(
+    folder, split: str, dictionary: Dictionary, longest: int
+) -> tuple[Split, list[str] | None]:
     """A split of the folders input0, input1 (of pairs) and label that fairseq-preprocess wrote, and the class names in
     order (None for scores). Raises InputError."""
     folder, texts = Path(folder), []
@@ -262,7 +299,9 @@ def read_binarized(folder, split: str, dictionary: Dictionary, longest: int) -> 
                 f"{folder / name / split}: holds token id {tokens.max()}, but dict.txt has {len(dictionary)}"
             )
         if len(file.sizes) != len(labels):
-            raise InputError(f"{folder / name / split}: {len(file.sizes)} rows, but there are {len(labels)} labels")
+            raise InputError(
+                f"{folder / name / split}: {len(file.sizes)} rows, but there are {len(labels)} labels"
+            )
         texts.append(np.split(tokens, np.cumsum(file.sizes)[:-1]) if len(labels) else [])
     if not len(labels):
         raise InputError(f"{folder}: {split} has no rows")
@@ -283,7 +322,9 @@ def group_lengths(lengths: np.ndarray, order: np.ndarray, count: int) -> np.ndar
     return np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
 
 
-def cut_batches(lengths: np.ndarray, order: np.ndarray, batch_size: int, max_tokens: int) -> list[np.ndarray]:
+def cut_batches(
+    lengths: np.ndarray, order: np.ndarray, batch_size: int, max_tokens: int
+) -> list[np.ndarray]:
     """Row numbers of each batch. An example that would make the batch longer than `batch_size`, or its examples times
     the longest above `max_tokens` (0: no limit), begins the next one."""
     batches, begin, longest = [], 0, 0

@@ -1,15 +1,15 @@
 """Frozen features and a linear classifier on them: `finetune.py --freeze`."""
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from config import InputError, RunError
 from hardware.device import Device
 from model import PAD
 from tasks.classifier import figures_of, mean_state, outputs_of
 from tasks.data import Data
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # weight decays to try
 STEPS = 200  # of L-BFGS, which needs far fewer
@@ -68,12 +68,26 @@ def probe(model, device: Device, data: Data, cfg, metric: str, name: str, write,
     def features(tokens: Tensor, padded: bool) -> Tensor:
         return mean_state(model.encoder(tokens, padded)[0], tokens != PAD)
 
-    train, *valid = (outputs_of(features, device, x, cfg, sort=True) for x in (data.train, *data.valid.values()))
+    train, *valid = (
+        outputs_of(features, device, x, cfg, sort=True) for x in (data.train, *data.valid.values())
+    )
     for decay in DECAYS:
         linear = fit(train, data.train.labels, data.outputs, decay)
         with torch.no_grad():
-            found = {k: figures_of(linear(x), data.valid[k], data.names) for k, x in zip(data.valid, valid)}
-        write(dict(decay=decay, **{f"{split}_{k}": v for split, figures in found.items() for k, v in figures.items()}))
+            found = {
+                k: figures_of(linear(x), data.valid[k], data.names)
+                for k, x in zip(data.valid, valid)
+            }
+        write(
+            dict(
+                decay=decay,
+                **{
+                    f"{split}_{k}": v
+                    for split, figures in found.items()
+                    for k, v in figures.items()
+                },
+            )
+        )
         shown = f"valid loss {found['valid']['loss']:.4f}, {metric} {found['valid'][metric]:.4f}"
         print(f"{name}: weight decay {decay:g}: {shown}")
         if best is None or found["valid"][metric] > best["valid"][metric]:

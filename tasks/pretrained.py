@@ -8,24 +8,18 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware import device  # noqa: F401
-
-# isort: split
-
-import torch
-from torch import Tensor
-
-from formats import fairseq_names
-from config import InputError, check_ranges, printable, read_text
+from config import InputError, ModelConfig, check_ranges, printable, read_text
+from formats import fairseq_names, integrity
+from formats import hf as convert_hf
+from init import start
+from model import PAD, Encoder
+from run import checkpoint
 from tasks import labelled
 from text.binarized import SPECIAL, Dictionary
 from text.tokens import Tokenizer, load_tokenizer
-from init import start
-from model import PAD, Encoder, ModelConfig
-from run import checkpoint
-from formats import integrity
-from formats import hf as convert_hf
+
+import torch
+from torch import Tensor
 
 FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
 FAIRSEQ_HEAD = "classification_heads.sentence_classification_head."
@@ -55,8 +49,12 @@ class Pretrained:
 
     def encoder(self, untrained: bool = False, **dropouts) -> Encoder:
         """A new encoder with these weights, or with the random ones that pretraining begins with. Raises InputError."""
-        with torch.device("meta"):  # names and shapes alone, so that a small file cannot ask for much memory
-            checkpoint.check_fits(self.weights, Encoder(self.shape, self.vocabulary), "the encoder", self.path)
+        with torch.device(
+            "meta"
+        ):  # names and shapes alone, so that a small file cannot ask for much memory
+            checkpoint.check_fits(
+                self.weights, Encoder(self.shape, self.vocabulary), "the encoder", self.path
+            )
         encoder = Encoder(dataclasses.replace(self.shape, **dropouts), self.vocabulary)
         if untrained:
             start(encoder, self.shape.init)
@@ -84,13 +82,19 @@ def load(path, teacher: bool = False, attention_heads: int = 0) -> Pretrained:
     loaded = convert_hf.load(path) if path.is_dir() else checkpoint.load(path)
     if teacher and not loaded.teacher:
         raise InputError(f"--teacher: {path} has none")
-    student = {k.removeprefix("encoder."): v for k, v in loaded.student.items() if k.startswith("encoder.")}
+    student = {
+        k.removeprefix("encoder."): v for k, v in loaded.student.items() if k.startswith("encoder.")
+    }
     weights = floats(loaded.teacher if teacher else student, path)
     settings, folder = loaded.config, loaded.config.get("data_path", "")
     if loaded.kind == "fairseq":
         settings = fairseq_names.reference_settings(loaded.config, FIELDS, path)
         folder = loaded.config.get("task", {}).get("data") or ""
-    state = loaded.content.get("model", loaded.content) if loaded.kind in ("fairseq", "state_dict") else {}
+    state = (
+        loaded.content.get("model", loaded.content)
+        if loaded.kind in ("fairseq", "state_dict")
+        else {}
+    )
     head = {k.removeprefix(FAIRSEQ_HEAD): v for k, v in state.items() if k.startswith(FAIRSEQ_HEAD)}
     ours = loaded.content if loaded.kind == "ours" else {}
     head = floats(head or ours.get("classifier", {}).get("head", {}), path)
@@ -105,12 +109,18 @@ def floats(state: dict, path) -> dict:
     for name, tensor in state.items():
         if not (isinstance(tensor, Tensor) and tensor.dtype in integrity.FLOATS):
             raise InputError(f"{path}: {name} is not a tensor of floating-point numbers")
-    return {name: torch.empty(tensor.shape).copy_(tensor.detach()) for name, tensor in state.items()}
+    return {
+        name: torch.empty(tensor.shape).copy_(tensor.detach()) for name, tensor in state.items()
+    }
 
 
 def shape_of(weights: dict, settings: dict, attention_heads: int, path) -> ModelConfig:
     """The encoder's shape: as far as the weights show it by them, else by the settings beside them."""
-    for name, least in (("embed_tokens.weight", len(SPECIAL)), ("embed_positions.weight", PAD + 2), (FC1, 1)):
+    for name, least in (
+        ("embed_tokens.weight", len(SPECIAL)),
+        ("embed_positions.weight", PAD + 2),
+        (FC1, 1),
+    ):
         if name not in weights:
             raise InputError(f"{path}: has no encoder's weights in it: {name} is missing")
         if weights[name].dim() != 2 or len(weights[name]) < least:
@@ -128,7 +138,9 @@ def shape_of(weights: dict, settings: dict, attention_heads: int, path) -> Model
     )
     heads = attention_heads or settings.get("attention_heads")
     if not heads:
-        heads = max(4, seen["embed_dim"] // 64)  # 64 channels each, as in all published sizes, or a small model's four
+        heads = max(
+            4, seen["embed_dim"] // 64
+        )  # 64 channels each, as in all published sizes, or a small model's four
         note = f"note: {path} does not say how many attention heads it has; taking {heads} (--attention_heads)"
         print(printable(note), file=sys.stderr)
     shape = ModelConfig(**seen, attention_heads=heads)
@@ -148,7 +160,9 @@ def text_files(given: dict, source: Pretrained) -> dict[str, Path]:
     """
     places = [Path(given["dict.txt"]).parent] if given["dict.txt"] else [source.path.parent]
     places += [Path(source.folder.split(":")[0])] if source.folder and not given["dict.txt"] else []
-    place = next((folder for folder in places if given["dict.txt"] or (folder / "dict.txt").is_file()), None)
+    place = next(
+        (folder for folder in places if given["dict.txt"] or (folder / "dict.txt").is_file()), None
+    )
     if not place:
         raise InputError(
             f"no dict.txt in {' or '.join(map(str, places))}: name the dictionary of {source.path} with --dict F, and"
@@ -165,7 +179,11 @@ def hf_text_files(folder: Path, vocabulary: int) -> dict[str, bytes]:
         if (folder / "vocab.json").is_file():
             ids = json.loads(read_text(folder / "vocab.json"))
             merges = read_text(folder / "merges.txt")
-            made = {"".join(row.split(" ")) for row in merges.split("\n") if not row.startswith("#version")}
+            made = {
+                "".join(row.split(" "))
+                for row in merges.split("\n")
+                if not row.startswith("#version")
+            }
             encoder = {token: i for token, i in ids.items() if token in made or len(token) == 1}
             symbols = {i: str(i) for i in encoder.values()} | {ids["<mask>"]: "<mask>"}
             files = {"encoder.json": json.dumps(encoder).encode(), "vocab.bpe": merges.encode()}
@@ -212,7 +230,9 @@ def write_text_files(folder: Path, contents: dict[str, bytes], replace: bool):
     is an older fine-tuning's. Raises InputError if it may be someone's."""
     for name in () if replace else TEXT_FILES:
         path = folder / name
-        if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == contents.get(name)):
+        if os.path.lexists(path) and not (
+            path.is_file() and path.read_bytes() == contents.get(name)
+        ):
             raise InputError(f"--save_dir {folder} holds another {name}; choose another folder")
     for name in TEXT_FILES:
         (folder / name).unlink(missing_ok=True)
@@ -224,7 +244,11 @@ def read_dictionary(path, source: Pretrained) -> Dictionary:
     """A dict.txt that must be the encoder's. Raises InputError."""
     dictionary = Dictionary(path)
     if len(dictionary) != source.vocabulary:
-        raise InputError(f"{path}: {len(dictionary)} symbols, but {source.path} has {source.vocabulary} embeddings")
+        raise InputError(
+            f"{path}: {len(dictionary)} symbols, but {source.path} has {source.vocabulary} embeddings"
+        )
     if source.dictionary and source.dictionary["digest"] != dictionary.digest():
-        raise InputError(f"{path}: {source.path} was trained with another dictionary of the same size")
+        raise InputError(
+            f"{path}: {source.path} was trained with another dictionary of the same size"
+        )
     return dictionary

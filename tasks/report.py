@@ -7,14 +7,16 @@ import shutil
 import statistics
 from pathlib import Path
 
-import numpy as np
-
 from config import InputError, printable
 from run import checkpoint
 
+import numpy as np
+
 SMALL, SMALL_LR = 256, 1e-4  # up to this width, learning rates below this train next to nothing
 BAG = "a bag of the tokens, without an encoder"
-OWN = re.compile(r"(untrained_)?(probe|lr_[\d.e+-]+)_seed_\d+")  # the folder of one of several fine-tunings
+OWN = re.compile(
+    r"(untrained_)?(probe|lr_[\d.e+-]+)_seed_\d+"
+)  # the folder of one of several fine-tunings
 
 
 def prepare(folder: Path, ckpt: str, overwrite: bool) -> list[Path]:
@@ -23,13 +25,17 @@ def prepare(folder: Path, ckpt: str, overwrite: bool) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     taken = any((folder / name).exists() for name in ("train.jsonl", "train.idx"))
     if taken or Path(ckpt).resolve().parent == folder.resolve():
-        raise InputError(f"--save_dir {folder} holds the run to start from, or a dataset; choose another folder")
+        raise InputError(
+            f"--save_dir {folder} holds the run to start from, or a dataset; choose another folder"
+        )
     held = [folder / name for name in ("finetune.jsonl", "results.json", "checkpoint_best.pt")]
     held = [path for path in held if path.exists()] + [
         path.parent for path in folder.glob("*/finetune.jsonl") if OWN.fullmatch(path.parent.name)
     ]
     if held and not overwrite:
-        raise InputError(f"--save_dir {folder} holds {held[0].name}; add --overwrite, or choose another folder")
+        raise InputError(
+            f"--save_dir {folder} holds {held[0].name}; add --overwrite, or choose another folder"
+        )
     return held
 
 
@@ -62,9 +68,7 @@ def summary(runs: list, split: str, metric: str) -> str:
     values = [result[split][metric] for result in runs]
     shown = f"{split} {metric} {statistics.fmean(values):.4f}"
     if len(values) > 1:
-        shown += (
-            f" +- {statistics.stdev(values):.4f} (sd of {len(values)} seeds: {' '.join(f'{v:.4f}' for v in values)})"
-        )
+        shown += f" +- {statistics.stdev(values):.4f} (sd of {len(values)} seeds: {' '.join(f'{v:.4f}' for v in values)})"
     return shown
 
 
@@ -82,7 +86,9 @@ def finish(results: list, counted: dict, metric: str, folder: Path):
         say(runs, metric, runs[0]["name"].rpartition(" seed")[0])
     say([counted], metric, BAG)
     trained = {lr: runs for (untrained, lr), runs in groups.items() if not untrained}
-    lr = max(trained, key=lambda lr: statistics.fmean(result["valid"][metric] for result in trained[lr]))
+    lr = max(
+        trained, key=lambda lr: statistics.fmean(result["valid"][metric] for result in trained[lr])
+    )
     best, final = best_of(trained[lr], metric), folder / "checkpoint_best.pt"
     os.replace(best["checkpoint"], final)
     for result in results:
@@ -90,7 +96,8 @@ def finish(results: list, counted: dict, metric: str, folder: Path):
             Path(result["checkpoint"]).unlink(missing_ok=True)
     rows = [{k: v for k, v in result.items() if k != "checkpoint"} for result in results]
     checkpoint.write_text(
-        folder / "results.json", json.dumps(dict(metric=metric, best=best["name"], runs=rows, bag=counted), indent=1)
+        folder / "results.json",
+        json.dumps(dict(metric=metric, best=best["name"], runs=rows, bag=counted), indent=1),
     )
     print(printable(f"best on valid: {best['name']} | {final}"))
 
@@ -99,11 +106,19 @@ def describe(source, data, metric: str, lrs: tuple):
     """Print what is about to be done. source: a Pretrained; data: a finetune_data.Data; lrs: (0,) for --freeze."""
     width = source.shape.embed_dim
     if width <= SMALL and 0 < max(lrs) < SMALL_LR:
-        print(f"note: width {width} needs a higher --lr, and --pool mean --embed_rms 0.02 helps it (docs/finetune.md)")
-    sizes = [f"{len(data.train.rows):,} train"] + [f"{len(split.rows):,} {name}" for name, split in data.valid.items()]
+        print(
+            f"note: width {width} needs a higher --lr, and --pool mean --embed_rms 0.02 helps it (docs/finetune.md)"
+        )
+    sizes = [f"{len(data.train.rows):,} train"] + [
+        f"{len(split.rows):,} {name}" for name, split in data.valid.items()
+    ]
     print(printable(f"{source.path} | {', '.join(sizes)} | best by {metric} on valid"))
     if data.names:
         common = np.bincount(data.train.labels, minlength=data.outputs).argmax()
         share = np.mean(data.valid["valid"].labels == common)
         shown = ", ".join(data.names[:20]) + ", ..." * (data.outputs > 20)
-        print(printable(f"{data.outputs} classes: {shown} | accuracy of always {data.names[common]!r}: {share:.4f}"))
+        print(
+            printable(
+                f"{data.outputs} classes: {shown} | accuracy of always {data.names[common]!r}: {share:.4f}"
+            )
+        )

@@ -22,7 +22,9 @@ def pytest_terminal_summary(terminalreporter):
 def missing_packages() -> list[str]:
     """The packages of test/requirements.txt that are not installed."""
     missing = []
-    for package in re.findall(r"^[\w-]+==[\w.]+", (HERE / "test/requirements.txt").read_text(), re.M):
+    for package in re.findall(
+        r"^[\w-]+==[\w.]+", (HERE / "test/requirements.txt").read_text(), re.M
+    ):
         try:
             version(package.partition("==")[0])
         except PackageNotFoundError:

@@ -1,12 +1,12 @@
 """What the tests of conversions share."""
 
-import pytest
-import torch
-
 import convert
 import train
 from run import checkpoint
 from test.helpers import FEW, call, random_encoder
+
+import pytest
+import torch
 
 WORDS = 60  # in the dictionary of the fixture corpus_dir
 
@@ -15,8 +15,25 @@ WORDS = 60  # in the dictionary of the fixture corpus_dir
 def saved(tmp_path_factory, corpus_dir):
     """A run of four updates, as released, with a checkpoint after two."""
     folder = tmp_path_factory.mktemp("saved")
-    argv = [*FEW, "--fairseq_exact", "--data_path", corpus_dir, "--save_dir", folder, "--max_update", 4]
-    call(train.main, *argv, "--save_interval_updates", 2, "--keep_interval_updates", -1, "--disable_validation")
+    argv = [
+        *FEW,
+        "--fairseq_exact",
+        "--data_path",
+        corpus_dir,
+        "--save_dir",
+        folder,
+        "--max_update",
+        4,
+    ]
+    call(
+        train.main,
+        *argv,
+        "--save_interval_updates",
+        2,
+        "--keep_interval_updates",
+        -1,
+        "--disable_validation",
+    )
     return folder
 
 
@@ -34,7 +51,9 @@ def random_file(tmp_path, saved, request):
     return tmp_path / "random.pt", models
 
 
-both_norms = pytest.mark.parametrize("random_file", [False, True], indirect=True, ids=["post-norm", "pre-norm"])
+both_norms = pytest.mark.parametrize(
+    "random_file", [False, True], indirect=True, ids=["post-norm", "pre-norm"]
+)
 
 
 def run(source, kind, out, *argv):

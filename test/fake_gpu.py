@@ -17,26 +17,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import DeviceConfig, open_device  # isort: split
+import config
+import model
+import train
+from config import DeviceConfig
+from hardware.bench_step import synthetic
+from hardware.device import open_device
+from run import flags
 
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import config
-import model
-import train
-from hardware.bench_step import synthetic
-
 aten, CUDA = torch.ops.aten, torch.device("cuda", 0)
 MATMULS = "mm addmm bmm baddbmm _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention".split()
 MATMULS += [f"{name}_backward" for name in MATMULS[-2:]]
 # these take memory, or describe it, and launch nothing
-NO_KERNEL = (
-    "empty empty_like empty_strided new_empty new_empty_strided _unsafe_view is_pinned lift_fresh detach".split()
-)
+NO_KERNEL = "empty empty_like empty_strided new_empty new_empty_strided _unsafe_view is_pinned lift_fresh detach".split()
 WAITS = "_local_scalar_dense item nonzero masked_select is_nonzero equal unique_dim _unique2 repeat_interleave".split()
 
 
@@ -92,11 +90,15 @@ def attention(q, k, v, mask=None, p=0.0):
     if mask is None and q.dtype != torch.float32:
         return aten._scaled_dot_product_flash_attention(q, k, v, p)[0]
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.where(mask, 0.0, torch.scalar_tensor(-torch.inf, dtype=q.dtype, device=q.device))
+        mask = torch.where(
+            mask, 0.0, torch.scalar_tensor(-torch.inf, dtype=q.dtype, device=q.device)
+        )
     if mask is not None and any(stride % 8 for stride in mask.stride()[:3]):
         mask = F.pad(mask, (0, 8 - mask.shape[3] % 8))[..., : mask.shape[3]]
     mask = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
-    return aten._scaled_dot_product_efficient_attention(q, k, v, mask, torch.is_grad_enabled(), p)[0]
+    return aten._scaled_dot_product_efficient_attention(q, k, v, mask, torch.is_grad_enabled(), p)[
+        0
+    ]
 
 
 @dataclass
@@ -145,11 +147,15 @@ class Record(TorchDispatchMode):
         if pin:
             pinned(out)
         if name in ("_to_copy", "copy_"):
-            self.look_at_copy(name, *(before if name == "_to_copy" else before[1::-1]), out, args, kwargs)
+            self.look_at_copy(
+                name, *(before if name == "_to_copy" else before[1::-1]), out, args, kwargs
+            )
         on_card = on_card or any(x.device.type == "cuda" for x in after)
         if on_card and not func.is_view and name not in NO_KERNEL:
             part = self.parts[-1] if self.parts else ""
-            self.calls.append(Call(name, part, *([(x.dtype, tuple(x.shape)) for x in s] for s in (before, after))))
+            self.calls.append(
+                Call(name, part, *([(x.dtype, tuple(x.shape)) for x in s] for s in (before, after)))
+            )
         return out
 
     def look_at_copy(self, name, source, *rest):
@@ -159,7 +165,9 @@ class Record(TorchDispatchMode):
         if where == ("cuda", "cpu"):
             self.waits.append("a copy to the host")
         if where == ("cpu", "cuda"):
-            self.uploads.append((source.nbytes, not (asynchronous and getattr(source, "pinned", False))))
+            self.uploads.append(
+                (source.nbytes, not (asynchronous and getattr(source, "pinned", False)))
+            )
 
 
 def pinned(tensor):
@@ -171,19 +179,31 @@ def tensors(args, kwargs) -> list:
     """All tensors in the arguments, also those in lists."""
     found = []
     for x in [*args, *kwargs.values()]:
-        found += [x] if isinstance(x, torch.Tensor) else tensors(x, {}) if isinstance(x, (list, tuple)) else []
+        found += (
+            [x]
+            if isinstance(x, torch.Tensor)
+            else tensors(x, {})
+            if isinstance(x, (list, tuple))
+            else []
+        )
     return found
 
 
 @contextlib.contextmanager
 def fake_run(folder, *argv, vocabulary=50264):
     """Yields a train.Run on the fake card, over full random blocks, and its corpus."""
-    cfg = train.Config(*config.parse(train.PARTS, "", [str(a) for a in ("--data_path", folder, *argv)])[0])
+    cfg = config.Config(
+        *flags.parse(config.PARTS, "", [str(a) for a in ("--data_path", folder, *argv)])[0]
+    )
     cfg, corpus = synthetic(cfg, Path(folder), vocabulary)
     device = open_device(DeviceConfig(device="cuda", amp=cfg.device.amp))
     with FakeTensorMode(allow_non_fake_inputs=True):
         # fake parameters cannot be moved, so they are made where they belong; and they need no values
-        with patch.object(torch.nn.Module, "_apply", lambda self, fn: self), patch.object(model, "start"), CUDA:
+        with (
+            patch.object(torch.nn.Module, "_apply", lambda self, fn: self),
+            patch.object(model, "start"),
+            CUDA,
+        ):
             run = train.Run(cfg, device, len(corpus.dictionary))
         yield run, corpus
 
@@ -202,11 +222,17 @@ def main(argv):
         dataset = corpus.split("train")
         record = record_update(run, [dataset.batch(dataset.epoch_batches(1)[0], 1)])
     by_part, by_name = Counter(c.part for c in record.calls), Counter(c.name for c in record.calls)
-    print(f"{len(record.calls)} operators:", ", ".join(f"{part or 'other'} {n}" for part, n in by_part.items()))
+    print(
+        f"{len(record.calls)} operators:",
+        ", ".join(f"{part or 'other'} {n}" for part, n in by_part.items()),
+    )
     print(", ".join(f"{name} {n}" for name, n in by_name.most_common()))
     matmuls = Counter((c.name, *c.inputs[:3]) for c in record.calls if c.name in MATMULS)
     for (name, *inputs), n in sorted(matmuls.items(), key=lambda row: -row[1]):
-        print(f"{n:4} {name:44}", *(f"{str(t).removeprefix('torch.')}{list(shape)}" for t, shape in inputs))
+        print(
+            f"{n:4} {name:44}",
+            *(f"{str(t).removeprefix('torch.')}{list(shape)}" for t, shape in inputs),
+        )
     print("waits:", record.waits, " uploads (bytes, waits):", record.uploads)
 
 

@@ -10,21 +10,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import Device  # isort: split
-
-import numpy as np
-import pytest
-import torch
-
 import config
 import convert
 import preprocess
 import train
-from data import Corpus, DataConfig
+from config import DataConfig, ModelConfig
+from data import Corpus
+from hardware.device import Device
+from model import Data2VecText
+from run import checkpoint, flags
 from text.binarized import DTYPES, EOS, MAGIC, PAD, TokenStream, write_dataset
-from model import Data2VecText, ModelConfig
-from run import checkpoint
+
+import numpy as np
+import pytest
+import torch
 
 HERE = Path(__file__).parent.parent  # the project
 
@@ -32,9 +31,7 @@ GOLDEN = HERE.parent / "shared" / "golden"
 
 RAW, GPT2 = GOLDEN / "corpora" / "raw", GOLDEN / "corpora" / "gpt2_bpe"
 
-NOT_PUBLIC = (
-    "needs recordings of fairseq that are too large to be part of the project, and not public; test/golden has others"
-)
+NOT_PUBLIC = "needs recordings of fairseq that are too large to be part of the project, and not public; test/golden has others"
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=NOT_PUBLIC)
 
 CPU = Device(torch.device("cpu"), "test", None)
@@ -69,12 +66,18 @@ def call(main, *argv) -> str:
 
 
 def rows_of(folder, key="loss") -> list:
-    return [row for line in (Path(folder) / "train.jsonl").read_text().splitlines() if key in (row := json.loads(line))]
+    return [
+        row
+        for line in (Path(folder) / "train.jsonl").read_text().splitlines()
+        if key in (row := json.loads(line))
+    ]
 
 
 def speed_aside(rows: list) -> list:
     """Log rows without the figures that differ from run to run."""
-    return [{k: v for k, v in row.items() if k not in ("fps", "ups", "wps", "wall")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k not in ("fps", "ups", "wps", "wall")} for row in rows
+    ]
 
 
 def make_dataset(folder, sentences=None, words=60, splits=("train", "valid"), seed=0):
@@ -86,7 +89,8 @@ def make_dataset(folder, sentences=None, words=60, splits=("train", "valid"), se
         sentences = []
         for _ in range(30):
             sentences += [
-                [*rng.integers(4, words, rng.integers(1, 40)).tolist(), EOS] for _ in range(rng.integers(1, 8))
+                [*rng.integers(4, words, rng.integers(1, 40)).tolist(), EOS]
+                for _ in range(rng.integers(1, 8))
             ]
             sentences.append([EOS])
     for split in splits:
@@ -117,9 +121,9 @@ def tokenizers():
 @pytest.fixture
 def block_dataset(corpus_dir):
     def make(split="train", **options):
-        return Corpus(DataConfig(data_path=str(corpus_dir), tokens_per_sample=32, max_tokens=256, **options)).split(
-            split
-        )
+        return Corpus(
+            DataConfig(data_path=str(corpus_dir), tokens_per_sample=32, max_tokens=256, **options)
+        ).split(split)
 
     return make
 
@@ -180,10 +184,16 @@ def random_encoder(seed=0, vocabulary=40, **options):
 
 def make_run(corpus_dir, seed=1, device=CPU, **options):
     defaults = dict(
-        SMALL, tokens_per_sample=32, max_tokens=256, data_path=str(corpus_dir), lr=1e-3, warmup_updates=0, seed=seed
+        SMALL,
+        tokens_per_sample=32,
+        max_tokens=256,
+        data_path=str(corpus_dir),
+        lr=1e-3,
+        warmup_updates=0,
+        seed=seed,
     )
     argv = [part for k, v in {**defaults, **options}.items() for part in (f"--{k}", str(v))]
-    cfg = train.Config(*config.parse(train.PARTS, "", argv)[0])
+    cfg = config.Config(*flags.parse(config.PARTS, "", argv)[0])
     corpus = Corpus(cfg.data)
     return train.Run(cfg, device, len(corpus.dictionary)), corpus.split("train")
 
@@ -191,7 +201,13 @@ def make_run(corpus_dir, seed=1, device=CPU, **options):
 def small_content(updates=0, **entries) -> dict:
     """A small checkpoint that is complete."""
     state = {"weight": torch.arange(100.0)}
-    made = {**convert.beginning(1), "config": {"lr": 0.1}, "student": state, "teacher": state, **entries}
+    made = {
+        **convert.beginning(1),
+        "config": {"lr": 0.1},
+        "student": state,
+        "teacher": state,
+        **entries,
+    }
     return {**made, "progress": {**made["progress"], "num_updates": updates}}
 
 
@@ -228,13 +244,18 @@ def torchrun_command(workers, *argv):
 
 def torchrun(workers, *argv):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(torchrun_command(workers, *argv), capture_output=True, text=True, env=env, timeout=200)
+    return subprocess.run(
+        torchrun_command(workers, *argv), capture_output=True, text=True, env=env, timeout=200
+    )
 
 
 def start_training(*argv):
     """train.py in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, HERE / "train.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, HERE / "train.py", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -276,20 +297,30 @@ def preprocess_words(dest, *argv, **texts) -> str:
 
 def dataset_files(folder) -> dict:
     """{name: bytes} of a dataset, without the log, whose times differ."""
-    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name not in ("preprocess.log", ".lock")}
+    return {
+        p.name: p.read_bytes()
+        for p in Path(folder).iterdir()
+        if p.name not in ("preprocess.log", ".lock")
+    }
 
 
 def sentences_of(folder, split) -> list:
     """The sentences of a split as lists of token ids."""
     stream = TokenStream(folder, split)
-    return [stream.read(a, b).tolist() for a, b in zip(stream.starts.tolist(), stream.starts[1:].tolist())]
+    return [
+        stream.read(a, b).tolist()
+        for a, b in zip(stream.starts.tolist(), stream.starts[1:].tolist())
+    ]
 
 
 def small_corpus(folder, splits=("train", "valid", "test")) -> dict:
     """Text files of 200 lines of words for each split, some of them empty: {split: [file]}."""
     rng, texts = random.Random(0), {}
     for split in splits:
-        lines = [" ".join(f"w{rng.randrange(40)}" for _ in range(rng.choice([0, 3, 9]))) for _ in range(200)]
+        lines = [
+            " ".join(f"w{rng.randrange(40)}" for _ in range(rng.choice([0, 3, 9])))
+            for _ in range(200)
+        ]
         (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
         texts[split] = [folder / f"{split}.txt"]
     return texts
@@ -297,7 +328,12 @@ def small_corpus(folder, splits=("train", "valid", "test")) -> dict:
 
 def copy_of_the_project(folder) -> dict:
     """Copy what run_1p.sh needs; returns an environment in which it uses this Python."""
-    for path in [*HERE.glob("*.py"), *HERE.glob("*/*.py"), HERE / "run_1p.sh", *HERE.glob("requirements*.txt")]:
+    for path in [
+        *HERE.glob("*.py"),
+        *HERE.glob("*/*.py"),
+        HERE / "run_1p.sh",
+        *HERE.glob("requirements*.txt"),
+    ]:
         copy = Path(folder) / path.relative_to(HERE)
         copy.parent.mkdir(exist_ok=True)
         shutil.copy(path, copy)

@@ -15,25 +15,30 @@ import time
 import zipfile
 from pathlib import Path
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import Device  # isort: split
-
-import torch
-
 import config
 import convert
-import train
-from config import InputError, RunError
-from data import Corpus, DataConfig
+from config import DataConfig, InputError, RunError
+from data import Corpus
+from hardware.device import Device
+from judge import plot
+from run import flags
+from run.log import Log
 from text import files
 from text.binarized import HEADER
 from text.tokens import need_tokenizers, read_bpe
-from run.log import Log
-from judge import plot
+
+import torch
 
 ODD = (  # values in JSON and YAML
     "null true NaN 1e999 -1e308 0 -1 1.5 2147483648 9223372036854775808 [] {} [1,2,3] [null] 1e-320 2026-13-45".split()
-    + ["9" * 5000, "[" * 3000 + "]" * 3000, '{"a": ' * 300 + "1" + "}" * 300, '""', '"\\ud800"', '"\\u001b[2J\\u0000"']
+    + [
+        "9" * 5000,
+        "[" * 3000 + "]" * 3000,
+        '{"a": ' * 300 + "1" + "}" * 300,
+        '""',
+        '"\\ud800"',
+        '"\\u001b[2J\\u0000"',
+    ]
 )
 VALUE = re.compile(r'"(?:[^"\\\n]|\\.)*"|(?<![\w.])-?\d[\w.+-]*|true|false|null')
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
@@ -56,7 +61,14 @@ OPCODES = [
     b"h\0",
     b"j\0\0\0\x7f",
 ]
-OPCODES += [b"F1e999\n", b"I-1\n", b"K\xff", b"J\xff\xff\xff\xff", b"\x8a\xff" + b"\x7f" * 255, b"X\1\0\0\0\x1b"]
+OPCODES += [
+    b"F1e999\n",
+    b"I-1\n",
+    b"K\xff",
+    b"J\xff\xff\xff\xff",
+    b"\x8a\xff" + b"\x7f" * 255,
+    b"X\1\0\0\0\x1b",
+]
 
 
 class Attempts:
@@ -98,7 +110,9 @@ def peak_mib() -> float:
 def field(raw: bytes, at: int, width: int, rng: random.Random) -> bytes:
     """Another number in `width` bytes at `at`: a near one, or an extreme one."""
     old = int.from_bytes(raw[at : at + width], "little")
-    new = rng.choice([old + 1, old - 1, 2 * old, 0, 1, 2**31, 2**62, -1, 1 << 8 * width - 1, rng.getrandbits(64)])
+    new = rng.choice(
+        [old + 1, old - 1, 2 * old, 0, 1, 2**31, 2**62, -1, 1 << 8 * width - 1, rng.getrandbits(64)]
+    )
     return raw[:at] + (new % (1 << 8 * width)).to_bytes(width, "little") + raw[at + width :]
 
 
@@ -106,7 +120,11 @@ def index(raw: bytes, rng: random.Random) -> bytes:
     count = (len(raw) - HEADER) // 12
     i = rng.randrange(count)
     return field(
-        raw, *rng.choice([(9, 8), (17, 1), (18, 8), (HEADER + 4 * i, 4), (HEADER + 4 * count + 8 * i, 8)]), rng
+        raw,
+        *rng.choice(
+            [(9, 8), (17, 1), (18, 8), (HEADER + 4 * i, 4), (HEADER + 4 * count + 8 * i, 8)]
+        ),
+        rng,
     )
 
 
@@ -133,7 +151,9 @@ def opcodes(raw: bytes, rng: random.Random) -> bytes:
     parts = [raw[a:b] for a, b in zip(starts, [*starts[1:], len(raw)])]
     for _ in range(rng.randint(1, 3)):
         i, j = rng.randrange(len(parts)), rng.randrange(len(parts))
-        new = rng.choice([b"", parts[i] * 2, parts[j], rng.choice(OPCODES), parts[i] + rng.choice(OPCODES)])
+        new = rng.choice(
+            [b"", parts[i] * 2, parts[j], rng.choice(OPCODES), parts[i] + rng.choice(OPCODES)]
+        )
         if len(parts[i]) > 1 and rng.random() < 0.3:
             new = field(parts[i], rng.randrange(1, len(parts[i])), 1, rng)
         parts[i] = new
@@ -176,12 +196,22 @@ def records(raw: bytes, rng: random.Random) -> bytes:
 def packed_zip(raw: bytes, rng: random.Random) -> bytes:
     """A field of one of the archive's headers is another number."""
     at = rng.choice([match.start() for match in re.finditer(b"PK(\1\2|\3\4|\5\6)", raw)])
-    return field(raw, at + rng.randrange(4, 46 if raw[at + 2] == 1 else 30 if raw[at + 2] == 3 else 22, 2), 2, rng)
+    return field(
+        raw,
+        at + rng.randrange(4, 46 if raw[at + 2] == 1 else 30 if raw[at + 2] == 3 else 22, 2),
+        2,
+        rng,
+    )
 
 
 def packed_gz(raw: bytes, rng: random.Random) -> bytes:
     made = rng.choice([raw, raw + raw, raw + b"\0" * 9, raw + b"text", raw[:-8]])
-    return field(made, rng.choice([rng.randrange(12), rng.randrange(len(made) - 8)]), rng.choice([1, 2, 4]), rng)
+    return field(
+        made,
+        rng.choice([rng.randrange(12), rng.randrange(len(made) - 8)]),
+        rng.choice([1, 2, 4]),
+        rng,
+    )
 
 
 # ---------------------------------------------------------------------------------------------- what reads them
@@ -202,20 +232,27 @@ def fuzz(count: int, folder: Path, corpus: Path, run: Path, seed: int = 0) -> At
     alphabet = sorted(need_tokenizers().pre_tokenizers.ByteLevel.alphabet())
     (folder / "vocab.bpe").write_text("#version: 0.2\na b\n", encoding="utf-8")
     vocab = json.dumps({token: i for i, token in enumerate([*alphabet, "ab"])}).encode()
-    tree = {group: dict.fromkeys(names.split(), 1) for group, names in (("model", "layers x"), ("task", "seed data"))}
+    tree = {
+        group: dict.fromkeys(names.split(), 1)
+        for group, names in (("model", "layers x"), ("task", "seed data"))
+    }
     text, packed = b"some words\n\nof a text, \xc3\xa9\n" * 20, io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for method in METHODS:
             archive.writestr(f"{method}.txt", text, method)
 
     def read_dataset(path):
-        dataset = Corpus(DataConfig(data_path=str(path.parent), tokens_per_sample=32, max_tokens=256)).split("train")
+        dataset = Corpus(
+            DataConfig(data_path=str(path.parent), tokens_per_sample=32, max_tokens=256)
+        ).split("train")
         for ids in dataset.epoch_batches(1):
             dataset.batch(ids, 1)
 
     def to_native(path):
         out.unlink(missing_ok=True)
-        convert.main(["--ckpt", str(path.parent if path.parent == hf else path), "--to", "native", str(out)])
+        convert.main(
+            ["--ckpt", str(path.parent if path.parent == hf else path), "--to", "native", str(out)]
+        )
 
     def rows(path):
         log = Log(cpu, path)
@@ -224,7 +261,9 @@ def fuzz(count: int, folder: Path, corpus: Path, run: Path, seed: int = 0) -> At
         plot.read_run(str(path))
 
     def yaml(path):
-        config.parse(train.PARTS, "", ["--config_dir", str(path.parent), "--config_name", path.name])
+        flags.parse(
+            config.PARTS, "", ["--config_dir", str(path.parent), "--config_name", path.name]
+        )
 
     def members(path):
         for method in METHODS:
@@ -234,13 +273,28 @@ def fuzz(count: int, folder: Path, corpus: Path, run: Path, seed: int = 0) -> At
         "index": ((corpus / "train.idx").read_bytes(), index, corpus / "train.idx", read_dataset),
         "checkpoint": (last.read_bytes(), records, folder / "x.pt", to_native),
         "fairseq": ((folder / "fairseq.pt").read_bytes(), records, folder / "x.pt", to_native),
-        "safetensors": ((hf / "model.safetensors").read_bytes(), safetensors, hf / "model.safetensors", to_native),
+        "safetensors": (
+            (hf / "model.safetensors").read_bytes(),
+            safetensors,
+            hf / "model.safetensors",
+            to_native,
+        ),
         "hf config": ((hf / "config.json").read_bytes(), values, hf / "config.json", to_native),
         "rows": ((run / "train.jsonl").read_bytes(), values, folder / "train.jsonl", rows),
         "yaml": (json.dumps(tree, indent=1).encode(), values, folder / "x.yaml", yaml),
-        "vocabulary": (vocab, values, folder / "e.json", lambda path: read_bpe(path, folder / "vocab.bpe")),
+        "vocabulary": (
+            vocab,
+            values,
+            folder / "e.json",
+            lambda path: read_bpe(path, folder / "vocab.bpe"),
+        ),
         "zip": (packed.getvalue(), packed_zip, folder / "x.zip", members),
-        "gz": (gzip.compress(text), packed_gz, folder / "x.gz", lambda path: list(files.read_chunks(str(path)))),
+        "gz": (
+            gzip.compress(text),
+            packed_gz,
+            folder / "x.gz",
+            lambda path: list(files.read_chunks(str(path))),
+        ),
     }
     rng, attempts = random.Random(seed), Attempts()
     for kind, (raw, mutate, path, read) in kinds.items():

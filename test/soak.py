@@ -21,20 +21,18 @@ import tempfile
 import time
 from pathlib import Path
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import Device  # isort: split
-
-import numpy as np
-import torch
-
 import config
 import convert
 import data
 import train
 from config import InputError
-from text.binarized import EOS, write_dataset
-from run import checkpoint
+from hardware.device import Device
+from run import checkpoint, flags
 from test import mutations
+from text.binarized import EOS, write_dataset
+
+import numpy as np
+import torch
 
 HERE = Path(__file__).parent.parent  # the project
 TINY = (
@@ -49,7 +47,10 @@ def small_corpus(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "valid"):
-        sentences = [[EOS] if i % 6 == 5 else [*rng.integers(4, 60, rng.integers(1, 40)), EOS] for i in range(200)]
+        sentences = [
+            [EOS] if i % 6 == 5 else [*rng.integers(4, 60, rng.integers(1, 40)), EOS]
+            for i in range(200)
+        ]
         write_dataset(folder / split, sentences, 60)
     (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(56)))
     return folder
@@ -66,12 +67,23 @@ def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
     flags = (
         "--max_update 1000000 --save_interval_updates 1 --keep_interval_updates 2 --disable_validation --log_interval 1"
     ).split()
-    command = [sys.executable, HERE / "train.py", *TINY, "--data_path", corpus, "--save_dir", save_dir, *flags]
+    command = [
+        sys.executable,
+        HERE / "train.py",
+        *TINY,
+        "--data_path",
+        corpus,
+        "--save_dir",
+        save_dir,
+        *flags,
+    ]
     rng = random.Random(0)
     lost = leftovers = 0
     repeated, reached = [], 0
     for i in range(count):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         logged = 0
         for line in process.stdout:
             if match := re.match(r"update (\d+) \| loss", line):
@@ -101,7 +113,10 @@ def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
         )  # an update is logged before its save begins, when the save before it may still be running
         repeated.append(logged - at)
         reached = at
-    numbers = [json.loads(line)["num_updates"] for line in (save_dir / "train.jsonl").read_text().splitlines()[:-1]]
+    numbers = [
+        json.loads(line)["num_updates"]
+        for line in (save_dir / "train.jsonl").read_text().splitlines()[:-1]
+    ]
     return dict(
         kills=count,
         lost=lost,
@@ -116,7 +131,11 @@ def mutate(raw: bytes, rng: random.Random) -> bytes:
     """Damage one to three random places: flip a bit, cut, insert, delete, or overwrite with an extreme number."""
     raw = bytearray(raw)
     for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(len(raw) + 1) if rng.random() < 0.5 else rng.randrange(min(len(raw), 80) + 1)
+        at = (
+            rng.randrange(len(raw) + 1)
+            if rng.random() < 0.5
+            else rng.randrange(min(len(raw), 80) + 1)
+        )
         kind = rng.randrange(6)
         if kind == 0 and at < len(raw):
             raw[at] ^= 1 << rng.randrange(8)
@@ -127,8 +146,23 @@ def mutate(raw: bytes, rng: random.Random) -> bytes:
         elif kind == 3:
             del raw[at : at + rng.randint(1, 16)]
         else:
-            number = rng.choice([0, 1, -1, 2**31 - 1, -(2**31), 2**62, 2**63 - 1, -(2**63), rng.randrange(2**40), 77])
-            raw[at : at + (8 if kind == 4 else 4)] = struct.pack("<q", number)[: 8 if kind == 4 else 4]
+            number = rng.choice(
+                [
+                    0,
+                    1,
+                    -1,
+                    2**31 - 1,
+                    -(2**31),
+                    2**62,
+                    2**63 - 1,
+                    -(2**63),
+                    rng.randrange(2**40),
+                    77,
+                ]
+            )
+            raw[at : at + (8 if kind == 4 else 4)] = struct.pack("<q", number)[
+                : 8 if kind == 4 else 4
+            ]
     return bytes(raw)
 
 
@@ -138,7 +172,9 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0, structure
     rng = random.Random(seed)
     source, target = small_corpus(folder / "source"), folder / "mutated"
     shutil.copytree(source, target, dirs_exist_ok=True)
-    originals = {name: (source / name).read_bytes() for name in ("train.idx", "train.bin", "dict.txt")}
+    originals = {
+        name: (source / name).read_bytes() for name in ("train.idx", "train.bin", "dict.txt")
+    }
     cfg = data.DataConfig(data_path=str(target), tokens_per_sample=32, max_tokens=256)
 
     def read_all():
@@ -155,9 +191,19 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0, structure
         of_datasets(f"dataset {i} ({name})", read_all)
         (target / name).write_bytes(originals[name])
 
-    state = {f"encoder.sentence_encoder.layers.0.self_attn.{p}_proj.weight": torch.randn(8, 8) for p in "qkv"}
-    fairseq = {"model": {**state, "encoder._ema": {}}, "cfg": {"model": {"layers": 1}}, "extra_state": {"loss": 1.0}}
-    checkpoint.save({**convert.beginning(1), "config": {}, "student": state, "teacher": state}, folder / "ours.pt")
+    state = {
+        f"encoder.sentence_encoder.layers.0.self_attn.{p}_proj.weight": torch.randn(8, 8)
+        for p in "qkv"
+    }
+    fairseq = {
+        "model": {**state, "encoder._ema": {}},
+        "cfg": {"model": {"layers": 1}},
+        "extra_state": {"loss": 1.0},
+    }
+    checkpoint.save(
+        {**convert.beginning(1), "config": {}, "student": state, "teacher": state},
+        folder / "ours.pt",
+    )
     torch.save(fairseq, folder / "fairseq.pt")
     torch.save(fairseq, folder / "old.pt", _use_new_zipfile_serialization=False)
     files = [(folder / name).read_bytes() for name in ("ours.pt", "fairseq.pt", "old.pt")]
@@ -168,7 +214,16 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0, structure
 
     if structured:
         run = folder / "run"
-        flags = ["--data_path", str(target), "--save_dir", str(run), "--max_update", "3", "--log_interval", "1"]
+        flags = [
+            "--data_path",
+            str(target),
+            "--save_dir",
+            str(run),
+            "--max_update",
+            "3",
+            "--log_interval",
+            "1",
+        ]
         mutations.Attempts()("a short run", lambda: train.main([*TINY, *flags]))
         (folder / "structured").mkdir()
         others = mutations.fuzz(structured, folder / "structured", target, run, seed)
@@ -189,9 +244,16 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0, structure
 def memory(updates: int, folder: Path) -> dict:
     """Resident memory of a run after a tenth of its updates and at its end, with a checkpoint every 100 updates."""
     corpus = small_corpus(folder / "corpus")
-    saves = ["--save_dir", str(folder / "run"), "--save_interval_updates", "100", "--log_interval", "50"]
+    saves = [
+        "--save_dir",
+        str(folder / "run"),
+        "--save_interval_updates",
+        "100",
+        "--log_interval",
+        "50",
+    ]
     flags = [*TINY, "--data_path", str(corpus), "--max_update", str(updates), *saves]
-    parts, _ = config.parse(train.PARTS, "", flags)
+    parts, _ = flags.parse(config.PARTS, "", flags)
     seen, update = {}, train.update
 
     def watched(run, *rest):
@@ -205,7 +267,7 @@ def memory(updates: int, folder: Path) -> dict:
     with open(os.devnull, "w") as nothing:
         out, sys.stdout = sys.stdout, nothing
         try:
-            train.train(train.Config(*parts), Device(torch.device("cpu"), "cpu", None), args)
+            train.train(config.Config(*parts), Device(torch.device("cpu"), "cpu", None), args)
         finally:
             sys.stdout, train.update = out, update
     early, late = seen[updates // 10], seen[updates - 1]
@@ -220,19 +282,23 @@ def memory(updates: int, folder: Path) -> dict:
 
 
 def main():
-    parser = config.Parser(description=__doc__)
+    parser = flags.Parser(description=__doc__)
     parser.add_argument("what", choices=("kills", "fuzz", "memory"))
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--datasets", type=int, default=20000)
     parser.add_argument("--checkpoints", type=int, default=5000)
-    parser.add_argument("--structured", type=int, default=500, help="files of each kind in test/mutations.py")
+    parser.add_argument(
+        "--structured", type=int, default=500, help="files of each kind in test/mutations.py"
+    )
     parser.add_argument("--updates", type=int, default=2000)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         result = {
             "kills": lambda: kills(args.kills, folder),
-            "fuzz": lambda: fuzz(args.datasets, args.checkpoints, folder, structured=args.structured),
+            "fuzz": lambda: fuzz(
+                args.datasets, args.checkpoints, folder, structured=args.structured
+            ),
             "memory": lambda: memory(args.updates, folder),
         }[args.what]()
     print(json.dumps(result))
@@ -241,4 +307,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config.program(main)
+    flags.program(main)

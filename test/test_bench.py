@@ -4,15 +4,15 @@ import json
 import math
 import time
 
+import bench
+import train
+from hardware.bench_step import Plain
+from test.helpers import CPU, FEW, call, make_run
+
 import numpy as np
 import pytest
 import torch
 from torch.profiler import record_function
-
-import bench
-import train
-from test.helpers import CPU, FEW, call, make_run
-from hardware.bench_step import Plain
 
 FIGURES = ("fps", "wps", "ups", "model_tflops", "matmul_peak_tflops", "peak_memory_bytes")
 SMALL = (*FEW, "--updates", "2", "--warmup", "1", "--vocabulary", "100")
@@ -24,11 +24,15 @@ def json_of(*argv) -> dict:
 
 @pytest.mark.parametrize("teacher_input", ["full", "masked"])
 def test_the_plain_step_trains_as_train_update_does(corpus_dir, teacher_input):
-    run, dataset = make_run(corpus_dir, teacher_input=teacher_input, warmup_updates=1, lr=1e-2, ema_decay=0.9)
+    run, dataset = make_run(
+        corpus_dir, teacher_input=teacher_input, warmup_updates=1, lr=1e-2, ema_decay=0.9
+    )
     plain = Plain(run, len(dataset.dictionary))
     for ids in dataset.epoch_batches(1)[:4]:
         batch = dataset.batch(ids, 1)
-        assert float(plain.update([batch])) == pytest.approx(float(train.update(run, [batch]).loss), rel=1e-4)
+        assert float(plain.update([batch])) == pytest.approx(
+            float(train.update(run, [batch]).loss), rel=1e-4
+        )
     for ours, theirs in ((run.student, plain.student), (run.teacher, plain.teacher)):
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
@@ -37,13 +41,18 @@ def test_the_plain_step_trains_as_train_update_does(corpus_dir, teacher_input):
 def test_bench_prints_a_table_and_one_line_of_json(corpus_dir):
     for result in (json_of(), json_of("--data_path", corpus_dir)):
         assert all(result[k] > 0 for k in FIGURES)
-        assert tuple(result["ms_parts"]) == bench.PARTS_OF_AN_UPDATE and result["ms_parts"]["data"] > 0
+        assert (
+            tuple(result["ms_parts"]) == bench.PARTS_OF_AN_UPDATE and result["ms_parts"]["data"] > 0
+        )
 
 
 def test_bench_compares_steps_and_times_checkpoints():
     result = json_of("--compare")
     low, high = result["ratio_range"]
-    assert 0 < low <= result["ratio"] <= high and result["ms_range"][0] <= result["ms"] <= result["ms_range"][1]
+    assert (
+        0 < low <= result["ratio"] <= high
+        and result["ms_range"][0] <= result["ms"] <= result["ms_range"][1]
+    )
     assert result["other_kept_bytes_per_token"] > result["kept_bytes_per_token"] > 0
     result = json_of("--checkpoint")
     assert result["bytes"] > 0 and 0 < result["pause_s"] < result["whole_s"]
@@ -72,6 +81,9 @@ def test_the_flop_formula_gives_what_torch_counts(corpus_dir, monkeypatch, optio
     batch = dataset.batch(np.array([int(dataset.lengths.argmax())]), 1)
     # attention and linear layers as plain matmuls, because torch does not count its fused CPU kernels
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
         train.update(run, [batch])
     assert bench.update_flops([batch], run) == counter.get_total_flops()

@@ -5,14 +5,14 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 import train
 from config import InputError
-from text.binarized import DTYPES, EOS, Dictionary, TokenStream, write_dataset
 from test.helpers import FEW, GOLDEN, call, dataset_files, golden, make_dataset, write_index
 from text import demo as dataset
+from text.binarized import DTYPES, EOS, Dictionary, TokenStream, write_dataset
+
+import numpy as np
+import pytest
 
 
 @golden
@@ -22,7 +22,9 @@ def test_written_files_match_those_of_fairseq_preprocess(tmp_path):
     sentences = [stream.read(int(a), int(b)) for a, b in zip(stream.starts, stream.starts[1:])]
     write_dataset(tmp_path / "valid", sentences, 1000)
     for suffix in ("bin", "idx"):
-        assert (tmp_path / f"valid.{suffix}").read_bytes() == (folder / f"valid.{suffix}").read_bytes()
+        assert (tmp_path / f"valid.{suffix}").read_bytes() == (
+            folder / f"valid.{suffix}"
+        ).read_bytes()
 
 
 @golden
@@ -51,18 +53,36 @@ def test_every_integer_type_reads_the_same_from_several_files(tmp_path, code):
 def test_sentences_that_do_not_lie_back_to_back_in_order_are_refused(tmp_path):
     sentences = [[5, 6, 2], [2], [7, 8, 9, 10, 2], [11, 2]]
     write_index(tmp_path / "train", sentences, 8, order=[0, 3, 2, 1])
-    with pytest.raises(InputError, match="sentence 1 has 1 tokens at byte 20, not right after .* before it; rebuild"):
+    with pytest.raises(
+        InputError,
+        match="sentence 1 has 1 tokens at byte 20, not right after .* before it; rebuild",
+    ):
         TokenStream(tmp_path, "train")
 
 
 def test_a_dictionary_takes_what_fairseq_takes_and_names_the_line_of_an_error(tmp_path):
     path = tmp_path / "dict.txt"
     path.write_text("a b 3\n</s> 0 #fairseq:overwrite\n\u00a0x 1\r\n", encoding="utf-8", newline="")
-    assert Dictionary(path).symbols == ["<s>", "<pad>", "</s>", "<unk>", "a b", "</s>", "\u00a0x", "<mask>"]
+    assert Dictionary(path).symbols == [
+        "<s>",
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "a b",
+        "</s>",
+        "\u00a0x",
+        "<mask>",
+    ]
     path.write_text("a 1\n<mask> 0\nb 1\n")
     listed = Dictionary(path)
     assert (listed.mask_id, len(listed)) == (5, 7)
-    for text, line in (("a 1\n\nb 1\n", 2), ("a\n", 1), ("a 1\nb x\n", 2), ("a 1\na 2\n", 2), ("<s> 1\n", 1)):
+    for text, line in (
+        ("a 1\n\nb 1\n", 2),
+        ("a\n", 1),
+        ("a 1\nb x\n", 2),
+        ("a 1\na 2\n", 2),
+        ("<s> 1\n", 1),
+    ):
         path.write_text(text)
         with pytest.raises(InputError, match=f"line {line}"):
             Dictionary(path)
@@ -152,7 +172,9 @@ def test_a_broken_dataset_ends_in_one_line_that_says_what_and_where(tmp_path, wh
     with pytest.raises(InputError, match=message) as error:
         call(dataset.main, "--data_path", folder, "--json", "--fairseq_exact", "--mask_prob", "0.9")
     assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match=message):  # training stops before its first update, or at the batch
+    with pytest.raises(
+        InputError, match=message
+    ):  # training stops before its first update, or at the batch
         call(
             train.main,
             *FEW,
@@ -176,9 +198,15 @@ def test_the_demo_corpus_is_deterministic_and_big_enough_to_train_on(tmp_path):
     for name in ("a", "b"):
         call(dataset.main, "--make_demo", tmp_path / name)
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert files == ["dict.txt"] + [f"{s}.{e}" for s in ("test", "train", "valid") for e in ("bin", "idx")]
-    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
-    facts = json.loads(call(dataset.main, "--data_path", tmp_path / "a", "--json", "--config_name", "tiny"))
+    assert files == ["dict.txt"] + [
+        f"{s}.{e}" for s in ("test", "train", "valid") for e in ("bin", "idx")
+    ]
+    assert all(
+        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files
+    )
+    facts = json.loads(
+        call(dataset.main, "--data_path", tmp_path / "a", "--json", "--config_name", "tiny")
+    )
     assert facts["tokens"] > 50_000 and facts["documents"] > 40 and facts["dropped_percent"] == 0
 
 

@@ -1,13 +1,14 @@
 """Blocks, batches and epochs against their rules, walked one item at a time."""
 
-import numpy as np
-import pytest
-
-from data import Corpus, DataConfig
+from config import DataConfig
+from data import Corpus
+from test.helpers import blocks_by_walking, make_dataset, write_index
 from text import binarized
 from text.binarized import TokenStream
 from text.blocks import cut_batches, cut_blocks, order_by_length
-from test.helpers import blocks_by_walking, make_dataset, write_index
+
+import numpy as np
+import pytest
 
 
 @pytest.mark.parametrize("mode", ["complete", "complete_doc"])
@@ -16,7 +17,9 @@ def test_blocks_follow_the_rule_walked_sentence_by_sentence(mode):
     for _ in range(300):
         sizes = rng.integers(1, rng.integers(2, 30), rng.integers(0, 40))
         block_size = int(rng.integers(1, 25))
-        got = list(zip(*(x.tolist() for x in cut_blocks(sizes, mode, block_size, split_long=False))))
+        got = list(
+            zip(*(x.tolist() for x in cut_blocks(sizes, mode, block_size, split_long=False)))
+        )
         assert got == blocks_by_walking(sizes.tolist(), mode, block_size)
 
 
@@ -28,18 +31,26 @@ def test_splitting_long_sentences_keeps_every_token_exactly_once(mode):
         block_size = int(rng.integers(1, 25))
         starts, ends = cut_blocks(sizes, mode, block_size, split_long=True)
         assert (ends - starts <= block_size).all() and (ends > starts).all()
-        covered = np.concatenate([np.arange(a, b) for a, b in zip(starts, ends)] or [np.zeros(0, int)])
+        covered = np.concatenate(
+            [np.arange(a, b) for a, b in zip(starts, ends)] or [np.zeros(0, int)]
+        )
         position = np.concatenate([[0], np.cumsum(sizes)])[:-1]
-        expected = np.setdiff1d(np.arange(sizes.sum()), position[sizes == 1] if mode == "complete_doc" else [])
+        expected = np.setdiff1d(
+            np.arange(sizes.sum()), position[sizes == 1] if mode == "complete_doc" else []
+        )
         assert np.array_equal(covered, expected)
 
 
 @pytest.mark.parametrize("piece", [1, 2, 7, 40])
-def test_a_corpus_handled_in_pieces_gives_the_same_blocks_tokens_and_digest(tmp_path, monkeypatch, piece):
+def test_a_corpus_handled_in_pieces_gives_the_same_blocks_tokens_and_digest(
+    tmp_path, monkeypatch, piece
+):
     random = np.random.default_rng(piece)
     cases = []
     for _ in range(60):
-        sizes = random.integers(random.integers(0, 2), random.integers(2, 30), random.integers(0, 60)).astype(np.int32)
+        sizes = random.integers(
+            random.integers(0, 2), random.integers(2, 30), random.integers(0, 60)
+        ).astype(np.int32)
         for mode in ("none", "eos", "complete", "complete_doc"):
             for split_long in (True, False):
                 argv = sizes, mode, int(random.integers(1, 25)), split_long
@@ -65,7 +76,10 @@ def test_a_corpus_handled_in_pieces_gives_the_same_blocks_tokens_and_digest(tmp_
 def test_order_is_by_length_with_ties_by_the_legacy_permutation():
     random = np.random.default_rng(6)
     for n, longest in ((0, 2), (1, 2), (500, 8), (500, 600), (300, 100_000)):
-        lengths, seed = random.integers(2, longest + 1, n).astype(np.int32), int(random.integers(0, 2**32))
+        lengths, seed = (
+            random.integers(2, longest + 1, n).astype(np.int32),
+            int(random.integers(0, 2**32)),
+        )
         shuffled = np.random.RandomState(seed).permutation(n)
         assert np.array_equal(order_by_length(lengths, seed), np.lexsort((shuffled, lengths)))
 
@@ -78,7 +92,10 @@ def test_an_epoch_holds_every_token_of_the_corpus_once(block_dataset, corpus_dir
         for rank in range(world_size):
             for ids in dataset.epoch_batches(2, rank, world_size):
                 for i in ids.tolist():
-                    read += [(int(dataset.starts[i]) + j, t) for j, t in enumerate(dataset.read_block(i)[1:].tolist())]
+                    read += [
+                        (int(dataset.starts[i]) + j, t)
+                        for j, t in enumerate(dataset.read_block(i)[1:].tolist())
+                    ]
         flat = stream.read(0, stream.tokens).tolist()
         separators = set(stream.starts[:-1][stream.sizes == 1].tolist())
         assert sorted(read) == [(i, t) for i, t in enumerate(flat) if i not in separators]
@@ -114,10 +131,14 @@ def test_batches_follow_the_rule_walked_block_by_block():
         spread = rng.choice([3, 30, 300])
         lengths = np.sort(rng.integers(1, spread + 2, rng.integers(0, 120)))
         if rng.random() < 0.5:
-            lengths = np.sort(np.where(rng.random(len(lengths)) < 0.8, np.minimum(lengths, 9), lengths))
+            lengths = np.sort(
+                np.where(rng.random(len(lengths)) < 0.8, np.minimum(lengths, 9), lengths)
+            )
         max_tokens = int(max(lengths, default=1)) + int(rng.integers(0, rng.choice([20, 600])))
         batch_size, multiple = int(rng.choice([0, 0, 1, 5, 12, 40])), int(rng.choice([1, 2, 8]))
-        expected, overflowed = batches_by_walking(lengths.tolist(), max_tokens, batch_size, multiple)
+        expected, overflowed = batches_by_walking(
+            lengths.tolist(), max_tokens, batch_size, multiple
+        )
         overflows += overflowed
         ends = cut_batches(lengths, max_tokens, batch_size, multiple).tolist()
         got = [lengths[a:b].tolist() for a, b in zip([0, *ends], ends)]
@@ -130,7 +151,9 @@ def test_batch_size_limits_a_batch_and_a_dropped_remainder_is_counted(block_data
     assert max(map(len, dataset.epoch_batches(1))) == 8
     kept, dropped = block_dataset(), block_dataset(drop_remainder=True)
     lost = len(kept.order) - sum(map(len, dropped.epoch_batches(1)))
-    assert lost == len(dropped.remainder) and sum(map(len, kept.epoch_batches(1))) == len(kept.order)
+    assert lost == len(dropped.remainder) and sum(map(len, kept.epoch_batches(1))) == len(
+        kept.order
+    )
 
 
 def test_workers_share_an_epoch_and_one_with_too_few_batches_gets_an_empty_one(block_dataset):
@@ -152,7 +175,11 @@ def test_several_folders_are_read_one_per_epoch_and_validation_reads_the_first(t
 
 
 def test_masks_change_each_epoch_unless_fixed_and_never_in_validation(block_dataset):
-    for split, fixed, same in (("train", False, False), ("train", True, True), ("valid", False, True)):
+    for split, fixed, same in (
+        ("train", False, False),
+        ("train", True, True),
+        ("valid", False, True),
+    ):
         dataset = block_dataset(split, fixed_masks=fixed)
         ids = dataset.epoch_batches(1)[-1]
         assert np.array_equal(dataset.batch(ids, 1).source, dataset.batch(ids, 2).source) == same

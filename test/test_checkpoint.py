@@ -11,17 +11,27 @@ import time
 import weakref
 from pathlib import Path
 
-import pytest
-import torch
-
 import ema
 import eval as evaluation
 import train
-from formats import fairseq_names
 from config import InputError, RunError
-from run import checkpoint
-from run import saves
-from test.helpers import CPU, FEW, GOLDEN, call, few, golden, make_dataset, random_encoder, rows_of, small_content
+from formats import fairseq_names
+from run import checkpoint, saves
+from test.helpers import (
+    CPU,
+    FEW,
+    GOLDEN,
+    call,
+    few,
+    golden,
+    make_dataset,
+    random_encoder,
+    rows_of,
+    small_content,
+)
+
+import pytest
+import torch
 
 
 def test_our_names_and_fairseqs_map_one_to_one():
@@ -52,9 +62,14 @@ def test_a_fairseq_checkpoint_evaluates_to_its_own_validation_loss(tmp_path):
     recorded = json.loads((GOLDEN / "train" / "doc128" / "config.json").read_text())["final_valid"]
     file, words = GOLDEN / "checkpoint" / "fairseq_doc128.pt", GOLDEN / "corpora" / "words-bin"
     for flag in ("--ckpt", "--init_from"):
-        result = json.loads(call(evaluation.main, flag, file, "--data_path", words, "--device", "cpu", "--json"))
+        result = json.loads(
+            call(evaluation.main, flag, file, "--data_path", words, "--device", "cpu", "--json")
+        )
         assert result["loss"] == pytest.approx(recorded["loss"], rel=5e-6)
-        assert (result["sample_size"], result["batches"]) == (recorded["sample_size"], recorded["batches"])
+        assert (result["sample_size"], result["batches"]) == (
+            recorded["sample_size"],
+            recorded["batches"],
+        )
     argv = ["--init_from", file, "--data_path", words, "--save_dir", tmp_path, "--fairseq_exact"]
     argv += (
         "--embed_dim 64 --ffn_embed_dim 256 --layers 4 --attention_heads 4 --average_top_k_layers 3 --dropout 0"
@@ -82,7 +97,15 @@ def test_foreign_and_misfitting_checkpoints_are_refused(tmp_path, corpus_dir):
         with pytest.raises(InputError, match=message):
             checkpoint.load(tmp_path / f"{name}.pt")
     bigger = make_dataset(tmp_path / "bigger", words=80)[0]
-    start = [*FEW, "--max_update", "2", "--save_dir", str(tmp_path / "new"), "--init_from", str(file)]
+    start = [
+        *FEW,
+        "--max_update",
+        "2",
+        "--save_dir",
+        str(tmp_path / "new"),
+        "--init_from",
+        str(file),
+    ]
     with pytest.raises(InputError, match="another dictionary"):
         call(train.main, *start, "--data_path", bigger)
     with pytest.raises(InputError, match=r"is \(.*this model's is"):
@@ -90,7 +113,18 @@ def test_foreign_and_misfitting_checkpoints_are_refused(tmp_path, corpus_dir):
     with pytest.raises(InputError, match="has no encoder.layers.2"):
         call(train.main, *start, "--data_path", corpus_dir, "--layers", "3")
     with pytest.raises(InputError, match="layers was 2, is 3"):
-        call(train.main, *FEW, "--max_update", "4", "--save_dir", good, "--data_path", corpus_dir, "--layers", "3")
+        call(
+            train.main,
+            *FEW,
+            "--max_update",
+            "4",
+            "--save_dir",
+            good,
+            "--data_path",
+            corpus_dir,
+            "--layers",
+            "3",
+        )
     with pytest.raises(InputError, match="another dictionary"):
         call(evaluation.main, "--ckpt", file, "--data_path", bigger)
 
@@ -99,7 +133,12 @@ def test_the_newest_kept_checkpoints_are_whole_files_of_their_own_update(tmp_pat
     argv = [*FEW, "--max_update", 6, "--data_path", corpus_dir, "--save_dir", tmp_path]
     call(train.main, *argv, "--save_interval_updates", 2, "--keep_interval_updates", 2)
     names = sorted(p.name for p in tmp_path.glob("*.pt*"))
-    assert names == ["checkpoint_1_4.pt", "checkpoint_1_6.pt", "checkpoint_best.pt", "checkpoint_last.pt"]
+    assert names == [
+        "checkpoint_1_4.pt",
+        "checkpoint_1_6.pt",
+        "checkpoint_best.pt",
+        "checkpoint_last.pt",
+    ]
     assert checkpoint.load(tmp_path / "checkpoint_1_4.pt").content["progress"]["num_updates"] == 4
 
 
@@ -138,25 +177,34 @@ def test_a_save_that_fails_loses_nothing_and_is_tried_again(monkeypatch, corpus_
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_final_save_that_fails_is_an_error_and_leaves_the_older_file(monkeypatch, corpus_dir, tmp_path):
+def test_a_final_save_that_fails_is_an_error_and_leaves_the_older_file(
+    monkeypatch, corpus_dir, tmp_path
+):
     argv = [*FEW, "--data_path", corpus_dir, "--save_dir", tmp_path, "--max_update"]
     call(train.main, *argv, 2)
     before = {p.name: p.read_bytes() for p in tmp_path.glob("*.pt")}
     failing_writes(monkeypatch, lambda number: True)
     with pytest.raises(RunError, match="update 3 could not be saved.*No space left"):
         call(train.main, *argv, 3)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix in (".pt", ".tmp")} == before
+    assert {
+        p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix in (".pt", ".tmp")
+    } == before
 
 
 def test_the_last_checkpoint_is_published_before_any_copy_is_begun(monkeypatch, tmp_path):
     seen = []
 
     def full(source, copy):
-        seen.append(checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"])
+        seen.append(
+            checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"]
+        )
         Path(copy).write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    names = [tmp_path / name for name in ("checkpoint_last.pt", "checkpoint_best.pt", "checkpoint_1_7.pt")]
+    names = [
+        tmp_path / name
+        for name in ("checkpoint_last.pt", "checkpoint_best.pt", "checkpoint_1_7.pt")
+    ]
     checkpoint.save(small_content(3), *names)
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(OSError, match="No space left"):
@@ -176,7 +224,9 @@ def test_a_users_own_tmp_file_is_neither_removed_nor_written_through(tmp_path):
     with checkpoint.whole(tmp_path / "folder") as folder:
         folder.mkdir()
     assert victim.read_text() == "kept"
-    assert set(tmp_path.iterdir()) - before == {tmp_path / name for name in ("file.pt", "text.json", "folder")}
+    assert set(tmp_path.iterdir()) - before == {
+        tmp_path / name for name in ("file.pt", "text.json", "folder")
+    }
 
 
 def test_a_resume_tries_checkpoints_from_the_most_updates_whatever_their_times(tmp_path):
@@ -206,8 +256,17 @@ def test_a_slow_save_writes_the_weights_of_its_update(corpus_dir, tmp_path, monk
 
     monkeypatch.setattr(saves, "contents", seen)
     monkeypatch.setattr(torch, "save", saving_late)
-    monkeypatch.setattr(train, "data2vec_loss", lambda *args: (in_next_update.set(), loss(*args))[1])
-    argv = (*mode.split(), "--save_interval_updates", 1, "--keep_interval_updates", -1, "--disable_validation")
+    monkeypatch.setattr(
+        train, "data2vec_loss", lambda *args: (in_next_update.set(), loss(*args))[1]
+    )
+    argv = (
+        *mode.split(),
+        "--save_interval_updates",
+        1,
+        "--keep_interval_updates",
+        -1,
+        "--disable_validation",
+    )
     call(train.main, *few(corpus_dir, tmp_path, *argv, "--max_update", 4))
     assert len(expected) == 4
     for number, state in enumerate(expected, 1):
@@ -226,10 +285,15 @@ def test_an_old_checkpoint_is_removed_as_soon_as_the_new_one_is_written(tmp_path
         saver.start(small_content(number), *(tmp_path / name for name in names), keep=1)
         while saver.is_busy():
             time.sleep(0.01)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_1_2.pt", "checkpoint_last.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint_1_2.pt",
+        "checkpoint_last.pt",
+    ]
 
 
-def test_a_resumed_run_does_not_hold_the_file_that_it_came_from(saved, corpus_dir, tmp_path, monkeypatch):
+def test_a_resumed_run_does_not_hold_the_file_that_it_came_from(
+    saved, corpus_dir, tmp_path, monkeypatch
+):
     shutil.copytree(saved, tmp_path / "run")
     seen, load, loop = [], checkpoint.load, train.loop
 

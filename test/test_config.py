@@ -5,33 +5,30 @@ import re
 import subprocess
 import sys
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import DeviceConfig, open_device  # isort: split
-
-import pytest
-
 import config
 import train
+from config import DataConfig, DeviceConfig, InputError, ModelConfig
 from formats import fairseq_config
-from config import InputError
-from data import DataConfig
-from model import ModelConfig
+from hardware.device import open_device
+from run import flags
 from test.helpers import FEW, HERE, call
+
+import pytest
 
 
 def settings(*argv) -> dict:
     """All settings of train.py that this command line gives, by name."""
-    parts, _ = config.parse(train.PARTS, "", list(argv))
+    parts, _ = flags.parse(config.PARTS, "", list(argv))
     return {name: value for part in parts for name, value in vars(part).items()}
 
 
 def test_every_field_has_a_flag_and_is_read_somewhere():
     sources = "".join(path.read_text() for path in [*HERE.glob("*.py"), *HERE.glob("[!t]*/*.py")])
-    for part in train.PARTS:
+    for part in config.PARTS:
         for field in dataclasses.fields(part):
             value = {bool: "true", int: "3", float: "0.5", str: "x", tuple: "0.5,0.5"}[field.type]
             value = (field.metadata["choices"] or [value])[-1]
-            parts, _ = config.parse(train.PARTS, "", [f"--{field.name}", str(value)])
+            parts, _ = flags.parse(config.PARTS, "", [f"--{field.name}", str(value)])
             got = next(getattr(p, field.name) for p in parts if hasattr(p, field.name))
             assert str(got).lower().strip("()").replace(" ", "") == str(value).lower(), field.name
             # how settings are read: cfg.X, cfg.model.X, self.cfg.X, or t.X, since train.py calls its own part t
@@ -41,9 +38,9 @@ def test_every_field_has_a_flag_and_is_read_somewhere():
 
 def test_presets_hold_only_fields_and_pass_the_checks():
     for name in config.PRESETS:
-        parts, _ = config.parse(train.PARTS, "", ["--config_name", name, "--data_path", "x"])
-        train.Config(*parts)
-        assert not set(config.PRESETS[name]) - set(train.Config(*parts).flat())
+        parts, _ = flags.parse(config.PARTS, "", ["--config_name", name, "--data_path", "x"])
+        config.Config(*parts)
+        assert not set(config.PRESETS[name]) - set(config.Config(*parts).flat())
 
 
 @pytest.mark.parametrize(
@@ -66,7 +63,7 @@ def test_presets_hold_only_fields_and_pass_the_checks():
 )
 def test_a_wrong_flag_or_value_is_named(flag, value):
     with pytest.raises(InputError, match=flag.lstrip("-")):
-        config.parse(train.PARTS, "", [flag, value])
+        flags.parse(config.PARTS, "", [flag, value])
 
 
 def test_fairseqs_names_with_groups_are_spellings_of_ours():
@@ -90,7 +87,7 @@ def test_fairseqs_names_with_groups_are_spellings_of_ours():
         "task._name=masked_lm",
     ]
     extra = lambda parser: parser.add_argument("--distributed_world_size", type=int)  # noqa: E731
-    parts, args = config.parse(train.PARTS, "", argv, extra=extra)
+    parts, args = flags.parse(config.PARTS, "", argv, extra=extra)
     given = {name: value for part in parts for name, value in vars(part).items()}
     expected = dict(
         data_path="DIR",
@@ -121,16 +118,21 @@ def test_fairseqs_names_with_groups_are_spellings_of_ours():
 )
 def test_a_name_with_a_group_that_we_do_not_have_is_refused_by_name(word):
     with pytest.raises(InputError, match=re.escape(word.lstrip("-").split("=")[0])):
-        config.parse(train.PARTS, "", [word])
+        flags.parse(config.PARTS, "", [word])
 
 
 def test_every_spelling_in_the_table_sets_the_field_that_it_names():
-    fields = {field.name: field for part in train.PARTS for field in dataclasses.fields(part)}
+    fields = {field.name: field for part in config.PARTS for field in dataclasses.fields(part)}
     for spelling, name in fairseq_config.OURS.items():
         if name == "distributed_world_size":  # a flag of train.py, not a field
             continue
         choices = fields[name].metadata["choices"]
-        value = str((choices or [{bool: True, int: 3, float: 0.5, str: "x", tuple: "0.5,0.5"}[fields[name].type]])[-1])
+        value = str(
+            (
+                choices
+                or [{bool: True, int: 3, float: 0.5, str: "x", tuple: "0.5,0.5"}[fields[name].type]]
+            )[-1]
+        )
         dashes = spelling.replace("_", "-")
         for argv in (
             [f"{spelling}={value}"],
@@ -149,14 +151,29 @@ def test_every_spelling_in_the_table_sets_the_field_that_it_names():
             dict(data_path="D", max_update=7),
         ),
         ("--multirun ++model.ema_decay=0.5 +optimization.lr=[0.5]", dict(ema_decay=0.5, lr=0.5)),
-        ("--config_name tiny common.tensorboard_logdir=null", dict(tensorboard_logdir="", layers=4)),
+        (
+            "--config_name tiny common.tensorboard_logdir=null",
+            dict(tensorboard_logdir="", layers=4),
+        ),
         ("--batch_size 8 dataset.batch_size=null", dict(batch_size=0)),
         ("model.loss_scale=null", dict(loss_scale=0)),
         ("optimizer.adam_betas='(0.9,0.95)'", dict(adam_betas=(0.9, 0.95))),
-        ("model=data2vec_text task=masked_lm criterion=model optimizer=adam lr_scheduler=cosine", {}),
-        ("--arch data2vec_text --task masked_lm --optimizer adam --lr-scheduler cosine --layerdrop 0 --min-lr 0.0", {}),
-        ("--num-workers 4 --no-epoch-checkpoints --data D --clip-norm 0", dict(data_path="D", clip_norm=0)),
-        ("--save_dir run.1=a/b task.data=run.1=a/b --fixed_masks task.seed=3", dict(save_dir="run.1=a/b", seed=3)),
+        (
+            "model=data2vec_text task=masked_lm criterion=model optimizer=adam lr_scheduler=cosine",
+            {},
+        ),
+        (
+            "--arch data2vec_text --task masked_lm --optimizer adam --lr-scheduler cosine --layerdrop 0 --min-lr 0.0",
+            {},
+        ),
+        (
+            "--num-workers 4 --no-epoch-checkpoints --data D --clip-norm 0",
+            dict(data_path="D", clip_norm=0),
+        ),
+        (
+            "--save_dir run.1=a/b task.data=run.1=a/b --fixed_masks task.seed=3",
+            dict(save_dir="run.1=a/b", seed=3),
+        ),
         ("--save_dir optimization.lr=0.5", dict(save_dir="optimization.lr=0.5", lr=2e-4)),
     ],
 )
@@ -207,8 +224,12 @@ def test_ignored_options_are_named_and_the_help_shows_only_our_spellings(capsys)
 
 
 def test_the_world_size_of_an_old_command_line_must_be_torchruns(corpus_dir):
-    with pytest.raises(InputError, match="torchrun --nproc_per_node 16 .* --update_freq 16 keeps the batch"):
-        train.main(["--task.data", str(corpus_dir), "--distributed_training.distributed_world_size", "16"])
+    with pytest.raises(
+        InputError, match="torchrun --nproc_per_node 16 .* --update_freq 16 keeps the batch"
+    ):
+        train.main(
+            ["--task.data", str(corpus_dir), "--distributed_training.distributed_world_size", "16"]
+        )
 
 
 def test_a_fairseq_yaml_is_read_and_ignored_entries_are_printed(tmp_path, capsys):
@@ -224,12 +245,19 @@ def test_a_fairseq_yaml_is_read_and_ignored_entries_are_printed(tmp_path, capsys
     argv = ["--config-dir", str(tmp_path), "--config-name", "mine", "--mask_prob", "0.3"]
     given = settings(*argv)
     expected = dict(
-        mask_prob=0.3, log_interval=7, ema_decay=0.5, layers=3, lr=3e-3, update_freq=2, adam_betas=(0.9, 0.9)
+        mask_prob=0.3,
+        log_interval=7,
+        ema_decay=0.5,
+        layers=3,
+        lr=3e-3,
+        update_freq=2,
+        adam_betas=(0.9, 0.9),
     )
     assert {name: given[name] for name in expected} == expected
     printed = capsys.readouterr().err.splitlines()
     assert len(printed) == 4 and all(
-        any(name in line for line in printed) for name in ("common.fp16", "max_positions", "distributed_world_size")
+        any(name in line for line in printed)
+        for name in ("common.fp16", "max_positions", "distributed_world_size")
     )
     # update_freq 2 on 16 workers is 32 on one
     assert "16 times smaller" in printed[-1] and "--update_freq 32 keeps it" in printed[-1]
@@ -248,8 +276,12 @@ def test_a_fairseq_yaml_is_read_and_ignored_entries_are_printed(tmp_path, capsys
             settings(*argv[:4])
 
 
-LAUGHS = "a0: &a0 [ha]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
-MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+LAUGHS = "a0: &a0 [ha]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
+)
+MERGED = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
+)
 
 
 @pytest.mark.parametrize(
@@ -271,11 +303,17 @@ MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i -
         ("optimization: {lr: 1e999}\n", "lr inf: must be a finite number"),
         ("checkpoint: {save_dir: 'a\ud800'}\n".encode("utf-8", "surrogatepass"), "not UTF-8"),
         ('checkpoint: {save_dir: "a\\0"}\n', "save_dir a\0: holds a character that no path"),
-        ('checkpoint: {save_dir: "a\\ud800"}\n', "save_dir a\ud800: holds a character that no path"),
+        (
+            'checkpoint: {save_dir: "a\\ud800"}\n',
+            "save_dir a\ud800: holds a character that no path",
+        ),
         ("model: {layers: [" + "1, " * 500 + "1]}\n", r"model.layers=\[1, 1"),
         ('"\\e[2Jkey": "\\e[31mvalue"\n', r"\\x1b\[2Jkey=\\x1b\[31mvalue ignored"),
         ("other: [" + "1, " * 500 + "1]\n", "ignored"),
-        ("other: [" + "1, " * 100_000 + "1]\n", "over 200,000 characters, which no fairseq config has"),
+        (
+            "other: [" + "1, " * 100_000 + "1]\n",
+            "over 200,000 characters, which no fairseq config has",
+        ),
     ],
 )
 def test_a_hostile_yaml_is_refused_or_ignored_in_one_short_line(tmp_path, capsys, text, message):
@@ -294,10 +332,19 @@ def test_a_hostile_yaml_is_refused_or_ignored_in_one_short_line(tmp_path, capsys
 
 
 def test_fairseq_exact_overrides_defaults_and_flags_override_it():
-    exact = config.parse([DataConfig], "", ["--fairseq_exact"])[0][0]
-    assert (exact.teacher_input, exact.long_sentences, exact.drop_remainder) == ("masked", "skip", True)
+    exact = flags.parse([DataConfig], "", ["--fairseq_exact"])[0][0]
+    assert (exact.teacher_input, exact.long_sentences, exact.drop_remainder) == (
+        "masked",
+        "skip",
+        True,
+    )
     assert not exact.fixed_masks
-    assert config.parse([DataConfig], "", ["--teacher_input", "full", "--fairseq_exact"])[0][0].teacher_input == "full"
+    assert (
+        flags.parse([DataConfig], "", ["--teacher_input", "full", "--fairseq_exact"])[0][
+            0
+        ].teacher_input
+        == "full"
+    )
 
 
 @pytest.mark.parametrize(
@@ -318,16 +365,27 @@ def test_fairseq_exact_overrides_defaults_and_flags_override_it():
 )
 def test_settings_that_cannot_work_are_refused_by_train(tmp_path, corpus_dir, argv, message):
     with pytest.raises(InputError, match=message):
-        call(train.main, *FEW, "--max_update", "1", "--data_path", corpus_dir, "--save_dir", tmp_path / "run", *argv)
+        call(
+            train.main,
+            *FEW,
+            "--max_update",
+            "1",
+            "--data_path",
+            corpus_dir,
+            "--save_dir",
+            tmp_path / "run",
+            *argv,
+        )
 
 
 def test_a_negative_number_after_a_flag_is_its_value():
-    parts, _ = config.parse([ModelConfig], "", ["--loss_scale", "-1e-3"])
+    parts, _ = flags.parse([ModelConfig], "", ["--loss_scale", "-1e-3"])
     assert parts[0].loss_scale == -1e-3
 
 
 @pytest.mark.parametrize(
-    "variables", [dict(WORLD_SIZE="x"), dict(WORLD_SIZE="0"), dict(RANK="1"), dict(WORLD_SIZE="2", RANK="0")]
+    "variables",
+    [dict(WORLD_SIZE="x"), dict(WORLD_SIZE="0"), dict(RANK="1"), dict(WORLD_SIZE="2", RANK="0")],
 )
 def test_a_broken_worker_environment_is_one_line(monkeypatch, corpus_dir, variables):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):

@@ -2,14 +2,14 @@
 
 import json
 
-import pytest
-import torch
-
 import convert
 import finetune
 from config import InputError
 from test.helpers import RAW, call, golden
 from test.test_finetune import flags, place, rows_of  # noqa: F401
+
+import pytest
+import torch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -37,37 +37,70 @@ def test_the_pipeline_gives_our_names_and_probabilities(place, tmp_path):  # noq
 def test_logits_of_pairs_are_the_same(place, tmp_path):  # noqa: F811
     rows = [f"w{1 + i % 2} w5,w{1 + i // 2 % 2},{i % 3}\n" for i in range(30)]
     (tmp_path / "t.csv").write_text("a,b,y\n" + "".join(rows))
-    own = dict(train=tmp_path / "t.csv", valid=tmp_path / "t.csv", text="a,b", label="y", max_epoch=1)
+    own = dict(
+        train=tmp_path / "t.csv", valid=tmp_path / "t.csv", text="a,b", label="y", max_epoch=1
+    )
     call(finetune.main, *flags(place, tmp_path / "out", **own))
-    call(convert.main, "--ckpt", tmp_path / "out" / "checkpoint_best.pt", "--to", "hf", tmp_path / "hf")
+    call(
+        convert.main,
+        "--ckpt",
+        tmp_path / "out" / "checkpoint_best.pt",
+        "--to",
+        "hf",
+        tmp_path / "hf",
+    )
     model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     (tmp_path / "lines").write_text("w1 w5\tw2\nw2\tw2 w7\n")
     ours = probabilities(tmp_path / "out" / "checkpoint_best.pt", tmp_path / "lines")
     with torch.no_grad():
-        logits = model.eval()(**tokenizer(["w1 w5", "w2"], ["w2", "w2 w7"], return_tensors="pt", padding=True)).logits
+        logits = model.eval()(
+            **tokenizer(["w1 w5", "w2"], ["w2", "w2 w7"], return_tensors="pt", padding=True)
+        ).logits
     for row, expected in zip(logits.softmax(1).tolist(), ours, strict=True):
-        assert [expected[model.config.id2label[i]] for i in range(3)] == pytest.approx(row, abs=2e-6)
+        assert [expected[model.config.id2label[i]] for i in range(3)] == pytest.approx(
+            row, abs=2e-6
+        )
 
 
 def test_scores_have_the_units_of_the_labels(place, tmp_path):  # noqa: F811
     rows = [f"w{4 + i % 9} w{1 + i % 2}\t{2 + 2 * (i % 2)}\n" for i in range(30)]
     (tmp_path / "t.tsv").write_text("text\tlabel\n" + "".join(rows))
-    own = dict(train=tmp_path / "t.tsv", valid=tmp_path / "t.tsv", regression=True, label_scale=5, max_epoch=3)
+    own = dict(
+        train=tmp_path / "t.tsv",
+        valid=tmp_path / "t.tsv",
+        regression=True,
+        label_scale=5,
+        max_epoch=3,
+    )
     call(finetune.main, *flags(place, tmp_path / "out", **own))
     best = tmp_path / "out" / "checkpoint_best.pt"
     call(convert.main, "--ckpt", best, "--to", "hf", tmp_path / "hf")
     (tmp_path / "lines").write_text("w5 w1\nw6 w2\n")
-    said = call(finetune.main, "--ckpt", best, "--predict", tmp_path / "lines", "--device", "cpu").split()[1:]
-    pipeline = transformers.pipeline("text-classification", model=str(tmp_path / "hf"), function_to_apply="none")
-    assert [row["score"] for row in pipeline(["w5 w1", "w6 w2"])] == pytest.approx([float(s) for s in said], abs=2e-6)
+    said = call(
+        finetune.main, "--ckpt", best, "--predict", tmp_path / "lines", "--device", "cpu"
+    ).split()[1:]
+    pipeline = transformers.pipeline(
+        "text-classification", model=str(tmp_path / "hf"), function_to_apply="none"
+    )
+    assert [row["score"] for row in pipeline(["w5 w1", "w6 w2"])] == pytest.approx(
+        [float(s) for s in said], abs=2e-6
+    )
     assert pipeline.model.config.problem_type == "regression"
 
 
 def test_a_linear_probe_has_no_place_there(place, tmp_path):  # noqa: F811
     call(finetune.main, *flags(place, tmp_path / "out", freeze=True))
     with pytest.raises(InputError, match="a linear probe"):
-        convert.main(["--ckpt", str(tmp_path / "out" / "checkpoint_best.pt"), "--to", "hf", str(tmp_path / "hf")])
+        convert.main(
+            [
+                "--ckpt",
+                str(tmp_path / "out" / "checkpoint_best.pt"),
+                "--to",
+                "hf",
+                str(tmp_path / "hf"),
+            ]
+        )
     assert not (tmp_path / "hf").exists()
 
 
@@ -78,7 +111,10 @@ def test_a_transformers_folder_is_fine_tuned_as_the_checkpoint_it_was_made_from(
         call(finetune.main, *flags(place, tmp_path / name, ckpt=ckpt, max_epoch=1))
         losses.append([row["loss"] for row in rows_of(tmp_path / name)])
     assert losses[0] == losses[1]
-    call(finetune.main, *flags(place, tmp_path / "again", ckpt=tmp_path / "a" / "checkpoint_best.pt", max_epoch=1))
+    call(
+        finetune.main,
+        *flags(place, tmp_path / "again", ckpt=tmp_path / "a" / "checkpoint_best.pt", max_epoch=1),
+    )
 
 
 @golden
@@ -88,7 +124,9 @@ def test_a_bpe_of_transformers_gives_fairseqs_tokens(place, tmp_path):  # noqa: 
     ids = json.loads((RAW.parent / "gpt2_bpe" / "encoder.json").read_text())
     dictionary = pretrained.Dictionary(RAW.parent / "gpt2_bpe" / "dict.txt")
     special = {symbol: i for i, symbol in enumerate(dictionary.symbols) if not symbol.isdigit()}
-    vocabulary = {token: dictionary.ids[str(i)] for token, i in ids.items() if str(i) in dictionary.ids} | special
+    vocabulary = {
+        token: dictionary.ids[str(i)] for token, i in ids.items() if str(i) in dictionary.ids
+    } | special
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_bytes((RAW.parent / "gpt2_bpe" / "vocab.bpe").read_bytes())
     for name, content in pretrained.hf_text_files(tmp_path, len(dictionary)).items():
@@ -103,9 +141,14 @@ def test_a_bpe_of_transformers_gives_fairseqs_tokens(place, tmp_path):  # noqa: 
 def test_a_head_that_does_not_fit_is_refused_in_one_line(place, tmp_path):  # noqa: F811
     call(finetune.main, *flags(place, tmp_path / "out", max_epoch=1))
     content = torch.load(tmp_path / "out" / "checkpoint_best.pt", weights_only=True)
-    for part, message in ((torch.ones(3), r"out_proj.weight is \(3,\)"), (None, "has no out_proj.weight")):
+    for part, message in (
+        (torch.ones(3), r"out_proj.weight is \(3,\)"),
+        (None, "has no out_proj.weight"),
+    ):
         head = {k: v for k, v in content["classifier"]["head"].items() if k != "out_proj.weight"}
         head |= {} if part is None else {"out_proj.weight": part}
-        torch.save({**content, "classifier": {**content["classifier"], "head": head}}, tmp_path / "x.pt")
+        torch.save(
+            {**content, "classifier": {**content["classifier"], "head": head}}, tmp_path / "x.pt"
+        )
         with pytest.raises(InputError, match=f"x.pt: the classification head {message}"):
             call(convert.main, "--ckpt", tmp_path / "x.pt", "--to", "hf", tmp_path / "hf")

@@ -7,18 +7,27 @@ import sys
 import types
 from pathlib import Path
 
-import pytest
-import torch
-
+import config
 import convert
 import train
-from formats import fairseq_config
-from formats import fairseq_names
 from config import InputError
+from formats import fairseq_config, fairseq_names
+from formats import fairseq_state as convert_fairseq
 from run import checkpoint
 from test.converting import random_file, run, same, saved  # noqa: F401
-from test.helpers import FEW, GOLDEN, SMALL, Payload, call, compare_checkpoints, golden, random_encoder
-from formats import fairseq_state as convert_fairseq
+from test.helpers import (
+    FEW,
+    GOLDEN,
+    SMALL,
+    Payload,
+    call,
+    compare_checkpoints,
+    golden,
+    random_encoder,
+)
+
+import pytest
+import torch
 
 FAIRSEQ = GOLDEN / "checkpoint" / "fairseq_doc128.pt"
 
@@ -46,8 +55,12 @@ def test_the_way_from_fairseq_and_back_is_exact(tmp_path):
     assert set(a) == set(b)
     for part in a:
         if part == "model":  # there, order means nothing
-            a[part]["encoder._ema"], b[part]["encoder._ema"] = ({**x[part]["encoder._ema"]} for x in (a, b))
-            assert set(a[part]) == set(b[part]) and set(a[part]["encoder._ema"]) == set(b[part]["encoder._ema"])
+            a[part]["encoder._ema"], b[part]["encoder._ema"] = (
+                {**x[part]["encoder._ema"]} for x in (a, b)
+            )
+            assert set(a[part]) == set(b[part]) and set(a[part]["encoder._ema"]) == set(
+                b[part]["encoder._ema"]
+            )
             ema = b[part].pop("encoder._ema")
             assert all(torch.equal(v, ema[k]) for k, v in a[part].pop("encoder._ema").items())
             assert all(torch.equal(v, b[part][k]) for k, v in a[part].items())
@@ -72,7 +85,10 @@ def test_what_we_write_for_fairseq_has_the_layout_of_its_own_file(tmp_path, save
     assert set(made) == set(own)
     within(keys(made["cfg"]), keys(own["cfg"]), "cfg")
     for part in ("model", "transformer"):  # what its loader reads has the same types, too
-        a, b = (c["cfg"]["model"] if part == "model" else c["cfg"]["model"]["transformer"] for c in (made, own))
+        a, b = (
+            c["cfg"]["model"] if part == "model" else c["cfg"]["model"]["transformer"]
+            for c in (made, own)
+        )
         assert all(type(a[k]) is type(b[k]) for k in a if k != "loss_scale"), part
     few = [k for k in own["model"] if ".layers.2." not in k and ".layers.3." not in k]
     assert set(made["model"]) == set(few) and type(made["model"]) is type(own["model"])
@@ -81,7 +97,9 @@ def test_what_we_write_for_fairseq_has_the_layout_of_its_own_file(tmp_path, save
     a, b = made["last_optimizer_state"], own["last_optimizer_state"]
     assert a.keys() == b.keys() and a["param_groups"][0].keys() == b["param_groups"][0].keys()
     assert a["param_groups"][0]["params"] == list(range(len(a["state"]))) == list(a["state"])
-    parameters = [k for k in few if not k.endswith(("version", "_ema"))]  # in the order of its modules
+    parameters = [
+        k for k in few if not k.endswith(("version", "_ema"))
+    ]  # in the order of its modules
     parameters = dict(zip(parameters, a["state"].values(), strict=True))
     assert all(s["exp_avg"].shape == made["model"][k].shape for k, s in parameters.items())
     assert all(s["step"] == 4 and type(s["step"]) is int for s in a["state"].values())
@@ -96,22 +114,42 @@ def test_a_run_resumes_exactly_through_fairseqs_file(tmp_path, saved, corpus_dir
         content["cfg"]["distributed_training"] = {"distributed_world_size": 1}
         if precision == "fp16":  # one vector for all parameters, in their order
             last = content["last_optimizer_state"]
-            flat = {m: torch.cat([s[m].flatten() for s in last["state"].values()]) for m in checkpoint.MOMENTS}
+            flat = {
+                m: torch.cat([s[m].flatten() for s in last["state"].values()])
+                for m in checkpoint.MOMENTS
+            }
             last["state"], last["loss_scale"] = {0: {"step": 2, **flat}}, 64.0
 
     fairseq_file(saved / "checkpoint_1_2.pt", tmp_path / "theirs.pt", change)
     (tmp_path / "run").mkdir()
     run(tmp_path / "theirs.pt", "native", tmp_path / "run" / "checkpoint_last.pt")
-    few = [*FEW, "--fairseq_exact", "--data_path", corpus_dir, "--save_dir", tmp_path / "run", "--max_update", 4]
-    assert "at update 2" in call(train.main, *few, "--disable_validation", "--save_interval_updates", 0)
+    few = [
+        *FEW,
+        "--fairseq_exact",
+        "--data_path",
+        corpus_dir,
+        "--save_dir",
+        tmp_path / "run",
+        "--max_update",
+        4,
+    ]
+    assert "at update 2" in call(
+        train.main, *few, "--disable_validation", "--save_interval_updates", 0
+    )
     compare_checkpoints(saved / "checkpoint_last.pt", tmp_path / "run" / "checkpoint_last.pt")
 
 
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda states: states[0].update(exp_avg=torch.zeros(3)), "the optimizer's exp_avg of parameter 0 is"),
-        (lambda states: states[1].update(exp_avg_sq=states[1]["exp_avg_sq"].long()), "not an ordinary tensor"),
+        (
+            lambda states: states[0].update(exp_avg=torch.zeros(3)),
+            "the optimizer's exp_avg of parameter 0 is",
+        ),
+        (
+            lambda states: states[1].update(exp_avg_sq=states[1]["exp_avg_sq"].long()),
+            "not an ordinary tensor",
+        ),
         (lambda states: states[0].update(step=float("inf")), "OverflowError"),
         (lambda states: states.pop(2), "KeyError"),
     ],
@@ -138,7 +176,7 @@ def test_entries_of_ours_in_fairseqs_file_are_checked_too(tmp_path, saved):
 
 def test_settings_come_back_from_fairseqs_config_tree(saved):
     flat = checkpoint.load(saved / "checkpoint_last.pt").config
-    fields = {field.name: field for part in train.PARTS for field in dataclasses.fields(part)}
+    fields = {field.name: field for part in config.PARTS for field in dataclasses.fields(part)}
     values, _ = fairseq_config.from_reference(convert_fairseq.reference_config(flat), fields, "")
     differing = {k for k, v in values.items() if flat[k] != v}
     assert not differing and len(values) > 45
@@ -150,7 +188,9 @@ def inert_class(module, name):
         sys.modules.setdefault(part, types.ModuleType(part))
     if not hasattr(sys.modules[module], name):
         update = lambda self, **state: self.__dict__.update(state)  # noqa: E731
-        setattr(sys.modules[module], name, type(name, (), {"__module__": module, "__init__": update}))
+        setattr(
+            sys.modules[module], name, type(name, (), {"__module__": module, "__init__": update})
+        )
     return getattr(sys.modules[module], name)
 
 
@@ -158,7 +198,9 @@ def as_omegaconf(value):
     """The value as OmegaConf's nodes hold it in files of 2020 and 2021."""
     if isinstance(value, dict):
         kind = inert_class("omegaconf.dictconfig", "DictConfig")
-        return kind(_metadata=None, _parent=None, _content={k: as_omegaconf(v) for k, v in value.items()})
+        return kind(
+            _metadata=None, _parent=None, _content={k: as_omegaconf(v) for k, v in value.items()}
+        )
     if isinstance(value, list):
         kind = inert_class("omegaconf.listconfig", "ListConfig")
         return kind(_metadata=None, _parent=None, _content=[as_omegaconf(v) for v in value])
@@ -166,15 +208,22 @@ def as_omegaconf(value):
 
 
 @pytest.mark.parametrize("age", ["args", "omegaconf"])
-def test_files_of_older_fairseq_releases_are_read_with_their_settings(tmp_path, saved, age, monkeypatch):
+def test_files_of_older_fairseq_releases_are_read_with_their_settings(
+    tmp_path, saved, age, monkeypatch
+):
     mark = tmp_path / "ran"
     before = set(sys.modules)
 
     def change(content):
-        content["model"] = {k.replace("regression_head", "lm_head"): v for k, v in content["model"].items()}
+        content["model"] = {
+            k.replace("regression_head", "lm_head"): v for k, v in content["model"].items()
+        }
         content["model"]["encoder.lm_head.dense.weight"] = torch.ones(2, 2)
         content["extra_state"] = {"best": Payload(mark)}
-        shape = {f"encoder_{k}": SMALL[k] for k in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")}
+        shape = {
+            f"encoder_{k}": SMALL[k]
+            for k in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")
+        }
         if age == "args":
             args = dict(
                 arch="roberta",
@@ -199,18 +248,26 @@ def test_files_of_older_fairseq_releases_are_read_with_their_settings(tmp_path, 
     more = ["--average_top_k_layers", 2] if age == "args" else []
     said = run(tmp_path / "old.pt", "native", tmp_path / "ours.pt", *more)
     assert "start anew" in said and "not taken over: encoder.lm_head" in said and not mark.exists()
-    loaded, source = checkpoint.load(tmp_path / "ours.pt"), checkpoint.load(saved / "checkpoint_last.pt")
+    loaded, source = (
+        checkpoint.load(tmp_path / "ours.pt"),
+        checkpoint.load(saved / "checkpoint_last.pt"),
+    )
     assert same(loaded.student, dict(source.student)) and same(loaded.teacher, dict(source.teacher))
     assert {k: loaded.config[k] for k in SMALL} == {**SMALL, "dropout": 0.25}
 
 
 def test_bare_state_dicts_take_their_shape_from_flags(tmp_path, random_file):
     path, (student, teacher) = random_file
-    torch.save(fairseq_names.to_reference(student.state_dict(), teacher.encoder.state_dict()), tmp_path / "bare.pt")
+    torch.save(
+        fairseq_names.to_reference(student.state_dict(), teacher.encoder.state_dict()),
+        tmp_path / "bare.pt",
+    )
     shape = [part for k, v in SMALL.items() for part in (f"--{k}", v)]
     run(tmp_path / "bare.pt", "native", tmp_path / "ours.pt", *shape)
     loaded = checkpoint.load(tmp_path / "ours.pt")
-    assert same(loaded.student, dict(student.state_dict())) and same(loaded.teacher, dict(teacher.encoder.state_dict()))
+    assert same(loaded.student, dict(student.state_dict())) and same(
+        loaded.teacher, dict(teacher.encoder.state_dict())
+    )
     with pytest.raises(InputError, match="the student's encoder has no layers.2"):
         run(tmp_path / "bare.pt", "native", tmp_path / "other.pt", *shape, "--layers", 3)
 
@@ -231,7 +288,10 @@ def test_a_state_dict_of_parameters_is_converted_like_one_of_tensors(tmp_path, r
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--to", "hf", "{out}", "--activation_dropout", 0.1], "activation_dropout 0.1: .* has only 0.0"),
+        (
+            ["--to", "hf", "{out}", "--activation_dropout", 0.1],
+            "activation_dropout 0.1: .* has only 0.0",
+        ),
         (["--to", "hf", "{out}", "--normalize_before"], "has no layer_norm.weight"),
         (["--to", "native", "{out}", "--teacher"], "--teacher goes with --to hf"),
         (["--to", "native", "{there}"], "exists; remove it"),
@@ -243,7 +303,9 @@ def test_a_state_dict_of_parameters_is_converted_like_one_of_tensors(tmp_path, r
         (["--to", "hf", "{out}", "--encoder_json", "{dict}"], "go together"),
     ],
 )
-def test_what_cannot_be_converted_is_refused_by_name_and_nothing_is_written(tmp_path, saved, argv, message):
+def test_what_cannot_be_converted_is_refused_by_name_and_nothing_is_written(
+    tmp_path, saved, argv, message
+):
     (tmp_path / "dict.txt").write_text("a 1\n")
     names = dict(out=tmp_path / "out", there=tmp_path / "dict.txt", dict=tmp_path / "dict.txt")
     argv = [str(a).format(**names) for a in argv]
@@ -252,8 +314,14 @@ def test_what_cannot_be_converted_is_refused_by_name_and_nothing_is_written(tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["dict.txt"]
 
 
-def test_a_model_with_a_head_for_words_goes_to_transformers_without_it_and_not_to_fairseq(tmp_path, saved):
-    content = {k: v for k, v in checkpoint.load(saved / "checkpoint_last.pt").content.items() if k != "format"}
+def test_a_model_with_a_head_for_words_goes_to_transformers_without_it_and_not_to_fairseq(
+    tmp_path, saved
+):
+    content = {
+        k: v
+        for k, v in checkpoint.load(saved / "checkpoint_last.pt").content.items()
+        if k != "format"
+    }
     model, _ = random_encoder(1, content["dictionary"]["size"], mlm_weight=1.0)
     content.update(student=model.state_dict(), teacher=model.encoder.state_dict())
     content["config"]["mlm_weight"], content["optimizer"]["state"] = 1.0, {}
@@ -261,7 +329,9 @@ def test_a_model_with_a_head_for_words_goes_to_transformers_without_it_and_not_t
     run(tmp_path / "words.pt", "hf", tmp_path / "hf")
     run(tmp_path / "words.pt", "native", tmp_path / "copy.pt")
     assert same(checkpoint.load(tmp_path / "copy.pt").student, dict(model.state_dict()))
-    with pytest.raises(InputError, match="has a head for words, which fairseq's data2vec_text lacks"):
+    with pytest.raises(
+        InputError, match="has a head for words, which fairseq's data2vec_text lacks"
+    ):
         run(tmp_path / "words.pt", "fairseq", tmp_path / "theirs.pt")
 
 
@@ -283,13 +353,17 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, saved, kind, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_settings_of_a_wrong_type_in_what_fairseq_keeps_for_us_are_refused_in_one_line(tmp_path, saved):
+def test_settings_of_a_wrong_type_in_what_fairseq_keeps_for_us_are_refused_in_one_line(
+    tmp_path, saved
+):
     run(saved / "checkpoint_last.pt", "fairseq", tmp_path / "theirs.pt")
     content = torch.load(tmp_path / "theirs.pt", weights_only=True)
     for value in (("a", "b"), (None, 1), ([1], [2]), torch.zeros(2)):
         content["extra_state"][convert_fairseq.OURS]["config"]["adam_betas"] = value
         torch.save(content, tmp_path / "x.pt")
-        with pytest.raises(InputError, match="x.pt: damaged: its config is not what a run writes there"):
+        with pytest.raises(
+            InputError, match="x.pt: damaged: its config is not what a run writes there"
+        ):
             run(tmp_path / "x.pt", "native", tmp_path / "out.pt")
     content["extra_state"] = torch.zeros(2)
     torch.save(content, tmp_path / "x.pt")

@@ -14,20 +14,20 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
-import pytest
-import torch
-
 import convert
 import preprocess
 import train
-from formats import fairseq_names
 from config import InputError
+from formats import fairseq_names
+from judge import plot
 from run import checkpoint
 from test import soak
 from test.helpers import GOLDEN, HERE, Payload, call, few, golden, make_dataset, rows_of
 from text import demo as dataset
-from judge import plot
+
+import numpy as np
+import pytest
+import torch
 
 
 def test_resume_falls_back_to_the_next_older_good_file_and_says_so(saved, corpus_dir, tmp_path):
@@ -64,7 +64,13 @@ def test_resume_falls_back_to_the_next_older_good_file_and_says_so(saved, corpus
 
 def test_rows_of_other_types_do_not_end_a_resume(saved, corpus_dir, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
-    odd = ['{"num_updates": "x"}', '{"num_updates": [1]}', "[" * 100_000, '{"num_updates": %s}' % ("9" * 400), "7"]
+    odd = [
+        '{"num_updates": "x"}',
+        '{"num_updates": [1]}',
+        "[" * 100_000,
+        '{"num_updates": %s}' % ("9" * 400),
+        "7",
+    ]
     with open(tmp_path / "run" / "train.jsonl", "a") as file:
         file.write("\n".join(odd) + "\n")
     call(train.main, *few(corpus_dir, tmp_path / "run", "--max_update", 5))
@@ -91,7 +97,16 @@ def test_pipes_and_devices_in_place_of_files_are_refused_at_once(saved, tmp_path
         (preprocess.main, [*prepare, str(text), "--dict", str(odd)]),
         (preprocess.main, [*prepare, str(text), "--dict", str(put(folder / "dict.txt"))]),
         (dataset.main, ["--data_path", str(folder)]),
-        (convert.main, ["--ckpt", str(put(tmp_path / "config.json").parent), "--to", "native", str(tmp_path / "x")]),
+        (
+            convert.main,
+            [
+                "--ckpt",
+                str(put(tmp_path / "config.json").parent),
+                "--to",
+                "native",
+                str(tmp_path / "x"),
+            ],
+        ),
     ):
         with pytest.raises(InputError, match="not a file|a folder without a checkpoint"):
             main(argv)
@@ -121,23 +136,36 @@ def test_whole_files_that_are_incomplete_checkpoints_are_refused(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")  # zipfile warns of what a mutation asks for
-def test_files_with_one_wrong_field_record_opcode_or_value_load_or_are_refused_in_one_line(tmp_path):
+def test_files_with_one_wrong_field_record_opcode_or_value_load_or_are_refused_in_one_line(
+    tmp_path,
+):
     for package in ("safetensors", "tokenizers", "yaml"):
         pytest.importorskip(package)
     figures = soak.fuzz(0, 0, tmp_path, seed=1, structured=12)
-    assert figures["structured"] == 120 and figures["other_errors"] == [] and figures["structured_errors"] > 60
+    assert (
+        figures["structured"] == 120
+        and figures["other_errors"] == []
+        and figures["structured_errors"] > 60
+    )
 
 
 def test_mutated_datasets_and_checkpoints_load_or_are_refused_in_one_line(tmp_path):
     figures = soak.fuzz(400, 40, tmp_path, seed=1)
-    assert figures["datasets"] == 400 and figures["checkpoints"] == 40 and figures["other_errors"] == []
+    assert (
+        figures["datasets"] == 400
+        and figures["checkpoints"] == 40
+        and figures["other_errors"] == []
+    )
     assert figures["dataset_errors"] > 100 and figures["checkpoint_errors"] > 10
 
 
 def test_loading_never_runs_code_from_a_file(tmp_path):
     for name, options in (("zip", {}), ("old", {"_use_new_zipfile_serialization": False})):
         mark = tmp_path / f"ran_{name}"
-        content = {"model": {"encoder.sentence_encoder.layernorm_embedding.bias": torch.ones(2)}, "args": Payload(mark)}
+        content = {
+            "model": {"encoder.sentence_encoder.layernorm_embedding.bias": torch.ones(2)},
+            "args": Payload(mark),
+        }
         torch.save(content, tmp_path / f"{name}.pt", **options)
         with pytest.raises(InputError, match="no config"):
             checkpoint.load(tmp_path / f"{name}.pt")
@@ -181,7 +209,9 @@ def test_older_fairseq_files_load_without_their_foreign_objects(tmp_path, corpus
     assert loaded.kind == "fairseq" and not isinstance(loaded.content["args"], argparse.Namespace)
 
 
-def test_odd_characters_break_no_line_and_write_nothing_outside_the_save_directory(tmp_path, capsys):
+def test_odd_characters_break_no_line_and_write_nothing_outside_the_save_directory(
+    tmp_path, capsys
+):
     folder, _ = make_dataset(tmp_path / "a\nb \x1b[31mc")
     words = (folder / "dict.txt").read_text().splitlines()
     words[0] = "\x1b[2J\x07../../x 9"
@@ -192,16 +222,27 @@ def test_odd_characters_break_no_line_and_write_nothing_outside_the_save_directo
     printed = call(train.main, *few(folder, where, "--max_update", 1))
     assert "\x1b" not in printed and all(p.parent == where for p in tmp_path.rglob("*.pt"))
     result = subprocess.run(
-        [sys.executable, HERE / "data.py", "--data_path", f"{folder}\nx"], capture_output=True, text=True
+        [sys.executable, HERE / "data.py", "--data_path", f"{folder}\nx"],
+        capture_output=True,
+        text=True,
     )
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "\x1b" not in result.stderr
+    assert (
+        result.returncode == 2
+        and len(result.stderr.splitlines()) == 1
+        and "\x1b" not in result.stderr
+    )
 
 
 def test_what_a_resume_says_of_a_damaged_file_is_short(saved, corpus_dir, tmp_path):
     content = torch.load(saved / "checkpoint_last.pt", weights_only=True)
     long = {"adam_betas": [0.5] * 100_000} | {f"x{i}" * 99: 1 for i in range(1000)}
-    torch.save({**content, "config": {**content["config"], **long}}, tmp_path / "checkpoint_last.pt")
-    assert len(call(train.main, *few(corpus_dir, tmp_path, "--max_update", 5, "--disable_validation"))) < 10_000
+    torch.save(
+        {**content, "config": {**content["config"], **long}}, tmp_path / "checkpoint_last.pt"
+    )
+    assert (
+        len(call(train.main, *few(corpus_dir, tmp_path, "--max_update", 5, "--disable_validation")))
+        < 10_000
+    )
     content["config"]["sample_break_mode"] = "x" * 100_000
     torch.save(content, tmp_path / "checkpoint_last.pt")
     with pytest.raises(InputError, match="sample_break_mode was x{100}, is") as error:

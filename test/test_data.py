@@ -5,16 +5,16 @@ import functools
 import json
 import threading
 
-import numpy as np
-import pytest
-
 import bench
 import data
-from config import InputError
-from data import Corpus, DataConfig, mask_block, prefetch
-from text import masks
-from test.helpers import GOLDEN, call, golden, make_dataset
+from config import DataConfig, InputError
+from data import Corpus, mask_block, prefetch
 from hardware import bench_data
+from test.helpers import GOLDEN, call, golden, make_dataset
+from text import masks
+
+import numpy as np
+import pytest
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,9 @@ def check_same_batches(got, expected):
         for field in dataclasses.fields(a):
             x, y = getattr(a, field.name), getattr(b, field.name)
             if isinstance(y, np.ndarray):
-                assert x.dtype == np.int64 and x.shape == y.shape and np.array_equal(x, y), field.name
+                assert x.dtype == np.int64 and x.shape == y.shape and np.array_equal(x, y), (
+                    field.name
+                )
             else:
                 assert type(x) is type(y) and x == y, field.name
 
@@ -46,10 +48,14 @@ def test_hashes_of_three_integers_match_python():
 
 
 def test_seeds_and_floats_match_numpy():
-    seeds = np.concatenate([[0, 1, 10**6 - 1, 2**32 - 1], np.random.default_rng(1).integers(0, 2**32, 500)])
+    seeds = np.concatenate(
+        [[0, 1, 10**6 - 1, 2**32 - 1], np.random.default_rng(1).integers(0, 2**32, 500)]
+    )
     words, floats = masks._seed_words(seeds), masks.Generators(seeds).random()
     for i, seed in enumerate(seeds.tolist()):
-        assert np.array_equal(words[:, i], np.random.SeedSequence(seed).generate_state(4, np.uint64))
+        assert np.array_equal(
+            words[:, i], np.random.SeedSequence(seed).generate_state(4, np.uint64)
+        )
         assert floats[i] == np.random.default_rng(seed).random()
 
 
@@ -100,20 +106,32 @@ def test_masks_of_many_blocks_at_once_match_the_rule_block_by_block():
         for _ in range(rounds):
             cfg = DataConfig(
                 seed=int(random.choice([1, random.integers(0, 2**32 - 10**6)])),
-                mask_prob=float(random.choice([1e-4, 0.15, 0.35, 0.8, 0.999, random.random() * 0.99 + 0.001])),
+                mask_prob=float(
+                    random.choice([1e-4, 0.15, 0.35, 0.8, 0.999, random.random() * 0.99 + 0.001])
+                ),
                 mask_multiple_length=int(random.choice([1, 2, 4, 10, 300, 10_000])),
             )
-            epoch, ids = int(random.integers(1, 200)), random.integers(0, random.choice([50, 10**9]), blocks)
+            epoch, ids = (
+                int(random.integers(1, 200)),
+                random.integers(0, random.choice([50, 10**9]), blocks),
+            )
             lengths = random.integers(2, longest + 1, blocks)
             widths = lengths + random.integers(0, 5, blocks)
             begins, hidden = np.cumsum(widths) - widths, np.zeros(int(widths.sum()), bool)
             rule = cfg.seed, epoch, cfg.mask_prob, cfg.mask_multiple_length
             mask_one = functools.partial(mask_block, dictionary=None, cfg=cfg, epoch=epoch)
             masks.hide_blocks(hidden, begins, lengths, ids, *rule, mask_one)
-            for begin, width, length, index in zip(*(x.tolist() for x in (begins, widths, lengths, ids))):
+            for begin, width, length, index in zip(
+                *(x.tolist() for x in (begins, widths, lengths, ids))
+            ):
                 expected = np.zeros(width, bool)
                 expected[:length] = mask_one(length, index=index).hidden
-                assert np.array_equal(hidden[begin : begin + width], expected), (cfg, epoch, length, index)
+                assert np.array_equal(hidden[begin : begin + width], expected), (
+                    cfg,
+                    epoch,
+                    length,
+                    index,
+                )
                 checked += 1
     assert checked > 3000
 
@@ -134,11 +152,17 @@ def test_a_block_for_which_numpy_draws_again_gets_the_mask_of_the_rule():
     masks.hide_blocks(hidden, ids * 10_000, lengths, ids, cfg.seed, 1, cfg.mask_prob, 1, mask_one)
     assert asked == redrawn and len(asked) > 0
     for index in asked:
-        assert np.array_equal(hidden[index * 10_000 :][:10_000], mask_block(10_000, None, cfg, 1, index).hidden)
+        assert np.array_equal(
+            hidden[index * 10_000 :][:10_000], mask_block(10_000, None, cfg, 1, index).hidden
+        )
 
 
-def test_another_python_or_numpy_is_noticed_and_blocks_are_then_masked_by_the_rule(corpus_dir, monkeypatch):
-    dataset = Corpus(DataConfig(data_path=str(corpus_dir), tokens_per_sample=32, max_tokens=256)).split("train")
+def test_another_python_or_numpy_is_noticed_and_blocks_are_then_masked_by_the_rule(
+    corpus_dir, monkeypatch
+):
+    dataset = Corpus(
+        DataConfig(data_path=str(corpus_dir), tokens_per_sample=32, max_tokens=256)
+    ).split("train")
     lists, exact = dataset.epoch_batches(1), masks.hide_blocks_is_exact.__wrapped__
     expected, tuple_hashes = list(dataset.batches(lists, 3)), masks.tuple_hashes
     assert exact()
@@ -174,7 +198,11 @@ def test_another_python_or_numpy_is_noticed_and_blocks_are_then_masked_by_the_ru
 def test_batches_match_the_plain_loop(corpus_dir, monkeypatch, teacher_input, options):
     monkeypatch.setattr(data, "PIECE", 1000)  # three batches at once
     cfg = DataConfig(
-        data_path=str(corpus_dir), tokens_per_sample=32, max_tokens=256, teacher_input=teacher_input, **options
+        data_path=str(corpus_dir),
+        tokens_per_sample=32,
+        max_tokens=256,
+        teacher_input=teacher_input,
+        **options,
     )
     for split in ("train", "valid"):
         dataset = Corpus(cfg).split(split)
@@ -198,7 +226,9 @@ def test_batches_of_the_golden_corpus_match_the_plain_loop(tokens_per_sample):
         )
         dataset = Corpus(cfg).split("train")
         lists = dataset.epoch_batches(3)[: 12_800 // tokens_per_sample]
-        check_same_batches(dataset.batches(lists, 3), (bench_data.plain_batch(dataset, ids, 3) for ids in lists))
+        check_same_batches(
+            dataset.batches(lists, 3), (bench_data.plain_batch(dataset, ids, 3) for ids in lists)
+        )
 
 
 def test_a_pad_symbol_in_the_text_counts_as_padding(tmp_path):
@@ -209,7 +239,10 @@ def test_a_pad_symbol_in_the_text_counts_as_padding(tmp_path):
         dataset.batches(dataset.epoch_batches(1), 1),
         [bench_data.plain_batch(dataset, ids, 1) for ids in dataset.epoch_batches(1)],
     )
-    assert {batch.target_padded for batch in dataset.batches(dataset.epoch_batches(1), 1)} == {True, False}
+    assert {batch.target_padded for batch in dataset.batches(dataset.epoch_batches(1), 1)} == {
+        True,
+        False,
+    }
 
 
 def test_batches_before_a_bad_token_are_yielded_and_the_error_names_its_sentence(tmp_path):
@@ -223,7 +256,9 @@ def test_batches_before_a_bad_token_are_yielded_and_the_error_names_its_sentence
     items[place] = 60  # <mask>
     items.tofile(folder / "train.bin")
     batches, came = prefetch(Corpus(cfg).split("train").batches(lists, 1), depth=3), []
-    with pytest.raises(InputError, match=f"sentence {dataset.stream.sentence_at(place)} holds <mask>"):
+    with pytest.raises(
+        InputError, match=f"sentence {dataset.stream.sentence_at(place)} holds <mask>"
+    ):
         for batch in batches:
             came.append(batch)
     check_same_batches(came, good)
@@ -302,7 +337,9 @@ def test_the_loader_and_startup_benchmarks_print_their_figures(corpus_dir, monke
     ]
     assert all(row["tokens_per_s"] > 0 and row["plain_tokens_per_s"] > 0 for row in rows)
     monkeypatch.setattr(bench_data.startup, "__defaults__", (1,))  # one process
-    printed = call(bench.main, "--startup", "--sentences", "600", "--tokens_per_sample", "64").splitlines()
+    printed = call(
+        bench.main, "--startup", "--sentences", "600", "--tokens_per_sample", "64"
+    ).splitlines()
     (row,) = json.loads(printed[-1])["startup"]
     assert row["sentences"] == 600 and row["total_s"] > row["beyond_torch_s"] > row["data_s"] > 0
     assert row["peak_beyond_torch_bytes"] >= row["beyond_torch_bytes"] > 0

@@ -10,25 +10,20 @@ import subprocess
 import sys
 import time
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware import device
-from hardware.device import DeviceConfig, open_device  # isort: split
+import bench
+import preprocess
+import train
+from config import DeviceConfig, InputError, ModelConfig
+from data import prefetch
+from hardware import device, kernels
+from hardware.device import open_device
+from run import checkpoint, flags
+from run.guard import check_memory
+from test.helpers import CPU, FEW, HERE, call, rows_of
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-import bench
-import config
-import preprocess
-import train
-from config import InputError
-from data import prefetch
-from hardware import kernels
-from model import ModelConfig
-from run import checkpoint
-from run.guard import check_memory
-from test.helpers import CPU, FEW, HERE, call, rows_of
 
 
 def test_dropout_on_a_cpu_keeps_the_expected_share_and_mean():
@@ -77,12 +72,21 @@ def test_programs_import_without_torch_npu_and_keep_it_from_loading_itself():
     env = {k: v for k, v in os.environ.items() if k not in (variable, "OMP_WAIT_POLICY")}
     for name in ("train", "eval", "bench", "test.soak"):
         run = subprocess.run(
-            [sys.executable, "-c", code.format(name)], cwd=HERE, env=env, capture_output=True, text=True
+            [sys.executable, "-c", code.format(name)],
+            cwd=HERE,
+            env=env,
+            capture_output=True,
+            text=True,
         )
         assert run.stdout.strip() == "0", run.stderr
     chosen = {**env, "OMP_WAIT_POLICY": "ACTIVE"}
     code = "import os, device; print(os.environ['OMP_WAIT_POLICY'])"
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE, env=chosen, capture_output=True).stdout == b"ACTIVE\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=HERE, env=chosen, capture_output=True
+        ).stdout
+        == b"ACTIVE\n"
+    )
 
 
 def test_devices_that_are_not_there_are_refused_in_one_line():
@@ -92,7 +96,9 @@ def test_devices_that_are_not_there_are_refused_in_one_line():
     try:
         import torch_npu  # noqa: F401
     except ImportError:
-        with pytest.raises(InputError, match="torch_npu is not installed.*hardware/requirements.txt"):
+        with pytest.raises(
+            InputError, match="torch_npu is not installed.*hardware/requirements.txt"
+        ):
             open_device(DeviceConfig(device="npu"))
     assert open_device(DeviceConfig(device="cpu", amp="auto")).amp is None
 
@@ -107,11 +113,22 @@ def test_the_loss_scaler_has_the_references_rules():
 def test_mixed_precision_trains_and_the_teacher_stays_in_float32(tmp_path, corpus_dir, amp):
     for name in ("off", amp):
         call(
-            train.main, *FEW, "--max_update", 8, "--data_path", corpus_dir, "--save_dir", tmp_path / name, "--amp", name
+            train.main,
+            *FEW,
+            "--max_update",
+            8,
+            "--data_path",
+            corpus_dir,
+            "--save_dir",
+            tmp_path / name,
+            "--amp",
+            name,
         )
     plain, mixed = rows_of(tmp_path / "off"), rows_of(tmp_path / amp)
     assert [r["loss"] for r in mixed] == pytest.approx([r["loss"] for r in plain], rel=0.02)
-    assert mixed[0]["loss"] != plain[0]["loss"] and mixed[0]["loss_scale"] == (128 if amp == "fp16" else 1)
+    assert mixed[0]["loss"] != plain[0]["loss"] and mixed[0]["loss_scale"] == (
+        128 if amp == "fp16" else 1
+    )
     saved = checkpoint.load(tmp_path / amp / "checkpoint_last.pt")
     assert all(t.dtype == torch.float32 for t in [*saved.teacher.values(), *saved.student.values()])
 
@@ -119,28 +136,40 @@ def test_mixed_precision_trains_and_the_teacher_stays_in_float32(tmp_path, corpu
 def test_a_model_too_large_for_the_memory_is_refused_at_once(monkeypatch, tmp_path, corpus_dir):
     argv = [*FEW, "--max_update", 1, "--data_path", corpus_dir, "--save_dir", tmp_path]
     began = time.monotonic()
-    with pytest.raises(InputError, match="too large for this cpu: .* weights need .* GiB, its memory is"):
+    with pytest.raises(
+        InputError, match="too large for this cpu: .* weights need .* GiB, its memory is"
+    ):
         call(train.main, *argv, "--layers", 1000, "--embed_dim", 100_000)
     with pytest.raises(InputError, match="too large for this cpu: .* weights need"):
-        check_memory(ModelConfig(layers=1, ffn_embed_dim=1, embed_dim=12_000, head_layers=100), 9, CPU)
+        check_memory(
+            ModelConfig(layers=1, ffn_embed_dim=1, embed_dim=12_000, head_layers=100), 9, CPU
+        )
     with pytest.raises(InputError, match="--layers 20000: must be at most 1000"):
         call(train.main, *argv, "--layers", 20_000)
     with pytest.raises(InputError, match="too large for this cpu: .* weights need"):
         call(bench.main, "--device", "cpu", "--vocabulary", 10**9)
     with pytest.raises(InputError, match="--vocab_size 1000000000: must be at most"):
-        preprocess.main(f"--bpe train --vocab_size 1000000000 --train {tmp_path} --dest {tmp_path}".split())
+        preprocess.main(
+            f"--bpe train --vocab_size 1000000000 --train {tmp_path} --dest {tmp_path}".split()
+        )
     assert time.monotonic() - began < 10
 
 
 def test_memory_that_cannot_be_had_is_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
-        config.program(lambda: torch.empty(2**50))
+        flags.program(lambda: torch.empty(2**50))
     assert ended.value.code == 1
-    assert re.fullmatch(r".*: stopped: out of memory: .*can't allocate memory.*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r".*: stopped: out of memory: .*can't allocate memory.*\n", capsys.readouterr().err
+    )
 
 
-@pytest.mark.parametrize("limit", ["a/b/memory.max", "a/memory.max", "memory/memory.limit_in_bytes"])
-def test_what_a_container_may_have_counts_as_memory_and_not_what_its_host_has(limit, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "limit", ["a/b/memory.max", "a/memory.max", "memory/memory.limit_in_bytes"]
+)
+def test_what_a_container_may_have_counts_as_memory_and_not_what_its_host_has(
+    limit, tmp_path, monkeypatch
+):
     for name, text in (
         ("proc/self/cgroup", "3:memory:/x\n0::/a/b\n1:cpu:/y\n"),
         ("sys/fs/cgroup/memory.max", "max\n"),
@@ -162,7 +191,11 @@ def checked(capsys, *argv) -> tuple[int, dict, str]:
 @pytest.mark.parametrize("flags", [[], ["--amp", "bf16"], ["--mlm_weight", 1, "--update_freq", 2]])
 def test_the_check_finds_the_same_numbers_as_in_torchs_own_kernels(capsys, flags):
     code, found, printed = checked(capsys, *flags)
-    assert (code, found["first"], found["beyond"]) == (0, None, 0) and "as the CPU computes" in printed
+    assert (code, found["first"], found["beyond"]) == (
+        0,
+        None,
+        0,
+    ) and "as the CPU computes" in printed
     assert set(found["largest"]) == {"forward", "loss", "norm", "gradient", "weights"}
     assert all(difference < bound for _, difference, bound in found["largest"].values())
     if "bf16" in flags:
@@ -171,10 +204,14 @@ def test_the_check_finds_the_same_numbers_as_in_torchs_own_kernels(capsys, flags
 
 def test_the_check_names_the_first_wrong_tensor(capsys, monkeypatch):
     exact = kernels.attention
-    monkeypatch.setattr(kernels, "gelu", lambda x: F.gelu(x, approximate="none" if kernels._plain else "tanh"))
+    monkeypatch.setattr(
+        kernels, "gelu", lambda x: F.gelu(x, approximate="none" if kernels._plain else "tanh")
+    )
     code, found, printed = checked(capsys)
     assert (
-        code == 1 and found["first"] == "teacher's layer 0" and "beyond its bound first: teacher's layer 0" in printed
+        code == 1
+        and found["first"] == "teacher's layer 0"
+        and "beyond its bound first: teacher's layer 0" in printed
     )
     monkeypatch.undo()
 
@@ -188,7 +225,9 @@ def test_the_check_names_the_first_wrong_tensor(capsys, monkeypatch):
             return grad * 1.01
 
     monkeypatch.setattr(
-        kernels, "attention", lambda *args: exact(*args) if kernels._plain else Leaky.apply(exact(*args))
+        kernels,
+        "attention",
+        lambda *args: exact(*args) if kernels._plain else Leaky.apply(exact(*args)),
     )
     code, found, _ = checked(capsys)
     assert code == 1 and found["first"].startswith("gradient of encoder.layers.1.self_attn.qkv")
@@ -216,5 +255,9 @@ def test_an_older_torch_gets_another_form_or_one_line(monkeypatch, version, fuse
     monkeypatch.delattr(torch.amp, "GradScaler")
     assert CPU.scaler(1).get_scale() == 1
     for ask in (CPU.check_compile, lambda: device._amp_type("fp16", "cpu", "x")):
-        with contextlib.nullcontext() if fused else pytest.raises(InputError, match="needs torch 2.4; this is 2"):
+        with (
+            contextlib.nullcontext()
+            if fused
+            else pytest.raises(InputError, match="needs torch 2.4; this is 2")
+        ):
             ask()

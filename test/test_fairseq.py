@@ -3,25 +3,29 @@
 import importlib.util
 import re
 
-import pytest
-
 import config
-import train
-from formats import fairseq_config
 from config import InputError
+from formats import fairseq_config
+from run import flags
+
+import pytest
 
 
 def settings(*argv) -> dict:
-    parts, _ = config.parse(train.PARTS, "", list(argv))
+    parts, _ = flags.parse(config.PARTS, "", list(argv))
     return {name: value for part in parts for name, value in vars(part).items()}
 
 
 @pytest.mark.parametrize("name", fairseq_config.INSTEAD)
-def test_an_option_without_a_counterpart_is_ignored_at_its_harmless_value_and_refused_at_others(name, capsys):
+def test_an_option_without_a_counterpart_is_ignored_at_its_harmless_value_and_refused_at_others(
+    name, capsys
+):
     harmless, why = fairseq_config.INSTEAD[name]
     assert settings(f"{name}={harmless}") == settings()
     assert capsys.readouterr().err == f"--{name}={harmless} ignored: {why}\n"
-    with pytest.raises(InputError, match=f"^--{name}: no option of that name here; {re.escape(why)}$"):
+    with pytest.raises(
+        InputError, match=f"^--{name}: no option of that name here; {re.escape(why)}$"
+    ):
         settings(f"{name}=7")
 
 
@@ -32,7 +36,10 @@ def test_an_option_without_a_counterpart_is_ignored_at_its_harmless_value_and_re
         ("hydra/launcher=submitit_slurm --max_update 3", "hydra/launcher=submitit_slurm"),
         ("run_config=local", "run_config=local"),
         ("--log-format json", "--log-format=json"),
-        ("distributed_training.distributed_port=29671", "--distributed_training.distributed_port=29671"),
+        (
+            "distributed_training.distributed_port=29671",
+            "--distributed_training.distributed_port=29671",
+        ),
         ("ema.store_ema=true", "--ema.store_ema=true"),
     ],
 )
@@ -61,7 +68,10 @@ def test_names_of_the_older_command_line_are_spellings_of_ours(line, expected):
 @pytest.mark.parametrize(
     ("word", "answer"),
     [
-        ("~common.tensorboard_logdir", "^~common.tensorboard_logdir: .* give the value that you want"),
+        (
+            "~common.tensorboard_logdir",
+            "^~common.tensorboard_logdir: .* give the value that you want",
+        ),
         ("criterion=masked_lm", "--objective mlm"),
         ("task.required_seq_len_multiple=8", "only --task.required_seq_len_multiple=1 is built in"),
     ],
@@ -82,4 +92,6 @@ def test_fairseqs_base_yaml_runs_without_tensorboard(tmp_path, capsys, monkeypat
         printed = capsys.readouterr().err.splitlines()
         assert len(printed) == lines and "--fairseq_exact" in printed[0]
     assert "common.tensorboard_logdir=tb ignored: the tensorboard package is missing" in printed[-1]
-    assert settings(*argv, "--tensorboard_logdir", "x")["tensorboard_logdir"] == "x"  # who asks for it gets an error
+    assert (
+        settings(*argv, "--tensorboard_logdir", "x")["tensorboard_logdir"] == "x"
+    )  # who asks for it gets an error

@@ -5,17 +5,17 @@ import json
 import sys
 import tracemalloc
 
+import convert
+import eval as evaluation
+from config import InputError
+from formats import fairseq_names
+from judge import features
+from test.helpers import SMALL, call, make_dataset, random_encoder
+from text.binarized import BOS, EOS, Dictionary
+
 import numpy as np
 import pytest
 import torch
-
-import convert
-import eval as evaluation
-from formats import fairseq_names
-from config import InputError
-from text.binarized import BOS, EOS, Dictionary
-from test.helpers import SMALL, call, make_dataset, random_encoder
-from judge import features
 
 BLOCK = 32
 
@@ -30,7 +30,10 @@ def model(tmp_path_factory, corpus_dir):
     """An encoder with random weights, and its checkpoint."""
     folder = tmp_path_factory.mktemp("model")
     student, _ = random_encoder(0, len(Dictionary(corpus_dir / "dict.txt")))
-    torch.save(fairseq_names.to_reference(student.state_dict(), dict(student.encoder.state_dict())), folder / "bare.pt")
+    torch.save(
+        fairseq_names.to_reference(student.state_dict(), dict(student.encoder.state_dict())),
+        folder / "bare.pt",
+    )
     settings = {**SMALL, "data_path": corpus_dir, "tokens_per_sample": BLOCK, "max_tokens": 100}
     argv = [part for k, v in settings.items() for part in (f"--{k}", v)]
     call(convert.main, "--ckpt", folder / "bare.pt", "--to", "native", folder / "model.pt", *argv)
@@ -43,16 +46,32 @@ def text(corpus_dir):
     symbols, rng = Dictionary(corpus_dir / "dict.txt").symbols, np.random.default_rng(0)
     rows = [rng.integers(4, 50, n).tolist() for n in [*rng.integers(0, 30, 60), 0, 1, 30, 70]]
     lines = [" ".join(symbols[i] for i in row) for row in rows] + ["nowhere"]
-    return lines, [[BOS, *row, EOS] if len(row) <= BLOCK - 2 else [BOS, *row[: BLOCK - 2], EOS] for row in [*rows, [3]]]
+    return lines, [
+        [BOS, *row, EOS] if len(row) <= BLOCK - 2 else [BOS, *row[: BLOCK - 2], EOS]
+        for row in [*rows, [3]]
+    ]
 
 
 def compute(model, source, out, *argv) -> str:
-    return call(evaluation.main, "--ckpt", model[1], "--device", "cpu", "--features", source, "--out", out, *argv)
+    return call(
+        evaluation.main,
+        "--ckpt",
+        model[1],
+        "--device",
+        "cpu",
+        "--features",
+        source,
+        "--out",
+        out,
+        *argv,
+    )
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls", "none"])
 @pytest.mark.parametrize("layer", [None, 0, -2])
-def test_each_line_gets_the_features_that_it_has_alone(tmp_path, model, text, pool, layer, monkeypatch, capsys):
+def test_each_line_gets_the_features_that_it_has_alone(
+    tmp_path, model, text, pool, layer, monkeypatch, capsys
+):
     monkeypatch.setattr(features, "BYTES", 300)  # several reads
     (tmp_path / "text").write_text("\n".join(text[0]), "utf-8")
     argv = ["--pool", pool, *([] if layer is None else ["--layer", layer])]
@@ -63,7 +82,11 @@ def test_each_line_gets_the_features_that_it_has_alone(tmp_path, model, text, po
     expected = []
     for tokens in text[1]:
         with torch.no_grad():
-            x = model[0].hidden_states(torch.tensor([tokens]))[-1 if layer is None else layer][0].numpy()
+            x = (
+                model[0]
+                .hidden_states(torch.tensor([tokens]))[-1 if layer is None else layer][0]
+                .numpy()
+            )
         expected.append({"mean": x.mean(0), "cls": x[0], "none": x}[pool])
     found = np.load(tmp_path / "f.npy", mmap_mode="r")
     assert found.dtype == np.float32
@@ -75,7 +98,9 @@ def test_each_line_gets_the_features_that_it_has_alone(tmp_path, model, text, po
         assert a.shape == b.shape and np.abs(a - b).max() < 1e-5 and b.std() > 0.1
 
 
-def test_standard_input_gives_the_same_and_mixed_precision_almost_the_same(tmp_path, model, text, monkeypatch):
+def test_standard_input_gives_the_same_and_mixed_precision_almost_the_same(
+    tmp_path, model, text, monkeypatch
+):
     raw = "\n".join([*text[0], ""]).encode()
     (tmp_path / "text").write_bytes(raw)
     compute(model, tmp_path / "text", tmp_path / "a.npy")
@@ -124,9 +149,14 @@ def test_an_endless_line_on_standard_input_is_not_held(tmp_path, model, monkeypa
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert (done["lines"], done["cut"], done["tokens"]) == (1, 1, BLOCK) and peak < 50e6
-    assert "standard input, line 1: longer than 256 KiB; the rest of it is left out" in capsys.readouterr().err
+    assert (
+        "standard input, line 1: longer than 256 KiB; the rest of it is left out"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr(features, "ENDLESS", 1 << 20)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Endless(bytes(4096), 1 << 40))))
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BufferedReader(Endless(bytes(4096), 1 << 40)))
+    )
     with pytest.raises(InputError, match="standard input, line 1: longer than 0 GiB; not a text"):
         compute(model, "-", tmp_path / "g.npy")
 
@@ -140,12 +170,18 @@ def test_a_cut_line_may_end_within_a_character_and_the_next_line_is_whole(tmp_pa
 
 def test_the_share_of_unknown_words_is_told(tmp_path, model, capsys):
     (tmp_path / "text").write_text("w1 w2 w3 other\n\nw4\n")
-    assert json.loads(compute(model, tmp_path / "text", tmp_path / "f.npy", "--json"))["unknown"] == 0.2
+    assert (
+        json.loads(compute(model, tmp_path / "text", tmp_path / "f.npy", "--json"))["unknown"]
+        == 0.2
+    )
     assert ", 20.0% <unk>, " in compute(model, tmp_path / "text", tmp_path / "f.npy")
     assert "unk" not in capsys.readouterr().err
     (tmp_path / "text").write_text("w1 w2 other\n")
     compute(model, tmp_path / "text", tmp_path / "f.npy")
-    assert "warning: 33% of the tokens are <unk>: the model does not know this text" in capsys.readouterr().err
+    assert (
+        "warning: 33% of the tokens are <unk>: the model does not know this text"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,7 +200,9 @@ def test_the_share_of_unknown_words_is_told(tmp_path, model, capsys):
         (["--pool", "max"], "invalid choice: 'max'"),
     ],
 )
-def test_impossible_requests_are_refused_in_one_line_and_leave_no_file(tmp_path, model, argv, message):
+def test_impossible_requests_are_refused_in_one_line_and_leave_no_file(
+    tmp_path, model, argv, message
+):
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "latin").write_bytes(b"w1 w2\nw\xe9\n")
     argv = [str(a).format(empty=tmp_path / "empty", latin=tmp_path / "latin") for a in argv]

@@ -6,10 +6,6 @@ docs/golden.md says how it was recorded.
 import json
 import re
 
-import numpy as np
-import pytest
-import torch
-
 import convert
 import data
 import train
@@ -17,6 +13,10 @@ from run import checkpoint
 from test.golden import rule
 from test.helpers import HERE, call, compare_checkpoints, dataset_files, preprocess_words, rows_of
 from text import demo as dataset
+
+import numpy as np
+import pytest
+import torch
 
 FOLDER = HERE / "test" / "golden"
 CHECKPOINT = FOLDER / "checkpoint_2_40.pt"
@@ -51,9 +51,23 @@ def test_batches_equal_those_that_fairseq_made(batches, name):
     recorded = RECORDED["batches"][batches][name]
     assert len(recorded) >= 3
     for key, theirs in recorded.items():
-        split, epoch, rank, workers = re.match(r"(\w+) epoch (\d+) worker (\d+) of (\d+)", key).groups()
-        argv = ["--split", split, "--epoch", epoch, "--rank", rank, "--world_size", workers, "--json"]
-        facts = json.loads(call(dataset.main, *flags(batches, RECORDED["settings"]["batches"][name]), *argv))
+        split, epoch, rank, workers = re.match(
+            r"(\w+) epoch (\d+) worker (\d+) of (\d+)", key
+        ).groups()
+        argv = [
+            "--split",
+            split,
+            "--epoch",
+            epoch,
+            "--rank",
+            rank,
+            "--world_size",
+            workers,
+            "--json",
+        ]
+        facts = json.loads(
+            call(dataset.main, *flags(batches, RECORDED["settings"]["batches"][name]), *argv)
+        )
         ours = dict(empty="empty_batches", sentences="sentences_used", tokens="tokens_used")
         assert {k: facts[ours.get(k, k)] for k in theirs} == theirs, key
 
@@ -69,14 +83,20 @@ def same_figures(ours: list, theirs: list):
 def tensors_of(path) -> list:
     """Student, teacher and the optimizer's moments."""
     content = checkpoint.load(path).content
-    moments = [state[moment] for state in content["optimizer"]["state"].values() for moment in checkpoint.MOMENTS]
+    moments = [
+        state[moment]
+        for state in content["optimizer"]["state"].values()
+        for moment in checkpoint.MOMENTS
+    ]
     return [*content["student"].values(), *content["teacher"].values(), *moments]
 
 
 def test_a_run_equals_the_one_of_fairseq_and_continues_from_its_checkpoint(tmp_path, batches):
     model = torch.load(CHECKPOINT, weights_only=True)["model"]
     shapes = {name: model[name].shape for name in model if name.endswith((".weight", ".bias"))}
-    torch.save({k: torch.from_numpy(v) for k, v in rule.weights(shapes).items()}, tmp_path / "first.pt")
+    torch.save(
+        {k: torch.from_numpy(v) for k, v in rule.weights(shapes).items()}, tmp_path / "first.pt"
+    )
     argv = [*flags(batches, RECORDED["settings"]["run"]), "--device", "cpu", "--log_interval", 1]
     call(train.main, *argv, "--init_from", tmp_path / "first.pt", "--save_dir", tmp_path / "run")
     recorded = RECORDED["run"][batches]
@@ -99,9 +119,13 @@ def test_the_one_vector_of_fairseqs_fp16_optimizer_gives_the_same_moments(tmp_pa
     content = torch.load(CHECKPOINT, weights_only=True)
     names = [name for name in content["model"] if not name.endswith(("version", "_ema"))]
     last, weights = content["last_optimizer_state"], [content["model"][name] for name in names]
-    assert last["param_groups"][0]["params"] == list(range(len(names))) and len(last["state"]) < len(names)
+    assert last["param_groups"][0]["params"] == list(range(len(names))) and len(
+        last["state"]
+    ) < len(names)
     flat = {
-        moment: torch.cat([last["state"].get(i, {moment: 0 * p})[moment].flatten() for i, p in enumerate(weights)])
+        moment: torch.cat(
+            [last["state"].get(i, {moment: 0 * p})[moment].flatten() for i, p in enumerate(weights)]
+        )
         for moment in checkpoint.MOMENTS
     }
     last.update(state={0: {"step": 40, **flat}}, loss_scale=128.0)

@@ -12,19 +12,18 @@ import subprocess
 import sys
 from collections import Counter
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import Device, DeviceConfig, open_device  # isort: split
+from config import DeviceConfig
+from data import Corpus
+from hardware import kernels
+from hardware.device import Device, open_device
+from run.log import padding
+from test.helpers import CPU, HERE, block_dataset, corpus_dir  # noqa: F401
+from text.binarized import PAD
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-from data import Corpus
-from text.binarized import PAD
-from hardware import kernels
-from run.log import padding
-from test.helpers import CPU, HERE, block_dataset, corpus_dir  # noqa: F401
 
 INSIDE = os.environ.get("GPU_CHECKS") == "1"
 if INSIDE:
@@ -32,10 +31,14 @@ if INSIDE:
 
     fake_gpu.install()
 
-LAYERS, C, FFN, HEADS, T = 2, 64, 128, 4, 31  # 31 tokens: rows of a mask must begin at a multiple of 8 all the same
-MODEL = (
-    f"--layers {LAYERS} --average_top_k_layers {LAYERS} --embed_dim {C} --ffn_embed_dim {FFN} --tokens_per_sample {T}"
-)
+LAYERS, C, FFN, HEADS, T = (
+    2,
+    64,
+    128,
+    4,
+    31,
+)  # 31 tokens: rows of a mask must begin at a multiple of 8 all the same
+MODEL = f"--layers {LAYERS} --average_top_k_layers {LAYERS} --embed_dim {C} --ffn_embed_dim {FFN} --tokens_per_sample {T}"
 MODEL = f"{MODEL} --attention_heads {HEADS} --max_tokens 512".split()
 
 
@@ -64,16 +67,23 @@ def as_text(row) -> str:
 @pytest.mark.parametrize("teacher_input", ["full", "masked"])
 def test_a_batch_in_one_piece_arrives_as_its_arrays(monkeypatch, block_dataset, teacher_input):  # noqa: F811
     dataset, moves = block_dataset(teacher_input=teacher_input, random_token_prob=0.2), []
-    card, hosts = Device(torch.device("cpu"), "test", None), [dataset.batch(i, 1) for i in dataset.epoch_batches(1)[:6]]
+    card, hosts = (
+        Device(torch.device("cpu"), "test", None),
+        [dataset.batch(i, 1) for i in dataset.epoch_batches(1)[:6]],
+    )
     expected = [CPU.upload(host) for host in hosts]
     assert CPU.pin(hosts[0]) is hosts[0]
     with monkeypatch.context() as patch:
         patch.setattr(Device, "type", "card")
-        patch.setattr(torch, "card", type("card", (), dict(set_device=lambda device: None)), raising=False)
+        patch.setattr(
+            torch, "card", type("card", (), dict(set_device=lambda device: None)), raising=False
+        )
         patch.setattr(torch.Tensor, "pin_memory", lambda self: moves.append(self) or self)
         for host, plain in zip(hosts, expected):
             staged = card.pin(host)
-            assert len(moves) == 1 and isinstance(staged.source, np.ndarray)  # the host still counts with it
+            assert len(moves) == 1 and isinstance(
+                staged.source, np.ndarray
+            )  # the host still counts with it
             same_batch(card.upload(staged), plain)
             assert len(moves) == 1  # not pinned again
             same_batch(card.upload(host), plain)
@@ -92,16 +102,26 @@ def same_batch(a, b):
 
 
 def test_the_share_of_padding_is_that_of_the_batches(block_dataset):  # noqa: F811
-    for options in ({}, dict(drop_remainder=True), dict(required_batch_size_multiple=1, sample_break_mode="none")):
+    for options in (
+        {},
+        dict(drop_remainder=True),
+        dict(required_batch_size_multiple=1, sample_break_mode="none"),
+    ):
         dataset = block_dataset(**options)
         batches = [dataset.batch(ids, 1) for ids in dataset.epoch_batches(1)]
-        pads, places = sum(int((b.target == PAD).sum()) for b in batches), sum(b.target.size for b in batches)
+        pads, places = (
+            sum(int((b.target == PAD).sum()) for b in batches),
+            sum(b.target.size for b in batches),
+        )
         assert padding(dataset) == pytest.approx(pads / places, abs=1e-12)
 
 
 def test_deterministic_changes_nothing_on_a_cpu():
     open_device(DeviceConfig(device="cpu", deterministic=True))
-    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert (
+        not torch.are_deterministic_algorithms_enabled()
+        and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    )
 
 
 # ---------------------------------------------------------------------------------------------- on the fake card
@@ -111,7 +131,9 @@ def test_deterministic_changes_nothing_on_a_cpu():
 def recorded(request, tmp_path_factory):
     """(amp, whether there was padding, the host batch, what an update asked of the card)."""
     amp, pads = request.param
-    with fake_gpu.fake_run(tmp_path_factory.mktemp("fake"), *MODEL, "--amp", amp, vocabulary=100) as (run, corpus):
+    with fake_gpu.fake_run(
+        tmp_path_factory.mktemp("fake"), *MODEL, "--amp", amp, vocabulary=100
+    ) as (run, corpus):
         batch = padded(batch_of(corpus), pads) if pads else batch_of(corpus)
         return amp, pads, batch, fake_gpu.record_update(run, [batch])
 
@@ -127,7 +149,9 @@ def padded(batch, pads: int):
     source[0, -pads:] = target[0, -pads:] = PAD
     kept = source.ravel()[batch.masked] != PAD
     places = {name: getattr(batch, name)[kept] for name in ("masked", "target_places", "chosen")}
-    return dataclasses.replace(batch, source=source, target=target, source_padded=True, target_padded=True, **places)
+    return dataclasses.replace(
+        batch, source=source, target=target, source_padded=True, target_padded=True, **places
+    )
 
 
 def check_nothing_waits_for_the_card_and_a_batch_is_one_upload(recorded):
@@ -140,7 +164,12 @@ def check_nothing_waits_for_the_card_and_a_batch_is_one_upload(recorded):
 def check_matmuls_have_the_shapes_of_the_formula_in_the_type_of_the_precision(recorded):
     amp, _, batch, record = recorded
     P, M, L = batch.source.size, len(batch.masked), LAYERS  # places of the batch, and masked ones
-    forward = {(P, C, 3 * C): L, (P, C, C): L - 1, (P, C, FFN): L - 1, (P, FFN, C): L - 1}  # (rows, from, to)
+    forward = {
+        (P, C, 3 * C): L,
+        (P, C, C): L - 1,
+        (P, C, FFN): L - 1,
+        (P, FFN, C): L - 1,
+    }  # (rows, from, to)
     forward |= {(M, C, C): 1, (M, C, FFN): 1, (M, FFN, C): 1}  # the last layer
     head = {(M, C, 2 * C): 1, (M, 2 * C, C): 1}
     student, expected = Counter(forward) + Counter(head), Counter(forward)
@@ -155,10 +184,12 @@ def check_matmuls_have_the_shapes_of_the_formula_in_the_type_of_the_precision(re
         if call.name in fake_gpu.MATMULS:
             floats = [x for x in call.inputs + call.outputs if x[0].is_floating_point and x[1]]
             # a flash or efficient kernel also returns, and takes back, the logarithms of its sums
-            assert {t for t, shape in floats if len(shape) != 3 or call.name in ("mm", "addmm", "bmm")} == {wanted}, (
-                call
-            )
-        assert all(t != torch.float64 for t, shape in call.inputs + call.outputs if shape), call  # but a loss scale
+            assert {
+                t for t, shape in floats if len(shape) != 3 or call.name in ("mm", "addmm", "bmm")
+            } == {wanted}, call
+        assert all(t != torch.float64 for t, shape in call.inputs + call.outputs if shape), (
+            call
+        )  # but a loss scale
 
 
 def check_autocast_casts_up_only_where_its_rules_say_so(recorded):
@@ -174,7 +205,9 @@ def check_autocast_casts_up_only_where_its_rules_say_so(recorded):
     assert up == ([] if amp == "off" else [(LAYERS, M, C), (M, C)])
 
 
-def check_attention_is_the_flash_kernel_without_padding_and_a_mask_is_made_once_for_all_layers(recorded):
+def check_attention_is_the_flash_kernel_without_padding_and_a_mask_is_made_once_for_all_layers(
+    recorded,
+):
     amp, pads, _, record = recorded
     flash = amp != "off" and not pads
     kind = "flash" if flash else "efficient"
@@ -182,7 +215,11 @@ def check_attention_is_the_flash_kernel_without_padding_and_a_mask_is_made_once_
     assert names == {f"_scaled_dot_product_{kind}_attention": 2 * LAYERS} | {
         f"_scaled_dot_product_{kind}_attention_backward": LAYERS
     }
-    made = Counter(call.name for call in record.calls if call.name in ("masked_fill_", "where", "constant_pad_nd"))
+    made = Counter(
+        call.name
+        for call in record.calls
+        if call.name in ("masked_fill_", "where", "constant_pad_nd")
+    )
     assert made == ({"masked_fill_": 2} if pads else {})  # the student's and the teacher's
 
 
@@ -196,14 +233,23 @@ def check_an_update_launches_no_more_than_it_did(recorded):
 def check_the_table_of_operators_is_printed(capsys):
     fake_gpu.main([*MODEL, "--amp", "bf16", "--batch_size", "2"])
     printed = capsys.readouterr().out
-    assert re.match(r"2\d\d operators: .*teacher \d+, student \d+, backward \d+", printed) and "waits: []" in printed
-    assert f"addmm                                        bfloat16[{3 * C}] bfloat16[{2 * T}, {C}]" in printed
+    assert (
+        re.match(r"2\d\d operators: .*teacher \d+, student \d+, backward \d+", printed)
+        and "waits: []" in printed
+    )
+    assert (
+        f"addmm                                        bfloat16[{3 * C}] bfloat16[{2 * T}, {C}]"
+        in printed
+    )
 
 
 def check_deterministic_is_set_before_cuda_starts():
     assert not torch.cuda.is_initialized()
     open_device(DeviceConfig(device="cuda", deterministic=True))
-    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert (
+        torch.are_deterministic_algorithms_enabled()
+        and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    )
 
 
 # -------------------------------------------------------------------------------------------- a process for the checks
@@ -216,4 +262,6 @@ def test_the_checks_pass_on_a_fake_card():
     command = [sys.executable, "-m", "pytest", *flags, __file__]
     env = {**os.environ, "GPU_CHECKS": "1"}
     run = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
-    assert run.returncode == 0 and re.search("22 passed", run.stdout), run.stdout[-6000:] + run.stderr[-2000:]
+    assert run.returncode == 0 and re.search("22 passed", run.stdout), (
+        run.stdout[-6000:] + run.stderr[-2000:]
+    )

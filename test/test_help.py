@@ -6,17 +6,17 @@ import shlex
 import subprocess
 import sys
 
-import pytest
-
 import config
 import convert
 import finetune
 import preprocess
 import text.demo
-import train
-from test.helpers import HERE
 from judge import plot
+from run import flags
+from test.helpers import HERE
 from text import reviews
+
+import pytest
 
 
 @pytest.fixture
@@ -44,20 +44,37 @@ def test_help_and_mistakes_are_answered_before_torch_is_imported(without_torch, 
         (["--fp16"], "--amp auto|off|fp16|bf16"),
     ):
         result = without_torch(program, *argv)
-        assert result.returncode == 2 and answer in result.stderr and len(result.stderr.splitlines()) == 1, argv
+        assert (
+            result.returncode == 2
+            and answer in result.stderr
+            and len(result.stderr.splitlines()) == 1
+        ), argv
     for flag in ("--help", "--help_all"):
         result = without_torch(program, flag)
-        assert result.returncode == 0 and result.stdout.startswith(f"usage: {program}") and not result.stderr
+        assert (
+            result.returncode == 0
+            and result.stdout.startswith(f"usage: {program}")
+            and not result.stderr
+        )
         width = max(map(len, result.stdout.splitlines()))
-        assert width < 80 and (len(result.stdout.splitlines()) <= config.HELP_LINES) == (flag == "--help")
+        assert width < 80 and (len(result.stdout.splitlines()) <= flags.HELP_LINES) == (
+            flag == "--help"
+        )
 
 
 @pytest.mark.parametrize("program", ["finetune.py", "convert.py", "preprocess.py"])
 def test_the_other_programs_answer_before_torch_is_imported(without_torch, program):
     result = without_torch(
-        program, "--dicct", "x", *("--dest x --bpe none".split() if program == "preprocess.py" else [])
+        program,
+        "--dicct",
+        "x",
+        *("--dest x --bpe none".split() if program == "preprocess.py" else []),
     )
-    assert result.returncode == 2 and "did you mean --dict?" in result.stderr and result.stderr.count("\n") == 1
+    assert (
+        result.returncode == 2
+        and "did you mean --dict?" in result.stderr
+        and result.stderr.count("\n") == 1
+    )
     assert without_torch(program, "--help").returncode == 0
 
 
@@ -92,7 +109,15 @@ def test_notes_on_ignored_options_are_printed_once(without_torch):
 
 def test_help_shows_the_programs_flags_first_then_groups_then_what_presets_set(without_torch):
     text = without_torch("train.py", "--help").stdout
-    parts = ["--no_resume", "--fairseq_exact", "\ndata (", "--data_path", "\nmodel (", "--layers", "\nteacher ("]
+    parts = [
+        "--no_resume",
+        "--fairseq_exact",
+        "\ndata (",
+        "--data_path",
+        "\nmodel (",
+        "--layers",
+        "\nteacher (",
+    ]
     parts += [
         "--ema_decay",
         "\ndevice (",
@@ -110,7 +135,7 @@ def test_help_shows_the_programs_flags_first_then_groups_then_what_presets_set(w
         assert part in text[at:], part
         at = text.index(part, at)
     everything = without_torch("train.py", "--help_all").stdout
-    for part in train.PARTS:
+    for part in config.PARTS:
         assert all(f"--{field.name}" in everything for field in dataclasses.fields(part))
     assert "--adam_betas X,Y" in everything and "[0.9,0.98]" in everything
 
@@ -125,23 +150,32 @@ def test_help_shows_the_programs_flags_first_then_groups_then_what_presets_set(w
     ],
 )
 def test_the_shortest_command_line_gives_the_same_settings(line):
-    parts, _ = config.parse(train.PARTS, "", shlex.split(line))
-    short = config.flags_of(parts)
-    assert config.parse(train.PARTS, "", shlex.split(short))[0] == parts
+    parts, _ = flags.parse(config.PARTS, "", shlex.split(line))
+    short = flags.flags_of(parts)
+    assert flags.parse(config.PARTS, "", shlex.split(short))[0] == parts
     assert len(short.split("--")) <= len(line.split("--"))
 
 
 def test_an_old_python_is_refused_in_one_line():
     command = [sys.executable, "-c", "import sys; sys.version_info = (3, 9, 18); import config"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    assert result.returncode == 1 and result.stderr.startswith("Python 3.10 or newer is needed; this is 3.")
+    assert result.returncode == 1 and result.stderr.startswith(
+        "Python 3.10 or newer is needed; this is 3."
+    )
 
 
 def test_missing_packages_are_named_in_one_line():
     for program in ("train.py", "eval.py", "finetune.py", "convert.py", "bench.py"):
-        command = [sys.executable, "-S", HERE / program, *(["--data_path", "x"] if program == "train.py" else [])]
+        command = [
+            sys.executable,
+            "-S",
+            HERE / program,
+            *(["--data_path", "x"] if program == "train.py" else []),
+        ]
         result = subprocess.run(command, capture_output=True, text=True)
-        expected = (
-            f"{program}: error: this Python has no numpy and no torch and no tqdm: pip install -r requirements.txt"
+        expected = f"{program}: error: this Python has no numpy and no torch and no tqdm: pip install -r requirements.txt"
+        assert (
+            result.returncode == 2
+            and result.stderr.startswith(expected)
+            and result.stderr.count("\n") == 1
         )
-        assert result.returncode == 2 and result.stderr.startswith(expected) and result.stderr.count("\n") == 1

@@ -6,24 +6,27 @@ import re
 import shlex
 import time
 
-import pytest
-
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import Device  # isort: split
-
-import torch
-
 import config
 import ema
 import train
-from config import InputError
-from run.clock import Clock
+from config import GuardConfig, InputError
+from hardware.device import Device
 from hardware.flops import update_flops
-from run.guard import GuardConfig, Health, Unhealthy
+from run import flags
+from run.clock import Clock
+from run.guard import Health, Unhealthy
 from run.log import Log
-from test.helpers import CPU, call, compare_checkpoints, corpus_dir, few, make_run, rows_of, speed_aside  # noqa: F401
+from test.helpers import CPU, call, compare_checkpoints, few, make_run, rows_of, speed_aside  # noqa: F401
 
-EIGHTH = ["--max_hours", 1, "--ema_anneal_end_step", 200]  # of an hour, which `eighths` makes each update take
+import pytest
+import torch
+
+EIGHTH = [
+    "--max_hours",
+    1,
+    "--ema_anneal_end_step",
+    200,
+]  # of an hour, which `eighths` makes each update take
 
 
 @pytest.fixture
@@ -32,8 +35,8 @@ def eighths(monkeypatch):
     monkeypatch.setattr(Clock, "now", lambda clock: clock.hours)
 
 
-def settings(line: str) -> train.Config:
-    return train.Config(*config.parse(train.PARTS, "", shlex.split(line))[0])
+def settings(line: str) -> config.Config:
+    return config.Config(*flags.parse(config.PARTS, "", shlex.split(line))[0])
 
 
 @pytest.mark.parametrize(
@@ -43,14 +46,19 @@ def settings(line: str) -> train.Config:
         ("--data_path x --max_hours 8", "hours"),
         ("--data_path x --max_hours 8 --config_name tiny", "hours"),
         ("--data_path x --max_hours 8 --config_name tiny --max_update 400", "updates"),
-        ("--data_path x --max_hours 8 --config_name tiny --max_update 400 --schedule_by hours", "hours"),
+        (
+            "--data_path x --max_hours 8 --config_name tiny --max_update 400 --schedule_by hours",
+            "hours",
+        ),
     ],
 )
-def test_the_schedule_goes_by_hours_where_only_these_are_given_and_the_shown_command_line_keeps_that(line, goes_by):
+def test_the_schedule_goes_by_hours_where_only_these_are_given_and_the_shown_command_line_keeps_that(
+    line, goes_by
+):
     cfg = settings(line)
     assert cfg.train.schedule_by == goes_by
     parts = [getattr(cfg, part.name) for part in dataclasses.fields(cfg)]
-    assert settings(config.flags_of(parts)) == cfg
+    assert settings(flags.flags_of(parts)) == cfg
     clock = Clock(CPU, cfg.train)
     clock.hours = 2.0
     assert clock.at(100) == (cfg.train.max_update / 4 if goes_by == "hours" else 100)
@@ -62,19 +70,32 @@ def test_a_schedule_by_hours_without_hours_is_refused():
         settings("--data_path x --schedule_by hours")
 
 
-def test_by_the_clock_each_update_has_the_rates_of_its_share_of_the_time(eighths, corpus_dir, tmp_path):
+def test_by_the_clock_each_update_has_the_rates_of_its_share_of_the_time(
+    eighths, corpus_dir, tmp_path
+):
     argv = few(corpus_dir, tmp_path, *EIGHTH, "--validate_interval", 0)
     lines = call(train.main, *argv).splitlines()
     rows, cfg = rows_of(tmp_path), settings(shlex.join(argv))
-    assert [row["hours"] for row in rows] == [i / 8 for i in range(1, 9)]  # more updates than fit are no matter
+    assert [row["hours"] for row in rows] == [
+        i / 8 for i in range(1, 9)
+    ]  # more updates than fit are no matter
     at = [cfg.train.max_update * i / 8 for i in range(8)]
     assert [row["lr"] for row in rows] == [train.lr_at(u, cfg.train) for u in at]
     assert [row["ema_decay"] for row in rows] == [ema.decay_at(u, cfg.ema) for u in at]
-    assert rows[0]["lr"] == 0 and train.lr_at(cfg.train.max_update, cfg.train) == 0 < rows[-1]["lr"] < rows[1]["lr"]
-    assert [row["num_updates"] for row in rows_of(tmp_path, "valid_loss")] == [8]  # at the end, as ever
+    assert (
+        rows[0]["lr"] == 0
+        and train.lr_at(cfg.train.max_update, cfg.train) == 0 < rows[-1]["lr"] < rows[1]["lr"]
+    )
+    assert [row["num_updates"] for row in rows_of(tmp_path, "valid_loss")] == [
+        8
+    ]  # at the end, as ever
     said = "the learning rate rises for 18 seconds and is 0 after 60 minutes, the teacher's decay for 30 minutes"
     assert f"by the clock: {said}" in lines
-    left = [re.search(r"(\d+ minutes) left$", line) for line in lines if line.startswith("update ") and "| lr" in line]
+    left = [
+        re.search(r"(\d+ minutes) left$", line)
+        for line in lines
+        if line.startswith("update ") and "| lr" in line
+    ]
     assert [found and found[1] for found in left] == [
         *(f"{m:.0f} minutes" for m in (52.5, 45, 37.5, 30, 22.5, 15, 7.5)),
         None,
@@ -83,7 +104,9 @@ def test_by_the_clock_each_update_has_the_rates_of_its_share_of_the_time(eighths
 
 
 def test_more_updates_than_max_update_may_fit_into_the_hours(eighths, corpus_dir, tmp_path):
-    call(train.main, *few(corpus_dir, tmp_path, *EIGHTH, "--schedule_by", "hours", "--max_update", 3))
+    call(
+        train.main, *few(corpus_dir, tmp_path, *EIGHTH, "--schedule_by", "hours", "--max_update", 3)
+    )
     assert len(rows_of(tmp_path)) == 8
 
 
@@ -94,7 +117,11 @@ def test_an_interrupted_run_by_the_clock_continues_with_the_hours_that_it_had_us
     call(train.main, *few(corpus_dir, tmp_path / "whole", *argv))
     update = train.update
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "update", lambda run, batches: update(run, batches) if run.num_updates < 5 else exit_now())
+        patch.setattr(
+            train,
+            "update",
+            lambda run, batches: update(run, batches) if run.num_updates < 5 else exit_now(),
+        )
         call(train.main, *few(corpus_dir, tmp_path / "parts", *argv))
     text = call(train.main, *few(corpus_dir, tmp_path / "parts", *argv))
     assert "at update 4, epoch 1, after 30 minutes" in text
@@ -107,26 +134,40 @@ def exit_now():
     raise KeyboardInterrupt
 
 
-def test_with_max_update_given_the_first_of_both_ends_the_run_and_no_number_changes(eighths, corpus_dir, tmp_path):
+def test_with_max_update_given_the_first_of_both_ends_the_run_and_no_number_changes(
+    eighths, corpus_dir, tmp_path
+):
     for name, argv in (
         ("plain", ["--max_update", 12]),
         ("updates", ["--max_update", 12, "--max_hours", 100]),
         ("hours", ["--max_update", 12, "--max_hours", 1]),
     ):
         call(train.main, *few(corpus_dir, tmp_path / name, *argv))
-    plain, updates, hours = (speed_aside(rows_of(tmp_path / name)) for name in ("plain", "updates", "hours"))
-    assert [row.pop("hours") for row in updates] == [i / 8 for i in range(1, 13)] and updates == plain
-    assert [row.pop("hours") for row in hours] == [i / 8 for i in range(1, 9)] and hours == plain[:8]
-    compare_checkpoints(tmp_path / "plain" / "checkpoint_last.pt", tmp_path / "updates" / "checkpoint_last.pt")
+    plain, updates, hours = (
+        speed_aside(rows_of(tmp_path / name)) for name in ("plain", "updates", "hours")
+    )
+    assert [row.pop("hours") for row in updates] == [
+        i / 8 for i in range(1, 13)
+    ] and updates == plain
+    assert [row.pop("hours") for row in hours] == [i / 8 for i in range(1, 9)] and hours == plain[
+        :8
+    ]
+    compare_checkpoints(
+        tmp_path / "plain" / "checkpoint_last.pt", tmp_path / "updates" / "checkpoint_last.pt"
+    )
 
 
-def test_a_run_ends_after_its_seconds_on_a_real_clock_and_more_hours_continue_it(corpus_dir, tmp_path):
+def test_a_run_ends_after_its_seconds_on_a_real_clock_and_more_hours_continue_it(
+    corpus_dir, tmp_path
+):
     began = time.monotonic()
     call(train.main, *few(corpus_dir, tmp_path, "--max_hours", 1 / 3600, "--disable_validation"))
     assert 1 <= time.monotonic() - began < 30
     rows = rows_of(tmp_path)
     assert rows[-1]["hours"] >= 1 / 3600 and all(row["hours"] < 1 / 3600 for row in rows[:-1])
-    text = call(train.main, *few(corpus_dir, tmp_path, "--max_hours", 1 / 3600, "--disable_validation"))
+    text = call(
+        train.main, *few(corpus_dir, tmp_path, "--max_hours", 1 / 3600, "--disable_validation")
+    )
     assert "to train on, raise --max_hours" in text and len(rows_of(tmp_path)) == len(rows)
     call(train.main, *few(corpus_dir, tmp_path, "--max_hours", 1.5 / 3600, "--disable_validation"))
     more = rows_of(tmp_path)[len(rows) :]
@@ -146,7 +187,9 @@ def test_the_guards_wait_for_the_end_of_the_warm_up_by_the_clock():
             health.check_variance(row, None)
 
 
-def test_a_worker_that_is_lost_while_the_clocks_are_compared_leaves_the_weights_as_they_were(corpus_dir, monkeypatch):
+def test_a_worker_that_is_lost_while_the_clocks_are_compared_leaves_the_weights_as_they_were(
+    corpus_dir, monkeypatch
+):
     run, dataset = make_run(corpus_dir, max_hours=1)
     before = [p.clone() for p in run.weights.parameters]
 
@@ -187,8 +230,12 @@ def test_rows_of_an_accelerator_have_its_model_flops_per_second(corpus_dir, tmp_
     state = log.state()
     row = log.write()
     assert log.peak > 1e8 and row["mfu"] == pytest.approx(row["tflops"] * 1e12 / log.peak)
-    assert row["tflops"] * 1e12 / row["ups"] == pytest.approx(sum(update_flops([b], run) for b in batches) / 3)
-    log.restore(state)  # in the middle of an interval: the updates of the earlier start count as mean ones
+    assert row["tflops"] * 1e12 / row["ups"] == pytest.approx(
+        sum(update_flops([b], run) for b in batches) / 3
+    )
+    log.restore(
+        state
+    )  # in the middle of an interval: the updates of the earlier start count as mean ones
     log.add(train.update(run, batches[:1]))
     row = log.write()
     assert row["tflops"] * 1e12 / row["ups"] == pytest.approx(update_flops(batches[:1], run))

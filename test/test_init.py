@@ -3,14 +3,22 @@
 import dataclasses
 import math
 
+from config import ModelConfig
+from data import PAD
+from init import sinusoids, start
+from model import Data2VecText, Encoder
+
 import pytest
 import torch
 
-from data import PAD
-from init import sinusoids, start
-from model import Data2VecText, Encoder, ModelConfig
-
-CFG = ModelConfig(layers=2, embed_dim=256, ffn_embed_dim=512, attention_heads=4, average_top_k_layers=2, init="local")
+CFG = ModelConfig(
+    layers=2,
+    embed_dim=256,
+    ffn_embed_dim=512,
+    attention_heads=4,
+    average_top_k_layers=2,
+    init="local",
+)
 TOKENS = 500
 
 
@@ -27,8 +35,15 @@ def attention_of_a_hidden_word(student) -> torch.Tensor:
     x, _ = student.encoder.embed(tokens, padded=False)
     layer, heads = student.encoder.layers[0], CFG.attention_heads
     x = layer.self_attn_layer_norm(x)
-    q, k, _ = layer.self_attn.qkv(x).view(*x.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, C / H)
-    return (q[:, :, 10:11] @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1).mean((0, 1, 2)).detach()
+    q, k, _ = (
+        layer.self_attn.qkv(x).view(*x.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+    )  # (B, H, T, C / H)
+    return (
+        (q[:, :, 10:11] @ k.transpose(2, 3) / math.sqrt(q.shape[-1]))
+        .softmax(-1)
+        .mean((0, 1, 2))
+        .detach()
+    )
 
 
 def test_from_the_local_start_a_hidden_word_reads_the_words_beside_it():
@@ -42,11 +57,18 @@ def test_from_the_local_start_a_hidden_word_reads_the_words_beside_it():
 def test_the_local_start_has_the_sizes_that_it_says():
     student = model(objective="mlm")
     encoder, layer = student.encoder, student.encoder.layers[0]
-    assert encoder.embed_tokens.weight[PAD].eq(0).all() and encoder.embed_positions.weight[PAD].eq(0).all()
+    assert (
+        encoder.embed_tokens.weight[PAD].eq(0).all()
+        and encoder.embed_positions.weight[PAD].eq(0).all()
+    )
     for embedding in (encoder.embed_tokens, encoder.embed_positions):
-        assert float(embedding.weight[2:].detach().square().mean().sqrt()) == pytest.approx(0.2, rel=0.02)
+        assert float(embedding.weight[2:].detach().square().mean().sqrt()) == pytest.approx(
+            0.2, rel=0.02
+        )
     queries, keys, values = layer.self_attn.qkv.weight.chunk(3)
-    assert torch.equal(queries, keys) and float(queries.detach().std()) == pytest.approx(0.7 / 16, rel=0.05)
+    assert torch.equal(queries, keys) and float(queries.detach().std()) == pytest.approx(
+        0.7 / 16, rel=0.05
+    )
     assert float(values.detach().std()) == pytest.approx(1 / 16, rel=0.05)
     assert float(layer.fc2.weight.detach().std()) == pytest.approx(512**-0.5, rel=0.05)
     logits = student(torch.randint(4, TOKENS, (8, 20)), torch.arange(160), padded=False)

@@ -9,16 +9,16 @@ import struct
 import tarfile
 import zipfile
 
-import pytest
-import torch
-
 import convert
 import eval as evaluation
 import train
 from config import InputError
-from run import checkpoint
 from formats import integrity
+from run import checkpoint
 from test.helpers import few, small_content
+
+import pytest
+import torch
 
 # ---------------------------------------------------------------------------------------------- damaged files
 
@@ -33,14 +33,20 @@ def flat(tree):
 
 
 def test_a_flipped_byte_anywhere_is_refused_or_harmless_and_a_cut_is_refused(tmp_path):
-    optimizer = {"state": {0: {"step": torch.tensor(1.0), "exp_avg": torch.rand(9), "exp_avg_sq": torch.rand(9)}}}
+    optimizer = {
+        "state": {
+            0: {"step": torch.tensor(1.0), "exp_avg": torch.rand(9), "exp_avg_sq": torch.rand(9)}
+        }
+    }
     file = tmp_path / "x.pt"
     checkpoint.save(small_content(optimizer={**optimizer, "param_groups": []}), file)
     good = file.read_bytes()
     expected, refused = flat(torch.load(file, weights_only=True)), 0  # torch alone can read it, too
     assert flat(checkpoint.load(file).content) == expected
     rng = random.Random(0)
-    for at in [0, 1, 5, len(good) - 1, len(good) - 30] + [rng.randrange(len(good)) for _ in range(400)]:
+    for at in [0, 1, 5, len(good) - 1, len(good) - 30] + [
+        rng.randrange(len(good)) for _ in range(400)
+    ]:
         file.write_bytes(good[:at] + bytes([good[at] ^ (1 << rng.randrange(8))]) + good[at + 1 :])
         try:
             assert flat(checkpoint.load(file).content) == expected
@@ -60,7 +66,9 @@ def test_files_of_version_0_1_0_with_a_digest_as_the_archives_comment_are_read(t
     sealed = file.read_bytes()[:-2] + len(comment).to_bytes(2, "little") + comment
     file.write_bytes(sealed)
     assert checkpoint.load(file).content["progress"]["num_updates"] == 5
-    file.write_bytes(sealed.replace(torch.tensor(77.0).numpy().tobytes(), torch.tensor(78.0).numpy().tobytes()))
+    file.write_bytes(
+        sealed.replace(torch.tensor(77.0).numpy().tobytes(), torch.tensor(78.0).numpy().tobytes())
+    )
     with pytest.raises(InputError, match="damaged: the record .* does not fit its checksum"):
         checkpoint.load(file)
 
@@ -68,9 +76,14 @@ def test_files_of_version_0_1_0_with_a_digest_as_the_archives_comment_are_read(t
 def test_compressed_oversized_and_unchecked_records_are_refused_before_they_are_read(tmp_path):
     file, bomb = tmp_path / "x.pt", tmp_path / "bomb.pt"
     checkpoint.save(small_content(), file)
-    with zipfile.ZipFile(file) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(file) as source,
+        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for name in source.namelist():
-            target.writestr(name, bytes(4_000_000) if name.endswith("data/0") else source.read(name))
+            target.writestr(
+                name, bytes(4_000_000) if name.endswith("data/0") else source.read(name)
+            )
     assert bomb.stat().st_size < 100_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError, match="damaged: a compressed record"):
@@ -111,7 +124,14 @@ def test_compressed_oversized_and_unchecked_records_are_refused_before_they_are_
         ("progress", {"num_updates": 2**63}),
         ("progress", {"data": None}),
         ("log", {"updates": 3, "skipped": [], "seconds": 0.0}),
-        ("log", {"updates": [dict(number=1, loss=0.1, gnorm=0.1, counts=[1, 2])], "skipped": [False], "seconds": 0.0}),
+        (
+            "log",
+            {
+                "updates": [dict(number=1, loss=0.1, gnorm=0.1, counts=[1, 2])],
+                "skipped": [False],
+                "seconds": 0.0,
+            },
+        ),
         ("log", {"updates": [], "skipped": [2.5], "seconds": 0.0}),
     ],
 )
@@ -205,29 +225,48 @@ def test_odd_tensors_are_refused_as_moments_and_as_weights(kind, tmp_path):
     with pytest.raises(InputError, match="x.pt: the student weight"):
         checkpoint.put({"weight": odd}, module, "the student", "x.pt")
     if kind in ("stride_0", "sparse", "csr", "quantized", "meta", "nested"):
-        for made in ({"model": {"x": odd}}, {"format": checkpoint.FORMAT, **small_content(student={"x": odd})}):
+        for made in (
+            {"model": {"x": odd}},
+            {"format": checkpoint.FORMAT, **small_content(student={"x": odd})},
+        ):
             torch.save(made, tmp_path / "x.pt")
             with pytest.raises(InputError, match="ordinary|cannot be read"):
                 checkpoint.load(tmp_path / "x.pt")
 
 
-def test_a_resume_with_moments_of_another_shape_is_refused_before_a_kernel_sees_them(saved, corpus_dir, tmp_path):
-    made = {k: v for k, v in checkpoint.load(saved / "checkpoint_last.pt").content.items() if k != "format"}
+def test_a_resume_with_moments_of_another_shape_is_refused_before_a_kernel_sees_them(
+    saved, corpus_dir, tmp_path
+):
+    made = {
+        k: v
+        for k, v in checkpoint.load(saved / "checkpoint_last.pt").content.items()
+        if k != "format"
+    }
     made["optimizer"]["state"][5]["exp_avg"] = torch.zeros(0)
     checkpoint.save(made, tmp_path / "checkpoint_last.pt")
-    with pytest.raises(InputError, match="checkpoint_last.pt: the optimizer's exp_avg of parameter 5 is"):
+    with pytest.raises(
+        InputError, match="checkpoint_last.pt: the optimizer's exp_avg of parameter 5 is"
+    ):
         train.main(few(corpus_dir, tmp_path, "--max_update", 5))
 
 
 def test_a_setting_of_a_wrong_type_is_refused_by_name(saved, corpus_dir, tmp_path):
-    made = {k: v for k, v in checkpoint.load(saved / "checkpoint_last.pt").content.items() if k != "format"}
+    made = {
+        k: v
+        for k, v in checkpoint.load(saved / "checkpoint_last.pt").content.items()
+        if k != "format"
+    }
     made["config"]["layers"] = "two"
     checkpoint.save(made, tmp_path / "x.pt")
     with pytest.raises(InputError, match="--layers two: must be of type int"):
-        evaluation.main(["--ckpt", str(tmp_path / "x.pt"), "--data_path", str(corpus_dir), "--device", "cpu"])
+        evaluation.main(
+            ["--ckpt", str(tmp_path / "x.pt"), "--data_path", str(corpus_dir), "--device", "cpu"]
+        )
 
 
-@pytest.mark.parametrize("step", [None, float("nan"), float("inf"), -1, torch.zeros(2), torch.tensor(-1.0), 1j, "x"])
+@pytest.mark.parametrize(
+    "step", [None, float("nan"), float("inf"), -1, torch.zeros(2), torch.tensor(-1.0), 1j, "x"]
+)
 def test_a_step_that_is_not_one_number_is_refused(step):
     moments = {name: torch.zeros(SHAPE) for name in checkpoint.MOMENTS}
     with pytest.raises(InputError, match="step of parameter 0 is not one number"):
@@ -244,7 +283,11 @@ def test_moments_are_those_of_exactly_the_parameters_finite_and_copied_into_memo
     checked = checkpoint.checked_moments(state, shapes, "x.pt")
     assert list(checked) == [0, 1] and checkpoint.checked_moments({}, shapes, "x.pt") == {}
     for i, entry in checked.items():
-        assert list(entry) == ["step", *checkpoint.MOMENTS] and entry["step"].shape == () and entry["step"] == 3
+        assert (
+            list(entry) == ["step", *checkpoint.MOMENTS]
+            and entry["step"].shape == ()
+            and entry["step"] == 3
+        )
         for name in checkpoint.MOMENTS:
             assert entry[name].is_contiguous() and entry[name].dtype == torch.float32
             assert torch.equal(entry[name], state[i][name].float())
@@ -274,7 +317,11 @@ def test_counts_that_contradict_each_other_are_damage_in_one_line(tmp_path):
 
 
 def test_a_width_whose_matrices_no_memory_can_hold_is_refused_by_a_conversion(saved, tmp_path):
-    made = {k: v for k, v in checkpoint.load(saved / "checkpoint_last.pt").content.items() if k != "format"}
+    made = {
+        k: v
+        for k, v in checkpoint.load(saved / "checkpoint_last.pt").content.items()
+        if k != "format"
+    }
     made["config"]["embed_dim"] = 2147483640
     checkpoint.save(made, tmp_path / "x.pt")
     with pytest.raises(InputError, match="--embed_dim 2147483640: must be at most"):
@@ -293,28 +340,52 @@ def two_directories(harmless: bytes, hidden: bytes) -> bytes:
 
     (records, directory), (others, shown) = parts(hidden), parts(harmless)
     begin, at = len(records) + len(directory), 0
-    while at < len(shown):  # zipfile adds to each offset by how much the directory is later than the end says
-        offset = struct.unpack("<L", shown[at + 42 : at + 46])[0] + begin - (begin + len(others) - len(records))
+    while at < len(
+        shown
+    ):  # zipfile adds to each offset by how much the directory is later than the end says
+        offset = (
+            struct.unpack("<L", shown[at + 42 : at + 46])[0]
+            + begin
+            - (begin + len(others) - len(records))
+        )
         shown[at + 42 : at + 46] = struct.pack("<L", offset)
         at += 46 + sum(struct.unpack("<HHH", shown[at + 28 : at + 34]))
-    end = b"PK\5\6" + bytes(4) + harmless[-14:-10] + struct.pack("<LLH", len(directory), len(records), 0)
+    end = (
+        b"PK\5\6"
+        + bytes(4)
+        + harmless[-14:-10]
+        + struct.pack("<LLH", len(directory), len(records), 0)
+    )
     return records + directory + others + shown + end
 
 
-def test_an_archive_with_a_second_directory_is_refused_before_torch_unpacks_what_zipfile_does_not_see(tmp_path):
+def test_an_archive_with_a_second_directory_is_refused_before_torch_unpacks_what_zipfile_does_not_see(
+    tmp_path,
+):
     file, made = tmp_path / "x.pt", [io.BytesIO(), io.BytesIO()]
-    torch.save({"model": {"encoder.sentence_encoder.layernorm_embedding.bias": torch.ones(4_000_000)}}, file)
+    torch.save(
+        {"model": {"encoder.sentence_encoder.layernorm_embedding.bias": torch.ones(4_000_000)}},
+        file,
+    )
     with zipfile.ZipFile(file) as source:
         for name in source.namelist():
             content = source.read(name)
-            for out, method, shown in zip(made, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED), (b"harmless", content)):
+            for out, method, shown in zip(
+                made, (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED), (b"harmless", content)
+            ):
                 with zipfile.ZipFile(out, "a") as archive:
-                    archive.writestr(name, shown, method if name.endswith("data/0") else zipfile.ZIP_STORED)
+                    archive.writestr(
+                        name, shown, method if name.endswith("data/0") else zipfile.ZIP_STORED
+                    )
     file.write_bytes(two_directories(*(out.getvalue() for out in made)))
     with zipfile.ZipFile(file) as archive:
         assert archive.testzip() is None and archive.read("x/data/0") == b"harmless"
-    assert torch.load(file, weights_only=True)["model"].popitem()[1].numel() == 4_000_000  # torch sees the other one
-    with pytest.raises(InputError, match=r"x\.pt: damaged: its directory is not where its end says"):
+    assert (
+        torch.load(file, weights_only=True)["model"].popitem()[1].numel() == 4_000_000
+    )  # torch sees the other one
+    with pytest.raises(
+        InputError, match=r"x\.pt: damaged: its directory is not where its end says"
+    ):
         checkpoint.load(file)
 
 
@@ -341,10 +412,17 @@ def test_a_pickle_sets_no_attribute_and_writes_no_file(tmp_path):
 def test_a_storage_that_is_larger_than_its_record_is_never_read_beyond_the_file(tmp_path):
     name = "encoder.sentence_encoder.layernorm_embedding.bias"
     torch.save({"model": {name: torch.ones(1_000_000)}}, tmp_path / "good.pt")
-    with zipfile.ZipFile(tmp_path / "good.pt") as source, zipfile.ZipFile(tmp_path / "x.pt", "w") as target:
+    with (
+        zipfile.ZipFile(tmp_path / "good.pt") as source,
+        zipfile.ZipFile(tmp_path / "x.pt", "w") as target,
+    ):
         for record in source.namelist():
-            target.writestr(record, source.read(record)[: 16 if record.endswith("data/0") else None])
-    with pytest.raises(InputError, match=r"x\.pt: cannot be read as a checkpoint: .*(out of bounds|not resizable)"):
+            target.writestr(
+                record, source.read(record)[: 16 if record.endswith("data/0") else None]
+            )
+    with pytest.raises(
+        InputError, match=r"x\.pt: cannot be read as a checkpoint: .*(out of bounds|not resizable)"
+    ):
         checkpoint.load(tmp_path / "x.pt")
 
 

@@ -4,22 +4,19 @@ import json
 import math
 import sys
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware.device import Device  # isort: split
+import eval as evaluation
+import train
+from config import DataConfig, InputError
+from data import Corpus
+from hardware.device import Device
+from judge import plot, probe
+from run.log import TensorBoard
+from test.helpers import FEW, call, make_dataset, make_run, rows_of
+from text.binarized import EOS, UNK
 
 import numpy as np
 import pytest
 import torch
-
-import eval as evaluation
-import train
-from config import InputError
-from data import Corpus, DataConfig
-from text.binarized import EOS, UNK
-from judge import probe
-from run.log import TensorBoard
-from test.helpers import FEW, call, make_dataset, make_run, rows_of
-from judge import plot
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +37,14 @@ def finished(tmp_path_factory, corpus_dir):
 
 def corpus_of(folder, sentences, words, **options):
     make_dataset(folder, sentences, words)
-    return Corpus(DataConfig(data_path=str(folder), tokens_per_sample=32, max_tokens=256, **options))
+    return Corpus(
+        DataConfig(data_path=str(folder), tokens_per_sample=32, max_tokens=256, **options)
+    )
 
 
-def test_the_classes_of_the_probe_are_the_most_frequent_words_in_order_without_special_tokens(tmp_path, monkeypatch):
+def test_the_classes_of_the_probe_are_the_most_frequent_words_in_order_without_special_tokens(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(probe, "CLASSES", 3)
     sentences = [[7] * 4 + [5] * 6 + [6] * 5 + [8] * 5 + [UNK] * 9 + [EOS]] * 3
     corpus = corpus_of(tmp_path, sentences, 12)
@@ -55,7 +56,12 @@ def test_the_classes_of_the_probe_are_the_most_frequent_words_in_order_without_s
     }  # in a tie the lower id is first
     monkeypatch.setattr(probe, "CLASSES", 1000)
     classes = probe.frequent_tokens(corpus.split("train").stream, corpus.dictionary)
-    assert np.flatnonzero(classes >= 0).tolist() == [5, 6, 7, 8]  # words that never occur get no class
+    assert np.flatnonzero(classes >= 0).tolist() == [
+        5,
+        6,
+        7,
+        8,
+    ]  # words that never occur get no class
 
 
 @pytest.mark.parametrize("teacher_input", ["full", "masked"])
@@ -73,14 +79,21 @@ def test_the_labels_of_the_probe_are_the_tokens_under_the_masks(tmp_path, teache
             assert classes[dataset.read_block(block)[column]] == label
         at, masked = at + len(flat), masked + batch.sample_size
     assert at == len(places.labels) == len(places.blocks) and at + places.left_out == masked
-    assert not dataset.training and len(places.batches) == probe.MASK_EPOCHS * len(dataset.batch_ends)
+    assert not dataset.training and len(places.batches) == probe.MASK_EPOCHS * len(
+        dataset.batch_ends
+    )
     few = probe.find_places(dataset, classes, 50)
     assert 50 <= len(few.labels) < len(places.labels)
 
 
 def test_whitening_gives_mean_0_and_unit_covariance_and_maps_the_others_alike():
     rng = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 5, generator=rng) @ torch.randn(5, 5, generator=rng) * torch.tensor([0.1, 1, 1, 10, 1]) + 3
+    x = (
+        torch.randn(400, 5, generator=rng)
+        @ torch.randn(5, 5, generator=rng)
+        * torch.tensor([0.1, 1, 1, 10, 1])
+        + 3
+    )
     white, first = probe.whiten(x, x[:7])
     assert torch.allclose(white.mean(0), torch.zeros(5), atol=1e-3)
     assert torch.allclose(white.T @ white / len(x), torch.eye(5), atol=1e-2)
@@ -98,7 +111,9 @@ class Oracle(torch.nn.Module):
         return self.code(tokens.roll(self.shift, 1)).flatten(0, 1)[places], []
 
 
-def test_the_probe_finds_words_in_features_that_tell_them_and_none_in_features_that_do_not(tmp_path):
+def test_the_probe_finds_words_in_features_that_tell_them_and_none_in_features_that_do_not(
+    tmp_path,
+):
     # each word follows from the one before it: w + 1 comes after w, modulo 20
     rng = np.random.default_rng(0)
     starts = rng.integers(0, 20, 150).tolist()
@@ -117,7 +132,9 @@ def test_the_probe_finds_words_in_features_that_tell_them_and_none_in_features_t
     )
     assert result["most_frequent"]["accuracy"] == (asked.valid.labels == share.argmax()).mean()
     assert result["untrained"]["accuracy"] == result["most_frequent"]["accuracy"]
-    assert result["untrained"]["cross_entropy"] == pytest.approx(result["most_frequent"]["cross_entropy"], abs=0.05)
+    assert result["untrained"]["cross_entropy"] == pytest.approx(
+        result["most_frequent"]["cross_entropy"], abs=0.05
+    )
     # the word before is visible at about two places in three; there the answer is certain
     assert 0.6 < result["trained"]["accuracy"] < 0.85
     gain = result["untrained"]["cross_entropy"] - result["trained"]["cross_entropy"]
@@ -126,12 +143,25 @@ def test_the_probe_finds_words_in_features_that_tell_them_and_none_in_features_t
     assert "\nNO words learned: " in probe.table({**result, "gain": result["gain_error"]}, "valid")
 
 
-def test_the_probe_is_deterministic_and_its_untrained_model_is_the_start_of_training(finished, corpus_dir):
-    argv = ["--ckpt", finished / "checkpoint_last.pt", "--device", "cpu", "--probe", "--probe_places", "300", "--json"]
+def test_the_probe_is_deterministic_and_its_untrained_model_is_the_start_of_training(
+    finished, corpus_dir
+):
+    argv = [
+        "--ckpt",
+        finished / "checkpoint_last.pt",
+        "--device",
+        "cpu",
+        "--probe",
+        "--probe_places",
+        "300",
+        "--json",
+    ]
     first, second = (json.loads(call(evaluation.main, *argv)) for _ in range(2))
     assert first == second
     result = first["probe"]
-    assert result["train_places"] >= 300 and result["valid_places"] >= 300 and result["classes"] == 56
+    assert (
+        result["train_places"] >= 300 and result["valid_places"] >= 300 and result["classes"] == 56
+    )
     run, _ = make_run(corpus_dir)
     asked = probe.Probe(run, Corpus(run.cfg.data), "valid", 300)
     answer = asked.ask(asked.run.student)
@@ -141,7 +171,9 @@ def test_the_probe_is_deterministic_and_its_untrained_model_is_the_start_of_trai
     text = call(evaluation.main, *[a for a in argv if a != "--json"])
     for name in ("trained", "untrained", "most frequent"):
         key = name.replace(" ", "_")
-        assert f"{name:14}{result[key]['accuracy']:16.4f}{result[key]['cross_entropy']:24.4f}" in text
+        assert (
+            f"{name:14}{result[key]['accuracy']:16.4f}{result[key]['cross_entropy']:24.4f}" in text
+        )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +185,15 @@ def test_the_probe_is_deterministic_and_its_untrained_model_is_the_start_of_trai
 )
 def test_the_probe_refuses_what_it_cannot_do(finished, argv, message):
     with pytest.raises(InputError, match=message):
-        call(evaluation.main, "--ckpt", finished / "checkpoint_last.pt", "--device", "cpu", "--probe", *argv)
+        call(
+            evaluation.main,
+            "--ckpt",
+            finished / "checkpoint_last.pt",
+            "--device",
+            "cpu",
+            "--probe",
+            *argv,
+        )
 
 
 def test_the_probe_refuses_a_corpus_that_hides_nothing(tmp_path):
@@ -167,7 +207,9 @@ def test_the_probe_runs_where_only_the_cpu_has_float64(corpus_dir, monkeypatch):
     run, _ = make_run(corpus_dir)
     asked, seen = probe.Probe(run, Corpus(run.cfg.data), "valid", 100), []
     plain = Device.tensor
-    monkeypatch.setattr(Device, "tensor", lambda self, array: seen.append(array.dtype) or plain(self, array))
+    monkeypatch.setattr(
+        Device, "tensor", lambda self, array: seen.append(array.dtype) or plain(self, array)
+    )
     asked.ask(asked.run.student)
     assert seen and set(map(str, seen)) == {"int64", "float32"}
 
@@ -180,12 +222,24 @@ def points(folder) -> dict:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(folder))
     events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
 
 
-def test_tensorboard_has_the_rows_under_fairseqs_names_and_a_resumed_run_repeats_none(tmp_path, corpus_dir):
+def test_tensorboard_has_the_rows_under_fairseqs_names_and_a_resumed_run_repeats_none(
+    tmp_path, corpus_dir
+):
     pytest.importorskip("tensorboard")
-    few = [*FEW, "--data_path", corpus_dir, "--save_dir", tmp_path / "run", "--tensorboard_logdir", tmp_path / "tb"]
+    few = [
+        *FEW,
+        "--data_path",
+        corpus_dir,
+        "--save_dir",
+        tmp_path / "run",
+        "--tensorboard_logdir",
+        tmp_path / "tb",
+    ]
     call(train.main, *few, "--max_update", 3)
     # a killed run had got further than its checkpoint
     lost = TensorBoard(tmp_path / "tb")
@@ -204,8 +258,19 @@ def test_tensorboard_has_the_rows_under_fairseqs_names_and_a_resumed_run_repeats
         assert [v for _, v in curve] == pytest.approx([v for _, v in expected], rel=1e-6), tag
     valid, shown = rows_of(tmp_path / "run", "valid_loss"), points(tmp_path / "tb" / "valid")
     assert set(shown) == {key.removeprefix("valid_") for key in valid[0]} - {"num_updates"}
-    assert set(shown) > {"loss", "best_loss", "target_var", "cosine", "cosine_position", "r2", "gain_block", "epoch"}
-    assert [step for step, _ in shown["best_loss"]] == [row["num_updates"] for row in valid] == [3, 6]
+    assert set(shown) > {
+        "loss",
+        "best_loss",
+        "target_var",
+        "cosine",
+        "cosine_position",
+        "r2",
+        "gain_block",
+        "epoch",
+    }
+    assert (
+        [step for step, _ in shown["best_loss"]] == [row["num_updates"] for row in valid] == [3, 6]
+    )
     assert [v for _, v in shown["loss"]] == pytest.approx([row["valid_loss"] for row in valid])
 
 
@@ -216,11 +281,16 @@ def test_nulls_and_skipped_updates_make_no_points_in_tensorboard(tmp_path):
     curves.row(dict(skipped=True, num_updates=1, epoch=1, blocks=[3]))
     curves.row(dict(overflow=True, loss_scale=64.0, num_updates=1, epoch=1, blocks=[3]))
     curves.row(dict(loss=None, gnorm=None, lr=0.5, num_updates=2, epoch=1))
-    assert points(tmp_path / "train_inner") == {"lr": [(2, 0.5)], "epoch": [(2, 1.0)]}  # written before close()
+    assert points(tmp_path / "train_inner") == {
+        "lr": [(2, 0.5)],
+        "epoch": [(2, 1.0)],
+    }  # written before close()
     curves.close()
 
 
-def test_a_missing_tensorboard_or_a_bad_folder_is_refused_at_the_start(tmp_path, corpus_dir, monkeypatch):
+def test_a_missing_tensorboard_or_a_bad_folder_is_refused_at_the_start(
+    tmp_path, corpus_dir, monkeypatch
+):
     few = [*FEW, "--data_path", corpus_dir, "--save_dir", tmp_path / "run", "--tensorboard_logdir"]
     (tmp_path / "file").write_text("")
     with monkeypatch.context() as without:
@@ -242,7 +312,15 @@ def test_a_full_disk_ends_the_curves_and_not_the_run(tmp_path, corpus_dir, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(TensorBoard, "row", full)
-    few = [*FEW, "--data_path", corpus_dir, "--save_dir", tmp_path / "run", "--tensorboard_logdir", tmp_path / "tb"]
+    few = [
+        *FEW,
+        "--data_path",
+        corpus_dir,
+        "--save_dir",
+        tmp_path / "run",
+        "--tensorboard_logdir",
+        tmp_path / "tb",
+    ]
     printed = call(train.main, *few, "--max_update", 3)
     assert printed.count("No space left on device; no more curves until the next start") == 1
     assert [row["num_updates"] for row in rows_of(tmp_path / "run")] == [1, 2, 3]
@@ -262,7 +340,11 @@ def test_a_picture_has_gaps_for_nulls_and_ignores_damaged_lines_and_skipped_upda
     for run in (tmp_path, tmp_path / "train.jsonl"):
         series = plot.read_run(str(run))
         assert series["lr"] == ([20, 40], [0.1, 0.2]) and series["valid_loss"] == ([40], [3.5])
-        assert series["loss"][0] == [20, 40] and series["loss"][1][0] == 5.5 and math.isnan(series["loss"][1][1])
+        assert (
+            series["loss"][0] == [20, 40]
+            and series["loss"][1][0] == 5.5
+            and math.isnan(series["loss"][1][1])
+        )
         assert series["wps"] == ([], [])
 
 
@@ -282,8 +364,14 @@ def test_a_picture_shows_every_run_and_every_panel(finished, tmp_path):
     call(plot.main, *runs, "--out", tmp_path / "all.svg")
     picture = (tmp_path / "all.svg").read_text()
     titles = [title for title, *_ in plot.PANELS]
-    for text in [f"run_{i}" for i in range(7)] + titles + ["validation", "prediction", "R2", "block", "constant"]:
-        assert (f"<!-- {text}" in picture) == (text not in ("probe's gain", "words")), text  # which this run has not
+    for text in (
+        [f"run_{i}" for i in range(7)]
+        + titles
+        + ["validation", "prediction", "R2", "block", "constant"]
+    ):
+        assert (f"<!-- {text}" in picture) == (text not in ("probe's gain", "words")), (
+            text
+        )  # which this run has not
     call(plot.main, finished, "--out", tmp_path / "one.png")
     head = (tmp_path / "one.png").read_bytes()[:24]
     assert head.startswith(b"\x89PNG") and int.from_bytes(head[16:20], "big") == 1200
@@ -293,9 +381,21 @@ def test_a_picture_shows_every_run_and_every_panel(finished, tmp_path):
 def test_odd_rows_names_and_links_do_not_spoil_a_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     run, other = tmp_path / "$\\frac{$ \x1b[2J_\n", tmp_path / "_b"
-    huge = ["1e308", "-1e308", "1e999", "9" * 400, "9" * 5000, "[" * 100_000, '"5"', "true", "1e-320"]
+    huge = [
+        "1e308",
+        "-1e308",
+        "1e999",
+        "9" * 400,
+        "9" * 5000,
+        "[" * 100_000,
+        '"5"',
+        "true",
+        "1e-320",
+    ]
     rows = [
-        f'{{"loss": {v}, "lr": {v}, "wps": {v}, "target_var": {v}, "num_updates": {u}}}' for v in huge for u in (1, v)
+        f'{{"loss": {v}, "lr": {v}, "wps": {v}, "target_var": {v}, "num_updates": {u}}}'
+        for v in huge
+        for u in (1, v)
     ]
     for folder in (run, other):
         folder.mkdir()
@@ -306,7 +406,10 @@ def test_odd_rows_names_and_links_do_not_spoil_a_picture(tmp_path, capsys):
         for runs in ((run,), (run, other)):
             call(plot.main, *runs, "--out", tmp_path / name)
         assert (tmp_path / name).stat().st_size > 1000
-    assert "\\frac{$ \\x1b[2J_\\n" in (tmp_path / "x.svg").read_text() and (tmp_path / "mine").read_text() == "mine"
+    assert (
+        "\\frac{$ \\x1b[2J_\\n" in (tmp_path / "x.svg").read_text()
+        and (tmp_path / "mine").read_text() == "mine"
+    )
     assert "\x1b" not in capsys.readouterr().out
 
 
@@ -320,13 +423,19 @@ def test_a_picture_shows_the_words_and_the_probe_of_the_runs_that_have_them(tmp_
     for name, text in rows.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.jsonl").write_text(text)
-    expected = {"old": ["loss", "learning rate"], "probed": ["loss", "probe's gain"], "mlm": ["loss", "words"]}
+    expected = {
+        "old": ["loss", "learning rate"],
+        "probed": ["loss", "probe's gain"],
+        "mlm": ["loss", "words"],
+    }
     expected["old probed mlm"] = ["loss", "probe's gain", "words", "learning rate"]
     for names, titles in expected.items():
         call(plot.main, *(tmp_path / name for name in names.split()), "--out", tmp_path / "all.svg")
         picture = (tmp_path / "all.svg").read_text()
         drawn = [
-            title for title, unit, *_ in plot.PANELS if f"<!-- {title}{f' ({unit})' if unit else ''} -->" in picture
+            title
+            for title, unit, *_ in plot.PANELS
+            if f"<!-- {title}{f' ({unit})' if unit else ''} -->" in picture
         ]
         assert drawn == titles
 

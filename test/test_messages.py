@@ -8,17 +8,15 @@ import signal
 import subprocess
 import sys
 
-import pytest
-import torch
-
-import config
 import eval as evaluation
 import train
 from config import InputError
-from run import checkpoint
-from run import log
+from run import checkpoint, flags, log
 from test.helpers import CPU, FEW, HERE, call, few, rows_of, wait_for
 from text import demo as dataset
+
+import pytest
+import torch
 
 CKPT = ["--device", "cpu", "--ckpt"]
 
@@ -26,15 +24,22 @@ CKPT = ["--device", "cpu", "--ckpt"]
 def test_a_finished_run_that_is_started_again_says_that_it_is_finished(saved, corpus_dir):
     before = (saved / "train.jsonl").read_text()
     printed = call(train.main, *few(corpus_dir, saved, "--max_update", 4))
-    assert f"finished: {saved / 'checkpoint_last.pt'} is at update 4; to train on, raise --max_update 4" in printed
-    printed = call(train.main, *few(corpus_dir, saved, "--max_update", 4000, "--max_epoch", 1, "--layers", 2))
+    assert (
+        f"finished: {saved / 'checkpoint_last.pt'} is at update 4; to train on, raise --max_update 4"
+        in printed
+    )
+    printed = call(
+        train.main, *few(corpus_dir, saved, "--max_update", 4000, "--max_epoch", 1, "--layers", 2)
+    )
     assert "finished: " not in printed and "resuming from" in printed
     again = call(train.main, *few(corpus_dir, saved, "--max_update", 4000, "--max_epoch", 1))
     assert "to train on, raise --max_epoch 1" in again
     assert (saved / "train.jsonl").read_text().startswith(before)
 
 
-def test_a_folder_or_another_file_as_checkpoint_is_named_for_what_it_is(saved, corpus_dir, tmp_path):
+def test_a_folder_or_another_file_as_checkpoint_is_named_for_what_it_is(
+    saved, corpus_dir, tmp_path
+):
     hf, best, text = tmp_path / "hf", tmp_path / "best", tmp_path / "README.md"
     for folder in (hf, best):
         folder.mkdir()
@@ -44,7 +49,10 @@ def test_a_folder_or_another_file_as_checkpoint_is_named_for_what_it_is(saved, c
     for path, message in (
         (saved, f"{saved}: a folder; it holds checkpoint_last.pt: give {saved}/checkpoint_last.pt"),
         (best, "a folder; it holds checkpoint_best.pt: give"),
-        (hf, f"a Hugging Face folder; convert it: python convert.py --from hf --ckpt {hf} --to native"),
+        (
+            hf,
+            f"a Hugging Face folder; convert it: python convert.py --from hf --ckpt {hf} --to native",
+        ),
         (corpus_dir, "a folder without a checkpoint"),
         (text, "README.md: cannot be read as a checkpoint: torch.save has not written it"),
         (saved / "train.jsonl", "train.jsonl: cannot be read as a checkpoint: torch.save"),
@@ -53,14 +61,19 @@ def test_a_folder_or_another_file_as_checkpoint_is_named_for_what_it_is(saved, c
         with pytest.raises(InputError, match=message):
             evaluation.main([*CKPT, str(path)])
         with pytest.raises(InputError, match=message):
-            call(train.main, *few(corpus_dir, tmp_path / "run", "--max_update", 1, "--init_from", path))
+            call(
+                train.main,
+                *few(corpus_dir, tmp_path / "run", "--max_update", 1, "--init_from", path),
+            )
 
 
 def test_a_data_path_from_the_checkpoint_is_named_as_such(saved, corpus_dir, tmp_path):
     moved = checkpoint.load(saved / "checkpoint_last.pt").content
     moved["config"]["data_path"] = "gone/demo-bin"
     torch.save(moved, tmp_path / "moved.pt")
-    with pytest.raises(InputError, match="gone/demo-bin: no such folder; .*moved.pt was trained on it.*--data_path"):
+    with pytest.raises(
+        InputError, match="gone/demo-bin: no such folder; .*moved.pt was trained on it.*--data_path"
+    ):
         evaluation.main([*CKPT, str(tmp_path / "moved.pt")])
     with pytest.raises(InputError, match=r"none: no such folder \(--data_path\)"):
         evaluation.main([*CKPT, str(tmp_path / "moved.pt"), "--data_path", str(tmp_path / "none")])
@@ -82,7 +95,7 @@ def test_a_skipped_update_says_why_and_what_to_do(tmp_path, capsys):
 def ended(capsys, main) -> tuple[int, str]:
     """Exit code and standard error of a program whose main() is this."""
     with pytest.raises(SystemExit) as end:
-        config.program(main)
+        flags.program(main)
     return end.value.code, capsys.readouterr().err
 
 
@@ -100,7 +113,9 @@ def test_ctrl_c_ends_a_benchmark_with_one_line(tmp_path, where):
     argv = [*FEW, "--updates", "100000", "--vocabulary", "100"]
     env = dict(os.environ)
     if where == "in torch":
-        (tmp_path / "torch.py").write_text("import time\nprint('device', flush=True)\ntime.sleep(60)\n")
+        (tmp_path / "torch.py").write_text(
+            "import time\nprint('device', flush=True)\ntime.sleep(60)\n"
+        )
         env["PYTHONPATH"] = str(tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-u", HERE / "bench.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -129,8 +144,12 @@ def test_a_full_disk_is_named_with_the_file(capsys, monkeypatch, tmp_path):
     code, text = ended(capsys, writes)
     assert code == 1 and re.fullmatch("eval.py: stopped: .*/f.npy: No space left on device\n", text)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(dataset, "_write_demo", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(
+        dataset, "_write_demo", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+    )
     code, text = ended(capsys, lambda: dataset.make_demo(tmp_path / "demo"))
     assert code == 1 and re.fullmatch("eval.py: stopped: .*/demo: full\n", text)
     code, text = ended(capsys, lambda: open(tmp_path / "none" / "file", "w"))
-    assert code == 2 and re.fullmatch("eval.py: error: .*none/file: No such file or directory\n", text)
+    assert code == 2 and re.fullmatch(
+        "eval.py: error: .*none/file: No such file or directory\n", text
+    )

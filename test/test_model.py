@@ -3,29 +3,35 @@
 import dataclasses
 import math
 
+from config import ModelConfig
+from data import Batch
+from hardware import kernels
+from model import Data2VecText, RegressionHead, data2vec_loss, teacher_targets
+from test.helpers import CPU, SMALL, random_encoder
+from text.binarized import PAD
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from data import Batch
-from text.binarized import PAD
-from hardware import kernels
-from model import Data2VecText, ModelConfig, RegressionHead, data2vec_loss, teacher_targets
-from test.helpers import CPU, SMALL, random_encoder
-
 
 def encoder_by_formula(encoder, cfg, tokens):
     """The encoder written out for one block without softmax kernels, dropout or batches; float64; pads anywhere."""
     w = {k: v.double() for k, v in encoder.state_dict().items()}
-    norm = lambda x, name: F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)  # noqa: E731
+    norm = lambda x, name: F.layer_norm(
+        x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5
+    )  # noqa: E731
     linear = lambda x, name: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]  # noqa: E731
     real, C, H = tokens != 1, cfg.embed_dim, cfg.attention_heads
     positions, count = [], 1
     for token in tokens.tolist():
         count += token != 1
         positions.append(count if token != 1 else 1)
-    x = norm(w["embed_tokens.weight"][tokens] + w["embed_positions.weight"][positions], "layernorm_embedding")
+    x = norm(
+        w["embed_tokens.weight"][tokens] + w["embed_positions.weight"][positions],
+        "layernorm_embedding",
+    )
     x = x * real[:, None]
     targets = []
     for i in range(cfg.layers):
@@ -43,7 +49,11 @@ def encoder_by_formula(encoder, cfg, tokens):
 
         def feed_forward(x):
             x = linear(x, f"{name}.fc1")
-            x = torch.relu(x) if cfg.activation_fn == "relu" else x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+            x = (
+                torch.relu(x)
+                if cfg.activation_fn == "relu"
+                else x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+            )
             return linear(x, f"{name}.fc2")
 
         if cfg.normalize_before:
@@ -57,7 +67,9 @@ def encoder_by_formula(encoder, cfg, tokens):
     return (norm(x, "layer_norm") if cfg.normalize_before else x), targets, real
 
 
-@pytest.mark.parametrize("options", [{}, {"normalize_before": True}, {"activation_fn": "relu", "layers": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize_before": True}, {"activation_fn": "relu", "layers": 3}]
+)
 @torch.no_grad()
 def test_the_encoder_equals_the_formula_also_with_pads_inside(options):
     model, cfg = random_encoder(**options)
@@ -71,7 +83,9 @@ def test_the_encoder_equals_the_formula_also_with_pads_inside(options):
         for mine, formula in zip(targets, expected_targets, strict=True):
             assert torch.allclose(mine[b][real].double(), formula[real], atol=2e-5, rtol=1e-5)
     unpadded = tokens[2:]
-    assert torch.allclose(model.encoder(unpadded, False)[0], model.encoder(unpadded, True)[0], atol=1e-6)
+    assert torch.allclose(
+        model.encoder(unpadded, False)[0], model.encoder(unpadded, True)[0], atol=1e-6
+    )
 
 
 @torch.no_grad()
@@ -144,14 +158,18 @@ NORMS = [
 @torch.no_grad()
 def test_all_target_normalizations_squeezed_or_padded(block_dataset, on, teacher_input):
     dataset = block_dataset(teacher_input=teacher_input)
-    model, cfg = random_encoder(vocabulary=61, average_top_k_layers=2, **{name: name in on for name in NORMS})
+    model, cfg = random_encoder(
+        vocabulary=61, average_top_k_layers=2, **{name: name in on for name in NORMS}
+    )
     for ids in [dataset.epoch_batches(1)[0], max(dataset.epoch_batches(1), key=len)]:
         tokens, _, hidden = dataset.mask(ids, 1)
         if teacher_input == "masked":
             tokens = np.where(hidden, tokens, PAD)
         batch = CPU.upload(dataset.batch(ids, 1))
         got = teacher_targets(model.encoder, batch, cfg)
-        expected = targets_as_the_reference_pads(model.encoder, cfg, torch.from_numpy(tokens), batch.masked)
+        expected = targets_as_the_reference_pads(
+            model.encoder, cfg, torch.from_numpy(tokens), batch.masked
+        )
         assert torch.allclose(got, expected, atol=3e-5, rtol=1e-4)
 
 
@@ -171,7 +189,9 @@ def test_a_block_with_nothing_masked_gives_no_nan():
         target_padded=True,
     )
     assert teacher_targets(model.encoder, batch, cfg).isfinite().all()
-    batch = dataclasses.replace(batch, target=torch.full((2, 1), PAD), masked=none, target_places=none)
+    batch = dataclasses.replace(
+        batch, target=torch.full((2, 1), PAD), masked=none, target_places=none
+    )
     y = teacher_targets(model.encoder, batch, cfg)
     prediction = model(source, none)
     assert float(data2vec_loss(prediction, y, cfg)) == 0
@@ -182,7 +202,9 @@ def test_the_head_has_the_references_widths():
     for layers, expected in shapes.items():
         head = RegressionHead(ModelConfig(**SMALL, head_layers=layers))
         assert [tuple(p.shape) for p in head.parameters() if p.ndim == 2] == expected
-        assert {name.split(".")[0] for name in head.state_dict()} == {str(2 * i) for i in range(layers)}
+        assert {name.split(".")[0] for name in head.state_dict()} == {
+            str(2 * i) for i in range(layers)
+        }
     x = torch.randn(5, 16)
     head = RegressionHead(ModelConfig(**SMALL, head_layers=2))
     a, b = [m for m in head if isinstance(m, torch.nn.Linear)]
@@ -197,7 +219,10 @@ def test_initial_weights():
         elif p.ndim == 1:
             assert (p == 1).all()
         else:
-            assert float(p.detach().std()) == pytest.approx(0.02, rel=0.1) and abs(float(p.detach().mean())) < 2e-3
+            assert (
+                float(p.detach().std()) == pytest.approx(0.02, rel=0.1)
+                and abs(float(p.detach().mean())) < 2e-3
+            )
     assert (model.encoder.embed_tokens.weight[PAD] == 0).all() and (
         model.encoder.embed_positions.weight[PAD] == 0
     ).all()
@@ -206,12 +231,16 @@ def test_initial_weights():
 
 @pytest.mark.parametrize("before", [False, True])
 def test_dropout_is_where_the_reference_has_it(monkeypatch, before):
-    model, cfg = random_encoder(dropout=0.25, attention_dropout=0.4, activation_dropout=0.125, normalize_before=before)
+    model, cfg = random_encoder(
+        dropout=0.25, attention_dropout=0.4, activation_dropout=0.125, normalize_before=before
+    )
     encoder, events = model.encoder.train(), []
     monkeypatch.setattr(kernels, "dropout", lambda x, p: (events.append((p, x.clone())), x)[1])
     plain = kernels.attention
     monkeypatch.setattr(
-        kernels, "attention", lambda q, k, v, m, p: (events.append((p, None)), plain(q, k, v, m, 0.0))[1]
+        kernels,
+        "attention",
+        lambda q, k, v, m, p: (events.append((p, None)), plain(q, k, v, m, 0.0))[1],
     )
     outputs = {}
     for name, module in encoder.named_modules():

@@ -17,29 +17,27 @@ import subprocess
 import sys
 from pathlib import Path
 
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware import device as device_file  # isort: split
+from hardware import device as device_file
 
 INSIDE, NPUSIM = os.environ.get("NPU_CHECKS") == "1", os.environ.get("NPUSIM")
 if INSIDE and NPUSIM:
     sys.path.insert(0, str(Path(NPUSIM).parent))
     import npusim
 
-import numpy as np
-import pytest
-import torch
-
 import bench
 import eval as evaluation
 import train
-from config import InputError
-from hardware.device import Device, DeviceConfig, open_device
+from config import DeviceConfig, InputError
 from hardware import kernels
+from hardware.device import Device, open_device
 from hardware.kernels import explicit_attention
 from hardware.vectors import LongVectors
-from run import checkpoint
-from run import log
+from run import checkpoint, log
 from test.helpers import CPU, FEW, HERE, call, make_dataset, make_run, rows_of
+
+import numpy as np
+import pytest
+import torch
 
 TINY = [*FEW, "--lr", 1e-3]
 TWENTY = ("--max_update", 20, "--save_interval_updates", 10, "--keep_interval_updates", -1)
@@ -56,7 +54,9 @@ def difference(a: dict, b: dict) -> float:
 
 
 def moments(saved: dict) -> dict:
-    return {f"{i}.{k}": v for i, state in saved["optimizer"]["state"].items() for k, v in state.items()}
+    return {
+        f"{i}.{k}": v for i, state in saved["optimizer"]["state"].items() for k, v in state.items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------- without a device
@@ -65,7 +65,11 @@ def moments(saved: dict) -> dict:
 @pytest.mark.parametrize("queries", [7, 3])
 def test_attention_as_matmuls_matches_torch_and_does_not_overflow_float16(queries):
     q, k, v = (torch.randn(2, 4, n, 8, requires_grad=True) for n in (queries, 7, 7))
-    attend = (torch.rand(2, 1, 1, 7) < 0.7).index_fill_(3, torch.tensor([0]), True).expand(2, 1, queries, 7)
+    attend = (
+        (torch.rand(2, 1, 1, 7) < 0.7)
+        .index_fill_(3, torch.tensor([0]), True)
+        .expand(2, 1, queries, 7)
+    )
     direction = torch.randn(2, 4, queries, 8)
     for mask in (None, attend):
         gradients = [
@@ -74,14 +78,22 @@ def test_attention_as_matmuls_matches_torch_and_does_not_overflow_float16(querie
         ]
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients))
     q, k = (torch.full((1, 1, 4, 64), 50.0, dtype=torch.float16) for _ in range(2))
-    assert explicit_attention(q, k, k, None, 0.0).isfinite().all()  # 64 x 50 x 50 is above 65,504, float16's limit
+    assert (
+        explicit_attention(q, k, k, None, 0.0).isfinite().all()
+    )  # 64 x 50 x 50 is above 65,504, float16's limit
 
 
 @pytest.mark.parametrize(
     ("amp", "options"),
-    [(None, {}), (torch.bfloat16, dict(normalize_before="true", activation_fn="relu")), (torch.float16, {})],
+    [
+        (None, {}),
+        (torch.bfloat16, dict(normalize_before="true", activation_fn="relu")),
+        (torch.float16, {}),
+    ],
 )
-def test_weights_in_long_vectors_train_as_separate_weights_do(monkeypatch, corpus_dir, amp, options):
+def test_weights_in_long_vectors_train_as_separate_weights_do(
+    monkeypatch, corpus_dir, amp, options
+):
     runs, figures = [], []
     for long in (False, True):
         monkeypatch.setattr(Device, "wants_long_vectors", long)
@@ -92,12 +104,17 @@ def test_weights_in_long_vectors_train_as_separate_weights_do(monkeypatch, corpu
         figures.append([float(x) for d in done for x in (d.loss, d.gnorm)])
     assert figures[0] == pytest.approx(figures[1], rel=1e-5)
     plain, long = runs
-    assert isinstance(long.weights, LongVectors) and len(long.weights.parameters) == 2 < len(plain.weights.parameters)
+    assert isinstance(long.weights, LongVectors) and len(long.weights.parameters) == 2 < len(
+        plain.weights.parameters
+    )
     assert difference(plain.student.state_dict(), long.student.state_dict()) < 2e-6
     assert difference(plain.teacher.state_dict(), long.teacher.state_dict()) < 2e-6
     states = [run.optimizer.state() for run in runs]
     assert difference(*(moments({"optimizer": state}) for state in states)) < 2e-6
-    for here, other in ((plain, states[1]), (long, states[0])):  # and each continues from the other's state
+    for here, other in (
+        (plain, states[1]),
+        (long, states[0]),
+    ):  # and each continues from the other's state
         here.optimizer.load(other["state"], {})
     ids = dataset.epoch_batches(1)[8]
     losses = [float(train.update(run, [dataset.batch(ids, 1)]).gnorm) for run in runs]
@@ -108,10 +125,19 @@ def test_weights_in_long_vectors_train_as_separate_weights_do(monkeypatch, corpu
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("raise ImportError('libhccl.so: cannot open')", "cannot be loaded.*libhccl.so.*install CANN.*source "),
+        (
+            "raise ImportError('libhccl.so: cannot open')",
+            "cannot be loaded.*libhccl.so.*install CANN.*source ",
+        ),
         ("raise RuntimeError('Two accelerators cannot be used at the same time')", "CPU build"),
-        ("import yaml_that_is_missing", "yaml_that_is_missing is not installed; pip install -r hardware/requirements.txt"),
-        ("import torch; torch.npu = type('npu', (), dict(is_available=lambda: False))", "no card.*npu-smi.*'7,3'"),
+        (
+            "import yaml_that_is_missing",
+            "yaml_that_is_missing is not installed; pip install -r hardware/requirements.txt",
+        ),
+        (
+            "import torch; torch.npu = type('npu', (), dict(is_available=lambda: False))",
+            "no card.*npu-smi.*'7,3'",
+        ),
     ],
 )
 def test_an_unusable_torch_npu_is_reported_in_one_line_and_auto_uses_the_cpu(
@@ -141,25 +167,36 @@ def test_npu_options_are_refused_on_other_devices(tmp_path, corpus_dir):
         call(train.main, *where, "--npu_profile", 2)
 
 
-@pytest.mark.parametrize("name", ["Ascend910A", "Ascend910ProB", "Ascend910B", "Ascend910B3", "Ascend910_9392"])
+@pytest.mark.parametrize(
+    "name", ["Ascend910A", "Ascend910ProB", "Ascend910B", "Ascend910B3", "Ascend910_9392"]
+)
 def test_precision_and_attention_follow_from_the_generation_of_the_card(monkeypatch, name):
     first = name in ("Ascend910A", "Ascend910ProB", "Ascend910B")
     here = Device(torch.device("meta"), name, None)
     monkeypatch.setattr(Device, "type", "npu")
     monkeypatch.setattr(
-        torch, "npu", type("npu", (), dict(is_bf16_supported=staticmethod(lambda: not first))), raising=False
+        torch,
+        "npu",
+        type("npu", (), dict(is_bf16_supported=staticmethod(lambda: not first))),
+        raising=False,
     )
     monkeypatch.setattr(torch.npu, "get_device_name", lambda index: name, raising=False)
     kernels._is_first_generation.cache_clear()
     assert kernels._is_first_generation(0) == first == here.is_first_generation
     kernels._is_first_generation.cache_clear()
-    assert device_file._amp_type("auto", "npu", name) == (torch.float16 if first else torch.bfloat16)
+    assert device_file._amp_type("auto", "npu", name) == (
+        torch.float16 if first else torch.bfloat16
+    )
     assert device_file._amp_type("fp16", "npu", name) is torch.float16
     if first:
         with pytest.raises(InputError, match=f"--amp bf16: {name} has no bfloat16; use --amp fp16"):
             device_file._amp_type("bf16", "npu", name)
     monkeypatch.setenv("INF_NAN_MODE_FORCE_DISABLE", "1")
-    with contextlib.nullcontext() if first else pytest.raises(InputError, match="INF_NAN_MODE_FORCE_DISABLE=1"):
+    with (
+        contextlib.nullcontext()
+        if first
+        else pytest.raises(InputError, match="INF_NAN_MODE_FORCE_DISABLE=1")
+    ):
         device_file._check_npu("auto", name, 0)
 
 
@@ -188,7 +225,10 @@ def pretrain(folder, corpus_dir, device, amp, *flags) -> checkpoint.Loaded:
     where = ["--data_path", corpus_dir, "--save_dir", folder, "--device", device, "--amp", amp]
     call(train.main, *TINY, *where, *flags)
     saved = checkpoint.load(folder / "checkpoint_last.pt")
-    assert all(t.untyped_storage().nbytes() == t.nbytes for t in [*saved.student.values(), *saved.teacher.values()])
+    assert all(
+        t.untyped_storage().nbytes() == t.nbytes
+        for t in [*saved.student.values(), *saved.teacher.values()]
+    )
     return saved
 
 
@@ -206,12 +246,17 @@ def on_cpu(tmp_path_factory, corpus_dir):
     return folder, pretrain(folder, corpus_dir, "cpu", "off", *TWENTY)
 
 
-def check_float32_training_matches_the_cpu_and_either_device_resumes_the_other(tmp_path, corpus_dir, on_cpu):
+def check_float32_training_matches_the_cpu_and_either_device_resumes_the_other(
+    tmp_path, corpus_dir, on_cpu
+):
     cpu, whole = on_cpu
     npu = tmp_path / "npu"
 
     def same(saved):
-        assert difference(whole.student, saved.student) < 1e-5 and difference(whole.teacher, saved.teacher) < 1e-5
+        assert (
+            difference(whole.student, saved.student) < 1e-5
+            and difference(whole.teacher, saved.teacher) < 1e-5
+        )
         assert difference(moments(whole.content), moments(saved.content)) < 1e-5
 
     same(pretrain(npu, corpus_dir, "npu", "off", *TWENTY))
@@ -220,7 +265,9 @@ def check_float32_training_matches_the_cpu_and_either_device_resumes_the_other(t
         assert [r[key] for r in rows[0]] == pytest.approx([r[key] for r in rows[1]], rel=1e-5), key
     valid = [rows_of(folder, "valid_loss")[-1]["valid_loss"] for folder in (cpu, npu)]
     assert valid[0] == pytest.approx(valid[1], rel=1e-5)
-    result = call(evaluation.main, "--ckpt", cpu / "checkpoint_last.pt", "--device", "npu", "--amp", "off")
+    result = call(
+        evaluation.main, "--ckpt", cpu / "checkpoint_last.pt", "--device", "npu", "--amp", "off"
+    )
     assert f"{valid[0]:.4f}" in result
     for first, second in ((npu, "cpu"), (cpu, "npu")):
         folder = copy_of(first, 10, tmp_path / f"on-{second}")
@@ -239,7 +286,9 @@ def check_mixed_precision_stays_near_float32(tmp_path, corpus_dir, on_cpu, amp):
     assert [r["loss"] for r in mixed] == pytest.approx([r["loss"] for r in plain], rel=0.02)
     assert mixed[0]["loss"] != plain[0]["loss"]  # the precision does differ
     assert {r["loss_scale"] for r in mixed} == {128 if amp == "fp16" else 1}
-    assert difference(saved.student, on_cpu[1].student) < 0.01  # Adam moves a weight by up to 1e-3 per update
+    assert (
+        difference(saved.student, on_cpu[1].student) < 0.01
+    )  # Adam moves a weight by up to 1e-3 per update
     assert all(t.dtype == torch.float32 for t in [*saved.student.values(), *saved.teacher.values()])
 
 
@@ -249,10 +298,20 @@ def check_the_random_state_of_the_device_is_saved_and_restored(tmp_path, corpus_
     drawn = [torch.rand(5, device=where) for where in (here.torch_device, "cpu")]
     here.set_rng_state(state)
     assert all(torch.equal(a, torch.rand(5, device=a.device)) for a in drawn)
-    flags = ("--max_update", 6, "--dropout", 0.1, "--attention_dropout", 0.1, "--disable_validation")
+    flags = (
+        "--max_update",
+        6,
+        "--dropout",
+        0.1,
+        "--attention_dropout",
+        0.1,
+        "--disable_validation",
+    )
     saves = ("--save_interval_updates", 3, "--keep_interval_updates", -1)
     whole = pretrain(tmp_path / "whole", corpus_dir, "npu", "off", *flags, *saves)
-    parts = pretrain(copy_of(tmp_path / "whole", 3, tmp_path / "parts"), corpus_dir, "npu", "off", *flags)
+    parts = pretrain(
+        copy_of(tmp_path / "whole", 3, tmp_path / "parts"), corpus_dir, "npu", "off", *flags
+    )
     assert difference(whole.student, parts.student) < 1e-6
 
 
@@ -272,8 +331,22 @@ def check_nothing_waits_between_two_log_rows(monkeypatch, tmp_path, corpus_dir, 
     monkeypatch.setattr(log.Log, "read_skipped", begin)
     monkeypatch.setattr(log.Log, "write", end)
     with waits() as seen:
-        pretrain(tmp_path, corpus_dir, "npu", amp, "--max_update", 9, "--log_interval", 3, "--disable_validation")
-    quiet = [(b[0], seen[a : b[1]]) for a, b in zip(spans, spans[1:]) if isinstance(a, int) and not isinstance(b, int)]
+        pretrain(
+            tmp_path,
+            corpus_dir,
+            "npu",
+            amp,
+            "--max_update",
+            9,
+            "--log_interval",
+            3,
+            "--disable_validation",
+        )
+    quiet = [
+        (b[0], seen[a : b[1]])
+        for a, b in zip(spans, spans[1:])
+        if isinstance(a, int) and not isinstance(b, int)
+    ]
     quiet = [(updates, where) for updates, where in quiet if updates]
     assert [updates for updates, _ in quiet] == [3, 3]
     allowed = 2 if amp == "fp16" else 0  # whether gradients overflowed, and then the loss scale
@@ -282,12 +355,32 @@ def check_nothing_waits_between_two_log_rows(monkeypatch, tmp_path, corpus_dir, 
 
 
 def check_other_ways_of_training_and_the_benchmark(tmp_path, corpus_dir):
-    flags = ("--max_update", 4, "--update_freq", 2, "--fairseq_exact", "--normalize_before", "--instance_norm_targets")
+    flags = (
+        "--max_update",
+        4,
+        "--update_freq",
+        2,
+        "--fairseq_exact",
+        "--normalize_before",
+        "--instance_norm_targets",
+    )
     saved = [
-        pretrain(tmp_path / kind, corpus_dir, kind, "off", "--disable_validation", *flags) for kind in ("cpu", "npu")
+        pretrain(tmp_path / kind, corpus_dir, kind, "off", "--disable_validation", *flags)
+        for kind in ("cpu", "npu")
     ]
     assert difference(saved[0].student, saved[1].student) < 1e-5
-    result = call(bench.main, *TINY, "--data_path", corpus_dir, "--device", "npu", "--updates", 1, "--warmup", 1)
+    result = call(
+        bench.main,
+        *TINY,
+        "--data_path",
+        corpus_dir,
+        "--device",
+        "npu",
+        "--updates",
+        1,
+        "--warmup",
+        1,
+    )
     assert "1 x npu" in result
 
 
@@ -305,7 +398,9 @@ def check_a_non_finite_gradient_counts_as_zero(monkeypatch, corpus_dir):
     with monkeypatch.context() as patch:
         patch.setattr(train, "data2vec_loss", lambda p, t, cfg: p.sum() * float("nan"))
         assert bool(train.update(run, [batch]).skipped)
-    assert all(p.isfinite().all() for p in run.weights.parameters) and not bool(train.update(run, [batch]).skipped)
+    assert all(p.isfinite().all() for p in run.weights.parameters) and not bool(
+        train.update(run, [batch]).skipped
+    )
 
 
 def check_weights_are_views_of_the_vectors_that_the_optimizer_moves(corpus_dir):
@@ -331,4 +426,6 @@ def test_the_checks_pass_on_a_card_or_an_emulated_device():
     flags = "-q -p no:cacheprovider -o python_functions=check_".split()
     command = [sys.executable, "-m", "pytest", *flags, __file__]
     run = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
-    assert run.returncode == 0 and re.search(r"[0-9]+ passed", run.stdout), run.stdout[-6000:] + run.stderr[-2000:]
+    assert run.returncode == 0 and re.search(r"[0-9]+ passed", run.stdout), (
+        run.stdout[-6000:] + run.stderr[-2000:]
+    )

@@ -12,14 +12,8 @@ from collections import Counter
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 import preprocess
 from config import InputError, RunError
-from text import files
-from text.binarized import Dictionary, TokenFile, TokenStream
-from text.tokens import Tokenizer
 from test.helpers import (
     GOLDEN,
     GPT2,
@@ -31,8 +25,21 @@ from test.helpers import (
     sentences_of,
     small_corpus,
 )
+from text import files
+from text.binarized import Dictionary, TokenFile, TokenStream
+from text.tokens import Tokenizer
 
-GPT2_FLAGS = ["--bpe", "gpt2", "--encoder-json", GPT2 / "encoder.json", "--vocab_bpe", GPT2 / "vocab.bpe"]
+import numpy as np
+import pytest
+
+GPT2_FLAGS = [
+    "--bpe",
+    "gpt2",
+    "--encoder-json",
+    GPT2 / "encoder.json",
+    "--vocab_bpe",
+    GPT2 / "vocab.bpe",
+]
 
 
 def raw(splits=("train", "valid", "test")) -> dict:
@@ -53,7 +60,9 @@ def test_gpt2_bpe_output_is_that_of_fairseqs_two_steps_for_any_number_of_workers
     tokenizers, tmp_path, monkeypatch, workers
 ):
     monkeypatch.setattr(files, "CHUNK", 50_000)
-    run_preprocess(tmp_path, *GPT2_FLAGS, "--dict", GPT2 / "dict.txt", "--workers", workers, **raw())
+    run_preprocess(
+        tmp_path, *GPT2_FLAGS, "--dict", GPT2 / "dict.txt", "--workers", workers, **raw()
+    )
     made = dataset_files(tmp_path)
     assert {made.pop(name) for name in ("encoder.json", "vocab.bpe")} == {
         (GPT2 / name).read_bytes() for name in ("encoder.json", "vocab.bpe")
@@ -65,7 +74,9 @@ def test_gpt2_bpe_output_is_that_of_fairseqs_two_steps_for_any_number_of_workers
 
 @golden
 @pytest.mark.parametrize("workers", [1, 2])
-def test_word_output_is_that_of_fairseq_preprocess_for_any_number_of_workers(tmp_path, monkeypatch, workers):
+def test_word_output_is_that_of_fairseq_preprocess_for_any_number_of_workers(
+    tmp_path, monkeypatch, workers
+):
     monkeypatch.setattr(files, "CHUNK", 50_000)
     run_preprocess(tmp_path, "--bpe", "none", "--nwords", 1000, "--workers", workers, **raw())
     recorded = dataset_files(GOLDEN / "corpora" / "words-bin")
@@ -78,17 +89,26 @@ def test_word_output_is_that_of_fairseq_preprocess_for_any_number_of_workers(tmp
 def test_the_output_of_fairseqs_encoder_gives_the_same_dataset(tmp_path):
     preprocess_words(tmp_path, "--dict", GPT2 / "dict.txt", test=[RAW / "wiki.test.bpe"])
     recorded = GOLDEN / "corpora" / "bpe-bin"
-    assert all((tmp_path / name).read_bytes() == (recorded / name).read_bytes() for name in ("test.bin", "test.idx"))
+    assert all(
+        (tmp_path / name).read_bytes() == (recorded / name).read_bytes()
+        for name in ("test.bin", "test.idx")
+    )
 
 
 @golden
-def test_without_a_dictionary_the_ids_of_a_bpe_are_counted_and_the_unused_come_last(tokenizers, tmp_path):
+def test_without_a_dictionary_the_ids_of_a_bpe_are_counted_and_the_unused_come_last(
+    tokenizers, tmp_path
+):
     run_preprocess(tmp_path, *GPT2_FLAGS, "--workers", 1, train=[RAW / "wiki.test.raw"])
     counts = Counter((RAW / "wiki.test.bpe").read_text().split())
     rows = [row.rsplit(" ", 1) for row in (tmp_path / "dict.txt").read_text().splitlines()]
     # fairseq's order: by count, ties by the symbol as text
-    assert rows[: len(counts)] == [[s, str(n)] for s, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
-    assert {s for s, n in rows if n == "0" and s.isdigit()} == {str(i) for i in range(50257)} - counts.keys()
+    assert rows[: len(counts)] == [
+        [s, str(n)] for s, n in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
+    assert {s for s, n in rows if n == "0" and s.isdigit()} == {
+        str(i) for i in range(50257)
+    } - counts.keys()
     assert (len(rows) + 4) % 8 == 0
 
 
@@ -100,7 +120,11 @@ def test_plain_gz_and_zip_files_of_a_split_are_concatenated_each_a_document_of_i
     with zipfile.ZipFile(tmp_path / "three.zip", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("folder/other", "x")
         z.writestr("folder/wiki: raw", parts[2])
-    names = [tmp_path / "one.txt", tmp_path / "two.gz", f"{tmp_path / 'three.zip'}:folder/wiki: raw"]
+    names = [
+        tmp_path / "one.txt",
+        tmp_path / "two.gz",
+        f"{tmp_path / 'three.zip'}:folder/wiki: raw",
+    ]
     preprocess_words(tmp_path / "out", train=names)
     assert texts_of(tmp_path / "out") == ["a b", "", "c", "", "d", "", "e f"]
     row = json.loads((tmp_path / "out" / "preprocess.log").read_text().splitlines()[-1])
@@ -117,7 +141,9 @@ def test_special_words_in_text_become_what_fairseq_makes_of_them_and_mask_is_unk
     preprocess_words(tmp_path / "out", train=[tmp_path / "t.txt"])
     assert sentences_of(tmp_path / "out", "train") == [[3, 4, 1, 2, 3, 3, 2]]
     (tmp_path / "listed.txt").write_text("<mask> 1\na 1\n")
-    preprocess_words(tmp_path / "listed", "--dict", tmp_path / "listed.txt", train=[tmp_path / "t.txt"])
+    preprocess_words(
+        tmp_path / "listed", "--dict", tmp_path / "listed.txt", train=[tmp_path / "t.txt"]
+    )
     assert sentences_of(tmp_path / "listed", "train") == [[3, 5, 1, 2, 3, 3, 2]]
 
 
@@ -126,7 +152,9 @@ def test_a_built_dictionary_obeys_nwords_and_threshold_and_is_padded(tmp_path):
     preprocess_words(tmp_path / "out", "--threshold", 2, train=[tmp_path / "t.txt"])
     assert (tmp_path / "out" / "dict.txt").read_text() == "c 3\na 2\nb 2\nmadeupword0001 2\n"
     preprocess_words(tmp_path / "few", "--nwords", 6, train=[tmp_path / "t.txt"])
-    assert (tmp_path / "few" / "dict.txt").read_text() == "c 3\na 2\nmadeupword0000 0\nmadeupword0001 0\n"
+    assert (
+        tmp_path / "few" / "dict.txt"
+    ).read_text() == "c 3\na 2\nmadeupword0000 0\nmadeupword0001 0\n"
 
 
 @pytest.mark.parametrize("rows, width", [(65495, 2), (65496, 4)])
@@ -148,13 +176,24 @@ def test_finished_steps_are_not_repeated_and_changed_settings_are_refused_by_nam
     first = {p: p.stat().st_mtime_ns for p in out.iterdir()}
     assert preprocess_words(out, **texts).count("already done") == 1
     assert preprocess_words(out, **texts).count("already done") == 3
-    assert all(p.stat().st_mtime_ns == t for p, t in first.items() if p.suffix in (".bin", ".idx", ".txt"))
+    assert all(
+        p.stat().st_mtime_ns == t for p, t in first.items() if p.suffix in (".bin", ".idx", ".txt")
+    )
     whole = dataset_files(out)
     for argv, message in (
         ([["--nwords", 20], texts], "made with nwords 0, not 20; --overwrite"),
-        ([[], dict(texts, valid=texts["test"])], "valid.idx was made from valid.txt, not test.txt; --overwrite"),
-        ([[], dict(train=texts["valid"])], "made from train.txt, not valid.txt; --overwrite makes it anew"),
-        ([["--dict", out / "dict.txt"], dict(test=texts["test"])], "test.idx was made with another dictionary"),
+        (
+            [[], dict(texts, valid=texts["test"])],
+            "valid.idx was made from valid.txt, not test.txt; --overwrite",
+        ),
+        (
+            [[], dict(train=texts["valid"])],
+            "made from train.txt, not valid.txt; --overwrite makes it anew",
+        ),
+        (
+            [["--dict", out / "dict.txt"], dict(test=texts["test"])],
+            "test.idx was made with another dictionary",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             preprocess_words(out, *argv[0], **argv[1])
@@ -173,14 +212,18 @@ def test_finished_steps_are_not_repeated_and_changed_settings_are_refused_by_nam
         preprocess_words(out, "--nwords", 20, **train_only)
 
 
-def test_many_unknown_words_and_shared_files_are_warned_of_and_a_split_without_text_is_refused(tmp_path, capsys):
+def test_many_unknown_words_and_shared_files_are_warned_of_and_a_split_without_text_is_refused(
+    tmp_path, capsys
+):
     texts = small_corpus(tmp_path)
     preprocess_words(tmp_path / "good", **texts)
     assert "warning" not in capsys.readouterr().err
     argv = dict(train=texts["train"] + texts["valid"], valid=texts["valid"])
     preprocess_words(tmp_path / "bad", "--nwords", 20, **argv)
     said = capsys.readouterr().err
-    assert re.search(r"warning: dict.txt lacks \d\d% of the tokens of valid; --bpe train knows every text", said)
+    assert re.search(
+        r"warning: dict.txt lacks \d\d% of the tokens of valid; --bpe train knows every text", said
+    )
     assert "warning: valid.txt is in valid and train" in said
     (tmp_path / "blank.txt").write_text("\n \n\t\n")
     for split in ("train", "valid"):
@@ -192,10 +235,14 @@ def test_many_unknown_words_and_shared_files_are_warned_of_and_a_split_without_t
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_a_kill_at_any_moment_leaves_nothing_that_looks_whole_and_the_next_run_completes_it(tmp_path, monkeypatch, old):
+def test_a_kill_at_any_moment_leaves_nothing_that_looks_whole_and_the_next_run_completes_it(
+    tmp_path, monkeypatch, old
+):
     """SIGKILL at each change of the disk in turn, in a new folder and over an older dataset."""
     monkeypatch.setattr(files, "CHUNK", 2000)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)  # saves seconds; what a process has written survives its kill
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: None
+    )  # saves seconds; what a process has written survives its kill
     texts = small_corpus(tmp_path, splits=("train", "valid"))
     argv = ["--nwords", 30, *(["--overwrite"] if old else [])]
     preprocess_words(tmp_path / "whole", *argv, **texts)
@@ -216,7 +263,11 @@ def test_a_kill_at_any_moment_leaves_nothing_that_looks_whole_and_the_next_run_c
 
                 return call_or_die
 
-            os.replace, os.fsync, Path.unlink = dying(os.replace), dying(os.fsync), dying(Path.unlink)
+            os.replace, os.fsync, Path.unlink = (
+                dying(os.replace),
+                dying(os.fsync),
+                dying(Path.unlink),
+            )
             Tokenizer.encode = dying(Tokenizer.encode)
             try:
                 preprocess_words(out, *argv, **texts)
@@ -240,7 +291,10 @@ def test_a_kill_at_any_moment_leaves_nothing_that_looks_whole_and_the_next_run_c
         for name in there:
             if name.endswith(".idx"):
                 assert there[name] in (whole[name], before.get(name))
-                assert there[f"{name[:-4]}.bin"] in (whole[f"{name[:-4]}.bin"], before.get(f"{name[:-4]}.bin"))
+                assert there[f"{name[:-4]}.bin"] in (
+                    whole[f"{name[:-4]}.bin"],
+                    before.get(f"{name[:-4]}.bin"),
+                )
                 TokenFile(out / name[:-4])
         preprocess_words(out, *argv, **texts)
         assert dataset_files(out) == whole
@@ -258,7 +312,9 @@ def test_a_full_disk_is_one_line_and_the_next_run_continues(tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(RunError, match="--dest .*out: No space left on device; the same command continues"):
+        with pytest.raises(
+            RunError, match="--dest .*out: No space left on device; the same command continues"
+        ):
             preprocess_words(tmp_path / "out", **texts)
     preprocess_words(tmp_path / "out", **texts)
     preprocess_words(tmp_path / "whole", **texts)
@@ -285,7 +341,9 @@ def test_ctrl_c_ends_with_one_line_and_the_next_run_continues(tmp_path, monkeypa
         return plain(self, chunk)
 
     monkeypatch.setattr(Tokenizer, "encode", interrupted)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job begins with it ignored
     argv = [str(a) for s, n in texts.items() for a in (f"--{s}", *n)]
     argv += ["--dest", str(tmp_path / "out"), "--bpe", "none", "--workers", "1"]
     assert preprocess.main(argv) == 130
@@ -317,7 +375,11 @@ def test_settings_that_do_not_go_together_are_refused_by_name(tmp_path):
         ("--bpe gpt2 --dict D", train, "--encoder_json is missing"),
         ("--bpe none --encoder_json x", train, "--encoder_json has no meaning with --bpe none"),
         ("--bpe train --dict D", train, "--dict has no meaning with --bpe train"),
-        ("--bpe none --nwords 9 --dict D", train, "--nwords has no meaning with --bpe none and --dict"),
+        (
+            "--bpe none --nwords 9 --dict D",
+            train,
+            "--nwords has no meaning with --bpe none and --dict",
+        ),
         ("--bpe none --nwords 4", train, "at least 5"),
         ("--bpe none --workers 0", train, "--workers 0: must be at least 1"),
         ("--bpe train --vocab_size 99", train, "--vocab_size 99: must be at least 256"),

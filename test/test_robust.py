@@ -11,18 +11,26 @@ import signal
 import threading
 import types
 
-import numpy as np
-import pytest
-import torch
-
 import train
 from config import InputError, RunError
 from data import Corpus, prefetch
-from run import checkpoint
-from run import guard
-from run import saves
+from run import checkpoint, guard, saves
 from test import soak
-from test.helpers import CPU, call, compare_checkpoints, few, make_run, rows_of, speed_aside, start_training, wait_for
+from test.helpers import (
+    CPU,
+    call,
+    compare_checkpoints,
+    few,
+    make_run,
+    rows_of,
+    speed_aside,
+    start_training,
+    wait_for,
+)
+
+import numpy as np
+import pytest
+import torch
 
 # ---------------------------------------------------------------------------------------------- files
 
@@ -37,7 +45,10 @@ def test_a_bad_block_in_the_middle_of_a_run_costs_no_update(corpus_dir, tmp_path
     items.tofile(folder / "train.bin")
     with pytest.raises(InputError, match="holds token id 999"):
         call(train.main, *few(folder, tmp_path / "run", "--max_update", 100))
-    assert checkpoint.load(tmp_path / "run" / "checkpoint_last.pt").content["progress"]["num_updates"] == 5
+    assert (
+        checkpoint.load(tmp_path / "run" / "checkpoint_last.pt").content["progress"]["num_updates"]
+        == 5
+    )
 
 
 def test_a_killed_run_always_leaves_a_checkpoint_that_loads(corpus_dir, tmp_path):
@@ -69,11 +80,18 @@ def test_a_signal_finishes_the_update_and_saves_and_the_run_continues_bit_for_bi
     signal_at(monkeypatch, {3: [number], 21: [number]})
     before = signal.getsignal(number)
     for expected in (3, 21):
-        assert train.main(few(corpus_dir, tmp_path / "parts", "--max_update", 30, "--dropout", 0.1)) == 128 + number
+        assert (
+            train.main(few(corpus_dir, tmp_path / "parts", "--max_update", 30, "--dropout", 0.1))
+            == 128 + number
+        )
         progress = checkpoint.load(tmp_path / "parts" / "checkpoint_last.pt").content["progress"]
         assert progress["num_updates"] == expected and signal.getsignal(number) is before
-    assert train.main(few(corpus_dir, tmp_path / "parts", "--max_update", 30, "--dropout", 0.1)) == 0
-    compare_checkpoints(tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "parts" / "checkpoint_last.pt")
+    assert (
+        train.main(few(corpus_dir, tmp_path / "parts", "--max_update", 30, "--dropout", 0.1)) == 0
+    )
+    compare_checkpoints(
+        tmp_path / "whole" / "checkpoint_last.pt", tmp_path / "parts" / "checkpoint_last.pt"
+    )
     assert speed_aside(rows_of(tmp_path / "whole")) == speed_aside(rows_of(tmp_path / "parts"))
 
 
@@ -109,7 +127,9 @@ def test_a_run_continues_when_nobody_reads_its_output(corpus_dir, tmp_path):
 
 
 def test_a_second_signal_ends_at_once_and_a_second_run_is_refused(corpus_dir, tmp_path):
-    process = start_training(*few(corpus_dir, tmp_path, "--max_update", 100000, "--log_interval", 1))
+    process = start_training(
+        *few(corpus_dir, tmp_path, "--max_update", 100000, "--log_interval", 1)
+    )
     try:
         wait_for(process, "update 2 ")
         with pytest.raises(InputError, match=rf"in use by process {process.pid} on"):
@@ -134,17 +154,25 @@ def poison(monkeypatch, numbers):
     plain, current = train.data2vec_loss, []
     update = train.update
     monkeypatch.setattr(
-        train, "update", lambda run, *rest: (current.append(run.num_updates + 1), update(run, *rest))[1]
+        train,
+        "update",
+        lambda run, *rest: (current.append(run.num_updates + 1), update(run, *rest))[1],
     )
     monkeypatch.setattr(
-        train, "data2vec_loss", lambda *a: plain(*a) * (float("nan") if current and current[-1] in numbers else 1.0)
+        train,
+        "data2vec_loss",
+        lambda *a: plain(*a) * (float("nan") if current and current[-1] in numbers else 1.0),
     )
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_a_non_finite_update_leaves_the_weights_alone_and_is_logged(monkeypatch, corpus_dir, tmp_path, fused):
+def test_a_non_finite_update_leaves_the_weights_alone_and_is_logged(
+    monkeypatch, corpus_dir, tmp_path, fused
+):
     make = train.Optimizer
-    monkeypatch.setattr(train, "Optimizer", lambda *args: (made := make(*args), setattr(made, "is_fused", fused))[0])
+    monkeypatch.setattr(
+        train, "Optimizer", lambda *args: (made := make(*args), setattr(made, "is_fused", fused))[0]
+    )
     poison(monkeypatch, {1, 3})
     argv = "--max_update 5 --disable_validation --warmup_updates 0 --save_interval_updates 1 --keep_interval_updates -1"
     call(train.main, *few(corpus_dir, tmp_path, *argv.split()))
@@ -153,9 +181,13 @@ def test_a_non_finite_update_leaves_the_weights_alone_and_is_logged(monkeypatch,
     assert [row["loss"] is None for row in rows_of(tmp_path)] == [True, False, True, False, False]
     states = [checkpoint.load(tmp_path / f"checkpoint_1_{u}.pt").content for u in (2, 3, 4)]
     same = [
-        all(torch.equal(a["student"][k], b["student"][k]) for k in a["student"]) for a, b in zip(states, states[1:])
+        all(torch.equal(a["student"][k], b["student"][k]) for k in a["student"])
+        for a, b in zip(states, states[1:])
     ]
-    assert same == [fused, False]  # an optimizer that cannot skip still moves the weights by its momentum
+    assert same == [
+        fused,
+        False,
+    ]  # an optimizer that cannot skip still moves the weights by its momentum
     assert all(t.isfinite().all() for t in states[-1]["student"].values())
     assert states[-1]["progress"]["skipped"] == 2
 
@@ -164,13 +196,19 @@ def test_an_overflow_on_another_worker_skips_the_update_here_too(monkeypatch, co
     device = dataclasses.replace(CPU, amp=torch.float16, world_size=2)
 
     def all_reduce(self, tensor):  # the other worker's sums: an infinite gradient
-        return tensor.index_fill_(0, torch.tensor([5]), float("inf")) if tensor.is_floating_point() else tensor
+        return (
+            tensor.index_fill_(0, torch.tensor([5]), float("inf"))
+            if tensor.is_floating_point()
+            else tensor
+        )
 
     monkeypatch.setattr(type(device), "all_reduce", all_reduce)
     run, dataset = make_run(corpus_dir, device=device)
     before = [p.detach().clone() for p in run.weights.parameters]
     assert train.update(run, [dataset.batch(dataset.epoch_batches(1)[0], 1)]) is None
-    assert run.num_updates == 0 and all(torch.equal(a, b) for a, b in zip(before, run.weights.parameters))
+    assert run.num_updates == 0 and all(
+        torch.equal(a, b) for a, b in zip(before, run.weights.parameters)
+    )
 
 
 def test_a_log_interval_keeps_only_the_last_predictions(corpus_dir, tmp_path):
@@ -182,10 +220,19 @@ def test_a_log_interval_keeps_only_the_last_predictions(corpus_dir, tmp_path):
     assert log.write()["num_updates"] == 3
 
 
-def test_too_many_skipped_updates_in_a_row_save_and_stop_with_advice(monkeypatch, corpus_dir, tmp_path):
+def test_too_many_skipped_updates_in_a_row_save_and_stop_with_advice(
+    monkeypatch, corpus_dir, tmp_path
+):
     poison(monkeypatch, set(range(3, 100)))
-    with pytest.raises(RunError, match=r"6 updates in a row.*--max_skipped 5.*lower --lr.*saved update 8"):
-        call(train.main, *few(corpus_dir, tmp_path, "--max_update", 50, "--max_skipped", 5, "--log_interval", 20))
+    with pytest.raises(
+        RunError, match=r"6 updates in a row.*--max_skipped 5.*lower --lr.*saved update 8"
+    ):
+        call(
+            train.main,
+            *few(
+                corpus_dir, tmp_path, "--max_update", 50, "--max_skipped", 5, "--log_interval", 20
+            ),
+        )
     assert checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"] == 8
 
 
@@ -197,16 +244,23 @@ def test_an_exploding_run_stops_and_keeps_the_last_good_checkpoint(corpus_dir, t
     assert all(t.isfinite().all() for t in good.student.values())
 
 
-def test_a_collapse_warns_and_after_ten_intervals_stops_with_a_checkpoint(corpus_dir, tmp_path, capsys):
-    argv = few(corpus_dir, tmp_path, "--max_update", 40, "--min_target_var", 1e6, "--warmup_updates", 5)
+def test_a_collapse_warns_and_after_ten_intervals_stops_with_a_checkpoint(
+    corpus_dir, tmp_path, capsys
+):
+    argv = few(
+        corpus_dir, tmp_path, "--max_update", 40, "--min_target_var", 1e6, "--warmup_updates", 5
+    )
     with pytest.raises(
-        RunError, match="collapse: target_var .* under --min_target_var .* for 10 log intervals.*saved update 15"
+        RunError,
+        match="collapse: target_var .* under --min_target_var .* for 10 log intervals.*saved update 15",
     ):
         train.main(argv)
     assert capsys.readouterr().out.count("may be collapsing") == 9
     assert checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"] == 15
     health = guard.Health(guard.GuardConfig(min_target_var=0, min_pred_var=0), 0, say=pytest.fail)
-    health.check_variance(dict(num_updates=9, target_var=0.0, pred_var=0.0, cosine_constant=0.1), None)
+    health.check_variance(
+        dict(num_updates=9, target_var=0.0, pred_var=0.0, cosine_constant=0.1), None
+    )
 
 
 def test_out_of_memory_says_what_was_tried_and_what_helps(monkeypatch, corpus_dir, tmp_path):
@@ -215,12 +269,15 @@ def test_out_of_memory_says_what_was_tried_and_what_helps(monkeypatch, corpus_di
 
     monkeypatch.setattr(train, "teacher_targets", full)
     with pytest.raises(
-        RunError, match=r"out of memory at update 1: batch of \d+ x \d+ tokens, peak [\d.]+ GiB; lower --max_tokens"
+        RunError,
+        match=r"out of memory at update 1: batch of \d+ x \d+ tokens, peak [\d.]+ GiB; lower --max_tokens",
     ):
         call(train.main, *few(corpus_dir, tmp_path, "--max_update", 2))
 
 
-def test_a_teacher_that_is_not_finite_is_not_saved_over_the_good_file(monkeypatch, corpus_dir, tmp_path):
+def test_a_teacher_that_is_not_finite_is_not_saved_over_the_good_file(
+    monkeypatch, corpus_dir, tmp_path
+):
     move = train.Run.move_teacher
 
     def spoil(run):
@@ -229,8 +286,12 @@ def test_a_teacher_that_is_not_finite_is_not_saved_over_the_good_file(monkeypatc
             next(run.teacher.parameters()).data[0, 0] = float("nan")
 
     monkeypatch.setattr(train.Run, "move_teacher", spoil)
-    with pytest.raises(RunError, match="update 3: the weights are not finite, so the last checkpoint stays"):
-        call(train.main, *few(corpus_dir, tmp_path, "--max_update", 9, "--save_interval_updates", 1))
+    with pytest.raises(
+        RunError, match="update 3: the weights are not finite, so the last checkpoint stays"
+    ):
+        call(
+            train.main, *few(corpus_dir, tmp_path, "--max_update", 9, "--save_interval_updates", 1)
+        )
     assert checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"] == 2
 
 
@@ -243,7 +304,15 @@ def test_a_run_whose_updates_were_skipped_ends_with_an_error(monkeypatch, corpus
 
 def test_the_clock_saves_the_last_checkpoint_alone(monkeypatch, corpus_dir, tmp_path):
     clock, seen, save, late = [0.0], [], checkpoint.save, saves.Saves.is_late
-    argv = few(corpus_dir, tmp_path, "--max_update", 7, "--disable_validation", "--save_interval_updates", 4)
+    argv = few(
+        corpus_dir,
+        tmp_path,
+        "--max_update",
+        7,
+        "--disable_validation",
+        "--save_interval_updates",
+        4,
+    )
 
     def saving(content, *paths, **named):
         seen.append((content["progress"]["num_updates"], [path.name for path in paths]))
@@ -266,14 +335,18 @@ def test_the_clock_saves_the_last_checkpoint_alone(monkeypatch, corpus_dir, tmp_
 
 def test_a_signal_or_a_clock_of_one_worker_counts_for_all(monkeypatch):
     with guard.Signals(CPU) as signals:
-        monkeypatch.setattr(type(CPU), "agree", lambda self, values: [max(pair) for pair in zip(values, (0, 0, 1))])
+        monkeypatch.setattr(
+            type(CPU), "agree", lambda self, values: [max(pair) for pair in zip(values, (0, 0, 1))]
+        )
         assert signals.agreed() == (0, 0, 1)
 
 
 def test_the_batches_made_ahead_are_few_however_many_make_an_update(monkeypatch, corpus_dir):
     run, _ = make_run(corpus_dir, update_freq=10**9)
     depths = []
-    monkeypatch.setattr(train, "prefetch", lambda items, depth, _: depths.append(depth) or prefetch(items, 2))
+    monkeypatch.setattr(
+        train, "prefetch", lambda items, depth, _: depths.append(depth) or prefetch(items, 2)
+    )
     next(train.turns(run, Corpus(run.cfg.data)))
     assert depths == [32]
 
@@ -291,5 +364,8 @@ def test_a_full_disk_ends_the_curves_in_one_line_and_not_the_run(monkeypatch, co
 
     monkeypatch.setattr(writer, "write", full)
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
-    printed = call(train.main, *few(corpus_dir, tmp_path, "--max_update", 3, "--tensorboard_logdir", tmp_path / "tb"))
+    printed = call(
+        train.main,
+        *few(corpus_dir, tmp_path, "--max_update", 3, "--tensorboard_logdir", tmp_path / "tb"),
+    )
     assert printed.count("No space left on device; no more curves until the next start") == 1

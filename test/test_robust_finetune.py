@@ -5,18 +5,16 @@ import os
 import resource
 import shutil
 
-import pytest
-import torch
-
 import convert
 import finetune
 from config import InputError, RunError
-from tasks import labelled
 from run import checkpoint
+from tasks import labelled, linear_probe, pretrained
 from test.helpers import call
 from test.test_finetune import flags, place  # noqa: F401
-from tasks import linear_probe
-from tasks import pretrained
+
+import pytest
+import torch
 
 NAN = float("nan")
 
@@ -40,7 +38,9 @@ def changed(path, out, *keys_and_value):
     return out
 
 
-TOKENS, POSITIONS, FC1 = (f"encoder.{name}.weight" for name in ("embed_tokens", "embed_positions", "layers.0.fc1"))
+TOKENS, POSITIONS, FC1 = (
+    f"encoder.{name}.weight" for name in ("embed_tokens", "embed_positions", "layers.0.fc1")
+)
 
 
 @pytest.mark.parametrize(
@@ -51,11 +51,23 @@ TOKENS, POSITIONS, FC1 = (f"encoder.{name}.weight" for name in ("embed_tokens", 
         (("config", "attention_heads"), 2.0, "--attention_heads 2.0: must be of type int"),
         (("config", "attention_heads"), [2], "--attention_heads .2.: must be of type int"),
         (("config", "activation_fn"), 7, "--activation_fn 7: must be of type str"),
-        (("student", TOKENS), torch.zeros(0, 16), "embed_tokens.weight is .0, 16., not a matrix of 4 rows or more"),
+        (
+            ("student", TOKENS),
+            torch.zeros(0, 16),
+            "embed_tokens.weight is .0, 16., not a matrix of 4 rows or more",
+        ),
         (("student", TOKENS), torch.zeros(40, 0), "--embed_dim 0: must be at least 1"),
-        (("student", TOKENS), torch.zeros(40, 16, dtype=torch.complex64), "not a tensor of floating-point numbers"),
+        (
+            ("student", TOKENS),
+            torch.zeros(40, 16, dtype=torch.complex64),
+            "not a tensor of floating-point numbers",
+        ),
         (("student", POSITIONS), torch.zeros(()), "embed_positions.weight is .., not a matrix"),
-        (("student", POSITIONS), torch.zeros(1, 16), "embed_positions.weight is .1, 16., not a matrix"),
+        (
+            ("student", POSITIONS),
+            torch.zeros(1, 16),
+            "embed_positions.weight is .1, 16., not a matrix",
+        ),
         (("student", FC1), torch.zeros(()), "fc1.weight is .., not a matrix"),
         (("classifier", "labels"), [], "damaged: its classifier"),
         (("classifier", "label_scale"), NAN, "damaged: its classifier"),
@@ -63,12 +75,21 @@ TOKENS, POSITIONS, FC1 = (f"encoder.{name}.weight" for name in ("embed_tokens", 
         (("classifier", "head"), {}, "the classification head has no out_proj.weight"),
     ],
 )
-def test_a_checkpoint_with_one_wrong_value_is_refused_in_one_line(keys, value, message, place, tuned, tmp_path):
+def test_a_checkpoint_with_one_wrong_value_is_refused_in_one_line(
+    keys, value, message, place, tuned, tmp_path
+):
     path = changed(tuned, tmp_path / "x.pt", *keys, value)
     (tmp_path / "lines").write_text("w1\n")
     with pytest.raises(InputError, match=message):
         finetune.main(
-            ["--ckpt", str(path), "--predict", str(tmp_path / "lines"), "--dict", str(place / "data/dict.txt")]
+            [
+                "--ckpt",
+                str(path),
+                "--predict",
+                str(tmp_path / "lines"),
+                "--dict",
+                str(place / "data/dict.txt"),
+            ]
         )
     if keys[0] != "classifier":
         with pytest.raises(InputError, match=message):
@@ -85,14 +106,23 @@ def test_a_folder_of_data_that_is_no_text_is_not_looked_for(tuned, tmp_path, pla
 def test_names_of_classes_print_no_escape_sequence(tuned, place, tmp_path, capsys):  # noqa: F811
     path = changed(tuned, tmp_path / "x.pt", "classifier", "labels", ["\x1b[2J\n", "\ud800"])
     (tmp_path / "lines").write_text("w1\n")
-    argv = ["--ckpt", str(path), "--predict", str(tmp_path / "lines"), "--dict", str(place / "data/dict.txt")]
+    argv = [
+        "--ckpt",
+        str(path),
+        "--predict",
+        str(tmp_path / "lines"),
+        "--dict",
+        str(place / "data/dict.txt"),
+    ]
     assert call(finetune.main, *argv).splitlines()[0] == "label\t\\x1b[2J\t\\ud800"
 
 
 def test_a_small_file_whose_layers_share_one_matrix_takes_little_memory(tuned, tmp_path):
     content, many = torch.load(tuned, weights_only=True), 400
     one = torch.zeros(1 << 20)
-    content["student"] |= {f"encoder.layers.{i}.fc1.weight": one.view(1 << 10, 1 << 10) for i in range(many)}
+    content["student"] |= {
+        f"encoder.layers.{i}.fc1.weight": one.view(1 << 10, 1 << 10) for i in range(many)
+    }
     torch.save(content, tmp_path / "x.pt")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError, match="its tensors have 1,6.* bytes, but share 4,"):
@@ -102,18 +132,31 @@ def test_a_small_file_whose_layers_share_one_matrix_takes_little_memory(tuned, t
 
 def test_a_small_file_whose_names_ask_for_a_large_model_takes_little_memory(tuned, place, tmp_path):  # noqa: F811
     content, width = torch.load(tuned, weights_only=True), 2048
-    content["student"] = {TOKENS: torch.zeros(40, width), POSITIONS: torch.zeros(66, width), FC1: torch.zeros(1, width)}
+    content["student"] = {
+        TOKENS: torch.zeros(40, width),
+        POSITIONS: torch.zeros(66, width),
+        FC1: torch.zeros(1, width),
+    }
     content["student"] |= {f"encoder.layers.{i}.x": torch.zeros(1) for i in range(8)}  # 67 MB each
     torch.save(content, tmp_path / "x.pt")
     (tmp_path / "lines").write_text("w1\n")
-    argv = ["--ckpt", tmp_path / "x.pt", "--predict", tmp_path / "lines", "--dict", place / "data/dict.txt"]
+    argv = [
+        "--ckpt",
+        tmp_path / "x.pt",
+        "--predict",
+        tmp_path / "lines",
+        "--dict",
+        place / "data/dict.txt",
+    ]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError, match="the encoder has no layernorm_embedding.weight"):
         finetune.main(list(map(str, argv)))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 
-def test_a_model_too_large_for_the_memory_is_refused_before_it_is_made(place, tmp_path, monkeypatch):  # noqa: F811
+def test_a_model_too_large_for_the_memory_is_refused_before_it_is_made(
+    place, tmp_path, monkeypatch
+):  # noqa: F811
     monkeypatch.setattr("hardware.device.Device.memory", lambda self: 100_000)
     with pytest.raises(InputError, match="too large for this cpu"):
         finetune.main(flags(place, tmp_path / "out"))
@@ -122,21 +165,54 @@ def test_a_model_too_large_for_the_memory_is_refused_before_it_is_made(place, tm
 @pytest.mark.parametrize(
     "name, text, options, message",
     [
-        ("x.jsonl", '{"text": "\\ud800", "label": 1}\n', {}, "line 1: not JSON: .* surrogates not allowed"),
-        ("x.tsv", "text\tlabel\n" + "".join(f"w1\t{i}\n" for i in range(1001)), {}, "1,001 different labels"),
-        ("x.tsv", "text\tlabel\nw1\t1e300\nw2\t1\n", dict(regression=True), r"line 2: 1e\+300 / 1 is too large"),
-        ("x.tsv", "text\tlabel\nw1\t1\nw2\t1\n", dict(regression=True, label_scale=1e-320), "line 2: 1 / .* too large"),
-        ("x.tsv", "text\tlabel\nw1\t1\n", dict(regression=True, freeze=True), "one training example"),
+        (
+            "x.jsonl",
+            '{"text": "\\ud800", "label": 1}\n',
+            {},
+            "line 1: not JSON: .* surrogates not allowed",
+        ),
+        (
+            "x.tsv",
+            "text\tlabel\n" + "".join(f"w1\t{i}\n" for i in range(1001)),
+            {},
+            "1,001 different labels",
+        ),
+        (
+            "x.tsv",
+            "text\tlabel\nw1\t1e300\nw2\t1\n",
+            dict(regression=True),
+            r"line 2: 1e\+300 / 1 is too large",
+        ),
+        (
+            "x.tsv",
+            "text\tlabel\nw1\t1\nw2\t1\n",
+            dict(regression=True, label_scale=1e-320),
+            "line 2: 1 / .* too large",
+        ),
+        (
+            "x.tsv",
+            "text\tlabel\nw1\t1\n",
+            dict(regression=True, freeze=True),
+            "one training example",
+        ),
         ("x.tsv", "text\tlabel\nw1\tgood\nw2\tbad\n", dict(text="²"), "no column ²"),
         ("x.tsv", "text\tlabel\nw1\tgood\nw2\tbad\n", dict(text="9" * 5000), "no column 999"),
         ("x.tsv", "text\tlabel\nw1\tgood\n", dict(num_classes=2 * 10**9), "must be at most 1000"),
         ("x.tsv", "text\tlabel\nw1\tgood\n", dict(seeds=2 * 10**9), "must be at most 1000"),
     ],
 )
-def test_labelled_text_and_settings_that_ask_for_too_much(name, text, options, message, place, tmp_path):  # noqa: F811
+def test_labelled_text_and_settings_that_ask_for_too_much(
+    name, text, options, message, place, tmp_path
+):  # noqa: F811
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match=message):
-        finetune.main(flags(place, tmp_path / "out", **dict(train=tmp_path / name, valid=tmp_path / name, **options)))
+        finetune.main(
+            flags(
+                place,
+                tmp_path / "out",
+                **dict(train=tmp_path / name, valid=tmp_path / name, **options),
+            )
+        )
 
 
 def test_a_probe_that_does_not_converge_ends_in_one_line():
@@ -152,17 +228,24 @@ def test_a_long_label_makes_no_long_line(place, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("words", [" ".join(["w5"] * 2_000_000), "汉" * 2_000_000])
-def test_an_endless_text_becomes_the_example_that_its_beginning_is(words, place, tmp_path, monkeypatch):  # noqa: F811
+def test_an_endless_text_becomes_the_example_that_its_beginning_is(
+    words, place, tmp_path, monkeypatch
+):  # noqa: F811
     seen = []
     make = labelled.make_split
-    monkeypatch.setattr(labelled, "make_split", lambda texts, *rest: (seen.append(texts[0][0]), make(texts, *rest))[1])
+    monkeypatch.setattr(
+        labelled,
+        "make_split",
+        lambda texts, *rest: (seen.append(texts[0][0]), make(texts, *rest))[1],
+    )
     for name, text in (("long", words), ("short", words[:600])):
         (tmp_path / f"{name}.tsv").write_text(f"text\tlabel\n{text}\tgood\nw2\tbad\n")
         own = dict(train=tmp_path / f"{name}.tsv", valid=tmp_path / f"{name}.tsv", max_epoch=1)
         call(finetune.main, *flags(place, tmp_path / name, **own))
     assert max(map(len, seen)) < 1000
     rows = [
-        json.loads((tmp_path / n / "finetune.jsonl").read_text().splitlines()[0])["loss"] for n in ("long", "short")
+        json.loads((tmp_path / n / "finetune.jsonl").read_text().splitlines()[0])["loss"]
+        for n in ("long", "short")
     ]
     assert rows[0] == rows[1]
 
@@ -178,7 +261,9 @@ def test_a_dictionary_and_a_bpe_of_the_users_are_neither_removed_nor_replaced(pl
         with pytest.raises(InputError, match=f"holds another {name}"):
             finetune.main(flags(place, out, max_epoch=1))
         assert (out / name).read_text() == "mine"
-    shutil.copyfile(place / "data" / "dict.txt", tmp_path / "dict.txt" / "dict.txt")  # the same one is no obstacle
+    shutil.copyfile(
+        place / "data" / "dict.txt", tmp_path / "dict.txt" / "dict.txt"
+    )  # the same one is no obstacle
     call(finetune.main, *flags(place, tmp_path / "dict.txt", max_epoch=1))
     call(finetune.main, *flags(place, tmp_path / "dict.txt", max_epoch=1, overwrite=True))
 
@@ -195,7 +280,13 @@ def test_predictions_replace_neither_what_they_read_nor_a_device(tuned, tmp_path
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to(tmp_path / "lines")
     shutil.copytree(tuned.parent, tmp_path / "tuned")
-    argv = ["--ckpt", str(tmp_path / "tuned" / "checkpoint_best.pt"), "--predict", str(tmp_path / "lines"), "--out"]
+    argv = [
+        "--ckpt",
+        str(tmp_path / "tuned" / "checkpoint_best.pt"),
+        "--predict",
+        str(tmp_path / "lines"),
+        "--out",
+    ]
     for name in ("lines", "link", "tuned/checkpoint_best.pt"):
         with pytest.raises(InputError, match="is a file that this reads"):
             finetune.main([*argv, str(tmp_path / name)])

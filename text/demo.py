@@ -18,15 +18,24 @@ from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import numpy as np
-
-import config
-from config import InputError, printable
-from data import BlockDataset, Corpus, DataConfig
-from text.binarized import EOS, PAD, SPECIAL, UNK, Dictionary, TokenStream, build_dictionary, write_dataset
+from config import DataConfig, InputError, printable
+from data import BlockDataset, Corpus
+from run import flags
+from text.binarized import (
+    EOS,
+    PAD,
+    SPECIAL,
+    UNK,
+    Dictionary,
+    TokenStream,
+    build_dictionary,
+    write_dataset,
+)
 from text.files import json_rows
 from text.notes import notes
 from text.tokens import load_tokenizer
+
+import numpy as np
 
 
 def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int) -> dict:
@@ -50,9 +59,17 @@ def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int)
         places += source.size
     separators = stream.sizes == 1
     # a document begins at a sentence that is no separator and comes first or after a separator
-    documents = int((~separators & np.concatenate([[True], separators[:-1]])).sum()) if len(separators) else 0
+    documents = (
+        int((~separators & np.concatenate([[True], separators[:-1]])).sum())
+        if len(separators)
+        else 0
+    )
     too_long, remainder = dataset.dropped_tokens()
-    quantiles = np.quantile(dataset.lengths, [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1]) if len(dataset.lengths) else []
+    quantiles = (
+        np.quantile(dataset.lengths, [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1])
+        if len(dataset.lengths)
+        else []
+    )
     return dict(
         split=split,
         epoch=epoch,
@@ -94,7 +111,9 @@ def shared_text(folder: Path) -> str:
     """What train and valid share: the files that preprocess.py read for both, or "everything"; "" if nothing is known
     to be in both."""
     rows = {str(row.get("step")): row for row in json_rows(folder / "preprocess.log")}
-    with contextlib.suppress(InputError, KeyError, TypeError):  # there is no valid, or the log was edited
+    with contextlib.suppress(
+        InputError, KeyError, TypeError
+    ):  # there is no valid, or the log was edited
         if TokenStream(folder, "train").digest() == TokenStream(folder, "valid").digest():
             return "everything"
         read = {split: rows[split]["made_from"]["text"] for split in ("train", "valid")}
@@ -108,9 +127,13 @@ def warnings(facts: dict, dataset: BlockDataset) -> list[str]:
     if facts["dropped_percent"] > 1:
         found.append(f"{facts['dropped_percent']:.1f}% of the tokens are never seen")
     if facts["unknown"] * share > 5:
-        found.append(f"{facts['unknown'] * share:.0f}% of the tokens are <unk>; with --bpe train there would be none")
+        found.append(
+            f"{facts['unknown'] * share:.0f}% of the tokens are <unk>; with --bpe train there would be none"
+        )
     if shared := shared_text(dataset.stream.folder):
-        found.append(f"train and valid share {shared}; a figure on valid then says little of new text")
+        found.append(
+            f"train and valid share {shared}; a figure on valid then says little of new text"
+        )
     return found
 
 
@@ -124,7 +147,8 @@ def print_description(facts: dict, dataset: BlockDataset):
         ("blocks", f"{facts['blocks']:,}"),
         (
             "block length",
-            "min 10% 25% 50% 75% 90% max: " + " ".join(f"{q:.0f}" for q in facts["block_length_quantiles"]),
+            "min 10% 25% 50% 75% 90% max: "
+            + " ".join(f"{q:.0f}" for q in facts["block_length_quantiles"]),
         ),
         (
             "lost, too long",
@@ -171,9 +195,15 @@ def make_demo(folder, words: int = 4000):
             e.filename = str(folder)
             raise
         for path in folder.iterdir():
-            if not (made / path.name).exists() or not filecmp.cmp(path, made / path.name, shallow=False):
-                raise InputError(f"--make_demo {folder}: {path.name} in it is not this demo's; choose a new folder")
-        for path in sorted(made.iterdir(), key=lambda path: path.name == "train.idx"):  # it marks the set as complete
+            if not (made / path.name).exists() or not filecmp.cmp(
+                path, made / path.name, shallow=False
+            ):
+                raise InputError(
+                    f"--make_demo {folder}: {path.name} in it is not this demo's; choose a new folder"
+                )
+        for path in sorted(
+            made.iterdir(), key=lambda path: path.name == "train.idx"
+        ):  # it marks the set as complete
             path.replace(folder / path.name)
     for line in lines:
         print(printable(f"{folder}/{line}"))
@@ -195,14 +225,21 @@ def _write_demo(folder: Path, words: int) -> list[str]:
         ]
         for split, members in splits.items()
     }
-    counts = Counter(word for document in documents["train"] for sentence in document for word in sentence)
-    (folder / "dict.txt").write_text(build_dictionary(counts, words + len(SPECIAL)), encoding="utf-8")
+    counts = Counter(
+        word for document in documents["train"] for sentence in document for word in sentence
+    )
+    (folder / "dict.txt").write_text(
+        build_dictionary(counts, words + len(SPECIAL)), encoding="utf-8"
+    )
     dictionary = Dictionary(folder / "dict.txt")
     lines = []
     for split, members in documents.items():
         sentences = []
         for document in members:
-            sentences += [[dictionary.ids.get(word, UNK) for word in sentence] + [EOS] for sentence in document]
+            sentences += [
+                [dictionary.ids.get(word, UNK) for word in sentence] + [EOS]
+                for sentence in document
+            ]
             sentences.append([EOS])
         count, tokens = write_dataset(folder / split, sentences, dictionary.rows)
         lines.append(f"{split}: {count:,} sentences, {tokens:,} tokens, {len(members)} documents")
@@ -218,9 +255,11 @@ def main(argv: list | None = None) -> int:
         parser.add_argument("--json", action="store_true", help="print one JSON object")
         parser.add_argument("--make_demo", metavar="DIR", help="write a demo corpus and stop")
 
-    (cfg,), args = config.parse([DataConfig], __doc__, argv, extra=extra)
+    (cfg,), args = flags.parse([DataConfig], __doc__, argv, extra=extra)
     if args.epoch < 1 or args.world_size < 1 or not 0 <= args.rank < args.world_size:
-        raise InputError("--epoch and --world_size must be at least 1, and --rank from 0 to world_size - 1")
+        raise InputError(
+            "--epoch and --world_size must be at least 1, and --rank from 0 to world_size - 1"
+        )
     if args.make_demo is not None:
         if not args.make_demo:
             raise InputError("--make_demo needs a folder")

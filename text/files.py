@@ -14,9 +14,9 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from config import InputError, printable, read_text
+
+from tqdm import tqdm
 
 CHUNK = 1 << 20  # bytes of text that one worker takes at a time
 LONG = 1 << 20  # bytes of one line that are held; a longer one is cut where that changes no token
@@ -41,7 +41,9 @@ def readable(what: str):
     except InputError:
         raise
     except Exception as e:
-        why = str(getattr(e, "strerror", None) or e)[:200]  # zipfile quotes up to 64 KiB of the file
+        why = str(getattr(e, "strerror", None) or e)[
+            :200
+        ]  # zipfile quotes up to 64 KiB of the file
         raise InputError(f"{what}: {why or type(e).__name__}") from None
 
 
@@ -61,7 +63,11 @@ def without_mark(text: str, name: str) -> str:
 def locate(name: str) -> Source:
     """Find a file. Raises InputError if it, or the archive's member, does not exist."""
     archive = re.fullmatch(r"(.*\.zip):(.+)", name, re.I)
-    path, member = (Path(archive[1]), archive[2]) if archive and not Path(name).exists() else (Path(name), None)
+    path, member = (
+        (Path(archive[1]), archive[2])
+        if archive and not Path(name).exists()
+        else (Path(name), None)
+    )
     if not path.is_file():
         raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     if member is None and not zipfile.is_zipfile(path):
@@ -69,7 +75,9 @@ def locate(name: str) -> Source:
     with readable(f"{path}: not a readable zip archive"), zipfile.ZipFile(path) as z:
         members = {m.filename: m.compress_size for m in z.infolist() if not m.is_dir()}
     if member not in members:
-        what = "an archive; name one of its members" if member is None else f"has no member {member!r}"
+        what = (
+            "an archive; name one of its members" if member is None else f"has no member {member!r}"
+        )
         shown = ", ".join(list(members)[:8]) or "nothing"
         raise InputError(f"{path}: {what}, as ARCHIVE.zip:MEMBER; it holds {shown}")
     return Source(path, member, members[member])
@@ -98,18 +106,28 @@ def whole_lines(name: str, advance):
         while block := file.read(CHUNK):
             advance(raw.tell() - at)
             at = raw.tell()
-            end = 1 + max(block.rfind(b"\n"), block.rfind(b"\r", 0, -1))  # a last \r may be half of a \r\n
+            end = 1 + max(
+                block.rfind(b"\n"), block.rfind(b"\r", 0, -1)
+            )  # a last \r may be half of a \r\n
             if end:
                 yield b"".join([*held, block[:end]]), False
                 held = []
             held.append(block[end:])
             if sum(map(len, held)) > LONG:
                 line = b"".join(held)
-                *_, end = 0, *(match.start() for match in BETWEEN_WORDS.finditer(line, len(line) - LONG // 2))
+                *_, end = (
+                    0,
+                    *(
+                        match.start()
+                        for match in BETWEEN_WORDS.finditer(line, len(line) - LONG // 2)
+                    ),
+                )
                 if end:
                     yield line[:end], True
                 elif len(line) > 64 * LONG:
-                    raise InputError(f"{name}: {len(line) >> 20} MiB without a line end or a space; not a text")
+                    raise InputError(
+                        f"{name}: {len(line) >> 20} MiB without a line end or a space; not a text"
+                    )
                 held = [line[end:]]
     if rest := b"".join(held):
         yield rest, False
@@ -134,10 +152,14 @@ def read_chunks(name: str, advance=lambda n: None):
         if "\r" in text:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
         if "\0" in text:
-            note(f"{name}: holds NUL characters, as UTF-16 does that was not converted, and files that are no text")
+            note(
+                f"{name}: holds NUL characters, as UTF-16 does that was not converted, and files that are no text"
+            )
         line += text.count("\n")
         if error:
-            raise InputError(f"{name}, line {line}: not UTF-8 ({error.reason}); convert the file first, as iconv does")
+            raise InputError(
+                f"{name}, line {line}: not UTF-8 ({error.reason}); convert the file first, as iconv does"
+            )
         yield begun + text + (begun := "\r" * is_cut)
 
 
@@ -145,7 +167,9 @@ def read_all(names: list[str], label: str):
     """The text of several files, as read_chunks, with a progress bar. Between two files an empty line is added if there
     is none, since a new file begins a new document."""
     total = disk_size(names)
-    with tqdm(desc=label, total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(
+        desc=label, total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty()
+    ) as bar:
         last = ""  # line of the file before
         for name in names:
             separator = "\n" if last.strip() else ""
@@ -175,5 +199,7 @@ def identity(name: str) -> dict:
     path, member, _ = locate(name)
     status = path.stat()
     return dict(
-        file=path.name + (f":{member}" if member is not None else ""), bytes=status.st_size, mtime_ns=status.st_mtime_ns
+        file=path.name + (f":{member}" if member is not None else ""),
+        bytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
     )

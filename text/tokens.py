@@ -13,17 +13,20 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
 from config import InputError, read_text
 from text.binarized import EOS, UNK, Dictionary, token_type
 from text.files import disk_size, read_all
+
+import numpy as np
 
 BPE_FILES = ("encoder.json", "vocab.bpe")
 # GPT-2's pattern always cuts before a space between two characters that are not white space, and looks at nothing
 # beyond that space. So the pieces can be encoded, and remembered, one by one.
 CUT = re.compile(r"(?<=\S)(?= \S)")
-MEMO, MEMO_PIECE = 1 << 18, 32  # how many pieces of text are remembered with their tokens, and the longest of them
+MEMO, MEMO_PIECE = (
+    1 << 18,
+    32,
+)  # how many pieces of text are remembered with their tokens, and the longest of them
 
 
 def lines_of(chunk: str) -> list[str]:
@@ -61,16 +64,24 @@ def read_bpe(encoder_json, vocab_bpe):
         json.dumps(vocab, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except (ValueError, RecursionError) as e:
         raise InputError(f"{encoder_json}: not JSON: {e}") from None
-    if not isinstance(vocab, dict) or not all(type(i) is int and 0 <= i < 1 << 24 for i in vocab.values()):
-        raise InputError(f"{encoder_json}: expected GPT-2's encoder.json, an object of tokens and their ids")
+    if not isinstance(vocab, dict) or not all(
+        type(i) is int and 0 <= i < 1 << 24 for i in vocab.values()
+    ):
+        raise InputError(
+            f"{encoder_json}: expected GPT-2's encoder.json, an object of tokens and their ids"
+        )
     rows = texts[1].split("\n")
     merges = [tuple(row.split(" ")) for row in rows[rows[0].startswith("#version") :] if row]
     for merge in merges:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
-            raise InputError(f"{vocab_bpe}: {' '.join(merge)[:80]!r} does not merge two tokens of {encoder_json}")
+            raise InputError(
+                f"{vocab_bpe}: {' '.join(merge)[:80]!r} does not merge two tokens of {encoder_json}"
+            )
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     if missing := set(alphabet) - vocab.keys():
-        raise InputError(f"{encoder_json}: {len(missing)} of the 256 single bytes have no token; not a byte-level BPE")
+        raise InputError(
+            f"{encoder_json}: {len(missing)} of the 256 single bytes have no token; not a byte-level BPE"
+        )
     special = r"<.*>|\[.*\]"  # such as <|endoftext|>, which no merge makes
     unmade = vocab.keys() - {"".join(merge) for merge in merges} - set(alphabet)
     if unmade := sorted(token for token in unmade if not re.fullmatch(special, token, re.S)):
@@ -154,16 +165,25 @@ class Tokenizer:
         else:
             vocab = bpe.get_vocab(with_added_tokens=False)
             self.longest = max(map(len, vocab))  # bytes of a token, hence at least its characters
-            self.table = np.array([ids.get(str(i), UNK) for i in range(1 + max(vocab.values()))], dtype)
+            self.table = np.array(
+                [ids.get(str(i), UNK) for i in range(1 + max(vocab.values()))], dtype
+            )
             # a line's first word has no space before it
-            self.first, self.later = _Memo(self._encode), _Memo(lambda word: self._encode(" " + word))
+            self.first, self.later = (
+                _Memo(self._encode),
+                _Memo(lambda word: self._encode(" " + word)),
+            )
 
     def _encode(self, text: str) -> bytes:
         return self.table[self.bpe.encode(text, add_special_tokens=False).ids].tobytes()
 
     def _row(self, line: str) -> bytes:
         """The tokens of one line as bytes. A "\\r" at its beginning or end says that it is only a part of one."""
-        words, eos, space = line.split(), b"" if line[-1:] == "\r" else self.eos, " " * (line[:1] == "\r")
+        words, eos, space = (
+            line.split(),
+            b"" if line[-1:] == "\r" else self.eos,
+            " " * (line[:1] == "\r"),
+        )
         line = line.strip()
         if self.bpe is None or not words:
             return b"".join(map(self.later.__getitem__, words)) + eos
@@ -172,7 +192,9 @@ class Tokenizer:
         return self.first[space + words[0]] + b"".join(map(self.later.__getitem__, words[1:])) + eos
 
     def __call__(self, lines: list[str]) -> list[np.ndarray]:
-        return [np.frombuffer(self._row(line.strip()), self.dtype).astype(np.int64) for line in lines]
+        return [
+            np.frombuffer(self._row(line.strip()), self.dtype).astype(np.int64) for line in lines
+        ]
 
     def head(self, line: str, tokens: int) -> str:
         """The beginning of a line that holds at least its first `tokens` tokens, for a caller that keeps no more.
@@ -192,7 +214,9 @@ class Tokenizer:
             return dictionary.decode(tokens)
         shown, symbols = "", (dictionary.symbols[token] for token in tokens)
         for is_text, group in itertools.groupby(symbols, str.isdecimal):
-            shown += self.bpe.decode([int(symbol) for symbol in group]) if is_text else "".join(group)
+            shown += (
+                self.bpe.decode([int(symbol) for symbol in group]) if is_text else "".join(group)
+            )
         return shown
 
     def encode(self, chunk: str):
@@ -230,7 +254,11 @@ def load_tokenizer(folder, dictionary: Dictionary, encoder_json=None, vocab_bpe=
     if len(there) == 1:
         missing = next(name for name in BPE_FILES if name not in there)
         raise InputError(f"no {missing} in {folder}, which belongs to {paths[there[0]]}")
-    return Tokenizer(text_ids(dictionary), token_type(dictionary.rows), read_bpe(*paths.values()) if there else None)
+    return Tokenizer(
+        text_ids(dictionary),
+        token_type(dictionary.rows),
+        read_bpe(*paths.values()) if there else None,
+    )
 
 
 def text_ids(dictionary: Dictionary) -> dict:

@@ -26,9 +26,20 @@ from fairseq.data import data_utils
 from fairseq.trainer import Trainer
 from fairseq_cli import hydra_train, preprocess, train
 
-RECIPES = Path(fairseq.__file__).parent / "examples" / "data2vec" / "config" / "text" / "pretraining"
-PLAIN = ["common.fp16=false", "common.cpu=true", "common.tensorboard_logdir=null", "dataset.num_workers=0"]
-PLAIN += ["distributed_training.distributed_world_size=1", "hydra.run.dir=.", "hydra.output_subdir=null"]
+RECIPES = (
+    Path(fairseq.__file__).parent / "examples" / "data2vec" / "config" / "text" / "pretraining"
+)
+PLAIN = [
+    "common.fp16=false",
+    "common.cpu=true",
+    "common.tensorboard_logdir=null",
+    "dataset.num_workers=0",
+]
+PLAIN += [
+    "distributed_training.distributed_world_size=1",
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+]
 PLAIN += ["common.user_dir=examples/data2vec", "task.data=golden/corpus"]
 
 # the settings that differ from fairseq's base.yaml; its names without their groups, as here
@@ -43,8 +54,20 @@ BATCHES = {
         leave_unmasked_prob=0.1,
         seed=7,
     ),
-    "none": dict(sample_break_mode="none", tokens_per_sample=32, max_tokens=1000, mask_stdev=1.5, mask_prob=0.5),
-    "eos": dict(sample_break_mode="eos", tokens_per_sample=96, max_tokens=300, mask_multiple_length=2, seed=5),
+    "none": dict(
+        sample_break_mode="none",
+        tokens_per_sample=32,
+        max_tokens=1000,
+        mask_stdev=1.5,
+        mask_prob=0.5,
+    ),
+    "eos": dict(
+        sample_break_mode="eos",
+        tokens_per_sample=96,
+        max_tokens=300,
+        mask_multiple_length=2,
+        seed=5,
+    ),
 }
 RUN = dict(
     BATCHES["doc"],
@@ -82,7 +105,14 @@ GROUPS = {
 def fairseq_train(settings: dict):
     """fairseq-hydra-train with its recipe for text and these settings, in the current folder."""
     groups = {name: group for group, names in GROUPS.items() for name in names.split()}
-    sys.argv = ["fairseq-hydra-train", "--config-dir", str(RECIPES), "--config-name", "base", *PLAIN]
+    sys.argv = [
+        "fairseq-hydra-train",
+        "--config-dir",
+        str(RECIPES),
+        "--config-name",
+        "base",
+        *PLAIN,
+    ]
     for name, value in settings.items():
         sys.argv.append("{}.{}={}".format(groups[name], name, [value] if name == "lr" else value))
     hydra_train.cli_main()
@@ -98,12 +128,16 @@ def changed():
     @contextlib.contextmanager
     def numpy_seed(*key):
         drawn = np.random.default_rng(int(hash(key) % 1e6))
-        numpy.random = types.SimpleNamespace(rand=drawn.random, choice=drawn.choice, normal=drawn.normal)
+        numpy.random = types.SimpleNamespace(
+            rand=drawn.random, choice=drawn.choice, normal=drawn.normal
+        )
         yield
 
     def batch_by_size(*args, **options):
         batches = before[2](*args, **options)
-        return batches[:-1] if len(batches[-1]) % options["required_batch_size_multiple"] else batches
+        return (
+            batches[:-1] if len(batches[-1]) % options["required_batch_size_multiple"] else batches
+        )
 
     if "default_rng" not in inspect.getsource(masking):
         masking.np, masking.data_utils = numpy, types.SimpleNamespace(numpy_seed=numpy_seed)
@@ -149,7 +183,9 @@ def record_batches(settings: dict, workers: int) -> dict:
 
         real = train.Trainer, train.train
         train.Trainer, train.train = Worker, look
-        fairseq_train(dict(settings, **{k: RUN[k] for k in ("embed_dim", "layers", "attention_heads")}))
+        fairseq_train(
+            dict(settings, **{k: RUN[k] for k in ("embed_dim", "layers", "attention_heads")})
+        )
         train.Trainer, train.train = real
     return found
 
@@ -157,7 +193,11 @@ def record_batches(settings: dict, workers: int) -> dict:
 def used(model) -> list:
     """(name, weight) of all that are trained. The release's layers have more, such as `fc1_weight`, for a fast path
     that training does not take: zeros that stay zeros."""
-    return [(name, p) for name, p in model.named_parameters() if name.rpartition(".")[2] in ("weight", "bias")]
+    return [
+        (name, p)
+        for name, p in model.named_parameters()
+        if name.rpartition(".")[2] in ("weight", "bias")
+    ]
 
 
 def record_run(folder: str) -> dict:
@@ -183,7 +223,9 @@ def record_run(folder: str) -> dict:
                 validations[-1].append(row)
             else:
                 row["nsentences"] = sum(log["nsentences"] for log in logs)
-                row.update(gnorm=float(grad_norm), lr=self.lr_used, ema_decay=logs[0]["ema_decay"] / 1000)
+                row.update(
+                    gnorm=float(grad_norm), lr=self.lr_used, ema_decay=logs[0]["ema_decay"] / 1000
+                )
                 updates.append(row)
             return super()._reduce_and_log_stats(logs, sample_size, grad_norm)
 
@@ -197,7 +239,11 @@ def record_run(folder: str) -> dict:
     losses = []
     for rows in validations:
         size = sum(row["sample_size"] for row in rows)
-        losses.append(dict(loss=sum(row["loss"] * row["sample_size"] for row in rows) / size, sample_size=size))
+        losses.append(
+            dict(
+                loss=sum(row["loss"] * row["sample_size"] for row in rows) / size, sample_size=size
+            )
+        )
     return dict(updates=updates, validations=losses)
 
 

@@ -6,7 +6,9 @@ Read by record.py, which runs in fairseq's own Python, and by test/test_golden.p
 import numpy as np
 
 LINES = {"train": 1200, "valid": 200}
-WORDS = 260  # different ones in the text; the dictionary takes fewer, so that there are unknown words
+WORDS = (
+    260  # different ones in the text; the dictionary takes fewer, so that there are unknown words
+)
 
 
 def draws(state: int):
