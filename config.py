@@ -226,7 +226,6 @@ class ModelConfig:
         4.0, "where smooth L1 turns from square to linear (0: squared error)", low=0
     )
     loss_scale: float = option(1.0, "factor of the loss (0 or less: 1 / sqrt(width))")
-    init: str = option("bert", "how the weights start (init.py)", choices=("bert", "local"))
     objective: str = option(
         "data2vec",
         "what the student predicts: the teacher's targets, or hidden words",

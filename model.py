@@ -11,7 +11,7 @@ import math
 
 from config import InputError, ModelConfig
 from hardware import kernels
-from init import PAD, start
+from text.binarized import PAD
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +175,7 @@ class RegressionHead(nn.Sequential):
 
 
 class WordHead(nn.Module):
-    """Names the word at a place (mlm.py): Linear, GELU, LayerNorm, then the token embedding's transpose and a bias."""
+    """Names the word at a place : Linear, GELU, LayerNorm, then the token embedding's transpose and a bias."""
 
     def __init__(self, cfg: ModelConfig, vocabulary_size: int):
         super().__init__()
@@ -188,8 +188,19 @@ class WordHead(nn.Module):
         return F.linear(self.layer_norm(kernels.gelu(self.dense(x))), embedding, self.bias)
 
 
+@torch.no_grad()
+def init_weights(module: nn.Module):
+    """N(0, 0.02) for Linear and Embedding weights, zero for biases and PAD's row; BERT's start."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding):
+        module.weight[module.padding_idx].zero_()
+
+
 class Data2VecText(nn.Module):
-    """The student: encoder and regression head, and a head for words if the objective asks for it (mlm.py). The teacher
+    """The student: encoder and regression head, and a head for words if the objective asks for it. The teacher
     is an `Encoder` of its own, made by `ema.make_teacher`."""
 
     def __init__(self, cfg: ModelConfig, vocabulary_size: int):
@@ -197,7 +208,7 @@ class Data2VecText(nn.Module):
         self.encoder = Encoder(cfg, vocabulary_size)
         self.regression_head = RegressionHead(cfg) if cfg.objective == "data2vec" else None
         self.lm_head = WordHead(cfg, vocabulary_size) if cfg.predicts_words else None
-        start(self, cfg.init)
+        self.apply(init_weights)
 
     @record_function("student")
     def forward(self, source: Tensor, masked: Tensor, padded: bool = True) -> Tensor:
@@ -275,3 +286,42 @@ def data2vec_loss(prediction: Tensor, target: Tensor, cfg: ModelConfig) -> Tenso
     else:
         loss = F.smooth_l1_loss(prediction.float(), target, reduction="sum", beta=cfg.loss_beta)
     return loss * (cfg.loss_scale if cfg.loss_scale > 0 else 1 / math.sqrt(prediction.shape[-1]))
+
+
+# ---------------------------------------------------------------------------- the language model
+
+
+def places_of(batch, cfg: ModelConfig) -> Tensor:
+    """The flat places (M,) of a batch that enter the loss."""
+    return batch.chosen if cfg.objective == "mlm" else batch.masked
+
+
+def words_of(batch, cfg: ModelConfig) -> Tensor:
+    """The tokens (M,) that were there before masking.
+
+    With objective=mlm the batch must hold whole blocks.
+    """
+    places = batch.chosen if cfg.objective == "mlm" else batch.target_places
+    return batch.target.flatten().index_select(0, places)
+
+
+def word_loss(logits: Tensor, words: Tensor) -> Tensor:
+    """Cross-entropy of logits (M, V) and words (M,), in nats, summed; float32, ()."""
+    return F.cross_entropy(logits.float(), words, reduction="sum")
+
+
+def loss_with_words(student, teacher, batch, cfg: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Masked language modelling, alone or beside data2vec: the paper's other column (table 4).
+
+    Returns the loss () of a batch on the device, and prediction and target (M, C) of its data2vec
+    part: of no place, if it has none. Source: Liu et al. 2019, 'RoBERTa' (arXiv 1907.11692).
+    """
+    if cfg.objective == "mlm":
+        logits = student(batch.source, batch.chosen, batch.source_padded)  # (M, V)
+        none = logits.new_zeros(0, cfg.embed_dim)
+        return word_loss(logits, words_of(batch, cfg)), none, none
+    target = teacher_targets(teacher, batch, cfg)
+    prediction, logits = student(batch.source, batch.masked, batch.source_padded)
+    loss = data2vec_loss(prediction, target, cfg)
+    loss = loss + cfg.mlm_weight * word_loss(logits, words_of(batch, cfg))
+    return loss, prediction, target

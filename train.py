@@ -42,14 +42,13 @@ if __name__ == "__main__":
 
 
 import ema
-import mlm
 from data import Batch, Corpus, prefetch
 from hardware.device import Device, open_device, use_all_cores, worker
 from hardware.flops import update_flops
 from hardware.vectors import LongVectors, Separate
 from judge.quality import verdict
 from judge.validation import Validation
-from model import Data2VecText, data2vec_loss, teacher_targets
+from model import Data2VecText, data2vec_loss, loss_with_words, places_of, teacher_targets
 from optim import Optimizer, Step
 from run import checkpoint, resume
 from run.clock import Clock
@@ -164,7 +163,9 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
     with device.autocast():  # one for all batches: it casts the student's weights once
         for batch in map(device.upload, batches):
             if cfg.model.predicts_words:
-                loss, prediction, target = mlm.loss_of(run, batch)
+                loss, prediction, target = loss_with_words(
+                    run.student, run.teacher, batch, cfg.model
+                )
             else:
                 target = teacher_targets(run.teacher, batch, cfg.model)  # (M, C), no gradient
                 prediction = run.student(batch.source, batch.masked, batch.source_padded)  # (M, C)
@@ -199,9 +200,7 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
 
 def count(batches: list[Batch], cfg: ModelConfig) -> torch.Tensor:
     """(3,) int64 on the host: places in the loss, blocks, tokens."""
-    counts = [
-        [len(mlm.places_of(batch, cfg)), batch.nsentences, batch.ntokens] for batch in batches
-    ]
+    counts = [[len(places_of(batch, cfg)), batch.nsentences, batch.ntokens] for batch in batches]
     return torch.tensor(counts, dtype=torch.int64).reshape(len(batches), 3).sum(0)
 
 

@@ -5,7 +5,7 @@ import time
 from config import ModelConfig
 from data import Batch
 from hardware.device import Device
-from mlm import places_of
+from model import places_of
 from text.binarized import PAD
 
 import numpy as np

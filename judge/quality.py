@@ -15,14 +15,13 @@ as one observation); `beyond_block` is the student's share of what the block gue
 
 import math
 
-import mlm
 from config import InputError
 from data import Batch, BlockDataset
-from judge import probe
-from judge.neighbours import word_loss
-from model import data2vec_loss, teacher_targets
+from judge import neighbours, probe
+from model import data2vec_loss, places_of, teacher_targets, word_loss, words_of
 from run.progress import Bar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -197,7 +196,7 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
     run.student.eval()
     has_targets = cfg.objective == "data2vec"
     guesses = Guesses(run, train) if train and has_targets else None
-    words = mlm.WordFigures(run, train) if cfg.predicts_words else None
+    words = WordFigures(run, train) if cfg.predicts_words else None
     loss = torch.zeros((), device=device.torch_device)
     sums = torch.zeros(6, cfg.embed_dim, device=device.torch_device)
     sample_size = batches = 0
@@ -205,7 +204,7 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
     for host in Bar(dataset.batches(lists, 1), device.rank, what=dataset.split, total=len(lists)):
         batch = device.upload(host)
         with device.autocast():
-            found = run.student(batch.source, mlm.places_of(batch, cfg), batch.source_padded)
+            found = run.student(batch.source, places_of(batch, cfg), batch.source_padded)
             if has_targets:
                 target = teacher_targets(run.teacher, batch, cfg)
                 prediction = found[0] if words else found
@@ -215,8 +214,8 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
         if guesses:
             guesses.add(batch, prediction, target)
         if words:
-            words.add(found[1] if has_targets else found, mlm.words_of(batch, cfg))
-        sample_size, batches = sample_size + len(mlm.places_of(host, cfg)), batches + 1
+            words.add(found[1] if has_targets else found, words_of(batch, cfg))
+        sample_size, batches = sample_size + len(places_of(host, cfg)), batches + 1
     run.student.train()
     counts = torch.tensor([sample_size, batches], device=device.torch_device)
     for tensor in (loss, sums, counts):
@@ -227,7 +226,7 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
             f"{dataset.stream.folder}: {dataset.split} has nothing masked; is --mask_prob too small?"
         )
     named = words.figures() if words else {}
-    counted = word_loss(dataset, train) if words and train else None
+    counted = neighbours.word_loss(dataset, train) if words and train else None
     if counted is not None:
         named["mlm_loss_neighbours"] = counted
     if not has_targets:
@@ -235,3 +234,31 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
     beside = guesses.figures(sums, sample_size) if guesses else {}
     counted = dict(loss=float(loss) / sample_size, sample_size=sample_size, batches=batches)
     return {**counted, **quality(sums, sample_size), **beside, **named}
+
+
+class WordFigures:
+    """How well the student names hidden words, over all workers, beside the word frequencies of the training split."""
+
+    def __init__(self, run, train: BlockDataset | None):
+        """Without a training split the frequencies are not known, and left out."""
+        self.device, self.frequency = run.device, None
+        if train is not None:
+            counts = (
+                train.stream.counts(train.dictionary) + 1.0
+            )  # as if each word had been seen once more
+            self.frequency = run.device.tensor(np.log(counts / counts.sum()).astype(np.float32))
+        self.sums = torch.zeros(4, device=run.device.torch_device)
+
+    def add(self, logits: Tensor, words: Tensor):
+        """Take in a batch's logits (M, V) and its words (M,)."""
+        hits, places = (logits.argmax(1) == words).sum(), words.new_tensor(len(words))
+        unigram = places * 0 if self.frequency is None else -self.frequency[words].sum()
+        self.sums += torch.stack([word_loss(logits, words), hits, unigram, places])
+
+    def figures(self) -> dict:
+        """Mean cross-entropy in nats, that of the frequencies, perplexity, accuracy, and the number of places."""
+        loss, hits, unigram, places = self.device.all_reduce(self.sums).tolist()
+        loss, unigram = loss / max(1, places), unigram / max(1, places)
+        known = {} if self.frequency is None else dict(mlm_loss_frequency=unigram)
+        rest = dict(mlm_perplexity=math.exp(min(loss, 700)), mlm_accuracy=hits / max(1, places))
+        return dict(mlm_loss=loss, **known, **rest, mlm_places=int(places))

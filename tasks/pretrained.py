@@ -11,8 +11,7 @@ from pathlib import Path
 from config import InputError, ModelConfig, check_ranges, printable, read_text
 from formats import fairseq_names, integrity
 from formats import hf as convert_hf
-from init import start
-from model import PAD, Encoder
+from model import PAD, Encoder, init_weights
 from run import checkpoint
 from tasks import labelled
 from text.binarized import SPECIAL, Dictionary
@@ -57,7 +56,7 @@ class Pretrained:
             )
         encoder = Encoder(dataclasses.replace(self.shape, **dropouts), self.vocabulary)
         if untrained:
-            start(encoder, self.shape.init)
+            encoder.apply(init_weights)
         else:
             checkpoint.put(self.weights, encoder, "the encoder", self.path)
         return encoder
