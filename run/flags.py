@@ -59,7 +59,7 @@ GONE = {
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Fills paragraphs to the width; an indented line, a command, is broken where it is too long."""
+    """Fills paragraphs to the width; an indented line, a command, breaks where it is too long."""
 
     def _fill_text(self, text, width, indent):
         lines = []
@@ -146,10 +146,8 @@ def make_parser(configs: list, doc: str, extra, everything: bool) -> Parser:
         for field in dataclasses.fields(kind):
             if field.name == "fairseq_exact":
                 continue
-            choices = field.metadata["choices"]
-            form = "|".join(choices) if choices else FORMS[field.type]
             read = config.READERS[field.type]
-            value = switch if field.type is bool else dict(type=read, metavar=form)
+            value = switch if field.type is bool else dict(type=read, metavar=form_of(field))
             text = help_of(field) if everything or is_shown(field, title) else argparse.SUPPRESS
             action = groups[title].add_argument(f"--{field.name}", help=text, **value)
             parser.also(action, f"--{field.name}")
@@ -173,8 +171,18 @@ def is_shown(field, title: str) -> bool:
     return title == "fine-tuning" or field.name in OFTEN
 
 
+def form_of(field) -> str:
+    """What a flag's value looks like, in --help."""
+    choices = "|".join(field.metadata["choices"] or ())
+    if len(choices) > 40:
+        return "NAME"
+    return choices or FORMS[field.type]
+
+
 def help_of(field) -> str:
     text = field.metadata["help"].replace("%", "%%")
+    if form_of(field) == "NAME":
+        text += f": {', '.join(field.metadata['choices'])}"
     return text if field.default == "" else f"{text} [{words_of(field.default)}]"
 
 

@@ -229,6 +229,13 @@ def compare_checkpoints(a, b, exactly=True):
     assert a == b
 
 
+def program(name, *argv, **environment):
+    """A program of the project in a process of its own, finished, with its output as text."""
+    env = {**os.environ, **{k: str(v) for k, v in environment.items()}}
+    command = [sys.executable, HERE / name, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
 def torchrun_command(workers, *argv):
     words = [
         sys.executable,
