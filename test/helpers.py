@@ -1,4 +1,5 @@
-"""What several test files share: small datasets and runs, the recorded numbers, programs as functions."""
+"""What several test files share: small datasets and runs, the recorded numbers, programs as
+functions."""
 
 import contextlib
 import io
@@ -129,7 +130,8 @@ def block_dataset(corpus_dir):
 
 
 def write_index(prefix, sentences, code, order=None):
-    """An .idx and .bin of any integer type, with the sentences in the file in another order if asked."""
+    """An .idx and .bin of any integer type, with the sentences in the file in another order if
+    asked."""
     dtype = np.dtype(DTYPES[code])
     order = range(len(sentences)) if order is None else order
     offsets, blob = {}, b""
@@ -170,7 +172,8 @@ def blocks_by_walking(sizes, mode, block_size):
 
 
 def random_encoder(seed=0, vocabulary=40, **options):
-    """An encoder whose every parameter is random, biases and norms too, so that none can be forgotten unseen."""
+    """An encoder whose every parameter is random, biases and norms too, so that none can be
+    forgotten unseen."""
     cfg = ModelConfig(**{**SMALL, **options})
     torch.manual_seed(seed)
     model = Data2VecText(cfg, vocabulary).eval()

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 
 def encoder_by_formula(encoder, cfg, tokens):
-    """The encoder written out for one block without softmax kernels, dropout or batches; float64; pads anywhere."""
+    """The encoder written out for one block without softmax kernels, dropout or batches; float64;
+    pads anywhere."""
     w = {k: v.double() for k, v in encoder.state_dict().items()}
     norm = lambda x, name: F.layer_norm(
         x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5
