@@ -1,7 +1,7 @@
 """Record what fairseq does with the text of rule.py: docs/golden.md says in which Python and with
 which packages.
 
-    python test/golden/record.py FOLDER      FOLDER/golden gets the corpus, the numbers and a checkpoint
+    python test/golden/record.py FOLDER     FOLDER/golden gets corpus, numbers and a checkpoint
 
 fairseq's own commands run, in this process; what they compute is looked at on the way. Nothing of
 it is changed but two things: the first weights are those of rule.py, and what is recorded as
@@ -72,7 +72,8 @@ RUN = dict(
 )
 GROUPS = {
     "common": "seed",
-    "task": "sample_break_mode tokens_per_sample mask_prob mask_multiple_length random_token_prob leave_unmasked_prob",
+    "task": "sample_break_mode tokens_per_sample mask_prob mask_multiple_length random_token_prob"
+    " leave_unmasked_prob",
     "+task": "mask_stdev",  # what base.yaml does not name is added
     "dataset": "max_tokens batch_size",
     "checkpoint": "save_interval_updates save_dir",
