@@ -154,19 +154,23 @@ SEEDS = 2**32 - 1 - 10**6  # the largest: an update's number is added to it
 @dataclass(frozen=True)
 class DataConfig:
     data_path: str = option("", "folder with dict.txt and {train,valid}.{bin,idx}; A:B: in turn")
+    # blocks
     sample_break_mode: str = option("complete_doc", "how blocks are cut", choices=BREAK_MODES)
     tokens_per_sample: int = option(512, "longest block, <s> included", low=2)
     long_sentences: str = option("split", "cut or drop what is longer", choices=("split", "skip"))
+    # batches
     max_tokens: int = option(8192, "most tokens in a batch, padding included", low=1)
     batch_size: int = option(0, "most blocks in a batch (0: no limit)", low=0)
     required_batch_size_multiple: int = option(8, "a batch holds a multiple, or fewer", low=1)
     drop_remainder: bool = option(False, "drop a last batch of another size, as fairseq does")
+    # masks
     mask_prob: float = option(0.35, "share of tokens to mask, before overlaps", above=0, below=1)
     mask_multiple_length: int = option(4, "tokens masked in a row", low=1, high=10_000)
     mask_stdev: float = option(0.0, "standard deviation of that length", low=0, high=10_000)
     random_token_prob: float = option(0.0, "masked tokens replaced by a random one", low=0, high=1)
     leave_unmasked_prob: float = option(0.0, "masked tokens left as they are", low=0, high=1)
     fixed_masks: bool = option(False, "epoch 1's masks always, as fairseq with num_workers=1")
+    # what the teacher reads: the paper's way, or the released code's
     teacher_input: str = option(
         "full", "the block, or its masked tokens", choices=("full", "masked")
     )
@@ -181,6 +185,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    # the encoder: fairseq's roberta_base
     layers: int = option(12, "encoder layers", low=1, high=1000)
     embed_dim: int = option(768, "width", low=1, high=100_000)
     ffn_embed_dim: int = option(3072, "inner width of the feed-forward part", low=1)
@@ -191,6 +196,7 @@ class ModelConfig:
     dropout: float = option(0.1, "after embedding, attention and feed-forward", low=0, below=1)
     attention_dropout: float = option(0.1, "on the attention weights", low=0, below=1)
     activation_dropout: float = option(0.0, "after the activation", low=0, below=1)
+    # the student's head and the teacher's target (paper, 3.3)
     head_layers: int = option(2, "linear layers of the regression head", low=1, high=100)
     average_top_k_layers: int = option(10, "the teacher's last layers in the target", low=1)
     batch_norm_target_layer: bool = option(False, "norm of a layer's target over the batch")
@@ -198,6 +204,7 @@ class ModelConfig:
     layer_norm_target_layer: bool = option(True, "norm of a layer's target over the channels")
     layer_norm_targets: bool = option(False, "norm of the averaged target over the channels")
     instance_norm_targets: bool = option(False, "norm of the averaged target over a block")
+    # the loss
     loss_beta: float = option(4.0, "smooth L1 is linear from here on (0: squared error)", low=0)
     loss_scale: float = option(1.0, "factor of the loss (0 or less: 1 / sqrt(width))")
     objective: str = option("data2vec", "targets, or hidden words", choices=("data2vec", "mlm"))
@@ -248,6 +255,7 @@ class DeviceConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
+    # with --fairseq_exact nothing guards against a collapse, as in the released code
     max_skipped: int = option(50, "non-finite updates in a row before the run stops", low=1)
     min_target_var: float = option(0.01, "targets have collapsed under it (0: no guard)", low=0)
     min_pred_var: float = option(1e-6, "predictions have collapsed under it (0: no guard)", low=0)
@@ -256,6 +264,7 @@ class GuardConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     fairseq_exact: bool = option(False, "the released code bug for bug")
+    # the schedule
     lr: float = option(2e-4, "highest learning rate", low=0)
     warmup_updates: int = option(10000, "updates of linear warm-up", low=0)
     max_update: int = option(1_000_000, "updates in all; then the learning rate is 0", low=1)
@@ -263,12 +272,14 @@ class TrainConfig:
     max_epoch: int = option(0, "stop after so many epochs (0: no limit)", low=0)
     update_freq: int = option(1, "batches that make one update, per worker", low=1)
     compile: bool = option(False, "torch.compile fuses layers; the first updates take a minute")
+    # what is told and measured
     log_interval: int = option(200, "updates between two log lines", low=1)
     disable_validation: bool = option(False, "never validate; no valid split is needed")
     validate_interval: int = option(1, "epochs between validations (0: not at epoch ends)", low=0)
     validate_interval_updates: int = option(0, "updates between validations (0: none)", low=0)
     probe_interval_updates: int = option(0, "updates between two with the probe (0: none)", low=0)
     best_by: str = option("loss", "what checkpoint_best.pt goes by", choices=("loss", "probe"))
+    # checkpoints
     save_interval: int = option(0, "epochs between checkpoints (0: not at epoch ends)", low=0)
     save_interval_updates: int = option(50000, "updates between kept checkpoints (0: none)", low=0)
     keep_interval_updates: int = option(1, "how many of those to keep (-1: all)", low=-1)

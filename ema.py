@@ -12,7 +12,7 @@ EMBEDDINGS = ("embed_", "layernorm_embedding")
 
 def decay_at(update: int, cfg: EmaConfig) -> float:
     """Decay of the teacher's step after update number `update` (from 1)."""
-    if update >= cfg.ema_anneal_end_step:
+    if update >= cfg.ema_anneal_end_step:  # the line has ended
         return cfg.ema_end_decay
     return cfg.ema_decay + (cfg.ema_end_decay - cfg.ema_decay) * update / cfg.ema_anneal_end_step
 
@@ -32,6 +32,7 @@ def step(teacher: Encoder, student: Encoder, decay: float, cfg: EmaConfig):
         return
     averaged, averaged_from = [], []
     copied, copied_from = [], []
+    # the reference averages the layers and copies what embeds the tokens
     for (name, old), new in zip(teacher.named_parameters(), student.parameters(), strict=True):
         if cfg.ema_transformer_layers_only and name.startswith(EMBEDDINGS):
             copied.append(old)

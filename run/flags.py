@@ -101,6 +101,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         arguments, unknown = self.parse_known_args(args, namespace)
+        # argparse would list all unknown words; one is enough, with what may have been meant
         if unknown:
             flags = [word for word in unknown if word.startswith("-")]
             word = (flags or unknown)[0].partition("=")[0]
@@ -140,6 +141,7 @@ def make_parser(configs: list, doc: str, extra, everything: bool) -> Parser:
     parser.add_argument("--config_dir", metavar="DIR", help="the folder of fairseq's YAML")
     switch = dict(nargs="?", const=True, type=config.boolean, metavar="yes|no")
     parser.add_argument("--fairseq_exact", help="the released code bug for bug", **switch)
+    # a group of --help for each class of settings
     titles = {kind: title_of(kind) for kind in configs}
     groups = {title: parser.add_argument_group(title) for title in order_of(titles.values())}
     for kind, title in titles.items():
@@ -213,6 +215,7 @@ def flags_of(parts: list) -> str:
     plain = {field.name: field.default for part in parts for field in dataclasses.fields(part)}
     if values.get("fairseq_exact"):
         plain |= {**config.FAIRSEQ_EXACT, "fairseq_exact": None}
+    # relative to each preset: the one that leaves the fewest flags
     lines = []
     for name, preset in config.PRESETS.items():
         words = [f"--config_name {name}"] if preset else []
@@ -237,6 +240,7 @@ def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: d
     # every flag has the default None: not given
     given = vars(parser.parse_args(fairseq_config.as_flags(argv, parser)))
     exact = given.pop("fairseq_exact")
+    # from the weakest source to the strongest
     values = starting_values(given.pop("config_dir"), given.pop("config_name"), fields)
     values.update(base or {})
     if exact is not None:
@@ -275,6 +279,7 @@ def answer_early(configs: list, doc: str, extra=None, check=None):
             instances, _ = parse(configs, doc, extra=extra)
         if check:
             check(*instances)
+        # a missing package would be a traceback a moment later
         for name in ("numpy", "torch", "tqdm"):
             if not importlib.util.find_spec(name):
                 raise InputError(f"this Python has no {name}: pip install -r requirements.txt")

@@ -30,6 +30,7 @@ class Signals:
         self.stopped_at = 0.0
 
     def __enter__(self):
+        # restored at the end, for whoever calls train() from a program of their own
         handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop}
         handlers[signal.SIGUSR1] = self._save
         self.before = {number: signal.signal(number, to) for number, to in handlers.items()}
@@ -86,7 +87,7 @@ class Clock:
     def look(self):
         """Bring `hours` up to now, once an update."""
         self.hours = self.now()
-        if self.max_hours:
+        if self.max_hours:  # workers agree on integers
             milliseconds = self.device.agree([int(3.6e6 * self.hours)])[0]
             self.hours = milliseconds / 3.6e6
 
@@ -111,6 +112,7 @@ class Health:
 
     def check_skipped(self, flags: list):
         """flags: for each new update in order, whether it was skipped."""
+        # flags may come late, many at once: each is counted in its order
         for flag in flags:
             self.skipped_in_row = self.skipped_in_row + 1 if flag else 0
             if self.skipped_in_row > self.cfg.max_skipped:
@@ -179,6 +181,7 @@ class Health:
 def check_memory(cfg: ModelConfig, vocabulary_size: int, device: Device, copies: int = 2):
     """Raise InputError if so many float32 copies of the weights do not fit the device's memory:
     student and teacher, and to train them also gradients and Adam's two moments."""
+    # the matrices, and the tables of words and positions
     C, F = cfg.embed_dim, cfg.ffn_embed_dim
     weights = (vocabulary_size + cfg.max_source_positions) * C
     weights += cfg.layers * (4 * C * C + 2 * C * F)
@@ -201,6 +204,7 @@ def explained_out_of_memory(device: Device, batches: list, number: int):
     except (RuntimeError, MemoryError) as e:
         if not device.is_out_of_memory(e):
             raise
+        # the shape says more than the device's message, which names one allocation
         shapes = ", ".join(f"{b.source.shape[0]} x {b.source.shape[1]}" for b in batches)
         raise RunError(
             f"out of memory at update {number}: batch of {shapes} tokens, peak"

@@ -140,9 +140,7 @@ class Log:
         """With which update the run will end, at the pace of its hours so far; None if that is not known."""
         last = self.last_update
         if self.has_limit and self.clock.hours:
-            last = min(
-                last, round(self.updates * max(1, self.clock.max_hours / self.clock.hours))
-            )
+            last = min(last, round(self.updates * max(1, self.clock.max_hours / self.clock.hours)))
         return None if math.isinf(last) else last
 
     def _left(self, each: float) -> float:

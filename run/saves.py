@@ -36,7 +36,7 @@ class Saves:
         self.look_at_skipped()
         self.since = time.monotonic()
         self.failure = ""
-        if run.device.rank > 0:
+        if run.device.rank > 0:  # the first worker writes for all
             return
         content = {**contents(run, self.corpus, self.fingerprint), "log": self.log.state()}
         try:
@@ -99,6 +99,7 @@ class Saves:
         run = self.run
         loss, gain = figures["loss"], figures.get("probe_gain")
         run.first_target_var = run.first_target_var or figures.get("target_var")
+        # both are kept, since a resumed run may go by the other
         lower = math.isfinite(loss) and (run.best_loss is None or loss < run.best_loss)
         higher = gain is not None and (run.best_gain is None or gain > run.best_gain)
         if lower:
