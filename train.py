@@ -222,26 +222,9 @@ def turns(run: Run, corpus: Corpus):
                 yield Turn(ready, len(part), epoch, ends_epoch=first + freq >= len(rest))
 
 
-class Due(NamedTuple):
-    """What follows an update."""
-
-    save: bool
-    probe: bool
-    validation: bool
-
-
-def what_is_due(run: Run, turn: Turn, counted: bool) -> Due:
-    """counted: this was an update, not an overflow."""
-    t = run.cfg.train
-    save = is_due(run, turn, counted, t.save_interval_updates, t.save_interval)
-    probe = t.probe_interval_updates > 0 and is_due(run, turn, counted, t.probe_interval_updates)
-    validate = is_due(run, turn, counted, t.validate_interval_updates, t.validate_interval)
-    return Due(save, probe, save or probe or validate)
-
-
-def is_due(run: Run, turn: Turn, counted: bool, updates: int, epochs: int = 0) -> bool:
+def is_due(run: Run, turn: Turn, done: Update | None, updates: int, epochs: int = 0) -> bool:
     """Whether it is due: every so many updates or epochs (0: never), and at the end."""
-    by_updates = counted and updates > 0 and run.num_updates % updates == 0
+    by_updates = done is not None and updates > 0 and run.num_updates % updates == 0
     by_epochs = turn.ends_epoch and epochs > 0 and turn.epoch % epochs == 0
     return by_updates or by_epochs or run.is_finished()
 
@@ -251,7 +234,7 @@ def loop(run: Run, source, validation: Validation | None, saves: Saves, signals:
 
     source: of `turns`. Returns the last validation's figures and the exit code.
     """
-    log, health, figures = saves.log, saves.health, {}
+    t, log, health, figures = run.cfg.train, saves.log, saves.health, {}
     stop = run.device.agree([signals.stop])[0]
     while not stop and not run.is_finished():
         turn = next(source)
@@ -267,19 +250,22 @@ def loop(run: Run, source, validation: Validation | None, saves: Saves, signals:
                 health.check_loss_scale(run.optimizer.loss_scale)
             else:
                 log.add(done)
-                log_now = run.num_updates % run.cfg.train.log_interval == 0 or run.is_finished()
+                log_now = run.num_updates % t.log_interval == 0 or run.is_finished()
                 if log_now or run.device.asking_is_free:
                     saves.look_at_skipped()
                 if log_now:
                     health.check_variance(log.write(), run.first_target_var)
 
-            due = what_is_due(run, turn, counted=done is not None)
+            save = is_due(run, turn, done, t.save_interval_updates, t.save_interval)
+            probe = t.probe_interval_updates > 0
+            probe = probe and is_due(run, turn, done, t.probe_interval_updates)
+            validate = is_due(run, turn, done, t.validate_interval_updates, t.validate_interval)
             is_best = False
-            if validation and due.validation:
-                figures = validation(due.probe)
+            if validation and (save or probe or validate):
+                figures = validation(probe)
                 is_best = saves.note(figures)
                 log.validation(figures, run.best_loss, run.num_updates, turn.epoch)
-            if due.save or is_best:
+            if save or is_best:
                 saves.save(*saves.names(is_best, done is not None, turn.epoch))
 
             stop, save_now, late = signals.agreed(saves.is_late())
