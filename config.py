@@ -1,7 +1,8 @@
 """The ground: every setting and preset, in the order of the paper, and the two errors.
 
-No torch, and nothing of ours: a program that imports this file first answers --help at once. Each group of settings is
-a frozen dataclass whose fields are made with `option`; run/flags.py turns them into a command line.
+No torch, and nothing of ours: a program that imports this file first answers --help at once.
+Each group of settings is a frozen dataclass whose fields are made with `option`; run/flags.py turns
+them into a command line.
 """
 
 import argparse
@@ -18,16 +19,16 @@ from pathlib import Path
 if sys.version_info < (3, 10):
     sys.exit(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}")
 
-VERSION = "0.3.0"  # docs/changelog.md begins with it
+VERSION = "0.4.0"  # docs/changelog.md begins with it
 
-# Both are read when torch is imported, and every file of ours that needs torch imports this one before it.
-# torch_npu hooks itself into `import torch`, which fails where its driver is missing: hardware/device.py imports it.
+# torch reads both when it is imported, and whatever of ours needs torch imports this file first.
+# torch_npu hooks itself into `import torch`, which then fails where its driver is missing.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-# Threads that wait by spinning take the cores away from whoever else works on the machine, and from each other.
+# Threads that spin while they wait take the cores away from others, and from each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-# ---------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------ errors
 
 
 class InputError(ValueError):
@@ -39,7 +40,7 @@ class RunError(RuntimeError):
 
 
 def printable(text: str) -> str:
-    """The text on one line, with control characters escaped: symbols and paths may contain anything."""
+    """The text on one line, with control characters escaped: paths may contain anything."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -72,57 +73,51 @@ def reading(what: str):
         raise InputError(f"{what}: {why.splitlines()[0][:200]}") from None
 
 
-# ------------------------------------------------------------------------------ how a setting is made
+# --------------------------------------------------------------------------- how a setting is made
 
 
 def option(default, help, low=None, high=None, above=None, below=None, choices=None):
-    """A dataclass field that becomes a command-line flag. low and high are allowed values, above and below are not."""
+    """A dataclass field that becomes a flag. low and high are allowed, above and below are not."""
     if type(default) is int and high is None:
         high = 2**31 - 1
     bounds = {"at least": low, "at most": high, "above": above, "below": below}
-    return dataclasses.field(
-        default=default, metadata=dict(help=help, choices=choices, bounds=bounds)
-    )
+    metadata = dict(help=help, choices=choices, bounds=bounds)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+COMPARE = {"at least": operator.ge, "at most": operator.le, "above": operator.gt}
+COMPARE["below"] = operator.lt
+NO_PATH = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # characters that no path can hold
 
 
 def check_ranges(config):
-    """Raise InputError for the first field of the dataclass `config` that is outside its range; else return it."""
-    inside = {
-        "at least": operator.ge,
-        "at most": operator.le,
-        "above": operator.gt,
-        "below": operator.lt,
-    }
+    """Raise InputError for the first field of a dataclass that is out of range; else return it."""
     for field in dataclasses.fields(config):
-        value, choices = getattr(config, field.name), field.metadata["choices"]
-        if not isinstance(
-            value, (int, float) if field.type is float else field.type
-        ):  # out of a checkpoint
-            raise InputError(
-                f"--{field.name} {str(value)[:100]}: must be of type {field.type.__name__}"
-            )
-        if isinstance(value, str) and not re.fullmatch("[^\0\ud800-\udc7f\udd00-\udfff]*", value):
-            raise InputError(
-                f"--{field.name} {value[:100]}: holds a character that no path can hold"
-            )
+        value = getattr(config, field.name)
+        name = f"--{field.name} {str(value)[:100]}"
+        # a value may come out of a checkpoint, so its type is checked, too
+        if not isinstance(value, (int, float) if field.type is float else field.type):
+            raise InputError(f"{name}: must be of type {field.type.__name__}")
+        if isinstance(value, str) and NO_PATH.search(value):
+            raise InputError(f"{name}: holds a character that no path can hold")
+        choices = field.metadata["choices"]
         if choices and value not in choices:
-            raise InputError(f"--{field.name} {value}: choose from {', '.join(map(str, choices))}")
+            raise InputError(f"{name}: choose from {', '.join(map(str, choices))}")
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, float) and not math.isfinite(part):
-                raise InputError(f"--{field.name} {value}: must be a finite number")
+                raise InputError(f"{name}: must be a finite number")
             for bound, limit in field.metadata["bounds"].items():
-                if limit is not None and not inside[bound](part, limit):
-                    raise InputError(f"--{field.name} {value}: must be {bound} {limit}")
+                if limit is not None and not COMPARE[bound](part, limit):
+                    raise InputError(f"{name}: must be {bound} {limit}")
     return config
 
 
 def boolean(text: str) -> bool:
-    try:
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
-            text.lower()
-        ]
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false") from None
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
 def whole_number(text: str) -> int:
@@ -146,146 +141,101 @@ def numbers(text: str) -> tuple:
     return tuple(number(part) for part in text.strip("()[] ").split(",") if part.strip())
 
 
+# How the text of a flag, or of a YAML's entry, becomes a setting of this type.
 READERS = {bool: boolean, int: whole_number, float: number, str: str, tuple: numbers}
 
 
-# ---------------------------------------------------------------------------------------------- pretraining
+# ------------------------------------------------------------------------------------- pretraining
+
+BREAK_MODES = ("none", "eos", "complete", "complete_doc")
+SEEDS = 2**32 - 1 - 10**6  # the largest: an update's number is added to it
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    data_path: str = option(
-        "", "folder with dict.txt and {train,valid}.{bin,idx}; or A:B:..., one folder per epoch"
-    )
-    sample_break_mode: str = option(
-        "complete_doc",
-        "how sentences are cut into blocks",
-        choices=("none", "eos", "complete", "complete_doc"),
-    )
+    data_path: str = option("", "folder with dict.txt and {train,valid}.{bin,idx}; A:B: in turn")
+    # blocks
+    sample_break_mode: str = option("complete_doc", "how blocks are cut", choices=BREAK_MODES)
     tokens_per_sample: int = option(512, "longest block, <s> included", low=2)
-    long_sentences: str = option(
-        "split",
-        "cut a sentence longer than a block, or drop it as fairseq does",
-        choices=("split", "skip"),
-    )
+    long_sentences: str = option("split", "cut or drop what is longer", choices=("split", "skip"))
+    # batches
     max_tokens: int = option(8192, "most tokens in a batch, padding included", low=1)
     batch_size: int = option(0, "most blocks in a batch (0: no limit)", low=0)
-    required_batch_size_multiple: int = option(
-        8, "a batch holds a multiple of this, or fewer", low=1
-    )
+    required_batch_size_multiple: int = option(8, "a batch holds a multiple, or fewer", low=1)
     drop_remainder: bool = option(False, "drop a last batch of another size, as fairseq does")
+    # masks
     mask_prob: float = option(0.35, "share of tokens to mask, before overlaps", above=0, below=1)
     mask_multiple_length: int = option(4, "tokens masked in a row", low=1, high=10_000)
     mask_stdev: float = option(0.0, "standard deviation of that length", low=0, high=10_000)
-    random_token_prob: float = option(
-        0.0, "share of the masked tokens replaced by a random one", low=0, high=1
-    )
-    leave_unmasked_prob: float = option(
-        0.0, "share of the masked tokens left as they are", low=0, high=1
-    )
-    fixed_masks: bool = option(
-        False, "use epoch 1's masks in every epoch, as fairseq does with its num_workers=1"
-    )
+    random_token_prob: float = option(0.0, "masked tokens replaced by a random one", low=0, high=1)
+    leave_unmasked_prob: float = option(0.0, "masked tokens left as they are", low=0, high=1)
+    fixed_masks: bool = option(False, "epoch 1's masks always, as fairseq with num_workers=1")
+    # what the teacher reads: the paper's way, or the released code's
     teacher_input: str = option(
-        "full",
-        "what the teacher reads: the block (paper), or its masked tokens (fairseq)",
-        choices=("full", "masked"),
+        "full", "the block, or its masked tokens", choices=("full", "masked")
     )
-    seed: int = option(
-        1, "seed of order, masks, initial weights and dropout", low=0, high=2**32 - 1 - 10**6
-    )
+    seed: int = option(1, "seed of order, masks, first weights and dropout", low=0, high=SEEDS)
 
     def check(self):
         if not self.data_path:
-            raise InputError(
-                "--data_path is missing: the folder that preprocess.py, or data.py --make_demo, has made"
-            )
+            raise InputError("--data_path is missing: the folder that preprocess.py has made")
         if self.random_token_prob + self.leave_unmasked_prob > 1:
-            raise InputError(
-                "--random_token_prob and --leave_unmasked_prob: their sum must be at most 1"
-            )
+            raise InputError("--random_token_prob and --leave_unmasked_prob: at most 1 together")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    # the encoder: fairseq's roberta_base
     layers: int = option(12, "encoder layers", low=1, high=1000)
     embed_dim: int = option(768, "width", low=1, high=100_000)
     ffn_embed_dim: int = option(3072, "inner width of the feed-forward part", low=1)
     attention_heads: int = option(12, "attention heads", low=1)
     max_source_positions: int = option(512, "rows of the position table", low=1)
-    normalize_before: bool = option(
-        False, "LayerNorm before attention and feed-forward (pre-norm) instead of after"
-    )
-    activation_fn: str = option(
-        "gelu", "between the feed-forward's two matrices", choices=("gelu", "relu")
-    )
+    normalize_before: bool = option(False, "LayerNorm before each part (pre-norm), not after")
+    activation_fn: str = option("gelu", "in the feed-forward part", choices=("gelu", "relu"))
     dropout: float = option(0.1, "after embedding, attention and feed-forward", low=0, below=1)
     attention_dropout: float = option(0.1, "on the attention weights", low=0, below=1)
     activation_dropout: float = option(0.0, "after the activation", low=0, below=1)
+    # the student's head and the teacher's target (paper, 3.3)
     head_layers: int = option(2, "linear layers of the regression head", low=1, high=100)
-    average_top_k_layers: int = option(
-        10, "how many of the teacher's last layers make the target", low=1
-    )
-    batch_norm_target_layer: bool = option(
-        False, "normalize each layer's target per channel over the batch"
-    )
-    instance_norm_target_layer: bool = option(
-        False, "normalize each layer's target per channel over a block"
-    )
-    layer_norm_target_layer: bool = option(
-        True, "normalize each layer's target per token over the channels"
-    )
-    layer_norm_targets: bool = option(False, "normalize the averaged target per token")
-    instance_norm_targets: bool = option(
-        False, "normalize the averaged target per channel over a block"
-    )
-    loss_beta: float = option(
-        4.0, "where smooth L1 turns from square to linear (0: squared error)", low=0
-    )
+    average_top_k_layers: int = option(10, "the teacher's last layers in the target", low=1)
+    batch_norm_target_layer: bool = option(False, "norm of a layer's target over the batch")
+    instance_norm_target_layer: bool = option(False, "norm of a layer's target over a block")
+    layer_norm_target_layer: bool = option(True, "norm of a layer's target over the channels")
+    layer_norm_targets: bool = option(False, "norm of the averaged target over the channels")
+    instance_norm_targets: bool = option(False, "norm of the averaged target over a block")
+    # the loss
+    loss_beta: float = option(4.0, "smooth L1 is linear from here on (0: squared error)", low=0)
     loss_scale: float = option(1.0, "factor of the loss (0 or less: 1 / sqrt(width))")
-    objective: str = option(
-        "data2vec",
-        "what the student predicts: the teacher's targets, or hidden words",
-        choices=("data2vec", "mlm"),
-    )
-    mlm_weight: float = option(
-        0.0, "weight of the masked language modelling loss beside data2vec's", low=0
-    )
+    objective: str = option("data2vec", "targets, or hidden words", choices=("data2vec", "mlm"))
+    mlm_weight: float = option(0.0, "of the language model's loss beside data2vec's", low=0)
 
     @property
     def predicts_words(self) -> bool:
         return self.objective == "mlm" or self.mlm_weight > 0
 
     def check(self):
-        if self.embed_dim % self.attention_heads:
-            raise InputError(
-                f"--attention_heads {self.attention_heads} does not divide --embed_dim {self.embed_dim}"
-            )
-        if self.average_top_k_layers > self.layers:
-            raise InputError(
-                f"--average_top_k_layers {self.average_top_k_layers}: there are only {self.layers} layers"
-            )
+        heads, width = self.attention_heads, self.embed_dim
+        if width % heads:
+            raise InputError(f"--attention_heads {heads} does not divide --embed_dim {width}")
+        top = self.average_top_k_layers
+        if top > self.layers:
+            raise InputError(f"--average_top_k_layers {top}: there are only {self.layers} layers")
 
 
 @dataclass(frozen=True)
 class EmaConfig:
     ema_decay: float = option(0.999, "decay of the teacher at the start", low=0, high=1)
     ema_end_decay: float = option(0.9999, "decay from ema_anneal_end_step on", low=0, high=1)
-    ema_anneal_end_step: int = option(
-        300000, "updates over which the decay goes from one to the other", low=0
-    )
-    ema_transformer_layers_only: bool = option(
-        True, "copy the embeddings and their LayerNorm instead of averaging them"
-    )
+    ema_anneal_end_step: int = option(300000, "updates from the one to the other", low=0)
+    ema_transformer_layers_only: bool = option(True, "copy the embeddings, do not average them")
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     clip_norm: float = option(5.0, "largest global gradient norm (0: no clipping)", low=0)
     adam_betas: tuple = option((0.9, 0.98), "Adam's decays", low=0, below=1)
-    adam_eps: float = option(
-        1e-6, "Adam's epsilon, added to the uncorrected second moment as in fairseq", above=0
-    )
+    adam_eps: float = option(1e-6, "Adam's epsilon, of the uncorrected second moment", above=0)
     weight_decay: float = option(0.01, "decoupled weight decay, on all parameters", low=0)
 
     def check(self):
@@ -293,93 +243,55 @@ class OptimConfig:
             raise InputError(f"--adam_betas {self.adam_betas}: two numbers, such as 0.9,0.98")
 
 
+AMP = ("auto", "off", "fp16", "bf16")
+
+
 @dataclass(frozen=True)
 class DeviceConfig:
     device: str = option("auto", "where to run", choices=("auto", "npu", "cuda", "cpu"))
-    amp: str = option(
-        "auto",
-        "mixed precision; auto: bf16 where the device has it, else fp16, off on the CPU",
-        choices=("auto", "off", "fp16", "bf16"),
-    )
-    deterministic: bool = option(
-        False, "on an NPU or GPU: the same numbers again from the same command; slower"
-    )
+    amp: str = option("auto", "precision; auto: bf16, else fp16; off on the CPU", choices=AMP)
+    deterministic: bool = option(False, "NPU, GPU: the same numbers again; slower")
 
 
 @dataclass(frozen=True)
 class GuardConfig:
-    max_skipped: int = option(
-        50, "updates in a row with a non-finite loss or gradient before the run stops", low=1
-    )
-    min_target_var: float = option(
-        0.01, "variance of the targets under which they have collapsed (0: no guard)", low=0
-    )
-    min_pred_var: float = option(
-        1e-6, "variance of the predictions under which they have collapsed (0: no guard)", low=0
-    )
+    # with --fairseq_exact nothing guards against a collapse, as in the released code
+    max_skipped: int = option(50, "non-finite updates in a row before the run stops", low=1)
+    min_target_var: float = option(0.01, "targets have collapsed under it (0: no guard)", low=0)
+    min_pred_var: float = option(1e-6, "predictions have collapsed under it (0: no guard)", low=0)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     fairseq_exact: bool = option(False, "the released code bug for bug")
+    # the schedule
     lr: float = option(2e-4, "highest learning rate", low=0)
     warmup_updates: int = option(10000, "updates of linear warm-up", low=0)
     max_update: int = option(1_000_000, "updates in all; then the learning rate is 0", low=1)
-    max_hours: float = option(
-        0.0, "stop after this many hours in all, with validation and saves (0: no limit)", low=0
-    )
-    schedule_by: str = option(
-        "auto",
-        "what learning rate and teacher follow: updates, or hours where --max_hours is given and --max_update is not",
-        choices=("auto", "updates", "hours"),
-    )
-    max_epoch: int = option(0, "stop after this many epochs (0: no limit)", low=0)
+    max_hours: float = option(0.0, "stop after so many hours in all (0: no limit)", low=0)
+    max_epoch: int = option(0, "stop after so many epochs (0: no limit)", low=0)
     update_freq: int = option(1, "batches that make one update, per worker", low=1)
-    compile: bool = option(
-        False, "let torch.compile fuse the layers; the first updates take a minute"
-    )
+    compile: bool = option(False, "torch.compile fuses layers; the first updates take a minute")
+    # what is told and measured
     log_interval: int = option(200, "updates between two log lines", low=1)
     disable_validation: bool = option(False, "never validate; no valid split is needed")
-    validate_interval: int = option(
-        1, "epochs between two validations (0: not at epoch ends)", low=0
-    )
-    validate_interval_updates: int = option(
-        0, "updates between two validations (0: not by updates)", low=0
-    )
-    probe_interval_updates: int = option(
-        0, "updates between two validations with the probe (0: never)", low=0
-    )
-    best_by: str = option(
-        "loss", "what checkpoint_best.pt goes by", choices=("loss", "probe", "cosine_gain")
-    )
-    save_interval: int = option(1, "epochs between two checkpoints (0: not at epoch ends)", low=0)
-    save_interval_updates: int = option(
-        50000, "updates between kept checkpoints, with a validation (0: none)", low=0
-    )
+    validate_interval: int = option(1, "epochs between validations (0: not at epoch ends)", low=0)
+    validate_interval_updates: int = option(0, "updates between validations (0: none)", low=0)
+    probe_interval_updates: int = option(0, "updates between two with the probe (0: none)", low=0)
+    best_by: str = option("loss", "what checkpoint_best.pt goes by", choices=("loss", "probe"))
+    # checkpoints
+    save_interval: int = option(0, "epochs between checkpoints (0: not at epoch ends)", low=0)
+    save_interval_updates: int = option(50000, "updates between kept checkpoints (0: none)", low=0)
     keep_interval_updates: int = option(1, "how many of those to keep (-1: all)", low=-1)
-    save_interval_minutes: float = option(
-        30.0, "minutes after which checkpoint_last.pt is saved (0: never)", low=0
-    )
+    save_interval_minutes: float = option(30.0, "between saves by the clock (0: none)", low=0)
     save_dir: str = option("checkpoints", "for checkpoints and train.jsonl")
-    tensorboard_logdir: str = option(
-        "", "where TensorBoard curves go, under fairseq's names; needs tensorboard"
-    )
-    npu_profile: int = option(
-        0, "write torch_npu's profile of this many updates into --save_dir; on an NPU", low=0
-    )
-    init_from: str = option(
-        "", "start from the weights and teacher of this checkpoint, ours or fairseq's"
-    )
+    tensorboard_logdir: str = option("", "for TensorBoard curves under fairseq's names")
+    npu_profile: int = option(0, "NPU: write torch_npu's profile of so many updates", low=0)
+    init_from: str = option("", "start from weights and teacher of this checkpoint, of any kind")
 
     def check(self):
         if self.best_by == "probe" and not self.probe_interval_updates:
-            raise InputError(
-                "--best_by probe needs --probe_interval_updates, the updates between two probes"
-            )
-        if self.schedule_by == "hours" and not self.max_hours:
-            raise InputError(
-                "--schedule_by hours needs --max_hours, the hours of the whole schedule"
-            )
+            raise InputError("--best_by probe needs --probe_interval_updates")
         if not self.save_dir:
             raise InputError("--save_dir is empty; the current folder is called .")
 
@@ -400,49 +312,47 @@ class Config:
         for part in (self.data, self.model, self.optim, self.train):
             part.check()
         if self.model.objective == "mlm" and self.data.teacher_input == "masked":
+            raise InputError("--objective mlm reads whole blocks: --teacher_input full")
+        block, table = self.data.tokens_per_sample, self.model.max_source_positions
+        if block > table:
             raise InputError(
-                "--objective mlm has no teacher and reads whole blocks: --teacher_input full"
-            )
-        if self.model.objective == "mlm" and self.train.best_by == "cosine_gain":
-            raise InputError(
-                "--best_by cosine_gain is for data2vec's targets; with --objective mlm: loss or probe"
-            )
-        if self.data.tokens_per_sample > self.model.max_source_positions:
-            raise InputError(
-                f"--tokens_per_sample {self.data.tokens_per_sample} is above --max_source_positions"
-                f" {self.model.max_source_positions}, the length of the position table"
+                f"--tokens_per_sample {block} is above --max_source_positions {table}, the length"
+                " of the position table"
             )
 
     def flat(self) -> dict:
-        return {
-            k: v
-            for part in dataclasses.fields(self)
-            for k, v in vars(getattr(self, part.name)).items()
-        }
+        """Every setting by its name."""
+        values = {}
+        for part in dataclasses.fields(self):
+            values.update(vars(getattr(self, part.name)))
+        return values
 
 
 PARTS = [part.type for part in dataclasses.fields(Config)]
 
-# The dataclasses' defaults are those of fairseq's config/text/pretraining/base.yaml; a preset has what differs.
+# The defaults are those of fairseq's config/text/pretraining/base.yaml; a preset has what differs.
 # fmt: off
 PRESETS = {
     "base": {},
-    "npu_1p": dict(tokens_per_sample=64, max_tokens=1280),  # the Ascend ModelZoo's run on one device
+    "npu_1p": dict(tokens_per_sample=64, max_tokens=1280),  # the Ascend ModelZoo's, one device
     "tiny": dict(  # shows in a minute or two on a laptop's CPU that everything works
         tokens_per_sample=128, max_tokens=2048,
-        embed_dim=128, ffn_embed_dim=512, layers=4, attention_heads=4, dropout=0.0, attention_dropout=0.0,
-        average_top_k_layers=3, ema_decay=0.99, ema_end_decay=0.999, ema_anneal_end_step=200,
+        embed_dim=128, ffn_embed_dim=512, layers=4, attention_heads=4,
+        dropout=0.0, attention_dropout=0.0, average_top_k_layers=3,
+        ema_decay=0.99, ema_end_decay=0.999, ema_anneal_end_step=200,
         lr=1e-3, warmup_updates=40, max_update=400,
-        log_interval=20, validate_interval_updates=200, validate_interval=0, save_interval=0,
+        log_interval=20, validate_interval=0, validate_interval_updates=200,
     ),
     "small": dict(  # learns words in a quarter of an hour on one CPU core (docs/results.md)
         tokens_per_sample=64, max_tokens=2048, mask_prob=0.3, mask_multiple_length=1,
-        embed_dim=256, ffn_embed_dim=1024, layers=4, attention_heads=4, dropout=0.0, attention_dropout=0.0,
-        normalize_before=True, mlm_weight=1.0, loss_scale=0.2,
-        average_top_k_layers=4, instance_norm_target_layer=True,
-        ema_decay=1.0, ema_end_decay=0.999, ema_anneal_end_step=5000, ema_transformer_layers_only=False,
-        lr=2e-3, warmup_updates=200, max_update=2500, log_interval=50, validate_interval=0, save_interval=0,
-        validate_interval_updates=625, probe_interval_updates=1250, save_interval_updates=0,
+        embed_dim=256, ffn_embed_dim=1024, layers=4, attention_heads=4,
+        dropout=0.0, attention_dropout=0.0, normalize_before=True,
+        average_top_k_layers=4, instance_norm_target_layer=True, loss_scale=0.2, mlm_weight=1.0,
+        ema_decay=1.0, ema_end_decay=0.999, ema_anneal_end_step=5000,
+        ema_transformer_layers_only=False,
+        lr=2e-3, warmup_updates=200, max_update=2500,
+        log_interval=50, validate_interval=0, validate_interval_updates=625,
+        probe_interval_updates=1250, save_interval_updates=0,
     ),
 }
 # fmt: on

@@ -1,4 +1,4 @@
-"""How the teacher moves: an exponential moving average of the student's encoder, in float32 (paper, section 3.2)."""
+"""How the teacher moves: an exponential moving average of the student's encoder (paper, 3.2)."""
 
 import copy
 
@@ -7,10 +7,12 @@ from model import Encoder
 
 import torch
 
+EMBEDDINGS = ("embed_", "layernorm_embedding")
 
-def decay_at(update: float, cfg: EmaConfig) -> float:
+
+def decay_at(update: int, cfg: EmaConfig) -> float:
     """Decay of the teacher's step after update number `update` (from 1)."""
-    if update >= cfg.ema_anneal_end_step:
+    if update >= cfg.ema_anneal_end_step:  # the line has ended
         return cfg.ema_end_decay
     return cfg.ema_decay + (cfg.ema_end_decay - cfg.ema_decay) * update / cfg.ema_anneal_end_step
 
@@ -22,18 +24,24 @@ def make_teacher(student: Encoder) -> Encoder:
 
 @torch.no_grad()
 def step(teacher: Encoder, student: Encoder, decay: float, cfg: EmaConfig):
-    """teacher = decay * teacher + (1 - decay) * student; a decay of 1 changes nothing, as in the reference."""
+    """teacher = decay * teacher + (1 - decay) * student, in float32.
+
+    A decay of 1 changes nothing, as in the reference.
+    """
     if decay == 1:
         return
-    averaged, copied = ([], []), ([], [])
+    averaged, averaged_from = [], []
+    copied, copied_from = [], []
+    # the reference averages the layers and copies what embeds the tokens
     for (name, old), new in zip(teacher.named_parameters(), student.parameters(), strict=True):
-        copy_it = cfg.ema_transformer_layers_only and name.startswith(
-            ("embed_", "layernorm_embedding")
-        )
-        pair = copied if copy_it else averaged
-        pair[0].append(old)
-        pair[1].append(new)
-    if averaged[0]:
-        torch._foreach_lerp_(*averaged, 1 - decay)
-    if copied[0]:
-        torch._foreach_copy_(*copied)
+        if cfg.ema_transformer_layers_only and name.startswith(EMBEDDINGS):
+            copied.append(old)
+            copied_from.append(new)
+        else:
+            averaged.append(old)
+            averaged_from.append(new)
+    # old + (1 - decay) * (new - old), in one launch for all weights; lerp takes no empty list
+    if averaged:
+        torch._foreach_lerp_(averaged, averaged_from, 1 - decay)
+    if copied:
+        torch._foreach_copy_(copied, copied_from)

@@ -1,10 +1,13 @@
-"""What is computed: data2vec for text. A student encoder reads masked text; at the masked places a small head predicts
-what an EMA teacher, reading the unmasked text, computes inside its upper layers.
+"""What is computed: data2vec for text.
 
-Source: Baevski et al. 2022, 'data2vec', sections 3.3 and 4.3 (arXiv 2202.03555); details, names and defaults as in
-fairseq's examples/data2vec/models/data2vec_text.py.
+A student encoder reads masked text; at the masked places a small head predicts what an EMA teacher,
+reading the unmasked text, computes inside its upper layers.
 
-Shapes: B blocks, T tokens (padding included), U tokens that the teacher reads, C width, H heads, M masked places.
+Source: Baevski et al. 2022, 'data2vec', sections 3.3 and 4.3 (arXiv 2202.03555); details, names and
+defaults as in fairseq's examples/data2vec/models/data2vec_text.py.
+
+Shapes: B blocks, T tokens (padding included), U tokens that the teacher reads, C width, H heads,
+M masked places, V words.
 """
 
 import math
@@ -19,6 +22,9 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 LAYER_NORM_EPS = 1e-5
+
+
+# ----------------------------------------------------------------------------------- the encoder
 
 
 class Dropout(nn.Module):
@@ -40,6 +46,11 @@ class GELU(nn.Module):
         return kernels.gelu(x)
 
 
+def at_places(x: Tensor, places: Tensor) -> Tensor:
+    """x (B, T, C) at flat places (M,) of B x T: (M, C)."""
+    return x.flatten(0, 1).index_select(0, places)
+
+
 class SelfAttention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -48,19 +59,17 @@ class SelfAttention(nn.Module):
         self.out_proj = Linear(cfg.embed_dim, cfg.embed_dim)
 
     def forward(self, x: Tensor, attend: Tensor | None, places: Tensor | None = None) -> Tensor:
-        """x (B, T, C); attend (B, 1, T, T) of `kernels.mask`, where a token may look, or None if everywhere. Returns
-        (B, T, C), or (M, C) at the flat places (M,)."""
+        """x (B, T, C) -> (B, T, C), or (M, C) at the flat places (M,).
+
+        attend (B, 1, T, T) of `kernels.mask`: where a token may look, or None if everywhere.
+        """
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.heads, C // self.heads)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # each (B, H, T, C/H)
-        x = kernels.attention(q, k, v, attend, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        x = kernels.attention(q, k, v, attend, dropout)
         x = x.transpose(1, 2).reshape(B, T, C)
         return self.out_proj(x if places is None else at_places(x, places))
-
-
-def at_places(x: Tensor, places: Tensor) -> Tensor:
-    """x (B, T, C) at flat places (M,) of B x T: (M, C)."""
-    return x.flatten(0, 1).index_select(0, places)
 
 
 class EncoderLayer(nn.Module):
@@ -76,13 +85,10 @@ class EncoderLayer(nn.Module):
         self.dropout = Dropout(cfg.dropout)
         self.activation_dropout = Dropout(cfg.activation_dropout)
 
-    def forward(
-        self, x: Tensor, attend: Tensor | None, places: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """x (B, T, C) -> the layer's output and its target, both (B, T, C), or both (M, C) at the places."""
-        y = self.self_attn(
-            self.self_attn_layer_norm(x) if self.normalize_before else x, attend, places
-        )
+    def forward(self, x: Tensor, attend: Tensor | None, places: Tensor | None = None):
+        """x (B, T, C) -> the layer's output and its target: (B, T, C), or (M, C) at the places."""
+        y = self.self_attn_layer_norm(x) if self.normalize_before else x
+        y = self.self_attn(y, attend, places)
         if places is not None:
             x = at_places(x, places)
         x = x + self.dropout(y)
@@ -90,7 +96,8 @@ class EncoderLayer(nn.Module):
             target = self.feed_forward(self.final_layer_norm(x))
             return x + self.dropout(target), target
         x = self.self_attn_layer_norm(x)
-        # fc2's output before dropout and residual: what the paper predicts (section 3.3; fairseq calls it fc_results)
+        # fc2's output before dropout and residual: what the paper predicts (section 3.3; fairseq
+        # calls it fc_results)
         target = self.feed_forward(x)
         return self.final_layer_norm(x + self.dropout(target)), target
 
@@ -104,55 +111,60 @@ class Encoder(nn.Module):
     def __init__(self, cfg: ModelConfig, vocabulary_size: int):
         super().__init__()
         cfg.check()
-        self.embed_tokens = nn.Embedding(vocabulary_size, cfg.embed_dim, PAD)
+        C = cfg.embed_dim
+        self.embed_tokens = nn.Embedding(vocabulary_size, C, PAD)
         # positions count from PAD + 1, so that PAD itself has a row, of zeros
-        self.embed_positions = nn.Embedding(cfg.max_source_positions + PAD + 1, cfg.embed_dim, PAD)
-        self.layernorm_embedding = nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS)
+        self.embed_positions = nn.Embedding(cfg.max_source_positions + PAD + 1, C, PAD)
+        self.layernorm_embedding = nn.LayerNorm(C, LAYER_NORM_EPS)
         self.dropout = Dropout(cfg.dropout)
         self.layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.layers))
-        self.layer_norm = (
-            nn.LayerNorm(cfg.embed_dim, LAYER_NORM_EPS) if cfg.normalize_before else None
-        )
+        self.layer_norm = nn.LayerNorm(C, LAYER_NORM_EPS) if cfg.normalize_before else None
 
     def forward(
         self, tokens: Tensor, padded: bool = True, top_k: int = 0, places: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """tokens (B, T) int64. padded: whether PAD may occur in them. top_k: keep the targets of this many last layers.
-        places (M,) int64: the only flat places in B x T whose output is wanted; the last layer computes no others.
+        """tokens (B, T) int64 -> the last hidden states, and the targets of the last top_k layers.
 
-        Returns the last hidden states (B, T, C), meaningless at padded places, and the layer targets in order, each
-        (B, T, C); with places, (M, C) each. Raises InputError if a block is longer than the position table.
+        padded: whether PAD may occur in the tokens. places (M,) int64: the only flat places in
+        B x T whose output is wanted; the last layer computes no others.
+
+        States and targets are (B, T, C), meaningless at padded places, or (M, C) with places.
+        Raises InputError if a block is longer than the position table.
         """
         x, attend = self.embed(tokens, padded)
         targets, last = [], len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             x, target = layer(x, attend, places if i == last else None)
             if i > last - top_k:
-                targets.append(target if places is None or i == last else at_places(target, places))
-        return x if self.layer_norm is None else self.layer_norm(x), targets
+                at_all = places is None or i == last
+                targets.append(target if at_all else at_places(target, places))
+        if self.layer_norm is not None:
+            x = self.layer_norm(x)
+        return x, targets
 
     def embed(self, tokens: Tensor, padded: bool) -> tuple[Tensor, Tensor | None]:
-        """What the first layer reads (B, T, C), and where attention may look, (B, 1, T, T) or None: everywhere."""
+        """What the first layer reads (B, T, C), and where attention may look (B, 1, T, T), or None
+        for everywhere."""
         B, T = tokens.shape
-        if T > self.embed_positions.num_embeddings - PAD - 1:
-            raise InputError(
-                f"a block of {T} tokens: --max_source_positions is {self.embed_positions.num_embeddings - 2}"
-            )
+        longest = self.embed_positions.num_embeddings - PAD - 1
+        if T > longest:
+            raise InputError(f"a block of {T} tokens: --max_source_positions is {longest}")
         if padded:
             real = tokens != PAD  # (B, T), True at text
             positions = real.cumsum(1) * real + PAD  # pads are not counted, wherever they are
         else:
             positions = torch.arange(PAD + 1, PAD + 1 + T, device=tokens.device)
-        x = self.dropout(
-            self.layernorm_embedding(self.embed_tokens(tokens) + self.embed_positions(positions))
-        )
+        x = self.embed_tokens(tokens) + self.embed_positions(positions)
+        x = self.dropout(self.layernorm_embedding(x))
         if not padded:
             return x, None
         return x * real[:, :, None], kernels.mask(real)
 
     def hidden_states(self, tokens: Tensor, padded: bool = True) -> list[Tensor]:
-        """The input of each layer and the output of the last one, `layers` + 1 tensors (B, T, C); the last is what
-        `forward` returns, after a pre-norm model's final LayerNorm. Hugging Face's list of this name."""
+        """The input of each layer and the output of the last one, `layers` + 1 tensors (B, T, C).
+
+        The last is what `forward` returns. Hugging Face's list of this name.
+        """
         x, attend = self.embed(tokens, padded)
         states = [x]
         for layer in self.layers:
@@ -163,19 +175,27 @@ class Encoder(nn.Module):
         return states
 
 
+# ----------------------------------------------------------------------------------- the student
+
+
 class RegressionHead(nn.Sequential):
-    """`head_layers` Linears with GELU between, widths C, 2C, 2C, ..., C; numbered 0, 2, 4, ... as in the reference."""
+    """`head_layers` Linears with GELU between, widths C, 2C, 2C, ..., C.
+
+    Numbered 0, 2, 4, ... as in the reference.
+    """
 
     def __init__(self, cfg: ModelConfig):
-        widths = [cfg.embed_dim] + [2 * cfg.embed_dim] * (cfg.head_layers - 1) + [cfg.embed_dim]
+        C = cfg.embed_dim
+        widths = [C] + [2 * C] * (cfg.head_layers - 1) + [C]
         parts = []
-        for i in range(cfg.head_layers):
-            parts += [Linear(widths[i], widths[i + 1]), GELU()]
+        for before, after in zip(widths, widths[1:]):
+            parts += [Linear(before, after), GELU()]
         super().__init__(*parts[:-1])
 
 
 class WordHead(nn.Module):
-    """Names the word at a place : Linear, GELU, LayerNorm, then the token embedding's transpose and a bias."""
+    """Names the word at a place: Linear, GELU, LayerNorm, then the token embedding's transpose and
+    a bias. Names as in fairseq's RobertaLMHead."""
 
     def __init__(self, cfg: ModelConfig, vocabulary_size: int):
         super().__init__()
@@ -185,12 +205,13 @@ class WordHead(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x (M, C), embedding (V, C) -> logits (M, V)."""
-        return F.linear(self.layer_norm(kernels.gelu(self.dense(x))), embedding, self.bias)
+        x = self.layer_norm(kernels.gelu(self.dense(x)))
+        return F.linear(x, embedding, self.bias)
 
 
 @torch.no_grad()
 def init_weights(module: nn.Module):
-    """N(0, 0.02) for Linear and Embedding weights, zero for biases and PAD's row; BERT's start."""
+    """BERT's start: N(0, 0.02) for Linear and Embedding, zero for biases and PAD's row."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     if isinstance(module, nn.Linear):
@@ -200,8 +221,10 @@ def init_weights(module: nn.Module):
 
 
 class Data2VecText(nn.Module):
-    """The student: encoder and regression head, and a head for words if the objective asks for it. The teacher
-    is an `Encoder` of its own, made by `ema.make_teacher`."""
+    """The student: encoder and regression head, and a head for words if the objective asks for it.
+
+    The teacher is an `Encoder` of its own, made by `ema.make_teacher`.
+    """
 
     def __init__(self, cfg: ModelConfig, vocabulary_size: int):
         super().__init__()
@@ -212,8 +235,10 @@ class Data2VecText(nn.Module):
 
     @record_function("student")
     def forward(self, source: Tensor, masked: Tensor, padded: bool = True) -> Tensor:
-        """source (B, T) with `<mask>` at the flat places masked (M,) -> predictions (M, C), in the autocast type; with
-        a head for words, its logits (M, V) instead, or both."""
+        """source (B, T) with `<mask>` at the flat places masked (M,) -> predictions (M, C).
+
+        With a head for words, its logits (M, V) instead, or both. In the autocast type.
+        """
         x, _ = self.encoder(source, padded, places=masked)
         if self.lm_head is None:
             return self.regression_head(x)  # (M, C)
@@ -221,18 +246,21 @@ class Data2VecText(nn.Module):
         return logits if self.regression_head is None else (self.regression_head(x), logits)
 
 
+# ------------------------------------------------------------------------------ targets and losses
+
+
 @torch.no_grad()
 @record_function("teacher")
 def teacher_targets(teacher: Encoder, batch, cfg: ModelConfig) -> Tensor:
-    """What the student has to predict: the mean of the teacher's last layer targets, each normalized (paper, 3.3).
+    """What the student has to predict: the mean of the teacher's last layer targets, each
+    normalized (paper, 3.3).
 
     batch: a `data.Batch` on the teacher's device. Returns (M, C) float32.
     """
     if cfg.batch_norm_target_layer or cfg.instance_norm_target_layer or cfg.instance_norm_targets:
         return targets_over_places(teacher, batch, cfg)
-    _, layers = teacher(
-        batch.target, batch.target_padded, cfg.average_top_k_layers, batch.target_places
-    )
+    top_k = cfg.average_top_k_layers
+    _, layers = teacher(batch.target, batch.target_padded, top_k, batch.target_places)
     y = torch.stack(layers).float()  # (K, M, C)
     if cfg.layer_norm_target_layer:
         y = F.layer_norm(y, y.shape[-1:])
@@ -241,18 +269,19 @@ def teacher_targets(teacher: Encoder, batch, cfg: ModelConfig) -> Tensor:
 
 
 def targets_over_places(teacher: Encoder, batch, cfg: ModelConfig) -> Tensor:
-    """`teacher_targets` with norms whose statistics run over the places of a block or a batch, the padded ones included
-    as in the reference."""
+    """`teacher_targets` with norms whose statistics run over the places of a block or a batch, the
+    padded ones included as in the reference."""
     target, padded, places = batch.target, batch.target_padded, batch.target_places
     U, width = target.shape[1], batch.source.shape[1]
     if U < width:
-        # The teacher's input is squeezed. One padded place stands for all that the reference has, since the pads of a
-        # block are all alike.
+        # The teacher's input is squeezed. One padded place stands for all that the reference has,
+        # since the pads of a block are all alike.
         target, padded = F.pad(target, (0, 1), value=PAD), True
         places = places + places // U
     pads = target == PAD
     repeats = (width - (~pads).sum(1, keepdim=True)) / pads.sum(1, keepdim=True).clamp(min=1)
     weight = torch.where(pads, repeats, torch.ones_like(repeats))[:, :, None]  # (B, U or U + 1, 1)
+
     _, layers = teacher(target, padded, cfg.average_top_k_layers)
     y = torch.stack(layers).float()  # (K, B, U or U + 1, C)
     if cfg.batch_norm_target_layer:
@@ -261,7 +290,7 @@ def targets_over_places(teacher: Encoder, batch, cfg: ModelConfig) -> Tensor:
         y = standardize(y, weight, (-2,))
     if cfg.layer_norm_target_layer:
         y = F.layer_norm(y, y.shape[-1:])
-    y = y.mean(0)
+    y = y.mean(0)  # (B, U or U + 1, C)
     if cfg.layer_norm_targets:
         y = F.layer_norm(y, y.shape[-1:])
     if cfg.instance_norm_targets:
@@ -270,8 +299,8 @@ def targets_over_places(teacher: Encoder, batch, cfg: ModelConfig) -> Tensor:
 
 
 def standardize(y: Tensor, weight: Tensor, dims: tuple) -> Tensor:
-    """Zero mean and unit (biased) variance of y (..., B, T, C) over the axes `dims`, counted from the end; each place
-    counts weight (B, T, 1) times."""
+    """Zero mean and unit (biased) variance of y (..., B, T, C) over the axes `dims`, counted from
+    the end; each place counts weight (B, T, 1) times."""
     count = weight.sum(dims, keepdim=True)
     mean = (y * weight).sum(dims, keepdim=True) / count
     variance = ((y - mean).square() * weight).sum(dims, keepdim=True) / count
@@ -279,16 +308,21 @@ def standardize(y: Tensor, weight: Tensor, dims: tuple) -> Tensor:
 
 
 def data2vec_loss(prediction: Tensor, target: Tensor, cfg: ModelConfig) -> Tensor:
-    """Smooth L1 (squared error for loss_beta 0) of prediction and target (M, C), summed and scaled; float32, ()."""
+    """Smooth L1 of prediction and target (M, C), summed and scaled; float32, ().
+
+    Squared error for loss_beta 0.
+    """
+    prediction = prediction.float()
     # mean of nothing would be NaN; the sum of nothing is 0, with gradients of 0
     if cfg.loss_beta == 0:
-        loss = F.mse_loss(prediction.float(), target, reduction="sum")
+        loss = F.mse_loss(prediction, target, reduction="sum")
     else:
-        loss = F.smooth_l1_loss(prediction.float(), target, reduction="sum", beta=cfg.loss_beta)
-    return loss * (cfg.loss_scale if cfg.loss_scale > 0 else 1 / math.sqrt(prediction.shape[-1]))
+        loss = F.smooth_l1_loss(prediction, target, reduction="sum", beta=cfg.loss_beta)
+    scale = cfg.loss_scale if cfg.loss_scale > 0 else 1 / math.sqrt(prediction.shape[-1])
+    return loss * scale
 
 
-# ---------------------------------------------------------------------------- the language model
+# --------------------------------------------------------------------------- the language model
 
 
 def places_of(batch, cfg: ModelConfig) -> Tensor:
@@ -297,10 +331,7 @@ def places_of(batch, cfg: ModelConfig) -> Tensor:
 
 
 def words_of(batch, cfg: ModelConfig) -> Tensor:
-    """The tokens (M,) that were there before masking.
-
-    With objective=mlm the batch must hold whole blocks.
-    """
+    """The tokens (M,) that were there before masking; with objective=mlm the blocks are whole."""
     places = batch.chosen if cfg.objective == "mlm" else batch.target_places
     return batch.target.flatten().index_select(0, places)
 
@@ -320,7 +351,7 @@ def loss_with_words(student, teacher, batch, cfg: ModelConfig) -> tuple[Tensor, 
         logits = student(batch.source, batch.chosen, batch.source_padded)  # (M, V)
         none = logits.new_zeros(0, cfg.embed_dim)
         return word_loss(logits, words_of(batch, cfg)), none, none
-    target = teacher_targets(teacher, batch, cfg)
+    target = teacher_targets(teacher, batch, cfg)  # (M, C)
     prediction, logits = student(batch.source, batch.masked, batch.source_padded)
     loss = data2vec_loss(prediction, target, cfg)
     loss = loss + cfg.mlm_weight * word_loss(logits, words_of(batch, cfg))

@@ -1,7 +1,8 @@
-"""How gradients become a step: summed over the workers, divided by the masked tokens, clipped, and given to Adam, which
-leaves the weights alone where something is not finite.
+"""How gradients become a step: summed over the workers, divided by the masked tokens, clipped, and
+given to Adam, which leaves the weights alone where something is not finite.
 
-Source: fairseq's trainer and Adam (fairseq/optim/adam.py), which differs from torch's AdamW in where epsilon is added.
+Source: fairseq's trainer and Adam (fairseq/optim/adam.py), which differs from torch's AdamW in
+where epsilon is added.
 """
 
 import math
@@ -27,40 +28,36 @@ class Step:
 
 
 class Optimizer:
-    """Adam on the summed gradients of one or more batches: `begin`, `backward` for each batch, `step`."""
+    """Adam on the summed gradients of one or more batches: `begin`, `backward` each, `step`."""
 
     def __init__(self, weights, cfg: OptimConfig, device: Device, update_freq: int):
         """weights: of hardware.vectors."""
         self.weights, self.cfg, self.device = weights, cfg, device
         self.is_fused = device.has_fused_adam
-        # foreach=None: torch has operators for lists of weights. For a CPU it has none, and torch_npu looks for a card.
-        form = (
-            dict(fused=True)
-            if self.is_fused
-            else dict(foreach=False if device.type == "cpu" else None)
-        )
-        self.adam = torch.optim.AdamW(
-            weights.parameters, betas=cfg.adam_betas, weight_decay=cfg.weight_decay, **form
-        )
-        if (
-            device.world_size > 1
-        ):  # what the workers sum: all gradients, each a view of this vector, and the loss
+        # foreach=None: torch has operators for lists of weights. For a CPU it has none, and
+        # torch_npu looks for a card.
+        foreach = False if device.type == "cpu" else None
+        form = dict(fused=True) if self.is_fused else dict(foreach=foreach)
+        rules = dict(betas=cfg.adam_betas, weight_decay=cfg.weight_decay)
+        self.adam = torch.optim.AdamW(weights.parameters, **rules, **form)
+        if device.world_size > 1:
+            # what the workers sum: all gradients, each a view of this vector, and the loss
             self.sizes = [*(p.numel() for p in weights.parameters), 1]
             self.vector = torch.zeros(sum(self.sizes), device=device.torch_device)
         self.scaler = device.scaler(update_freq)
-        self.loss_scale = (
-            self.scaler.get_scale()
-        )  # kept on the host: asking for it waits for the device
+        self.loss_scale = self.scaler.get_scale()  # on the host: asking waits for the device
         self.skipped = 0  # steps known to have left the weights alone
 
     def begin(self) -> Tensor:
         """The loss of no batch yet, (). Call it before the first forward."""
         if self.device.world_size > 1:  # a worker without a batch takes part all the same
-            for p, part in zip(self.weights.parameters, self.vector.zero_().split(self.sizes)):
+            parts = self.vector.zero_().split(self.sizes)
+            for p, part in zip(self.weights.parameters, parts):
                 p.grad = part.view_as(p)
         loss = torch.zeros((), device=self.device.torch_device)
-        # A scaler that has scaled nothing refuses to step, as for a worker without a batch. And torch_npu's clears the
-        # chip's overflow flag at its first scale(): here, so that an overflow in a forward counts too.
+        # A scaler that has scaled nothing refuses to step, as for a worker without a batch. And
+        # torch_npu's clears the chip's overflow flag at its first scale(): here, so that an
+        # overflow in a forward counts too.
         self.scaler.scale(loss)
         return loss
 
@@ -72,10 +69,14 @@ class Optimizer:
 
     @record_function("optimizer")
     def step(self, lr: float, updates: int, loss: Tensor, counts: Tensor) -> Step | None:
-        """Move the weights by the gradients so far. updates: those done before; loss () and counts (3,) are this
-        worker's. Returns None if float16 gradients overflowed: then nothing moved, and it was no update."""
+        """Move the weights by the gradients so far.
+
+        updates: those done before; loss () and counts (3,) are this worker's. Returns None if
+        float16 gradients overflowed: then nothing moved, and it was no update.
+        """
         for p in self.weights.parameters:  # a lone worker may have no batch, too
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         loss, counts, sample_size = self.sum_over_workers(loss, counts)
         self.scaler.unscale_(self.adam)  # after the sum, so that all workers see the same overflow
         grads = [p.grad for p in self.weights.parameters]
@@ -84,11 +85,18 @@ class Optimizer:
         self.set_rates(lr, updates)
         self.move(grads, factor, skipped)
         self.adam.zero_grad()
-        before, self.loss_scale = self.loss_scale, self.scaler.get_scale()
-        return None if self.loss_scale < before else Step(loss, gnorm, skipped, counts, before)
+
+        before = self.loss_scale
+        self.loss_scale = self.scaler.get_scale()
+        if self.loss_scale < before:
+            return None
+        return Step(loss, gnorm, skipped, counts, before)
 
     def sum_over_workers(self, loss: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
-        """Make loss, counts and the gradients those of all workers; also returns sample_size, at least 1."""
+        """Make loss, counts and the gradients those of all workers.
+
+        Also returns sample_size, at least 1.
+        """
         if self.device.world_size == 1:
             return loss, counts, max(1, int(counts[0]))
         counts = self.device.all_reduce(self.device.tensor(counts.numpy()))
@@ -97,18 +105,24 @@ class Optimizer:
         return self.vector[-1].clone(), counts, counts[0].clamp(min=1)
 
     def set_rates(self, lr: float, updates: int):
-        """The learning rate, and the epsilon that makes torch's AdamW fairseq's: fairseq adds it to the root of the
-        uncorrected second moment, torch to that of the corrected one."""
-        steps = updates + 1 - (self.skipped if self.is_fused else 0)  # what Adam itself has counted
+        """The learning rate, and the epsilon that makes torch's AdamW fairseq's.
+
+        fairseq adds it to the root of the uncorrected second moment, torch to that of the corrected
+        one.
+        """
+        steps = updates + 1  # that Adam has counted, with this one
+        if self.is_fused:
+            steps -= self.skipped
         group = self.adam.param_groups[0]
         group["lr"] = lr
         group["eps"] = self.cfg.adam_eps / math.sqrt(1 - self.cfg.adam_betas[1] ** steps)
 
     def move(self, grads: list, factor: Tensor, skipped: Tensor):
-        """Adam's step with gradients times `factor`; none where `skipped` is true. Does not wait for the device."""
+        """Adam's step with gradients times `factor`, none where `skipped`; waits for no device."""
         if self.is_fused and not self.scaler.is_enabled():
             # the kernel multiplies and skips on its way, through its arguments for a loss scaler
-            self.adam.grad_scale, self.adam.found_inf = 1 / factor, skipped.float()
+            self.adam.grad_scale = 1 / factor
+            self.adam.found_inf = skipped.float()
         else:
             torch._foreach_mul_(grads, factor)
             if not self.scaler.is_enabled():  # a scaler skips by itself
@@ -117,33 +131,37 @@ class Optimizer:
         self.scaler.update()
 
     def state(self) -> dict:
-        """The state of torch's AdamW over the student's parameters, however the weights lie; with the scaler's."""
+        """The state of torch's AdamW over the student's parameters, however the weights lie."""
         content = self.adam.state_dict()
         content["state"] = self.weights.split_state(content["state"])
         content["param_groups"][0]["params"] = list(range(self.weights.count))
         return content
 
     def load(self, state: dict, scaler: dict):
-        """Take the moments of a `state()["state"]` and the loss scale; the settings stay this command's."""
+        """Take the moments of a `state()["state"]` and the loss scale; settings stay."""
         groups = self.adam.state_dict()["param_groups"]
-        self.adam.load_state_dict({"state": self.weights.join_state(state), "param_groups": groups})
+        state = self.weights.join_state(state)
+        self.adam.load_state_dict({"state": state, "param_groups": groups})
         if self.scaler.is_enabled() and scaler:
             self.scaler.load_state_dict({**self.scaler.state_dict(), **scaler})
             self.loss_scale = self.scaler.get_scale()
 
 
 def hide_from_step(grads: list, skipped: Tensor):
-    """For an optimizer that cannot skip a step: zero the gradients where `skipped` is true, so that only its momentum
-    moves the weights. Does not wait for the device."""
+    """For an optimizer that cannot skip a step: zero the gradients where `skipped` is true.
+
+    Then only its momentum moves the weights. Does not wait for the device.
+    """
     for g in grads:
         g.masked_fill_(skipped, 0.0)
 
 
-def norm_and_factor(
-    grads: list, sample_size: int | Tensor, clip_norm: float
-) -> tuple[Tensor, Tensor]:
-    """For gradients summed over sample_size masked tokens: the global norm () of their mean, and the factor () that
-    makes them that mean, clipped to clip_norm (0: not clipped). Does not wait for the device."""
+def norm_and_factor(grads: list, sample_size: int | Tensor, clip_norm: float):
+    """For gradients summed over sample_size masked tokens: the global norm () of their mean, and
+    the factor () that makes them that mean, clipped to clip_norm (0: not clipped).
+
+    Does not wait for the device.
+    """
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     factor = torch.ones_like(norm) / sample_size
     norm = norm * factor

@@ -4,41 +4,31 @@
     python train.py --data_path DIR --config_name tiny     a small one
     torchrun --nproc_per_node 8 train.py --data_path DIR   on several devices
 
-Run the same command again to continue from checkpoint_last.pt in --save_dir. Figures go to train.jsonl there.
+Run the same command again to continue from checkpoint_last.pt in --save_dir. Figures go to
+train.jsonl there.
 """
 
 import contextlib
-import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import config
-from config import PARTS, Config, InputError, ModelConfig, RunError, TrainConfig
+from config import PARTS, Config, InputError, ModelConfig, RunError, TrainConfig, printable
 from run import flags
 
 
 def add_flags(parser):
-    parser.add_argument(
-        "--no_resume", action="store_true", help="start over; --save_dir must be empty"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="with --no_resume: remove the old run there"
-    )
-    parser.add_argument(
-        "--reset_data_position",
-        action="store_true",
-        help="on changed data: resume at the next epoch",
-    )
-    parser.add_argument(
-        "--distributed_world_size", type=int, metavar="N", help="must be torchrun's"
-    )
+    flag = parser.add_argument
+    flag("--no_resume", action="store_true", help="start over; --save_dir must be empty")
+    flag("--overwrite", action="store_true", help="with --no_resume: remove the old run there")
+    flag("--reset_data_position", action="store_true", help="resume at the next epoch's start")
+    flag("--distributed_world_size", type=int, metavar="N", help="must be torchrun's")
 
 
 if __name__ == "__main__":
-    flags.answer_early(
-        PARTS, __doc__, add_flags, check=lambda parts: Config(*parts)
-    )  # torch takes seconds to import
+    # torch takes seconds to import
+    flags.answer_early(PARTS, __doc__, add_flags, check=Config)
 
 
 import ema
@@ -51,8 +41,7 @@ from judge.validation import Validation
 from model import Data2VecText, data2vec_loss, loss_with_words, places_of, teacher_targets
 from optim import Optimizer, Step
 from run import checkpoint, resume
-from run.clock import Clock
-from run.guard import Health, Signals, check_memory, explained_out_of_memory
+from run.guard import Clock, Health, Signals, check_memory, explained_out_of_memory
 from run.lock import Lock
 from run.log import Log, describe_start
 from run.saves import Saves
@@ -61,12 +50,15 @@ import torch
 from torch.profiler import record_function
 
 
-def lr_at(updates: float, cfg: TrainConfig) -> float:
-    """Learning rate of the update that follows `updates` finished ones: linear warm-up from 0, then cosine to 0."""
+def lr_at(updates: int, cfg: TrainConfig) -> float:
+    """Learning rate after so many updates: linear warm-up from 0, then half a cosine to 0."""
     if updates < cfg.warmup_updates:
         return cfg.lr * updates / cfg.warmup_updates
     done = (updates - cfg.warmup_updates) / max(1, cfg.max_update - cfg.warmup_updates)
     return 0.5 * cfg.lr * (1 + math.cos(math.pi * done))
+
+
+# ------------------------------------------------------------------------------ the state of a run
 
 
 class Run:
@@ -85,18 +77,18 @@ class Run:
             for layer in (*self.student.encoder.layers, *self.teacher.layers):
                 layer.compile(dynamic=True)  # in place: names and weights stay what they are
         self.optimizer = Optimizer(self.weights, cfg.optim, device, cfg.train.update_freq)
-        self.clock = Clock(device, cfg.train)
-        self.num_updates = self.teacher_updates = (
-            0  # updates of the student, and those that the teacher has taken in
-        )
-        self.epoch, self.batches_done = (
-            1,
-            0,
-        )  # the data position: batches of this worker done in this epoch
-        self.best_loss = self.best_gain = self.first_target_var = None  # of the validations
+        self.clock = Clock(device, cfg.train.max_hours)
+
+        self.num_updates = 0
+        self.teacher_updates = 0  # those that the teacher has taken in
+        # the data position: batches of this worker done in this epoch
+        self.epoch = 1
+        self.batches_done = 0
+        # of the validations
+        self.best_loss = self.best_gain = self.first_target_var = None
 
     def seed_dropout(self):
-        """Dropout of update n is the same whether or not the run was interrupted before it."""
+        """Dropout of an update is the same whether or not the run was interrupted before it."""
         # differs from fairseq: workers draw different dropout, where its workers all draw the same
         worker = 0 if self.cfg.train.fairseq_exact else 1_000_003 * self.device.rank
         self.device.seed(self.cfg.data.seed + self.num_updates + worker)
@@ -105,34 +97,27 @@ class Run:
     def move_teacher(self):
         """Bring the teacher up to the student's updates, once for each."""
         if self.teacher_updates < self.num_updates:
-            ema.step(
-                *self.weights.averaged,
-                ema.decay_at(self.clock.at(self.num_updates), self.cfg.ema),
-                self.cfg.ema,
-            )
+            decay = ema.decay_at(self.num_updates, self.cfg.ema)
+            teacher, student = self.weights.averaged
+            ema.step(teacher, student, decay, self.cfg.ema)
             self.teacher_updates = self.num_updates
 
     def load(self, student: dict, teacher: dict | None, path):
-        """Take the weights of two state dicts; without a teacher's, the teacher is the student's encoder again. Raises
-        InputError if they do not fit; `path` is where they are from."""
+        """Take the weights of two state dicts; without a teacher's, it is the student's encoder.
+
+        path: where they are from. Raises InputError if they do not fit.
+        """
         checkpoint.put(student, self.student, "the student", path)
-        checkpoint.put(
-            teacher or self.student.encoder.state_dict(), self.teacher, "the teacher", path
-        )
+        teacher = teacher or self.student.encoder.state_dict()
+        checkpoint.put(teacher, self.teacher, "the teacher", path)
 
     def is_finished(self) -> bool:
-        over = self.num_updates >= self.clock.last_update or self.clock.left <= 0
-        return over or 0 < self.cfg.train.max_epoch < self.epoch
+        t = self.cfg.train
+        is_last_epoch = 0 < t.max_epoch < self.epoch
+        return self.num_updates >= t.max_update or self.clock.left <= 0 or is_last_epoch
 
 
-@dataclass
-class Turn:
-    """What one update reads."""
-
-    batches: list[Batch]  # host batches; none for a worker that has run out
-    taken: int  # how many batches of the epoch that is, empty ones included
-    epoch: int
-    ends_epoch: bool
+# ---------------------------------------------------------------------------------- one update
 
 
 @dataclass
@@ -142,30 +127,53 @@ class Update(Step):
     number: int  # from 1
     epoch: int
     blocks: list  # this worker's block numbers
-    last_batch: tuple | None  # (prediction, target) of the last batch; the log clears it after use
+    last_batch: tuple | None  # (prediction, target) of the last batch; the log clears it
     lr: float
     ema_decay: float  # of the step that made this update's teacher
     flops: float  # of this worker
 
 
 def update(run: Run, batches: list[Batch]) -> Update | None:
-    """One optimizer step over this worker's host batches. Returns None if float16 overflowed: then it was no update."""
-    cfg, device = run.cfg, run.device
-    at = run.clock.at(run.num_updates)  # what the schedules go by
-    lr, decay = lr_at(at, cfg.train), ema.decay_at(at, cfg.ema)
+    """One optimizer step over this worker's host batches. Returns None if float16 overflowed."""
+    cfg = run.cfg
+    lr = lr_at(run.num_updates, cfg.train)
+    decay = ema.decay_at(run.num_updates, cfg.ema)
     run.seed_dropout()
     run.move_teacher()  # a no-op, unless fairseq_exact left the last update out
+    loss, last_batch = accumulate(run, batches)
 
-    last, total = (
-        (torch.zeros(0, cfg.model.embed_dim, device=device.torch_device),) * 2,
-        run.optimizer.begin(),
+    run.clock.look()  # before the step: a worker lost here must find the weights as they were
+    step = run.optimizer.step(lr, run.num_updates, loss, count(batches, cfg.model))
+    if step is None:
+        return None
+    run.num_updates += 1
+    if not cfg.train.fairseq_exact:  # its teacher waits for the next update, also while saving
+        run.move_teacher()
+    return Update(
+        **vars(step),
+        number=run.num_updates,
+        epoch=run.epoch,
+        blocks=[int(i) for batch in batches for i in batch.ids],
+        last_batch=last_batch,
+        lr=lr,
+        ema_decay=decay,
+        flops=update_flops(batches, run),
     )
+
+
+def accumulate(run: Run, batches: list[Batch]) -> tuple[torch.Tensor, tuple | None]:
+    """Forward and backward: adds up the gradients of the batches.
+
+    Returns the sum of their losses () and (prediction, target) of the last one.
+    """
+    cfg, device = run.cfg, run.device
+    total = run.optimizer.begin()
+    last = None
     with device.autocast():  # one for all batches: it casts the student's weights once
         for batch in map(device.upload, batches):
             if cfg.model.predicts_words:
-                loss, prediction, target = loss_with_words(
-                    run.student, run.teacher, batch, cfg.model
-                )
+                networks = (run.student, run.teacher)
+                loss, prediction, target = loss_with_words(*networks, batch, cfg.model)
             else:
                 target = teacher_targets(run.teacher, batch, cfg.model)  # (M, C), no gradient
                 prediction = run.student(batch.source, batch.masked, batch.source_padded)  # (M, C)
@@ -173,110 +181,116 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
             run.optimizer.backward(loss)
             total += loss.detach()
             last = prediction.detach(), target
-
-    run.clock.look()  # before the step: a worker lost here must find the weights as they were
-    step = run.optimizer.step(lr, run.num_updates, total, count(batches, cfg.model))
-    if step is None:
-        return None
-    run.num_updates += 1
-    if (
-        not cfg.train.fairseq_exact
-    ):  # there the teacher waits for the next update, also while validating and saving
-        run.move_teacher()
-    done = dict(
-        number=run.num_updates,
-        epoch=run.epoch,
-        lr=lr,
-        ema_decay=decay,
-        flops=update_flops(batches, run),
-    )
-    return Update(
-        **vars(step),
-        **done,
-        blocks=[int(i) for batch in batches for i in batch.ids],
-        last_batch=last,
-    )
+    return total, last
 
 
 def count(batches: list[Batch], cfg: ModelConfig) -> torch.Tensor:
     """(3,) int64 on the host: places in the loss, blocks, tokens."""
-    counts = [[len(places_of(batch, cfg)), batch.nsentences, batch.ntokens] for batch in batches]
-    return torch.tensor(counts, dtype=torch.int64).reshape(len(batches), 3).sum(0)
+    counts = torch.zeros(3, dtype=torch.int64)
+    for batch in batches:
+        counts += torch.tensor([len(places_of(batch, cfg)), batch.nsentences, batch.ntokens])
+    return counts
+
+
+# ----------------------------------------------------------------------------------- the loop
+
+
+class Turn(NamedTuple):
+    """What one update reads."""
+
+    batches: list  # host batches; none for a worker that has run out
+    taken: int  # how many batches of the epoch that is, empty ones included
+    epoch: int
+    ends_epoch: bool
 
 
 def turns(run: Run, corpus: Corpus):
-    """What the updates from here on read, epoch after epoch, without an end; an update never crosses an epoch's end."""
+    """What the updates from here on read, epoch after epoch, without an end.
+
+    An update never crosses an epoch's end.
+    """
     device, freq = run.device, run.cfg.train.update_freq
     while True:
-        epoch, dataset = run.epoch, corpus.split("train", run.epoch)
+        epoch = run.epoch
+        dataset = corpus.split("train", epoch)
         rest = dataset.epoch_batches(epoch, device.rank, device.world_size)[run.batches_done :]
-        made = map(device.pin, dataset.batches(rest, epoch))
-        with contextlib.closing(prefetch(made, min(2 * freq, 32), use_all_cores)) as batches:
+        pinned = map(device.pin, dataset.batches(rest, epoch))
+        with contextlib.closing(prefetch(pinned, min(2 * freq, 32), use_all_cores)) as batches:
             for first in range(0, len(rest), freq):
                 part = rest[first : first + freq]
                 ready = [next(batches) for ids in part if len(ids)]
                 yield Turn(ready, len(part), epoch, ends_epoch=first + freq >= len(rest))
 
 
-def is_due(run: Run, turn: Turn, counted: bool, updates: int, epochs: int) -> bool:
-    """Whether something is due that is done every so many updates (0: never), every so many epochs, and at the end."""
+class Due(NamedTuple):
+    """What follows an update."""
+
+    save: bool
+    probe: bool
+    validation: bool
+
+
+def what_is_due(run: Run, turn: Turn, counted: bool) -> Due:
+    """counted: this was an update, not an overflow."""
+    t = run.cfg.train
+    save = is_due(run, turn, counted, t.save_interval_updates, t.save_interval)
+    probe = t.probe_interval_updates > 0 and is_due(run, turn, counted, t.probe_interval_updates)
+    validate = is_due(run, turn, counted, t.validate_interval_updates, t.validate_interval)
+    return Due(save, probe, save or probe or validate)
+
+
+def is_due(run: Run, turn: Turn, counted: bool, updates: int, epochs: int = 0) -> bool:
+    """Whether it is due: every so many updates or epochs (0: never), and at the end."""
     by_updates = counted and updates > 0 and run.num_updates % updates == 0
     by_epochs = turn.ends_epoch and epochs > 0 and turn.epoch % epochs == 0
     return by_updates or by_epochs or run.is_finished()
 
 
-def loop(
-    run: Run,
-    corpus: Corpus,
-    validation: Validation | None,
-    log: Log,
-    saves: Saves,
-    signals: Signals,
-    profiled,
-) -> tuple:
-    """Update, log, validate and save, until the end or a signal. Returns the last validation's figures, exit code."""
-    t, health, figures = run.cfg.train, saves.health, {}
+def loop(run: Run, source, validation: Validation | None, saves: Saves, signals: Signals, profiled):
+    """Update, log, validate and save, until the end or a signal.
+
+    source: of `turns`. Returns the last validation's figures and the exit code.
+    """
+    log, health, figures = saves.log, saves.health, {}
     stop = run.device.agree([signals.stop])[0]
-    with saves, contextlib.closing(turns(run, corpus)) as source:
-        while not stop and not run.is_finished():
-            turn = next(source)
-            with explained_out_of_memory(run.device, turn.batches, run.num_updates + 1):
-                done = update(run, turn.batches)
-            profiled()
-            run.epoch = turn.epoch + turn.ends_epoch
-            run.batches_done = 0 if turn.ends_epoch else run.batches_done + turn.taken
+    while not stop and not run.is_finished():
+        turn = next(source)
+        with explained_out_of_memory(run.device, turn.batches, run.num_updates + 1):
+            done = update(run, turn.batches)
+        profiled()
+        run.epoch = turn.epoch + turn.ends_epoch
+        run.batches_done = 0 if turn.ends_epoch else run.batches_done + turn.taken
 
-            with log.paused():  # what follows is no training time
-                if done is None:
-                    log.overflow(turn, run.num_updates, run.optimizer.loss_scale)
-                    health.check_loss_scale(run.optimizer.loss_scale)
-                else:
-                    log.add(done)
-                    log_now = run.num_updates % t.log_interval == 0 or run.is_finished()
-                    if log_now or run.device.type == "cpu":  # where asking costs nothing
-                        saves.look_at_skipped()
-                    if log_now:
-                        saves.settle_if_idle()
-                        health.check_variance(log.write(), run.first_target_var)
+        with log.paused():  # what follows is no training time
+            if done is None:
+                log.overflow(turn, run.num_updates, run.optimizer.loss_scale)
+                health.check_loss_scale(run.optimizer.loss_scale)
+            else:
+                log.add(done)
+                log_now = run.num_updates % run.cfg.train.log_interval == 0 or run.is_finished()
+                if log_now or run.device.asking_is_free:
+                    saves.look_at_skipped()
+                if log_now:
+                    health.check_variance(log.write(), run.first_target_var)
 
-                due = functools.partial(is_due, run, turn, done is not None)
-                save_now, best = due(t.save_interval_updates, t.save_interval), False
-                probe = t.probe_interval_updates > 0 and due(t.probe_interval_updates, 0)
-                if validation and (
-                    save_now or probe or due(t.validate_interval_updates, t.validate_interval)
-                ):
-                    saves.settle()  # a failed save takes its best loss back
-                    figures = validation(probe)
-                    best = saves.note(figures)
-                    log.validation(figures, run.best_loss, run.num_updates, turn.epoch)
-                if save_now or best:
-                    saves.save(*saves.names(best, done is not None, turn.epoch))
-                stop, wanted, late = signals.agreed(saves.is_late())
-                if wanted or (stop and not run.is_finished()):
-                    saves.save_now("as the signal asked")
-                elif late:
-                    saves.save()
+            due = what_is_due(run, turn, counted=done is not None)
+            is_best = False
+            if validation and due.validation:
+                figures = validation(due.probe)
+                is_best = saves.note(figures)
+                log.validation(figures, run.best_loss, run.num_updates, turn.epoch)
+            if due.save or is_best:
+                saves.save(*saves.names(is_best, done is not None, turn.epoch))
+
+            stop, save_now, late = signals.agreed(saves.is_late())
+            if save_now or (stop and not run.is_finished()):
+                saves.save_now("as the signal asked")
+            elif late:
+                saves.save()
     return figures, 0 if run.is_finished() else 128 + stop
+
+
+# ---------------------------------------------------------------------------------- a whole run
 
 
 def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
@@ -287,72 +301,81 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
     t, folder = cfg.train, Path(cfg.train.save_dir)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals(device))
+        # what is wrong with the data shows before anything is made
         corpus = Corpus(cfg.data)
         dataset = corpus.split("train", 1)
         if not t.disable_validation:
-            corpus.split("valid")  # what is wrong with it shows now
+            corpus.split("valid")
         fingerprint = resume.fingerprint_of(corpus)
         if device.rank == 0:
             resume.prepare_save_dir(folder, args)
             stack.callback(Lock(folder).release)
-            resume.remove(
-                folder, "checkpoint_*.pt.tmp", "train.*jsonl.tmp"
-            )  # what a broken save left
-        device.barrier()  # rank 0 has prepared the directory
+            resume.remove(folder, "checkpoint_*.pt.tmp", "train.*jsonl.tmp")  # of a broken save
+        device.barrier()  # rank 0 has prepared the folder
+
         check_memory(cfg.model, len(corpus.dictionary), device, copies=5)
         run = Run(cfg, device, len(corpus.dictionary))
         log = Log(device, folder / "train.jsonl", t.tensorboard_logdir, run.clock)
         stack.callback(log.close)
-        found = None if args.no_resume else resume.find_checkpoint(folder, log.say)
-        if found:
-            resume.resume(run, corpus, fingerprint, *found, args.reset_data_position, log.say)
-            log.restore(found[1].content["log"])
-        elif t.init_from:
-            resume.init_from(run, corpus, checkpoint.load(t.init_from), t.init_from)
-        device.check_profile(t.npu_profile, run.num_updates, run.clock.last_update)
+        path = start_from(run, corpus, fingerprint, log, args)
+        device.check_profile(t.npu_profile, run.num_updates, t.max_update)
         resume.check_agreement(run, corpus, fingerprint)  # and every worker has read what it needs
-        if device.rank == 0 and args.no_resume:
-            resume.remove(
-                folder, "checkpoint_*.pt", "train.jsonl"
-            )  # only after every check has passed
-        describe_start(run, dataset, log, found and found[0])
-        del found  # all of it has been copied
-        profiled = stack.enter_context(device.profile(t.npu_profile, folder))
-        saves = Saves(
-            run,
-            corpus,
-            fingerprint,
-            log,
-            Health(cfg.guard, t.warmup_updates, log.say, run.clock.at),
-        )
+        if device.rank == 0 and args.no_resume:  # only after every check has passed
+            resume.remove(folder, "checkpoint_*.pt", "train.jsonl")
+        describe_start(run, dataset, log, path)
+
+        health = Health(cfg.guard, t.warmup_updates, log.say)
+        saves = stack.enter_context(Saves(run, corpus, fingerprint, log, health))
         validation = None if t.disable_validation else Validation(run, corpus)
-        return loop(run, corpus, validation, log, saves, signals, profiled)
+        profiled = stack.enter_context(device.profile(t.npu_profile, folder))
+        source = stack.enter_context(contextlib.closing(turns(run, corpus)))
+        return loop(run, source, validation, saves, signals, profiled)
+
+
+def start_from(run: Run, corpus: Corpus, fingerprint: dict, log: Log, args) -> Path | None:
+    """Continue from the newest checkpoint of --save_dir, which is returned, or from --init_from."""
+    t = run.cfg.train
+    found = None if args.no_resume else resume.find_checkpoint(Path(t.save_dir), log.say)
+    if found:
+        path, loaded = found
+        resume.resume(run, corpus, fingerprint, path, loaded, args.reset_data_position, log.say)
+        log.restore(loaded.content["log"])
+        return path
+    if t.init_from:
+        resume.init_from(run, corpus, checkpoint.load(t.init_from), t.init_from)
+    return None
 
 
 def main(argv: list | None = None) -> int:
     parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags)
     cfg = Config(*parts)
-    _, world_size, _ = worker()
-    there = args.distributed_world_size
-    if there not in (None, world_size):
-        raise InputError(
-            f"distributed_world_size {there}, but there is {world_size} worker; start with: torchrun --nproc_per_node"
-            f" {there} train.py ..., or leave it out: --update_freq {-(-there * cfg.train.update_freq // world_size)}"
-            " keeps the batch"
-        )
+    check_world_size(args.distributed_world_size, cfg.train.update_freq)
     device = open_device(cfg.device)
     try:
         figures, code = train(cfg, device, args)
     except RuntimeError as e:
-        if isinstance(e, RunError) or not (why := device.lost_worker(e)):
+        why = device.lost_worker(e)
+        if isinstance(e, RunError) or not why:
             raise
         raise RunError(why) from None
     finally:
         device.close()
     if device.rank == 0 and figures and code == 0:
         print(f"valid loss {figures['loss']:.4f}, {verdict(figures)}")
-        print(config.printable(f"{cfg.train.save_dir}/checkpoint_last.pt"))
+        print(printable(f"{cfg.train.save_dir}/checkpoint_last.pt"))
     return code
+
+
+def check_world_size(asked: int | None, update_freq: int):
+    """fairseq's --distributed_world_size must be the number of workers that torchrun started."""
+    _, world_size, _ = worker()
+    if asked not in (None, world_size):
+        freq = -(-asked * update_freq // world_size)
+        raise InputError(
+            f"distributed_world_size {asked}, but there is {world_size} worker; start with:"
+            f" torchrun --nproc_per_node {asked} train.py ..., or leave it out: --update_freq"
+            f" {freq} keeps the batch"
+        )
 
 
 if __name__ == "__main__":

@@ -65,6 +65,11 @@ class Device:
         return self.type == "npu" and self.name in FIRST_GENERATION
 
     @property
+    def asking_is_free(self) -> bool:
+        """Whether a tensor can be read without waiting for a device."""
+        return self.type == "cpu"
+
+    @property
     def wants_long_vectors(self) -> bool:
         """Whether launching kernels is what costs here, so that weights belong in long vectors (hardware/vectors.py)."""
         return self.type == "npu"

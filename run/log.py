@@ -21,7 +21,7 @@ from hardware.device import Device
 from hardware.flops import Matmuls
 from judge.quality import moments, quality
 from run.checkpoint import write_text
-from run.clock import Clock
+from run.guard import Clock
 from run.curves import TensorBoard
 from run.progress import Bar
 from text.notes import notes
@@ -140,9 +140,7 @@ class Log:
         """With which update the run will end, at the pace of its hours so far; None if that is not known."""
         last = self.last_update
         if self.has_limit and self.clock.hours:
-            last = min(
-                last, round(self.updates * max(1, self.clock.cfg.max_hours / self.clock.hours))
-            )
+            last = min(last, round(self.updates * max(1, self.clock.max_hours / self.clock.hours)))
         return None if math.isinf(last) else last
 
     def _left(self, each: float) -> float:
@@ -368,7 +366,7 @@ def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
     first training folder; source: the checkpoint that it continues from."""
     device, cfg, t = run.device, run.cfg, run.cfg.train
     an_epoch = -(-len(train.batch_ends) // (device.world_size * t.update_freq))  # updates
-    updates = min(run.clock.last_update, t.max_epoch * an_epoch or math.inf)
+    updates = min(run.cfg.train.max_update, t.max_epoch * an_epoch or math.inf)
     log.open(run.num_updates, updates)
     log.say(
         f"data2vec-text {VERSION}: train.py {flags_of([getattr(cfg, f.name) for f in dataclasses.fields(cfg)])}"
@@ -396,7 +394,7 @@ def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
         f"{'warning: ' if percent > 1 else ''}{percent:.2f}% of the training tokens are never seen{why}{advice}"
     )
     if source and run.is_finished():
-        flag = "max_update" if run.num_updates >= run.clock.last_update else "max_epoch"
+        flag = "max_update" if run.num_updates >= run.cfg.train.max_update else "max_epoch"
         flag = "max_hours" if run.clock.left <= 0 else flag
         log.say(
             f"finished: {source} is at update {run.num_updates}; to train on, raise --{flag} {getattr(t, flag)}"
@@ -404,12 +402,6 @@ def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
     elif source:
         used = f", after {duration(3600 * run.clock.hours)}" if t.max_hours else ""
         log.say(f"resuming from {source} at update {run.num_updates}, epoch {run.epoch}{used}")
-    if run.clock.goes_by_hours:
-        parts = (t.warmup_updates, cfg.ema.ema_anneal_end_step, t.max_update)
-        warm, anneal, end = (duration(3600 * t.max_hours * part / t.max_update) for part in parts)
-        log.say(
-            f"by the clock: the learning rate rises for {warm} and is 0 after {end}, the teacher's decay for {anneal}"
-        )
     if cfg.train.warmup_updates >= cfg.train.max_update:
         log.say(
             f"note: the learning rate is still warming up at the last of {cfg.train.max_update} updates"

@@ -8,7 +8,8 @@ from test.helpers import HERE, block_dataset, corpus_dir, saved, tokenizers  # n
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print each reason to skip once, with the number of its tests, and the packages that would enable more."""
+    """Print each reason to skip once, with the number of its tests, and the packages that would
+    enable more."""
     reasons = Counter()
     for skipped in terminalreporter.stats.get("skipped", []):
         reason = skipped.longrepr[2].removeprefix("Skipped: ")

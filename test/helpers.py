@@ -1,4 +1,5 @@
-"""What several test files share: small datasets and runs, the recorded numbers, programs as functions."""
+"""What several test files share: small datasets and runs, the recorded numbers, programs as
+functions."""
 
 import contextlib
 import io
@@ -26,31 +27,24 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent.parent  # the project
-
 GOLDEN = HERE.parent / "shared" / "golden"
-
 RAW, GPT2 = GOLDEN / "corpora" / "raw", GOLDEN / "corpora" / "gpt2_bpe"
-
-NOT_PUBLIC = "needs recordings of fairseq that are too large to be part of the project, and not public; test/golden has others"
-golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason=NOT_PUBLIC)
+golden = pytest.mark.skipif(
+    not GOLDEN.is_dir(),
+    reason="needs recordings of fairseq that are too large to be part of the project, and not"
+    " public; test/golden has others",
+)
 
 CPU = Device(torch.device("cpu"), "test", None)
 
-SMALL = dict(
-    layers=2,
-    embed_dim=16,
-    ffn_embed_dim=32,
-    attention_heads=2,
-    average_top_k_layers=2,
-    dropout=0.0,
-    attention_dropout=0.0,
-    max_source_positions=64,
-)
+SIZES = "layers=2 embed_dim=16 ffn_embed_dim=32 attention_heads=2 average_top_k_layers=2"
+SMALL = {name: int(value) for name, value in (word.split("=") for word in SIZES.split())}
+SMALL |= dict(dropout=0.0, attention_dropout=0.0, max_source_positions=64)
 
 FEW = (
-    "--config_name tiny --device cpu --log_interval 1 --tokens_per_sample 32 --max_tokens 256 --warmup_updates 2"
-    " --validate_interval_updates 0"
-).split() + [str(part) for k, v in SMALL.items() for part in (f"--{k}", v)]
+    "--config_name tiny --device cpu --log_interval 1 --tokens_per_sample 32 --max_tokens 256"
+    " --warmup_updates 2 --validate_interval_updates 0"
+).split() + [str(word) for name, value in SMALL.items() for word in (f"--{name}", value)]
 
 
 def few(corpus_dir, folder, *argv) -> list[str]:
@@ -66,18 +60,15 @@ def call(main, *argv) -> str:
 
 
 def rows_of(folder, key="loss") -> list:
-    return [
-        row
-        for line in (Path(folder) / "train.jsonl").read_text().splitlines()
-        if key in (row := json.loads(line))
-    ]
+    """The rows of train.jsonl that have this key."""
+    rows = map(json.loads, (Path(folder) / "train.jsonl").read_text().splitlines())
+    return [row for row in rows if key in row]
 
 
 def speed_aside(rows: list) -> list:
     """Log rows without the figures that differ from run to run."""
-    return [
-        {k: v for k, v in row.items() if k not in ("fps", "ups", "wps", "wall")} for row in rows
-    ]
+    speed = ("fps", "ups", "wps", "wall")
+    return [{name: value for name, value in row.items() if name not in speed} for row in rows]
 
 
 def make_dataset(folder, sentences=None, words=60, splits=("train", "valid"), seed=0):
@@ -88,10 +79,8 @@ def make_dataset(folder, sentences=None, words=60, splits=("train", "valid"), se
     if sentences is None:
         sentences = []
         for _ in range(30):
-            sentences += [
-                [*rng.integers(4, words, rng.integers(1, 40)).tolist(), EOS]
-                for _ in range(rng.integers(1, 8))
-            ]
+            for _ in range(rng.integers(1, 8)):
+                sentences.append([*rng.integers(4, words, rng.integers(1, 40)).tolist(), EOS])
             sentences.append([EOS])
     for split in splits:
         write_dataset(folder / split, sentences, words)
@@ -121,15 +110,15 @@ def tokenizers():
 @pytest.fixture
 def block_dataset(corpus_dir):
     def make(split="train", **options):
-        return Corpus(
-            DataConfig(data_path=str(corpus_dir), tokens_per_sample=32, max_tokens=256, **options)
-        ).split(split)
+        sizes = dict(tokens_per_sample=32, max_tokens=256)
+        return Corpus(DataConfig(data_path=str(corpus_dir), **sizes, **options)).split(split)
 
     return make
 
 
 def write_index(prefix, sentences, code, order=None):
-    """An .idx and .bin of any integer type, with the sentences in the file in another order if asked."""
+    """An .idx and .bin of any integer type, with the sentences in the file in another order if
+    asked."""
     dtype = np.dtype(DTYPES[code])
     order = range(len(sentences)) if order is None else order
     offsets, blob = {}, b""
@@ -170,7 +159,8 @@ def blocks_by_walking(sizes, mode, block_size):
 
 
 def random_encoder(seed=0, vocabulary=40, **options):
-    """An encoder whose every parameter is random, biases and norms too, so that none can be forgotten unseen."""
+    """An encoder whose every parameter is random, biases and norms too, so that none can be
+    forgotten unseen."""
     cfg = ModelConfig(**{**SMALL, **options})
     torch.manual_seed(seed)
     model = Data2VecText(cfg, vocabulary).eval()
@@ -182,17 +172,11 @@ def random_encoder(seed=0, vocabulary=40, **options):
     return model, cfg
 
 
-def make_run(corpus_dir, seed=1, device=CPU, **options):
-    defaults = dict(
-        SMALL,
-        tokens_per_sample=32,
-        max_tokens=256,
-        data_path=str(corpus_dir),
-        lr=1e-3,
-        warmup_updates=0,
-        seed=seed,
-    )
-    argv = [part for k, v in {**defaults, **options}.items() for part in (f"--{k}", str(v))]
+def make_run(corpus_dir, device=CPU, **options):
+    """A train.Run and its training split."""
+    plain = dict(SMALL, tokens_per_sample=32, max_tokens=256, lr=1e-3, warmup_updates=0)
+    values = {**plain, "data_path": corpus_dir, **options}
+    argv = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
     cfg = config.Config(*flags.parse(config.PARTS, "", argv)[0])
     corpus = Corpus(cfg.data)
     return train.Run(cfg, device, len(corpus.dictionary)), corpus.split("train")
@@ -201,62 +185,48 @@ def make_run(corpus_dir, seed=1, device=CPU, **options):
 def small_content(updates=0, **entries) -> dict:
     """A small checkpoint that is complete."""
     state = {"weight": torch.arange(100.0)}
-    made = {
-        **convert.beginning(1),
-        "config": {"lr": 0.1},
-        "student": state,
-        "teacher": state,
-        **entries,
-    }
-    return {**made, "progress": {**made["progress"], "num_updates": updates}}
+    content = {**convert.beginning(1), "config": {"lr": 0.1}, "student": state, "teacher": state}
+    content |= entries
+    return {**content, "progress": {**content["progress"], "num_updates": updates}}
 
 
 def compare_checkpoints(a, b, exactly=True):
     a, b = checkpoint.load(a).content, checkpoint.load(b).content
-    tensors = [
-        [
-            *c["student"].values(),
-            *c["teacher"].values(),
-            *(t for s in c["optimizer"]["state"].values() for t in s.values()),
-        ]
-        for c in (a, b)
-    ]
-    assert len(tensors[0]) > 50
-    for x, y in zip(*tensors, strict=True):
+    lists = []
+    for content in (a, b):
+        moments = [t for state in content["optimizer"]["state"].values() for t in state.values()]
+        lists.append([*content["student"].values(), *content["teacher"].values(), *moments])
+    assert len(lists[0]) > 50
+    for x, y in zip(*lists, strict=True):
         assert torch.equal(x, y) if exactly else torch.allclose(x, y, atol=2e-6)
     measured = {"world_size", "batches", "best_loss", "first_target_var", "hours"}
     a, b = ({k: v for k, v in c["progress"].items() if k not in measured} for c in (a, b))
     assert a == b
 
 
+def program(name, *argv, **environment):
+    """A program of the project in a process of its own, finished, with its output as text."""
+    env = {**os.environ, **{k: str(v) for k, v in environment.items()}}
+    command = [sys.executable, HERE / name, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
 def torchrun_command(workers, *argv):
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        workers,
-        HERE / "train.py",
-    ]
-    return [str(word) for word in (*words, *argv)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = [*launcher, "--nproc_per_node", workers, HERE / "train.py", *argv]
+    return [str(word) for word in words]
 
 
 def torchrun(workers, *argv):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        torchrun_command(workers, *argv), capture_output=True, text=True, env=env, timeout=200
-    )
+    command = torchrun_command(workers, *argv)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
 
 
 def start_training(*argv):
     """train.py in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, HERE / "train.py", *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, HERE / "train.py", *argv], **streams)
 
 
 def wait_for(process, text: str):
@@ -297,30 +267,23 @@ def preprocess_words(dest, *argv, **texts) -> str:
 
 def dataset_files(folder) -> dict:
     """{name: bytes} of a dataset, without the log, whose times differ."""
-    return {
-        p.name: p.read_bytes()
-        for p in Path(folder).iterdir()
-        if p.name not in ("preprocess.log", ".lock")
-    }
+    paths = [p for p in Path(folder).iterdir() if p.name not in ("preprocess.log", ".lock")]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def sentences_of(folder, split) -> list:
     """The sentences of a split as lists of token ids."""
     stream = TokenStream(folder, split)
-    return [
-        stream.read(a, b).tolist()
-        for a, b in zip(stream.starts.tolist(), stream.starts[1:].tolist())
-    ]
+    starts = stream.starts.tolist()
+    return [stream.read(begin, end).tolist() for begin, end in zip(starts, starts[1:])]
 
 
 def small_corpus(folder, splits=("train", "valid", "test")) -> dict:
     """Text files of 200 lines of words for each split, some of them empty: {split: [file]}."""
     rng, texts = random.Random(0), {}
     for split in splits:
-        lines = [
-            " ".join(f"w{rng.randrange(40)}" for _ in range(rng.choice([0, 3, 9])))
-            for _ in range(200)
-        ]
+        counts = rng.choices([0, 3, 9], k=200)
+        lines = [" ".join(f"w{rng.randrange(40)}" for _ in range(count)) for count in counts]
         (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
         texts[split] = [folder / f"{split}.txt"]
     return texts
@@ -328,12 +291,8 @@ def small_corpus(folder, splits=("train", "valid", "test")) -> dict:
 
 def copy_of_the_project(folder) -> dict:
     """Copy what run_1p.sh needs; returns an environment in which it uses this Python."""
-    for path in [
-        *HERE.glob("*.py"),
-        *HERE.glob("*/*.py"),
-        HERE / "run_1p.sh",
-        *HERE.glob("requirements*.txt"),
-    ]:
+    patterns = ("*.py", "*/*.py", "run_1p.sh", "requirements.txt", "*/requirements.txt")
+    for path in [path for pattern in patterns for path in HERE.glob(pattern)]:
         copy = Path(folder) / path.relative_to(HERE)
         copy.parent.mkdir(exist_ok=True)
         shutil.copy(path, copy)

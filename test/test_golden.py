@@ -1,6 +1,6 @@
-"""What a release of fairseq did with the corpus in test/golden, and what is done here: every clone can run this.
+"""What a release of fairseq did with the corpus in test/golden, and what is done here.
 
-docs/golden.md says how it was recorded.
+Every clone can run this. docs/golden.md says how it was recorded.
 """
 
 import json
@@ -12,7 +12,6 @@ import train
 from run import checkpoint
 from test.golden import rule
 from test.helpers import HERE, call, compare_checkpoints, dataset_files, preprocess_words, rows_of
-from text import demo as dataset
 
 import numpy as np
 import pytest
@@ -25,7 +24,7 @@ RECORDED = json.loads((FOLDER / "numbers.json").read_text())
 
 @pytest.fixture(params=["released", "changed"])
 def batches(request, monkeypatch):
-    """Whose batches: those of fairseq's release, or those of its repository, which are the ones made here."""
+    """Whose batches: those of fairseq's release, or of its repository, which are the ones here."""
     if request.param == "released":  # its masks come from numpy's older generator
         monkeypatch.setattr(np.random, "default_rng", np.random.RandomState)
         monkeypatch.setattr(data, "hide_blocks_is_exact", lambda: False)
@@ -54,20 +53,9 @@ def test_batches_equal_those_that_fairseq_made(batches, name):
         split, epoch, rank, workers = re.match(
             r"(\w+) epoch (\d+) worker (\d+) of (\d+)", key
         ).groups()
-        argv = [
-            "--split",
-            split,
-            "--epoch",
-            epoch,
-            "--rank",
-            rank,
-            "--world_size",
-            workers,
-            "--json",
-        ]
-        facts = json.loads(
-            call(dataset.main, *flags(batches, RECORDED["settings"]["batches"][name]), *argv)
-        )
+        which = dict(split=split, epoch=epoch, rank=rank, world_size=workers)
+        argv = flags(batches, RECORDED["settings"]["batches"][name] | which)
+        facts = json.loads(call(data.main, *argv, "--json"))
         ours = dict(empty="empty_batches", sentences="sentences_used", tokens="tokens_used")
         assert {k: facts[ours.get(k, k)] for k in theirs} == theirs, key
 
@@ -83,20 +71,16 @@ def same_figures(ours: list, theirs: list):
 def tensors_of(path) -> list:
     """Student, teacher and the optimizer's moments."""
     content = checkpoint.load(path).content
-    moments = [
-        state[moment]
-        for state in content["optimizer"]["state"].values()
-        for moment in checkpoint.MOMENTS
-    ]
+    states = content["optimizer"]["state"].values()
+    moments = [state[moment] for state in states for moment in checkpoint.MOMENTS]
     return [*content["student"].values(), *content["teacher"].values(), *moments]
 
 
 def test_a_run_equals_the_one_of_fairseq_and_continues_from_its_checkpoint(tmp_path, batches):
     model = torch.load(CHECKPOINT, weights_only=True)["model"]
     shapes = {name: model[name].shape for name in model if name.endswith((".weight", ".bias"))}
-    torch.save(
-        {k: torch.from_numpy(v) for k, v in rule.weights(shapes).items()}, tmp_path / "first.pt"
-    )
+    weights = {name: torch.from_numpy(value) for name, value in rule.weights(shapes).items()}
+    torch.save(weights, tmp_path / "first.pt")
     argv = [*flags(batches, RECORDED["settings"]["run"]), "--device", "cpu", "--log_interval", 1]
     call(train.main, *argv, "--init_from", tmp_path / "first.pt", "--save_dir", tmp_path / "run")
     recorded = RECORDED["run"][batches]
@@ -118,16 +102,14 @@ def test_a_run_equals_the_one_of_fairseq_and_continues_from_its_checkpoint(tmp_p
 def test_the_one_vector_of_fairseqs_fp16_optimizer_gives_the_same_moments(tmp_path):
     content = torch.load(CHECKPOINT, weights_only=True)
     names = [name for name in content["model"] if not name.endswith(("version", "_ema"))]
-    last, weights = content["last_optimizer_state"], [content["model"][name] for name in names]
-    assert last["param_groups"][0]["params"] == list(range(len(names))) and len(
-        last["state"]
-    ) < len(names)
-    flat = {
-        moment: torch.cat(
-            [last["state"].get(i, {moment: 0 * p})[moment].flatten() for i, p in enumerate(weights)]
-        )
-        for moment in checkpoint.MOMENTS
-    }
+    last = content["last_optimizer_state"]
+    weights = [content["model"][name] for name in names]
+    assert last["param_groups"][0]["params"] == list(range(len(names)))
+    assert len(last["state"]) < len(names)
+    flat = {}
+    for moment in checkpoint.MOMENTS:
+        parts = [last["state"].get(i, {moment: 0 * p})[moment] for i, p in enumerate(weights)]
+        flat[moment] = torch.cat([part.flatten() for part in parts])
     last.update(state={0: {"step": 40, **flat}}, loss_scale=128.0)
     torch.save(content, tmp_path / "fp16.pt")
     for path in (CHECKPOINT, tmp_path / "fp16.pt"):

@@ -17,53 +17,48 @@ import torch.nn.functional as F
 
 
 def encoder_by_formula(encoder, cfg, tokens):
-    """The encoder written out for one block without softmax kernels, dropout or batches; float64; pads anywhere."""
+    """The encoder written out for one block without softmax kernels, dropout or batches; float64;
+    pads anywhere."""
     w = {k: v.double() for k, v in encoder.state_dict().items()}
-    norm = lambda x, name: F.layer_norm(
-        x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5
-    )  # noqa: E731
-    linear = lambda x, name: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]  # noqa: E731
-    real, C, H = tokens != 1, cfg.embed_dim, cfg.attention_heads
-    positions, count = [], 1
+    real, C, H = tokens != PAD, cfg.embed_dim, cfg.attention_heads
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], 1e-5)
+
+    def linear(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def attention(x, name):
+        q, k, v = linear(x, f"{name}.qkv").split(C, 1)
+        heads = []
+        for h in range(H):
+            part = slice(h * C // H, (h + 1) * C // H)
+            weights = torch.exp(q[:, part] @ k[:, part].T / math.sqrt(C // H)) * real
+            heads.append(weights @ v[:, part] / weights.sum(1, keepdim=True))
+        return linear(torch.cat(heads, 1), f"{name}.out_proj")
+
+    def feed_forward(x, name):
+        x = linear(x, f"{name}.fc1")
+        gelu = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+        return linear(torch.relu(x) if cfg.activation_fn == "relu" else gelu, f"{name}.fc2")
+
+    positions, count = [], PAD
     for token in tokens.tolist():
-        count += token != 1
-        positions.append(count if token != 1 else 1)
-    x = norm(
-        w["embed_tokens.weight"][tokens] + w["embed_positions.weight"][positions],
-        "layernorm_embedding",
-    )
-    x = x * real[:, None]
+        count += token != PAD
+        positions.append(count if token != PAD else PAD)
+    x = w["embed_tokens.weight"][tokens] + w["embed_positions.weight"][positions]
+    x = norm(x, "layernorm_embedding") * real[:, None]
     targets = []
-    for i in range(cfg.layers):
-        name = f"layers.{i}"
-
-        def attention(x):
-            q, k, v = linear(x, f"{name}.self_attn.qkv").split(C, 1)
-            heads = []
-            for h in range(H):
-                part = slice(h * C // H, (h + 1) * C // H)
-                scores = q[:, part] @ k[:, part].T / math.sqrt(C // H)
-                weights = torch.exp(scores) * real
-                heads.append(weights @ v[:, part] / weights.sum(1, keepdim=True))
-            return linear(torch.cat(heads, 1), f"{name}.self_attn.out_proj")
-
-        def feed_forward(x):
-            x = linear(x, f"{name}.fc1")
-            x = (
-                torch.relu(x)
-                if cfg.activation_fn == "relu"
-                else x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-            )
-            return linear(x, f"{name}.fc2")
-
+    for name in (f"layers.{i}" for i in range(cfg.layers)):
+        first, last = f"{name}.self_attn_layer_norm", f"{name}.final_layer_norm"
         if cfg.normalize_before:
-            x = x + attention(norm(x, f"{name}.self_attn_layer_norm"))
-            targets.append(feed_forward(norm(x, f"{name}.final_layer_norm")))
+            x = x + attention(norm(x, first), f"{name}.self_attn")
+            targets.append(feed_forward(norm(x, last), name))
             x = x + targets[-1]
         else:
-            x = norm(x + attention(x), f"{name}.self_attn_layer_norm")
-            targets.append(feed_forward(x))
-            x = norm(x + targets[-1], f"{name}.final_layer_norm")
+            x = norm(x + attention(x, f"{name}.self_attn"), first)
+            targets.append(feed_forward(x, name))
+            x = norm(x + targets[-1], last)
     return (norm(x, "layer_norm") if cfg.normalize_before else x), targets, real
 
 

@@ -1,1 +1,2 @@
-"""What fairseq did with a small corpus, and how it was recorded (docs/golden.md); test/test_golden.py compares."""
+"""What fairseq did with a small corpus, and how it was recorded (docs/golden.md);
+test/test_golden.py compares."""

@@ -1,10 +1,11 @@
-"""Record what fairseq does with the text of rule.py: docs/golden.md says in which Python and with which packages.
+"""Record what fairseq does with the text of rule.py: docs/golden.md says in which Python and with
+which packages.
 
-    python test/golden/record.py FOLDER      FOLDER/golden gets the corpus, the numbers and a checkpoint
+    python test/golden/record.py FOLDER     FOLDER/golden gets corpus, numbers and a checkpoint
 
-fairseq's own commands run, in this process; what they compute is looked at on the way. Nothing of it is changed but two
-things: the first weights are those of rule.py, and what is recorded as "changed" comes from batches made as in its
-repository, which has changed them since the release.
+fairseq's own commands run, in this process; what they compute is looked at on the way. Nothing of
+it is changed but two things: the first weights are those of rule.py, and what is recorded as
+"changed" comes from batches made as in its repository, which has changed them since the release.
 """
 
 import contextlib
@@ -26,47 +27,28 @@ from fairseq.data import data_utils
 from fairseq.trainer import Trainer
 from fairseq_cli import hydra_train, preprocess, train
 
-RECIPES = (
-    Path(fairseq.__file__).parent / "examples" / "data2vec" / "config" / "text" / "pretraining"
-)
-PLAIN = [
-    "common.fp16=false",
-    "common.cpu=true",
-    "common.tensorboard_logdir=null",
-    "dataset.num_workers=0",
-]
-PLAIN += [
-    "distributed_training.distributed_world_size=1",
-    "hydra.run.dir=.",
-    "hydra.output_subdir=null",
-]
-PLAIN += ["common.user_dir=examples/data2vec", "task.data=golden/corpus"]
+EXAMPLES = Path(fairseq.__file__).parent / "examples"
+RECIPES = EXAMPLES / "data2vec" / "config" / "text" / "pretraining"
+PLAIN = (
+    "common.fp16=false common.cpu=true common.tensorboard_logdir=null dataset.num_workers=0"
+    " distributed_training.distributed_world_size=1 hydra.run.dir=. hydra.output_subdir=null"
+    " common.user_dir=examples/data2vec task.data=golden/corpus"
+).split()
 
 # the settings that differ from fairseq's base.yaml; its names without their groups, as here
 BATCHES = {
     "doc": dict(sample_break_mode="complete_doc", tokens_per_sample=64, max_tokens=512),
     "complete": dict(
-        sample_break_mode="complete",
-        tokens_per_sample=48,
-        max_tokens=700,
-        batch_size=16,
-        random_token_prob=0.2,
-        leave_unmasked_prob=0.1,
-        seed=7,
+        dict(sample_break_mode="complete", tokens_per_sample=48, max_tokens=700, batch_size=16),
+        **dict(random_token_prob=0.2, leave_unmasked_prob=0.1, seed=7),
     ),
     "none": dict(
-        sample_break_mode="none",
-        tokens_per_sample=32,
-        max_tokens=1000,
-        mask_stdev=1.5,
-        mask_prob=0.5,
+        dict(sample_break_mode="none", tokens_per_sample=32, max_tokens=1000),
+        **dict(mask_stdev=1.5, mask_prob=0.5),
     ),
     "eos": dict(
-        sample_break_mode="eos",
-        tokens_per_sample=96,
-        max_tokens=300,
-        mask_multiple_length=2,
-        seed=5,
+        dict(sample_break_mode="eos", tokens_per_sample=96, max_tokens=300),
+        **dict(mask_multiple_length=2, seed=5),
     ),
 }
 RUN = dict(
@@ -90,7 +72,8 @@ RUN = dict(
 )
 GROUPS = {
     "common": "seed",
-    "task": "sample_break_mode tokens_per_sample mask_prob mask_multiple_length random_token_prob leave_unmasked_prob",
+    "task": "sample_break_mode tokens_per_sample mask_prob mask_multiple_length random_token_prob"
+    " leave_unmasked_prob",
     "+task": "mask_stdev",  # what base.yaml does not name is added
     "dataset": "max_tokens batch_size",
     "checkpoint": "save_interval_updates save_dir",
@@ -105,14 +88,8 @@ GROUPS = {
 def fairseq_train(settings: dict):
     """fairseq-hydra-train with its recipe for text and these settings, in the current folder."""
     groups = {name: group for group, names in GROUPS.items() for name in names.split()}
-    sys.argv = [
-        "fairseq-hydra-train",
-        "--config-dir",
-        str(RECIPES),
-        "--config-name",
-        "base",
-        *PLAIN,
-    ]
+    sys.argv = ["fairseq-hydra-train", "--config-dir", str(RECIPES), "--config-name", "base"]
+    sys.argv += PLAIN
     for name, value in settings.items():
         sys.argv.append("{}.{}={}".format(groups[name], name, [value] if name == "lr" else value))
     hydra_train.cli_main()
@@ -120,8 +97,9 @@ def fairseq_train(settings: dict):
 
 @contextlib.contextmanager
 def changed():
-    """The two changes to the batches that fairseq's repository has and its release 0.12.2 has not: the masks' numbers
-    come from numpy's default_rng, seeded as before; a last batch that is no multiple of 8 blocks is dropped."""
+    """The two changes to the batches that fairseq's repository has and its release 0.12.2 has not:
+    the masks' numbers come from numpy's default_rng, seeded as before; a last batch that is no
+    multiple of 8 blocks is dropped."""
     before = masking.np, masking.data_utils, data_utils.batch_by_size
     numpy = types.SimpleNamespace(**vars(np))
 
@@ -165,7 +143,8 @@ def digests(iterator, mask: int) -> dict:
 
 
 def record_batches(settings: dict, workers: int) -> dict:
-    """{split, epoch, worker: figures} of two epochs as each worker sees them, and of the validation split."""
+    """{split, epoch, worker: figures} of two epochs as each worker sees them, and of the validation
+    split."""
     found = {}
     for rank in range(workers):
 
@@ -191,8 +170,8 @@ def record_batches(settings: dict, workers: int) -> dict:
 
 
 def used(model) -> list:
-    """(name, weight) of all that are trained. The release's layers have more, such as `fc1_weight`, for a fast path
-    that training does not take: zeros that stay zeros."""
+    """(name, weight) of all that are trained. The release's layers have more, such as `fc1_weight`,
+    for a fast path that training does not take: zeros that stay zeros."""
     return [
         (name, p)
         for name, p in model.named_parameters()
@@ -201,7 +180,8 @@ def used(model) -> list:
 
 
 def record_run(folder: str) -> dict:
-    """Figures of each update and validation, unrounded; fairseq saves its checkpoints in the folder."""
+    """Figures of each update and validation, unrounded; fairseq saves its checkpoints in the
+    folder."""
     updates, validations = [], []
 
     class Looking(Trainer):

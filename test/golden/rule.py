@@ -1,6 +1,8 @@
-"""The text and the first weights of the recorded run, by rule: whoever repeats it starts from the same bytes.
+"""The text and the first weights of the recorded run, by rule: whoever repeats it starts from the
+same bytes.
 
-Read by record.py, which runs in fairseq's own Python, and by test/test_golden.py; needs numpy alone.
+Read by record.py, which runs in fairseq's own Python, and by test/test_golden.py; needs numpy
+alone.
 """
 
 import numpy as np
@@ -28,8 +30,8 @@ def spell(number: int) -> str:
 
 
 def text(split: str) -> str:
-    """Lines of pseudo-words, the small numbers the more frequent; one line in 9 is empty and ends a document, one in 15
-    is longer than a block of 64 tokens can be."""
+    """Lines of pseudo-words, the small numbers the more frequent; one line in 9 is empty and ends a
+    document, one in 15 is longer than a block of 64 tokens can be."""
     lines, draw = [], draws(list(LINES).index(split) + 1)
     for _ in range(LINES[split]):
         kind = next(draw)
@@ -39,8 +41,9 @@ def text(split: str) -> str:
 
 
 def weights(shapes: dict) -> dict:
-    """The first weights, float32, for {name: shape} of fairseq's names: uniform with a standard deviation of 0.05, one
-    stream for all names in alphabetical order. The weights of norms lie around 1; the rows of <pad> are 0."""
+    """The first weights, float32, for {name: shape} of fairseq's names: uniform with a standard
+    deviation of 0.05, one stream for all names in alphabetical order. The weights of norms lie
+    around 1; the rows of <pad> are 0."""
     stream, made = np.random.RandomState(1), {}
     for name in sorted(shapes):
         drawn = (stream.random_sample(shapes[name]) - 0.5) * 0.05 * 12**0.5

@@ -1,0 +1,408 @@
+"""The command line: flags, presets, help, fairseq's spellings; one line for each mistake."""
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+
+import config
+import convert
+import finetune
+import preprocess
+import train
+from config import DataConfig, DeviceConfig, InputError
+from formats import fairseq_config
+from hardware.device import open_device
+from judge import plot
+from run import flags
+from test.helpers import FEW, HERE, call, program
+from text import reviews
+
+import pytest
+
+VALUES = {bool: "True", int: "3", float: "0.5", str: "x", tuple: "0.5,0.5"}
+
+
+def settings(*argv) -> dict:
+    """All settings of train.py that this command line gives, by name."""
+    parts, _ = flags.parse(config.PARTS, "", list(argv))
+    return {name: value for part in parts for name, value in vars(part).items()}
+
+
+def fields() -> dict:
+    return {field.name: field for part in config.PARTS for field in dataclasses.fields(part)}
+
+
+def value_for(field) -> str:
+    return str((field.metadata["choices"] or [VALUES[field.type]])[-1])
+
+
+# ------------------------------------------------------------------------------------- our flags
+
+
+def test_every_setting_has_a_flag_and_is_read_somewhere():
+    sources = "".join(path.read_text() for path in [*HERE.glob("*.py"), *HERE.glob("[!t]*/*.py")])
+    for name, field in fields().items():
+        got = str(settings(f"--{name}", value_for(field))[name])
+        assert got.lower().strip("()").replace(" ", "") == value_for(field).lower(), name
+        # settings are read as cfg.X, cfg.model.X, self.cfg.X, or t.X in train.py
+        read = rf"\b(?:cfg(?:\.(?:data|model|ema|device|guard|train))?|t)\.{name}\b"
+        assert re.search(read, sources), f"{name} is never read"
+
+
+def test_presets_hold_only_settings_and_pass_the_checks():
+    for name, preset in config.PRESETS.items():
+        parts, _ = flags.parse(config.PARTS, "", ["--config_name", name, "--data_path", "x"])
+        assert not set(preset) - set(config.Config(*parts).flat())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--mask_prob 1.5",
+        "--mask_prob nan",
+        "--dropout -0.1",
+        "--layers 0",
+        "--lr inf",
+        "--lr x",
+        "--update_freq 1.5",
+        "--sample_break_mode words",
+        "--fixed_masks maybe",
+        "--no_such_flag 1",
+        "--max_toke 5",
+        "--config_name huge",
+        "--seed -1",
+        "--best_by cosine_gain",
+        "--schedule_by hours",
+    ],
+)
+def test_a_wrong_flag_or_value_is_named(line):
+    with pytest.raises(InputError, match=line.split()[0].lstrip("-")):
+        settings(*line.split())
+
+
+def test_fairseq_exact_overrides_defaults_and_flags_override_it():
+    (exact,), _ = flags.parse([DataConfig], "", ["--fairseq_exact"])
+    assert exact.teacher_input == "masked" and exact.drop_remainder and not exact.fixed_masks
+    (mixed,), _ = flags.parse([DataConfig], "", ["--teacher_input", "full", "--fairseq_exact"])
+    assert mixed.teacher_input == "full" and mixed.drop_remainder
+
+
+def test_a_negative_number_after_a_flag_is_its_value():
+    assert settings("--loss_scale", "-1e-3")["loss_scale"] == -1e-3
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--data_path 'a b'",
+        "--data_path x --config_name tiny --lr 0.5 --adam_betas 0.5,0.75 --compile yes",
+        "--data_path x --config_name npu_1p --fairseq_exact --drop_remainder no",
+        "--data_path x --config_name base --fixed_masks",
+    ],
+)
+def test_the_shortest_command_line_gives_the_same_settings(line):
+    parts, _ = flags.parse(config.PARTS, "", shlex.split(line))
+    short = flags.flags_of(parts)
+    assert flags.parse(config.PARTS, "", shlex.split(short))[0] == parts
+    assert len(short.split("--")) <= len(line.split("--"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--attention_heads 3", "attention_heads 3 does not divide"),
+        ("--tokens_per_sample 100", "position"),
+        ("--average_top_k_layers 5", "only 2 layers"),
+        ("--random_token_prob 0.6 --leave_unmasked_prob 0.6", "at most 1"),
+        ("--init_from nowhere.pt", "nowhere.pt: no such"),
+        ("--adam_betas 0.9", "two numbers"),
+        ("--mask_prob 1e-9", "nothing masked"),
+        ("--save_dir=", "save_dir is empty"),
+        ("--overwrite", "goes with --no_resume"),
+        ("--data_path :", "names no folder"),
+        ("--mask_multiple_length 1000000000", "mask_multiple_length"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_train(tmp_path, corpus_dir, line, message):
+    argv = [*FEW, "--max_update", 1, "--data_path", corpus_dir, "--save_dir", tmp_path / "run"]
+    with pytest.raises(InputError, match=message):
+        call(train.main, *argv, *line.split())
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [dict(WORLD_SIZE="x"), dict(WORLD_SIZE="0"), dict(RANK="1"), dict(WORLD_SIZE="2", RANK="0")],
+)
+def test_a_broken_worker_environment_is_one_line(monkeypatch, variables):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="environment|torchrun|WORLD_SIZE"):
+        open_device(DeviceConfig(device="cpu"))
+
+
+# ---------------------------------------------------------------------- before torch is imported
+
+
+@pytest.fixture
+def without_torch(tmp_path):
+    """Runs a program where importing torch ends it with code 99."""
+    (tmp_path / "torch.py").write_text("raise SystemExit(99)")
+    return lambda name, *argv: program(name, *argv, PYTHONPATH=tmp_path, COLUMNS="80")
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("train.py --max_updates 5", "did you mean --max_update?"),
+        ("train.py --learning_rate 1e-3", "did you mean --lr?"),
+        ("train.py --lr abc", "'abc' is not a number"),
+        ("train.py --config_name smal", "choose from base, npu_1p, tiny, small"),
+        ("train.py --fp16", "--amp auto|off|fp16|bf16"),
+        ("train.py --schedule_by hours", "since 0.4.0; schedules go by updates"),
+        ("train.py", "--data_path is missing"),
+        ("train.py --data_path x --layers 2", "there are only 2 layers"),
+        ("train.py --data_path x --tokens_per_sample 600", "--max_source_positions 512"),
+        ("eval.py --amp bf-16", "choose from auto, off"),
+        ("eval.py --layer 3", "since 0.4.0; --features gives the last layer's"),
+        ("bench.py --sweep", "since 0.4.0"),
+        ("finetune.py --dicct x", "did you mean --dict?"),
+        ("finetune.py --num_classes 3", "since 0.4.0"),
+        ("convert.py --dicct x", "did you mean --dict?"),
+        ("preprocess.py --dicct x --dest x --bpe none", "did you mean --dict?"),
+        ("data.py --data_path x --seed x", "'x' is not a number"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line_before_torch_is_imported(without_torch, line, answer):
+    result = without_torch(*line.split())
+    assert result.returncode == 2 and answer in result.stderr, result.stderr
+    assert result.stderr.startswith(f"{line.split()[0]}: error: ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "bench", "finetune", "convert", "preprocess"])
+def test_help_is_answered_before_torch_is_imported_and_fits_80_columns(without_torch, name):
+    for flag in ("--help", "--help_all")[: 1 if name == "preprocess" else 2]:
+        result = without_torch(f"{name}.py", flag)
+        assert result.returncode == 0 and not result.stderr
+        assert result.stdout.startswith(f"usage: {name}.py")
+        assert max(map(len, result.stdout.splitlines())) < 80
+
+
+@pytest.mark.parametrize("module", [convert, finetune, plot, preprocess, reviews])
+def test_the_help_of_every_program_fits_80_columns(module, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="^0$"):
+        module.main(["--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) < 80
+
+
+def test_help_shows_the_programs_flags_then_groups_then_presets(without_torch):
+    text = without_torch("train.py", "--help").stdout
+    at = 0
+    for part in (
+        "\noptions:",
+        "--no_resume",
+        "--fairseq_exact",
+        "\ndata:",
+        "--data_path",
+        "\nmodel:",
+        "--layers",
+        "\nteacher:",
+        "\ndevice:",
+        "--amp",
+        "\ntraining:",
+        "--lr",
+        "\npresets",
+        "tiny: tokens_per_sample=128",
+    ):
+        at = text.index(part, at)
+    everything = without_torch("train.py", "--help_all").stdout
+    assert all(f"--{name}" in everything for name in fields())
+    assert "--adam_betas X,Y" in everything and "[0.9,0.98]" in everything
+    assert not re.search(r"--max-update|--optimization|--layerdrop|--fp16|--common", everything)
+
+
+def test_notes_on_ignored_options_are_printed_once(without_torch):
+    result = without_torch("train.py", "common.user_dir=x", "--data_path", "x")
+    assert result.returncode == 99 and not result.stderr
+
+
+def test_an_old_python_is_refused_in_one_line():
+    command = [sys.executable, "-c", "import sys; sys.version_info = (3, 9, 18); import config"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert result.returncode == 1 and result.stderr.startswith("Python 3.10 or newer is needed")
+
+
+@pytest.mark.parametrize("name", ["train.py --data_path x", "eval.py", "finetune.py"])
+def test_a_missing_package_is_named_in_one_line(name):
+    command = [sys.executable, "-S", *name.split()]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "has no numpy: pip install -r requirements.txt" in result.stderr
+
+
+# --------------------------------------------------------------------------- fairseq's spellings
+
+
+def test_every_spelling_in_the_table_sets_the_field_that_it_names():
+    for spelling, name in fairseq_config.OURS.items():
+        if name == "distributed_world_size":  # a flag of train.py, not a field
+            continue
+        value = value_for(fields()[name])
+        dashes = spelling.replace("_", "-")
+        for argv in (
+            [f"{spelling}={value}"],
+            [f"+{spelling}='{value}'"],
+            [f"--{spelling}", value],
+            [f"--{dashes}", value],
+        ):
+            assert str(settings(*argv)[name]).strip("()").replace(" ", "") == value, argv
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            "-m task.data=D common.user_dir=examples/data2vec optimization.max_update=7",
+            dict(data_path="D", max_update=7),
+        ),
+        ("--multirun ++model.ema_decay=0.5 +optimization.lr=[0.5]", dict(ema_decay=0.5, lr=0.5)),
+        ("--config_name tiny common.tensorboard_logdir=null", dict(tensorboard_logdir="")),
+        ("--batch_size 8 dataset.batch_size=null", dict(batch_size=0)),
+        ("model.loss_scale=null", dict(loss_scale=0)),
+        ("optimizer.adam_betas='(0.9,0.95)'", dict(adam_betas=(0.9, 0.95))),
+        ("optimization.update_freq=[4] --max-tokens 640", dict(update_freq=4, max_tokens=640)),
+        ("model=data2vec_text task=masked_lm criterion=model optimizer=adam", {}),
+        ("--arch data2vec_text --lr-scheduler cosine --layerdrop 0 --min-lr 0.0", {}),
+        ("--num-workers 4 --no-epoch-checkpoints --data D", dict(data_path="D")),
+        (
+            "--save_dir run.1=a/b task.data=run.1=a/b --fixed_masks task.seed=3",
+            dict(save_dir="run.1=a/b", seed=3),
+        ),
+        ("--save_dir optimization.lr=0.5", dict(save_dir="optimization.lr=0.5", lr=2e-4)),
+    ],
+)
+def test_old_command_lines_work_as_they_are(line, expected):
+    given = settings(*line.split())
+    assert {name: given[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("--fp16 --max-update 5", "--fp16: .*--amp"),
+        ("common.fp16=true", "common.fp16: .*--amp"),
+        ("--cpu", "--device cpu"),
+        ("--restore-file x.pt", "--restore-file: .*--init_from"),
+        ("checkpoint.reset_optimizer=true", "reset_optimizer: .*--init_from"),
+        ("checkpoint.reset_dataloader=true", "--reset_data_position"),
+        ("checkpoint.keep_last_epochs=3", "--keep_interval_updates"),
+        ("--arch roberta_base", "only --arch=data2vec_text is built in"),
+        ("optimizer=sgd", "only --optimizer=adam is built in"),
+        ("--layerdrop 0.1", "--layerdrop=0.1 is not supported"),
+        ("model.layerdrop=x", "model.layerdrop=x is not supported"),
+        ("model.transformer.decoder.layers=3", "model.transformer.decoder.layers"),
+        ("model.foo=3", "model.foo"),
+        ("--task.shorten_method=truncate", "shorten_method"),
+        ("dataset.max_tokens=null", "max_tokens=null: give a value"),
+        ("--max-updates 5", "did you mean --max_update[?]"),
+        ("--optimization.max_updates=5", "did you mean --max_update[?]"),
+        ("ema.ema_decay=0.5", "ema.ema_decay: no option .*did you mean --ema_decay"),
+        ("--optimization.lr x", "argument --lr: 'x' is not a number"),
+        ("generation.beam=5", "generation.beam: no option of that name here"),
+        (".", r"\.: no option .*--data_path"),
+    ],
+)
+def test_what_cannot_be_taken_is_answered_in_one_line(line, answer):
+    with pytest.raises(InputError, match=answer):
+        settings(*line.split())
+
+
+def test_ignored_options_are_named(capsys):
+    settings("common.user_dir=x", "--ddp-backend", "c10d")
+    printed = capsys.readouterr().err.splitlines()
+    assert [line.split("=")[0] for line in printed] == ["--common.user_dir", "--ddp-backend"]
+
+
+def test_the_world_size_of_an_old_command_line_must_be_torchruns(corpus_dir):
+    argv = ["--data_path", corpus_dir, "--distributed_training.distributed_world_size", 16]
+    with pytest.raises(InputError, match="--nproc_per_node 16 .* --update_freq 16 keeps"):
+        call(train.main, *argv)
+
+
+@pytest.fixture
+def yaml(tmp_path):
+    """Reads a text as fairseq's YAML, by --config_dir."""
+    pytest.importorskip("yaml", reason="PyYAML is optional")
+
+    def read(text, *argv):
+        content = text if isinstance(text, bytes) else text.encode()
+        (tmp_path / "mine.yaml").write_bytes(content)
+        return settings("--config-dir", str(tmp_path), "--config-name", "mine", *argv)
+
+    return read
+
+
+def test_a_fairseq_yaml_is_read_and_ignored_entries_are_printed(yaml, capsys):
+    text = (
+        "# @package _group_\ncommon:\n  fp16: true\n  log_interval: 7\n"
+        "task:\n  _name: masked_lm\n  data: ???\n  mask_prob: 0.2\n"
+        "model:\n  _name: data2vec_text\n  ema_decay: 0.5\n"
+        "  max_positions: ${task.tokens_per_sample}\n"
+        "  transformer:\n    encoder: {layers: 3, learned_pos: true}\n"
+        "optimization:\n  lr: [0.003]\n  update_freq: [2]\n"
+        "optimizer:\n  adam_betas: (0.9,0.9)\n"
+        "distributed_training:\n  distributed_world_size: 16\n"
+    )
+    given = yaml(text, "--mask_prob", "0.3")
+    expected = dict(mask_prob=0.3, log_interval=7, ema_decay=0.5, layers=3, lr=3e-3, update_freq=2)
+    assert {name: given[name] for name in expected} == expected
+    _, *printed = capsys.readouterr().err.splitlines()
+    for name, line in zip(("fp16", "max_positions", "world_size"), printed, strict=True):
+        assert name in line
+    # update_freq 2 on 16 workers is 32 on one
+    assert "16 times smaller" in printed[-1] and "--update_freq 32 keeps it" in printed[-1]
+    text = (
+        "task: {tokens_per_sample: 99}\nmodel: {max_source_positions: '${task.tokens_per_sample}'}"
+    )
+    assert yaml(text)["max_source_positions"] == 99
+
+
+LAUGHS = "a0: &a0 [ha]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
+)
+LONG = "[" + "1, " * 500 + "1]"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("criterion: cross_entropy\n", "criterion"),
+        ("model: {layers: '${other.layers}'}\n", "resolved"),
+        (LAUGHS, "line [123]: an alias"),
+        ("a: &a {b: *a}\n", "line [123]: an alias"),
+        ("a: " + "[" * 100_000, "line 1: .* a 51st level"),
+        ("a: " + "9" * 5000 + "\n", "not YAML"),
+        ("a: 0x" + "f" * 5000 + "\n", "not a fairseq config"),
+        ("a: 2026-13-45\n", "not YAML"),
+        ("a: !!bool foo\n", "not YAML"),
+        ("optimization: {lr: 1e999}\n", "lr inf: must be a finite number"),
+        ("checkpoint: {save_dir: 'a\ud800'}\n".encode("utf-8", "surrogatepass"), "not UTF-8"),
+        ('checkpoint: {save_dir: "a\\0"}\n', "holds a character that no path"),
+        ("model: {layers: " + LONG + "}\n", r"model.layers=\[1, 1"),
+        ('"\\e[2Jkey": "\\e[31mvalue"\n', r"\\x1b\[2Jkey=\\x1b\[31mvalue ignored"),
+        ("other: [" + "1, " * 100_000 + "1]\n", "over 200,000 characters"),
+    ],
+)
+def test_a_hostile_yaml_is_refused_or_ignored_in_one_short_line(yaml, capsys, text, message):
+    try:
+        yaml(text)
+        shown = capsys.readouterr().err.splitlines()[-1]
+    except InputError as e:
+        shown = str(e)
+    assert re.search(message, shown) and "\x1b" not in shown
+    assert "\n" not in shown and len(shown) < 600
