@@ -21,8 +21,8 @@ from hardware.device import Device
 from hardware.flops import Matmuls
 from judge.quality import moments, quality
 from run.checkpoint import write_text
-from run.guard import Clock
 from run.curves import TensorBoard
+from run.guard import Clock
 from run.progress import Bar
 from text.notes import notes
 
