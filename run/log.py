@@ -23,8 +23,8 @@ from judge.quality import moments, quality
 from run.checkpoint import write_text
 from run.guard import Clock
 from run.curves import TensorBoard
+from run.describe import notes
 from run.progress import Bar
-from text.notes import notes
 
 import numpy as np
 import torch

@@ -8,7 +8,7 @@ from pathlib import Path
 import train
 from config import InputError
 from test.helpers import FEW, GOLDEN, call, dataset_files, golden, make_dataset, write_index
-from text import demo as dataset
+from run import describe as dataset
 from text.binarized import DTYPES, EOS, Dictionary, TokenStream, write_dataset
 
 import numpy as np

@@ -23,7 +23,7 @@ from judge import plot
 from run import checkpoint
 from test import soak
 from test.helpers import GOLDEN, HERE, Payload, call, few, golden, make_dataset, rows_of
-from text import demo as dataset
+from run import describe as dataset
 
 import numpy as np
 import pytest

@@ -3,7 +3,7 @@
 import train
 from config import InputError
 from test.helpers import call, few, make_dataset, preprocess_words, run_preprocess, small_corpus
-from text import demo as dataset
+from run import describe as dataset
 
 import pytest
 

@@ -29,7 +29,7 @@ from config import InputError
 from judge import plot
 from test import soak
 from test.helpers import FEW, HERE, call, copy_of_the_project
-from text import demo as dataset
+from run import describe as dataset
 from text import reviews
 
 import numpy as np

@@ -8,7 +8,7 @@ import train
 from config import InputError
 from run import checkpoint
 from test.helpers import FEW, call, compare_checkpoints, rows_of, torchrun
-from text import demo as dataset
+from run import describe as dataset
 
 import pytest
 
