@@ -270,7 +270,7 @@ def prefetch(iterable, depth: int, begin=None):
 
 
 class Corpus:
-    """All n folders of `data_path`: epoch e trains on number (e - 1) mod n, all else is the first."""
+    """All n folders of `data_path`: epoch e trains on number (e - 1) mod n, else the first."""
 
     def __init__(self, cfg: DataConfig):
         cfg.check()
