@@ -8,7 +8,7 @@ from config import DataConfig, InputError
 from data import Batch, Corpus, mask_block, prefetch
 from test.helpers import GOLDEN, golden, make_dataset
 from text import masks
-from text.binarized import BOS, PAD
+from text.binarized import PAD
 
 import numpy as np
 import pytest
