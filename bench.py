@@ -131,7 +131,7 @@ def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
             peak_memory = device.peak_memory()  # before the matmuls allocate theirs
             matmuls = Matmuls(device)
         if i >= warmup:
-            blocks, tokens = sum(len(b.ids) for b in batches), sum(b.ntokens for b in batches)
+            blocks, tokens = sum(b.nsentences for b in batches), sum(b.ntokens for b in batches)
             flops = update_flops(batches, run)
             rows.append(Timed(seconds, blocks, tokens, flops, flops / seconds / matmuls.burst(0.1)))
 

@@ -93,6 +93,14 @@ class Batch:
     target_padded: bool
     pinned: object = None  # all arrays in one tensor that a device can copy itself (Device.pin)
 
+    @property
+    def nsentences(self) -> int:
+        return len(self.ids)
+
+    @property
+    def sample_size(self) -> int:
+        return len(self.masked)
+
 
 class MaskedRows(NamedTuple):
     """Padded blocks, (B, T) each."""

@@ -188,7 +188,7 @@ def count(batches: list[Batch], cfg: ModelConfig) -> torch.Tensor:
     """(3,) int64 on the host: places in the loss, blocks, tokens."""
     counts = torch.zeros(3, dtype=torch.int64)
     for batch in batches:
-        counts += torch.tensor([len(places_of(batch, cfg)), len(batch.ids), batch.ntokens])
+        counts += torch.tensor([len(places_of(batch, cfg)), batch.nsentences, batch.ntokens])
     return counts
 
 

@@ -62,7 +62,7 @@ def test_beside_data2vec_it_adds_its_weight_times_the_loss_at_the_mask_places(co
     done = train.update(run, [batch])
     assert (
         float(done.loss) == pytest.approx(expected.item(), rel=1e-6)
-        and int(done.counts[0]) == len(batch.masked)
+        and int(done.counts[0]) == batch.sample_size
     )
 
 
