@@ -24,73 +24,24 @@ import argparse
 import hashlib
 import json
 import os
-import signal
 import sys
-import threading
 import time
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from collections import Counter
 from pathlib import Path
 
 import config
-from config import InputError, RunError, printable, read_text
+from config import InputError, printable, read_text
 from run import flags
 from run.lock import Lock
 from text import files
 from text.binarized import Dictionary, build_dictionary, publish, token_type, write_parts
 from text.tokens import TEXT_FILES, Tokenizer, need_tokenizers, read_bpe, text_ids, train_bpe
+from text.workers import tokenize
 
 SPLITS = ("test", "valid", "train")  # train last: a folder without it is not taken for a dataset
 LEAST = dict(vocab_size=256, bpe_sample_mb=1, nwords=5, threshold=0, workers=1)
 MOST = 10**6  # of each of these; memory for all tokens of a BPE is taken at once
 MANY_UNKNOWN = 0.05  # share of <unk> above which a warning is due
-
-# ----------------------------------------------------------------------------------------- workers
-
-_tokenizer = None  # a worker process has its own
-
-
-def _begin(*arguments):
-    global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-    # a parent that gets SIGKILL cannot end its workers
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-    _tokenizer = Tokenizer(*arguments)
-
-
-def _work(method: str, chunk: str):
-    return getattr(_tokenizer, method)(chunk)
-
-
-def tokenize(method: str, tokenizer: Tokenizer, names: list[str], label: str, workers: int):
-    """Yield Tokenizer.`method` of each piece of the texts, in order, made by several processes.
-
-    The results do not depend on `workers`. Raises RunError if a process dies.
-    """
-    chunks = files.read_all(names, label)
-    workers = min(workers, files.disk_size(names) // files.CHUNK)
-    if workers < 2:
-        yield from map(getattr(tokenizer, method), chunks)
-        return
-    # not fork: threads of tokenizers may be running
-    parts = (tokenizer.ids, tokenizer.dtype, tokenizer.bpe)
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, parts)
-    ahead = deque()
-    try:
-        for chunk in chunks:
-            ahead.append(pool.submit(_work, method, chunk))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    except BrokenProcessPool:
-        what = "a worker was killed, perhaps out of memory (try fewer --workers)"
-        raise RunError(f"{what}; the same command continues") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
 
 # ------------------------------------------------------------------------------------------- steps
 
@@ -106,7 +57,7 @@ def write_file(path: Path, content: bytes):
     with open(f"{path}.tmp", "wb") as f:
         f.write(content)
         f.flush()
-        os.fsync(f.fileno())
+        os.fsync(f.fileno())  # the content outlives a power cut, before the name does
     os.replace(f"{path}.tmp", path)
 
 
@@ -140,11 +91,13 @@ def check_folder(dest: Path, settings: dict, texts: dict, given: dict[str, bytes
         old = rows.get(split, {}).get("made_from")
         if not isinstance(old, dict):
             raise InputError(f"{path} was not made by preprocess.py; --overwrite replaces it")
+        # a split that is not asked for must fit the settings, too
         new = settings | dict(text=texts.get(split, old.get("text")))
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 values = f"{json.dumps(old.get(key))}, not {json.dumps(new.get(key))}"
                 raise InputError(f"{path} was made with {key} {values}; --overwrite makes it anew")
+    # without a log of ours these may be someone's
     for name in () if log.exists() else TEXT_FILES:
         path = dest / name
         if path.exists() and contents(path) != given.get(name):
@@ -187,7 +140,7 @@ def write_split(prefix: Path, names: list[str], tokenizer: Tokenizer, workers: i
             yield tokens, sizes
 
     sentences, tokens = write_parts(prefix, chunks(), tokenizer.dtype)
-    if sentences == tokens:
+    if sentences == tokens:  # nothing but the </s> that ends each
         raise InputError(f"--{split} {' '.join(names)}: no text in it")
     seconds = round(time.perf_counter() - began, 3)
     percent = 100 * unknown / tokens
@@ -212,13 +165,13 @@ def preprocess(args: argparse.Namespace, dest: Path):
     asked = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
     texts = {split: [files.identity(name) for name in names] for split, names in asked.items()}
     settings = settings_of(args, given)
+    if args.dict:
+        Dictionary(args.dict)
     bpe = None
     if args.bpe == "gpt2":
         bpe = read_bpe(args.encoder_json, args.vocab_bpe)
-    if args.bpe == "train":
+    elif args.bpe == "train":
         need_tokenizers()
-    if args.dict:
-        Dictionary(args.dict)
     if args.overwrite:  # the indexes first
         names = [f"{split}.{kind}" for kind in ("idx", "bin") for split in reversed(SPLITS)]
         for name in (*names, *TEXT_FILES, "preprocess.log"):
@@ -227,6 +180,7 @@ def preprocess(args: argparse.Namespace, dest: Path):
 
     (dest / "preprocess.log").touch()  # from here on the folder is ours
     done = [split for split in SPLITS if (dest / f"{split}.idx").exists()]
+    # the dictionary and the BPE: those of the finished splits, or new ones
     if not done:
         for name, content in given.items():
             write_file(dest / name, content)
@@ -235,12 +189,14 @@ def preprocess(args: argparse.Namespace, dest: Path):
         bpe = read_bpe(dest / "encoder.json", dest / "vocab.bpe")
     dictionary = Dictionary(dest / "dict.txt")
     tokenizer = Tokenizer(text_ids(dictionary), token_type(dictionary.rows), bpe)
+
     for split, names in asked.items():
         if split in done:
             print(f"{printable(str(dest / split))}: already done")
             continue
         row = write_split(dest / split, names, tokenizer, args.workers)
         row["made_from"] = settings | dict(text=texts[split])
+        # first the row, then the index: a split whose index exists has a row
         with open(dest / "preprocess.log", "a") as log:
             log.write(json.dumps(row) + "\n")
             log.flush()
@@ -280,6 +236,7 @@ def parse(argv: list | None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace):
     """Refuse flags that do not go together, and numbers out of range."""
+    # a flag that would be ignored is a mistake
     meaningless = {"gpt2": ["vocab_size", "bpe_sample_mb"], "train": ["encoder_json", "vocab_bpe"]}
     meaningless["none"] = meaningless["gpt2"] + meaningless["train"]
     meaningless["train"].append("dict")

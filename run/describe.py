@@ -29,6 +29,7 @@ def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int)
     """Figures and digests of one split as worker `rank` sees it in `epoch`. Reads every token."""
     dataset = corpus.split(split, epoch)
     stream = dataset.stream
+    # what the blocks are, and what is lost
     too_long, remainder = dataset.dropped_tokens()
     quantiles = []
     if len(dataset.lengths):
@@ -61,7 +62,7 @@ def describe_batches(dataset: BlockDataset, lists: list[np.ndarray], epoch: int)
     digests = {name: hashlib.sha256() for name in ("source", "target", "ids")}
     tokens_used = masked = places = 0
     for ids in lists:
-        if len(ids) == 0:
+        if len(ids) == 0:  # a worker with fewer batches than the others
             continue
         tokens, source, hidden = dataset.mask(ids, epoch)
         # fairseq's teacher_input=masked is padded where Batch.target leaves places out
@@ -98,6 +99,7 @@ def notes(dataset: BlockDataset) -> list[str]:
             f"--max_tokens {cfg.max_tokens} is below --tokens_per_sample {cfg.tokens_per_sample}:"
             f" blocks are cut to {dataset.limit} tokens"
         )
+    # empty lines may part paragraphs instead of documents
     median = np.median(dataset.lengths)
     separators = dataset.stream.sizes[:-1] == 1
     short = 4 * median < dataset.limit
@@ -118,8 +120,10 @@ def shared_text(folder: Path) -> str:
     steps = {str(row.get("step")): row for row in json_rows(folder / "preprocess.log")}
     # there may be no valid, and the log may have been edited
     with contextlib.suppress(InputError, KeyError, TypeError):
+        # the same tokens, whoever made the dataset
         if TokenStream(folder, "train").digest() == TokenStream(folder, "valid").digest():
             return "everything"
+        # the same file, by name, size and time
         train, valid = (steps[split]["made_from"]["text"] for split in ("train", "valid"))
         return ", ".join(text["file"] for text in train if text in valid)
     return ""
@@ -159,6 +163,7 @@ def print_description(facts: dict, dataset: BlockDataset):
         percent = 100 * tokens / max(1, facts["tokens"])
         return f"{tokens:,} tokens ({percent:.2f}%) in {facts[f'blocks_{why}']:,} blocks"
 
+    # each row is a name and a text; the figures are those of --json
     unknown = 100 * facts["unknown"] / max(1, facts["tokens"])
     quantiles = " ".join(f"{q:.0f}" for q in facts["block_length_quantiles"])
     batches = f"{facts['batches']:,} batches, {facts['empty_batches']} empty"
@@ -194,6 +199,7 @@ def add_flags(parser: flags.Parser):
 
 def main(argv: list | None = None) -> int:
     (cfg,), args = flags.parse([DataConfig], data.__doc__, argv, extra=add_flags)
+    # mistakes first: reading every token can take minutes
     if args.epoch < 1:
         raise InputError("--epoch must be at least 1")
     if args.world_size < 1 or not 0 <= args.rank < args.world_size:
@@ -201,6 +207,7 @@ def main(argv: list | None = None) -> int:
     if args.make_demo is not None:
         make_demo(args.make_demo)
         return 0
+
     corpus = Corpus(cfg)
     facts = describe(corpus, args.split, args.epoch, args.rank, args.world_size)
     if args.json:

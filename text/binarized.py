@@ -145,6 +145,7 @@ class TokenFile:
     """
 
     def __init__(self, prefix):
+        # the sizes and offsets are views of the index, the tokens one of the .bin
         idx = Path(f"{prefix}.idx")
         raw = map_file(idx)
         items = map_file(Path(f"{prefix}.bin"))
@@ -172,6 +173,7 @@ class TokenFile:
     def _read_header(idx: Path, raw: np.ndarray) -> tuple[np.dtype, int]:
         """The type of the tokens and the number of sentences; checks the length of the index."""
         head = raw[:HEADER].tobytes()
+        # fairseq's older formats and Megatron's variant of this one end here, too
         if not head.startswith(MAGIC):
             raise InputError(f"{idx}: not an mmap index (wrong magic); {REBUILD}")
         if len(head) < HEADER:
@@ -183,7 +185,7 @@ class TokenFile:
             raise InputError(f"{idx}: version {version}, expected 1; {REBUILD}")
         if code not in DTYPES:
             raise InputError(f"{idx}: dtype code {code}, expected an integer type; {REBUILD}")
-        expected = HEADER + 12 * count
+        expected = HEADER + 12 * count  # an int32 and an int64 for each sentence
         if len(raw) != expected:
             what = f"{len(raw)} bytes, but {count} sentences need {expected}"
             raise InputError(f"{idx}: {what}; {REBUILD}")
@@ -203,6 +205,7 @@ class TokenStream:
     def __init__(self, folder, split: str):
         self.folder = Path(folder)
         self.split = split
+        # a large training text may lie in several files
         self._files = [TokenFile(self.folder / split)]
         while split == "train" and (self.folder / f"{split}{len(self._files)}.idx").exists():
             self._files.append(TokenFile(self.folder / f"{split}{len(self._files)}"))
@@ -224,6 +227,7 @@ class TokenStream:
         """
         if len(self._files) == 1:
             return self._files[0].take(places)
+        # each place belongs to the first file that ends after it
         tokens = np.empty(len(places), np.int64)
         file_of = np.searchsorted(self._file_ends, places, side="right")
         for i, file in enumerate(self._files):
@@ -310,6 +314,7 @@ def write_parts(prefix, chunks, dtype: np.dtype) -> tuple[int, int]:
             idx.seek(0, os.SEEK_END)
             idx.write(((ends - sizes) * dtype.itemsize).astype("<i8").tobytes())
             tokens = int(ends[-1])
+        # the header last: without it a half-written index is refused
         idx.seek(0)
         idx.write(MAGIC + (1).to_bytes(8, "little") + bytes([codes[np.dtype(dtype)]]))
         idx.write(count.to_bytes(8, "little"))

@@ -76,6 +76,7 @@ def _write_demo(folder: Path) -> list[str]:
     (folder / "dict.txt").write_text(text, encoding="utf-8")
     dictionary = Dictionary(folder / "dict.txt")
     lines = []
+    # the sentences of a split, one document after the other
     for split in documents:
         sentences = []
         for document in documents[split]:

@@ -45,6 +45,7 @@ def locate(name: str) -> Source:
     """Find a file. Raises InputError if it, or the archive's member, does not exist."""
     path = Path(name)
     member = None
+    # a file may have a colon in its own name
     archive = re.fullmatch(r"(.*\.zip):(.+)", name, re.I)
     if archive and not path.exists():
         path = Path(archive[1])
@@ -117,7 +118,7 @@ def read_chunks(name: str, advance=lambda n: None):
             text = chunk[: e.start].decode("utf-8")
         if number == 0:  # differs from fairseq, which keeps the mark
             text = without_mark(text, name)
-        if "\r" in text:
+        if "\r" in text:  # rare, and looking for it is fast
             text = text.replace("\r\n", "\n").replace("\r", "\n")
         if "\0" in text:
             note(f"{name}: holds NUL characters, as files in UTF-16 do, and files that are no text")

@@ -109,6 +109,7 @@ def train_bpe(names: list[str], vocab_size: int, sample_mb: int) -> list[bytes]:
     sample_mb MB, spread evenly over the files.
     """
     tokenizers = need_tokenizers()
+    # every 1 / share-th piece of the text
     share = min(1.0, sample_mb * 1e6 / max(1, disk_size(names)))
     sample = []
     for i, text in enumerate(read_all(names, "reading for the BPE")):
@@ -179,6 +180,7 @@ class Tokenizer:
         if bpe is None:
             self.later = _Memo(lambda word: np.array([ids.get(word, UNK)], dtype).tobytes())
             return
+        # table: id of the BPE -> id of the dictionary
         vocab = bpe.get_vocab(with_added_tokens=False)
         self.longest = max(map(len, vocab))  # bytes of a token, hence at least its characters
         numbers = range(1 + max(vocab.values()))
