@@ -83,7 +83,7 @@ def check_folder(dest: Path, settings: dict, texts: dict, given: dict[str, bytes
     A split's row in preprocess.log says from which texts and settings it was made.
     """
     log = dest / "preprocess.log"
-    rows = {row.get("step"): row for row in files.json_rows(log)}
+    rows = {str(row.get("step")): row for row in files.json_rows(log)}
     for split in SPLITS:
         path = dest / f"{split}.idx"
         if not path.exists():
@@ -182,6 +182,8 @@ def preprocess(args: argparse.Namespace, dest: Path):
     done = [split for split in SPLITS if (dest / f"{split}.idx").exists()]
     # the dictionary and the BPE: those of the finished splits, or new ones
     if not done:
+        for name in TEXT_FILES:  # a killed run's may be of another kind
+            (dest / name).unlink(missing_ok=True)
         for name, content in given.items():
             write_file(dest / name, content)
         bpe = build_text_files(args, dest, bpe)

@@ -168,6 +168,11 @@ def test_someones_files_are_not_replaced(tmp_path):
             preprocess_words(out, **texts)
         assert (out / name).read_text() == "w1 1\n"
         (out / name).unlink()
+    # a killed run's are: words are not taken for those of its BPE
+    (out / "preprocess.log").touch()
+    (out / "vocab.bpe").write_text("a b\n")
+    preprocess_words(out, **texts)
+    assert not (out / "vocab.bpe").exists()
 
 
 def test_many_unknown_words_are_warned_of_and_a_split_without_text_is_refused(tmp_path, capsys):
