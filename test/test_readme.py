@@ -32,7 +32,7 @@ PAIRS = [(README, CHINESE), *((f"{name}.md", f"{name}.zh-CN.md") for name in TRA
 NAMES = "train.py eval.py bench.py preprocess.py convert.py finetune.py".split()
 NAMES += "judge.plot text.reviews test.soak".split()
 PROGRAMS = {name: importlib.import_module(name.removesuffix(".py")) for name in NAMES}
-PROGRAMS["data.py"] = importlib.import_module("text.demo")  # which describes a dataset, too
+PROGRAMS["data.py"] = importlib.import_module("run.describe")  # which describes a dataset, too
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)
 
 
