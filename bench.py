@@ -1,108 +1,63 @@
-"""How fast is a training step, what do its parts cost, and what share of the device's matmul speed does it reach?
+"""How fast is a training step, what do its parts cost, and is it right?
 
-    python bench.py [--data_path DIR]          a step, its parts, and matmuls
+    python bench.py [--data_path DIR]          a step, its parts, and the share of the matmul peak
     python bench.py --compare                  the same step written plainly
-    python bench.py --peer transformers        the same step with that library
-    python bench.py --check --device npu       the same updates here and on the CPU: are the numbers right?
-    python bench.py --sweep                    block lengths and batch sizes
-    python bench.py --checkpoint               how long training waits for one
-    python bench.py --loader --data_path DIR   the data loader
-    python bench.py --startup                  up to the first batch
+    python bench.py --check --device npu       the same updates here and on the CPU: right numbers?
 
-Without --data_path, the blocks are full and random. The output is a table, then one line of JSON. Throughput is the
-median over the updates after the warm-up, each timed between two synchronizations, data included. torch.profiler times
-the parts in further updates, because it costs time: device time on CUDA, else host time (for an NPU's device time use
-train.py's --npu_profile). Matmuls run after every update, so that a busy machine slows both.
-
---loader goes from block numbers to finished host batches in one process, with the lengths of two presets, by default
-and under --fairseq_exact. --startup starts a process that does what train.py does before its first update, without the
-model; without --data_path it makes a corpus like WikiText-103. Both take train.py's data flags.
+Without --data_path, the blocks are full and random. The output is a table, then one line of JSON.
+Throughput is the median over the updates after the warm-up, each timed between two
+synchronizations, data included. torch.profiler times the parts in further updates, because it costs
+time: device time on CUDA, else host time (for an NPU's device time use train.py's --npu_profile).
+Matmuls run after every update, so that a busy machine slows both.
 """
 
 import dataclasses
-import functools
 import json
 import os
 import statistics
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
-import config
-from config import PARTS, Config
+from config import PARTS, Config, InputError
 from run import flags
 
 
 def add_flags(parser):
-    def whole_numbers(text):
-        return [config.whole_number(part) for part in text.split(",")]
-
-    flag, some, number = (
-        parser.add_argument,
-        dict(type=whole_numbers, metavar="N,N"),
-        dict(type=int, metavar="N"),
-    )
+    flag = parser.add_argument
     flag("--compare", action="store_true", help="compare with the same step written plainly")
-    flag("--peer", choices=["transformers"], help="compare with the same step around that library")
-    flag(
-        "--check",
-        action="store_true",
-        help="compare --updates updates with the CPU's; ends with 1 if they differ",
-    )
-    flag("--sweep", action="store_true", help="measure several block lengths and batch sizes")
-    flag("--sweep_lengths", default=[64, 128, 512], help="tokens in a block [64,128,512]", **some)
-    flag(
-        "--sweep_tokens",
-        default=[1280, 4096, 8192],
-        help="tokens in a batch [1280,4096,8192]",
-        **some,
-    )
-    flag(
-        "--checkpoint", action="store_true", help="measure how long training waits for a checkpoint"
-    )
-    flag("--loader", action="store_true", help="measure the data loader alone")
-    flag("--startup", action="store_true", help="measure the start, up to the first batch")
-    flag(
-        "--sentences",
-        type=config.numbers,
-        default=(1.8e6,),
-        metavar="N,N",
-        help="its corpus sizes [1.8e6]",
-    )
-    flag("--updates", default=20, help="updates to measure [20]", **number)
-    flag("--warmup", default=3, help="updates before the measured ones [3]", **number)
-    flag(
-        "--vocabulary",
-        default=50264,
-        help="vocabulary size of the synthetic corpus [50264]",
-        **number,
-    )
+    flag("--check", action="store_true", help="compare with the CPU; ends with 1 if they differ")
+    flag("--updates", type=int, default=20, metavar="N", help="updates to measure [20]")
+    flag("--warmup", type=int, default=3, metavar="N", help="updates before those [3]")
+    flag("--vocabulary", type=int, default=50264, metavar="N", help="of the random text [50264]")
 
 
 if __name__ == "__main__":
-    flags.answer_early(PARTS, __doc__, add_flags)  # torch takes seconds to import
+    # torch takes seconds to import
+    flags.answer_early(PARTS, __doc__, add_flags)
 
+# else torch.profiler, which reads this on import, writes two lines to stderr
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "6"
-)  # else torch.profiler writes two lines to stderr; read on import
+import ema
 from data import Corpus
-from hardware.device import Device, open_device
+from hardware.check import check, print_check
+from hardware.device import Device
 from hardware.flops import Matmuls, timed, update_flops
+from hardware.opening import open_device
+from model import Data2VecText, Encoder, data2vec_loss
 from run.guard import check_memory
 from run.progress import Bar
-from train import Run, turns, update
+from text.binarized import EOS, PAD, write_dataset
+from train import Run, lr_at, turns, update
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, record_function
 
-PARTS_OF_AN_UPDATE = (
-    "data",
-    "teacher",
-    "student",
-    "backward",
-    "optimizer",
-    "ema",
-)  # as train.update names them
+# as train.update and what it calls name them
+PARTS_OF_AN_UPDATE = ("data", "teacher", "student", "backward", "optimizer", "ema")
 
 
 def endless(run: Run, corpus: Corpus):
@@ -112,8 +67,25 @@ def endless(run: Run, corpus: Corpus):
         run.epoch += turn.ends_epoch
 
 
-@dataclasses.dataclass
-class Timed:  # one update
+def synthetic(cfg: Config, folder: Path, vocabulary: int) -> Config:
+    """Write full blocks of random tokens into `folder`; returns the settings that read them."""
+    data = dataclasses.replace(cfg.data, data_path=str(folder), sample_break_mode="none")
+    blocks = max(1, data.max_tokens // data.tokens_per_sample) * cfg.train.update_freq * 8
+    shape = (blocks, data.tokens_per_sample - 1)
+    sentences = np.random.default_rng(0).integers(4, vocabulary, shape)
+    sentences[:, -1] = EOS
+    write_dataset(folder / "train", sentences, vocabulary)
+    (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(vocabulary - 4)))
+    return dataclasses.replace(cfg, data=data)
+
+
+# ---------------------------------------------------------------------------------------- a step
+
+
+@dataclass
+class Timed:
+    """One update."""
+
     seconds: float
     blocks: int
     tokens: int
@@ -123,7 +95,8 @@ class Timed:  # one update
 
 def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
     """Medians over `updates` updates, and the parts' means over as many more."""
-    device, source, rows, matmuls = run.device, endless(run, corpus), [], None
+    device, source = run.device, endless(run, corpus)
+    rows, matmuls = [], None
     for i in Bar(range(warmup + updates), device.rank, unit="update"):
         batches = []
         seconds = timed(device, lambda: (batches.extend(next(source)), update(run, batches)))
@@ -131,20 +104,23 @@ def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
             peak_memory = device.peak_memory()  # before the matmuls allocate theirs
             matmuls = Matmuls(device)
         if i >= warmup:
-            blocks, tokens = sum(b.nsentences for b in batches), sum(b.ntokens for b in batches)
+            blocks = sum(batch.nsentences for batch in batches)
+            tokens = sum(batch.ntokens for batch in batches)
             flops = update_flops(batches, run)
-            rows.append(Timed(seconds, blocks, tokens, flops, flops / seconds / matmuls.burst(0.1)))
+            share = flops / seconds / matmuls.burst(0.1)
+            rows.append(Timed(seconds, blocks, tokens, flops, share))
 
     def work():
         with record_function("data"):
             batches = next(source)
         update(run, batches)
 
-    parts, middle, workers = time_parts(device, work, updates), statistics.median, device.world_size
+    parts = time_parts(device, work, updates)
     source.close()
+    middle = statistics.median
     return dict(
-        fps=middle(row.blocks / row.seconds for row in rows) * workers,
-        wps=middle(row.tokens / row.seconds for row in rows) * workers,
+        fps=middle(row.blocks / row.seconds for row in rows) * device.world_size,
+        wps=middle(row.tokens / row.seconds for row in rows) * device.world_size,
         ups=middle(1 / row.seconds for row in rows),
         ms=1e3 * middle(row.seconds for row in rows),
         ms_fastest=1e3 * min(row.seconds for row in rows),
@@ -160,47 +136,186 @@ def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
 
 
 def time_parts(device: Device, work, calls: int) -> dict[str, float]:
-    """Milliseconds of each named part in one call of `work`, mean over `calls`; 0 for a part that it does not name."""
-    on_cuda = device.type == "cuda"
-    with torch.profiler.profile(
-        activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]
-    ) as profile:
+    """Milliseconds of each named part in one call of `work`, mean over `calls`; 0 where none is."""
+    activities = [ProfilerActivity.CPU]
+    if device.has_cuda_profiler:
+        activities.append(ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
         for _ in Bar(range(calls), device.rank, what="parts", unit="update"):
             work()
         device.synchronize()
     parts = dict.fromkeys(PARTS_OF_AN_UPDATE, 0.0)
     for event in profile.key_averages():
         if event.key in parts:  # CUDA has a second row for the same name: its span on the device
-            spent = (
-                event.device_time_total if on_cuda and event.key != "data" else event.cpu_time_total
-            )
+            on_device = device.has_cuda_profiler and event.key != "data"
+            spent = event.device_time_total if on_device else event.cpu_time_total
             parts[event.key] = max(parts[event.key], spent / 1e3 / calls)
     return parts
+
+
+def print_table(r: dict):
+    ms = f"{r['ms']:.1f} (median of {r['updates']}; {r['ms_fastest']:.1f} to {r['ms_slowest']:.1f})"
+    share = f"the model reaches {100 * r['peak_share']:.0f}% of it"
+    rows = {
+        "update": f"{r['blocks']:g} blocks, {r['tokens']:g} tokens; {r['parameters']:,} parameters",
+        "FPS": f"{r['fps']:.2f} blocks/s",
+        "tokens/s": f"{r['wps']:.0f}",
+        "updates/s": f"{r['ups']:.3f}",
+        "ms an update": ms,
+        **{f"  {part}": f"{spent:.1f}" for part, spent in r["ms_parts"].items()},
+        "model TFLOP/s": f"{r['model_tflops']:.3f}",
+        "matmul TFLOP/s": f"{r['matmul_peak_tflops']:.3f}; {share}",
+        "peak memory": f"{r['peak_memory_bytes'] / 2**20:,.0f} MiB",
+    }
+    for name, text in rows.items():
+        print(f"{name:16} {text}")
+
+
+# ------------------------------------------------------------------- the same step written plainly
+
+
+class Plain:
+    """train.update in its most direct form.
+
+    Teacher and student compute every layer at every place, padding included, and targets for every
+    place; weights are cast at each use; unscaling, division and clipping are separate passes over
+    the gradients; the optimizer is torch's; the teacher moves parameter by parameter.
+    """
+
+    def __init__(self, run: Run, vocabulary_size: int):
+        cfg, device = run.cfg, run.device
+        self.run, self.num_updates = run, 0
+        self.student = Data2VecText(cfg.model, vocabulary_size)
+        self.student.load_state_dict(run.student.state_dict())
+        self.student.to(device.torch_device).train()
+        self.teacher = Encoder(cfg.model, vocabulary_size)
+        self.teacher.load_state_dict(run.teacher.state_dict())
+        self.teacher.to(device.torch_device).eval().requires_grad_(False)
+        rules = dict(betas=cfg.optim.adam_betas, weight_decay=cfg.optim.weight_decay)
+        self.adam = torch.optim.AdamW(self.student.parameters(), **rules)
+        self.scaler = device.scaler(cfg.train.update_freq)
+
+    def update(self, batches: list) -> torch.Tensor:
+        """Returns the loss summed over the masked places, ()."""
+        cfg, device = self.run.cfg, self.run.device
+        device.seed(cfg.data.seed + self.num_updates)
+        total = torch.zeros((), device=device.torch_device)
+        for batch in batches:
+            with device.autocast():
+                loss = self.loss_of(batch)
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        self.scaler.unscale_(self.adam)
+        grads = [p.grad for p in self.student.parameters() if p.grad is not None]
+        torch._foreach_div_(grads, sum(batch.sample_size for batch in batches))
+        limit = cfg.optim.clip_norm or float("inf")
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit)
+
+        group = self.adam.param_groups[0]
+        group["lr"] = lr_at(self.num_updates, cfg.train)
+        self.num_updates += 1
+        root = (1 - cfg.optim.adam_betas[1] ** self.num_updates) ** 0.5
+        group["eps"] = cfg.optim.adam_eps / root
+        self.scaler.step(self.adam)
+        self.scaler.update()
+        self.adam.zero_grad()
+        self.move_teacher(ema.decay_at(self.num_updates, cfg.ema))
+        return total
+
+    def loss_of(self, batch) -> torch.Tensor:
+        """The loss () of a host batch."""
+        cfg, device = self.run.cfg, self.run.device
+        tokens = batch.target
+        if cfg.data.teacher_input == "masked":  # padded as in fairseq, without random tokens
+            tokens = np.full_like(batch.source, PAD)
+            tokens.ravel()[batch.masked] = batch.target.ravel()[batch.target_places]
+        source, tokens, masked = map(device.tensor, (batch.source, tokens, batch.masked))
+        with torch.no_grad():
+            _, layers = self.teacher(tokens, top_k=cfg.model.average_top_k_layers)
+            target = sum(F.layer_norm(y.float(), y.shape[-1:]) for y in layers) / len(layers)
+            target = target.flatten(0, 1).index_select(0, masked)  # (M, C)
+        x, _ = self.student.encoder(source)
+        x = x.flatten(0, 1).index_select(0, masked)  # (M, C)
+        return data2vec_loss(self.student.regression_head(x), target, cfg.model)
+
+    @torch.no_grad()
+    def move_teacher(self, decay: float):
+        students = self.student.encoder.parameters()
+        for (name, old), new in zip(self.teacher.named_parameters(), students):
+            if self.run.cfg.ema.ema_transformer_layers_only and "emb" in name.split(".")[0]:
+                old.copy_(new)
+            else:
+                old.mul_(decay).add_(new, alpha=1 - decay)
+
+
+def compare(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
+    """Time train.update and `Plain` in turn on the same batches; the ratio is that of each pair."""
+    device, source = run.device, endless(run, corpus)
+    plain = Plain(run, len(corpus.dictionary))
+    pairs = []
+    for i in Bar(range(warmup + updates), device.rank, unit="update"):
+        batches = next(source)
+        ours = timed(device, lambda: update(run, batches))
+        theirs = timed(device, lambda: plain.update(batches))
+        if i >= warmup:
+            pairs.append((1e3 * ours, 1e3 * theirs, theirs / ours))
+    source.close()
+    ours, theirs, ratios = (sorted(column) for column in zip(*pairs))
+    return dict(
+        ms=statistics.median(ours),
+        ms_range=[ours[0], ours[-1]],
+        other_ms=statistics.median(theirs),
+        other_ms_range=[theirs[0], theirs[-1]],
+        ratio=statistics.median(ratios),
+        ratio_range=[ratios[0], ratios[-1]],
+        tokens=sum(batch.ntokens for batch in batches),
+        blocks=sum(batch.nsentences for batch in batches),
+    )
+
+
+def print_compare(r: dict):
+    print(f"{'':13}{'ms an update':>13}{'from':>9}{'to':>9}")
+    for name, key in (("train.py", ""), ("plain", "other_")):
+        low, high = r[f"{key}ms_range"]
+        print(f"{name:13}{r[f'{key}ms']:13.1f}{low:9.1f}{high:9.1f}")
+    low, high = r["ratio_range"]
+    rounds = f"median of rounds; {low:.2f} to {high:.2f}"
+    print(f"ratio {r['ratio']:.2f} ({rounds}), {r['tokens']} tokens an update")
+
+
+# ------------------------------------------------------------------------------------ the program
+
+
+def bench(cfg: Config, device: Device, corpus: Corpus, args) -> dict:
+    """What the flags ask for, printed as a table by the first worker."""
+    if args.check:
+        result = {"check": check(cfg, device, corpus, args.updates)}
+        print_check(result["check"])
+        return result
+    run = Run(cfg, device, len(corpus.dictionary))
+    result = dict(parameters=sum(p.numel() for p in run.student.parameters()))
+    work, show = (compare, print_compare) if args.compare else (measure, print_table)
+    result |= dict(updates=args.updates) | work(run, corpus, args.warmup, args.updates)
+    if device.rank == 0:
+        show(result)
+    return result
 
 
 def main(argv: list | None = None) -> int:
     parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags)
     if args.updates < 1 or args.warmup < 0 or args.vocabulary < 8:
-        raise config.InputError(
-            "--updates must be at least 1, --warmup at least 0, --vocabulary at least 8"
-        )
-    data = parts[0]
-    if args.loader or args.startup:
-        from hardware import bench_data
-
-        print(
-            json.dumps(
-                bench_data.loader_report(data)
-                if args.loader
-                else bench_data.startup_report(data, args)
-            )
-        )
-        return 0
+        raise InputError("--updates and --warmup from 1 and 0 on, --vocabulary at least 8")
+    given = parts[0].data_path
     with tempfile.TemporaryDirectory() as folder:  # of the synthetic dataset
-        cfg = Config(dataclasses.replace(data, data_path=data.data_path or folder), *parts[1:])
+        data = dataclasses.replace(parts[0], data_path=given or folder)
+        cfg = Config(data, *parts[1:])
         device = open_device(cfg.device)
         try:
-            result = bench(cfg, device, Path(folder), args, synthetic_data=not data.data_path)
+            if not given:
+                check_memory(cfg.model, args.vocabulary, device, copies=5)
+                cfg = synthetic(cfg, Path(folder), args.vocabulary)
+            facts = describe(cfg, device, args, given or "synthetic")
+            result = facts | bench(cfg, device, Corpus(cfg.data), args)
         finally:
             device.close()
     if device.rank == 0:
@@ -208,59 +323,25 @@ def main(argv: list | None = None) -> int:
     return int(args.check and result["check"]["beyond"] > 0)
 
 
-def bench(cfg: Config, device: Device, folder: Path, args, synthetic_data: bool) -> dict:
-    """Run the benchmark that the flags ask for, and print its table."""
-    from hardware import bench_step
-
-    data, threads = cfg.data, torch.get_num_threads() if device.type == "cpu" else None
-    result = dict(
+def describe(cfg: Config, device: Device, args, data: str) -> dict:
+    """The conditions of the measurement, the first line printed."""
+    if device.rank == 0:
+        where = f"{device.world_size} x {device.type} ({device.name})"
+        print(f"{'device':16} {where}, amp {device.amp_name}, torch {torch.__version__}")
+    return dict(
         device=device.name,
         device_type=device.type,
         amp=device.amp_name,
         world_size=device.world_size,
-    )
-    result |= dict(torch=torch.__version__, threads=threads, fairseq_exact=cfg.train.fairseq_exact)
-    result |= {k: getattr(data, k) for k in ("teacher_input", "tokens_per_sample", "max_tokens")}
-    result |= dict(
-        updates=args.updates,
+        torch=torch.__version__,
+        threads=torch.get_num_threads() if device.asking_is_free else None,
+        fairseq_exact=cfg.train.fairseq_exact,
+        teacher_input=cfg.data.teacher_input,
+        tokens_per_sample=cfg.data.tokens_per_sample,
+        max_tokens=cfg.data.max_tokens,
         warmup=args.warmup,
-        data="synthetic" if synthetic_data else data.data_path,
+        data=data,
     )
-    if device.rank == 0:
-        where = f"{device.world_size} x {device.type} ({device.name})"
-        print(f"{'device':16} {where}, amp {device.amp_name}, torch {torch.__version__}")
-    if args.sweep:
-        return result | dict(sweep=bench_step.sweep(cfg, device, args))
-    if synthetic_data:
-        check_memory(cfg.model, args.vocabulary, device, copies=5)
-    cfg, corpus = (
-        bench_step.synthetic(cfg, folder, args.vocabulary)
-        if synthetic_data
-        else (cfg, Corpus(cfg.data))
-    )
-    if args.check:
-        from hardware import bench_check
-
-        result["check"] = bench_check.check(cfg, device, corpus, args.updates)
-        bench_check.print_check(result)
-        return result
-    run = Run(cfg, device, len(corpus.dictionary))
-    result["parameters"] = sum(p.numel() for p in run.student.parameters())
-    if args.compare or args.peer:
-        other = (bench_step.Transformers if args.peer else bench_step.Plain)(
-            run, len(corpus.dictionary)
-        )
-        result |= bench_step.compare(run, corpus, other, args.warmup, args.updates)
-        show = functools.partial(bench_step.print_compare, other=args.peer or "plain")
-    elif args.checkpoint:
-        result |= bench_step.pauses(run, corpus, args.updates)
-        show = bench_step.print_pauses
-    else:
-        result |= measure(run, corpus, args.warmup, args.updates)
-        show = bench_step.print_table
-    if device.rank == 0:
-        show(result)
-    return result
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""What goes in: settings, masks by the rule, batches, epochs.
+"""What goes in: masks by the rule, batches, epochs.
 
-    python data.py --data_path DIR      describe a dataset; the command's other options are in text/demo.py
+    python data.py --data_path DIR [--json]     describe a dataset: what a run would see, and lose
+    python data.py --make_demo DIR              write a small demo corpus
 
-A *block* is one training sample: `<s>` and consecutive sentences of the dataset. A *batch* holds several blocks, padded
-to one length. Rules are those of fairseq's MaskTokensDataset and its masked language modeling task, at commit 3f6ba43f;
-comments mark where the default differs.
+A *block* is one training sample: `<s>` and consecutive sentences of the dataset. A *batch* holds
+several blocks, padded to one length. The rules are those of fairseq's MaskTokensDataset and its
+masked language modeling task, at commit 3f6ba43f; comments mark where the default differs.
+
+Shapes: B blocks of a batch, T tokens of its longest, U tokens that the teacher reads of each,
+K places chosen for masking, M of them that show `<mask>`.
 """
 
-import functools
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,21 +18,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import DataConfig, InputError
-from text.binarized import BOS, PAD, PIECE, SPECIAL, Dictionary, TokenStream, no_folder
+from text.binarized import BOS, PAD, SPECIAL, Dictionary, TokenStream, no_folder
 from text.blocks import cut_batches, cut_blocks, order_by_length
 from text.masks import hide_blocks, hide_blocks_is_exact, ranges
 
 import numpy as np
 
-# ---------------------------------------------------------------------------------------------- masks
+# ------------------------------------------------------------------------------------------- masks
 
 
 class BlockMask(NamedTuple):
-    hidden: np.ndarray  # (length,) bool: the places chosen for masking
-    shown: (
-        np.ndarray
-    )  # (length,) bool: those of them where the student sees `<mask>` or a random token
-    random: tuple | None  # (places (length,) bool, their tokens): those of them with a random token
+    hidden: np.ndarray  # (T,) bool: the places chosen for masking
+    shown: np.ndarray  # (T,) bool: those of them where the student does not see the token itself
+    random: tuple | None  # those of them with a random token: (places (T,) bool, their tokens)
 
 
 def mask_block(
@@ -37,22 +38,22 @@ def mask_block(
 ) -> BlockMask:
     """Draw the mask of block number `index` of `length` tokens, `<s>` included.
 
-    Each block of each epoch has a generator of its own, so masks depend neither on the order of blocks nor on the
-    number of workers.
+    Each block of each epoch has a generator of its own, so masks depend neither on the order of
+    blocks nor on the number of workers.
     """
     # fairseq's seed, to the bit: the float remainder of Python's own hash of the three integers
     rng = np.random.default_rng(int(hash((cfg.seed, epoch, index)) % 1e6))
     count = int(cfg.mask_prob * length / cfg.mask_multiple_length + rng.random())
     starts = rng.choice(length, count, replace=False)
+    spans = np.full(count, cfg.mask_multiple_length)
     if cfg.mask_stdev > 0:
-        spans = np.rint(rng.normal(cfg.mask_multiple_length, cfg.mask_stdev, size=count))
-        places = ranges(starts, np.maximum(spans, 0).astype(np.int64))
-    else:
-        places = (starts[:, None] + np.arange(cfg.mask_multiple_length)).ravel()
+        drawn = rng.normal(cfg.mask_multiple_length, cfg.mask_stdev, size=count)
+        spans = np.maximum(np.rint(drawn), 0).astype(np.int64)
+    places = ranges(starts, spans)
     hidden = np.zeros(length, bool)
     hidden[places[places < length]] = True
 
-    # some hidden places keep their token or get a random one; with neither option nothing more is drawn
+    # some hidden places keep their token or get a random one; with neither, nothing more is drawn
     special = cfg.random_token_prob + cfg.leave_unmasked_prob
     if special == 0:
         return BlockMask(hidden, hidden, None)
@@ -60,7 +61,8 @@ def mask_block(
     left = np.full(length, cfg.leave_unmasked_prob > 0)
     if cfg.random_token_prob > 0 and cfg.leave_unmasked_prob > 0:
         left = rng.random(length) < cfg.leave_unmasked_prob / special
-    shown, random = hidden & ~(chosen & left), chosen & ~left
+    shown = hidden & ~(chosen & left)
+    random = chosen & ~left
     if not random.any():
         return BlockMask(hidden, shown, None)
     weights = np.ones(len(dictionary))
@@ -69,31 +71,27 @@ def mask_block(
     return BlockMask(hidden, shown, (random, tokens))
 
 
-# ---------------------------------------------------------------------------------------------- batches
+# ----------------------------------------------------------------------------------------- batches
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Masked blocks, on the host. B blocks, T their longest length, U the teacher's; arrays are int64.
+    """Masked blocks, on the host; arrays are int64.
 
-    The teacher reads the whole blocks (U = T) or, with teacher_input=masked, their masked tokens squeezed together.
-    Everything that can be counted is counted here, so no step has to ask the device.
+    The teacher reads the whole blocks (U = T) or, with teacher_input=masked, their masked tokens
+    squeezed together. What can be counted is counted here, so that no step has to ask the device.
     """
 
     source: np.ndarray  # (B, T): what the student reads
     target: np.ndarray  # (B, U): what the teacher reads
     masked: np.ndarray  # (M,): flat places in `source` that show `<mask>`
     target_places: np.ndarray  # (M,): flat places of the same tokens in `target`
-    chosen: (
-        np.ndarray
-    )  # (K,): flat places in `source` chosen for masking, also those that show another token
+    chosen: np.ndarray  # (K,): flat places in `source` chosen for masking, whatever they show
     ids: np.ndarray  # (B,) block numbers
     ntokens: int  # tokens that are not padding
     source_padded: bool  # holds at least one <pad>
     target_padded: bool
-    pinned: object = (
-        None  # a tensor of the arrays, back to back, that a device can copy by itself (Device.pin)
-    )
+    pinned: object = None  # all arrays in one tensor that a device can copy itself (Device.pin)
 
     @property
     def nsentences(self) -> int:
@@ -104,206 +102,171 @@ class Batch:
         return len(self.masked)
 
 
-class MaskedRows(NamedTuple):  # padded blocks, back to back (P,), or (B, T)
+class MaskedRows(NamedTuple):
+    """Padded blocks, (B, T) each."""
+
     tokens: np.ndarray  # int64
     source: np.ndarray  # int64: what the student reads
-    hidden: (
-        np.ndarray
-    )  # bool: the places chosen for masking; those that show `<mask>` enter the loss
-
-
-def cut(array: np.ndarray, ends: np.ndarray) -> list[np.ndarray]:
-    """The parts of an array between one end and the next."""
-    ends = ends.tolist()
-    return [array[begin:end] for begin, end in zip([0, *ends], ends)]
+    hidden: np.ndarray  # bool: the places chosen for masking; those with `<mask>` enter the loss
 
 
 class BlockDataset:
     """The blocks of one split of one folder, cut into batches once.
 
-    In training the order of batches is shuffled each epoch, and blocks longer than max_tokens are skipped. In any other
-    split the order is fixed, the masks are those of epoch 1, and such a block is an error.
+    In training the order of batches is shuffled each epoch, and blocks longer than max_tokens are
+    skipped. In any other split the order is fixed, the masks are those of epoch 1, and such a block
+    is an error.
     """
 
     def __init__(self, cfg: DataConfig, folder, split: str, dictionary: Dictionary):
-        cfg.check()
-        self.cfg, self.dictionary, self.split = cfg, dictionary, split
+        self.cfg = cfg
+        self.dictionary = dictionary
+        self.split = split
         self.training = split == "train"
         self.stream = TokenStream(folder, split)
+        self.limit = min(cfg.tokens_per_sample, cfg.max_tokens)  # tokens of the longest block
+        # differs from fairseq: with long_sentences=split a max_tokens below tokens_per_sample
+        # shortens the blocks; fairseq drops those longer than max_tokens
         split_long = cfg.long_sentences == "split"
-        limit = min(cfg.tokens_per_sample, cfg.max_tokens)
-        # differs from fairseq: with long_sentences=split a max_tokens below tokens_per_sample shortens the blocks;
-        # fairseq drops those longer than max_tokens
-        block_size = (limit if split_long else cfg.tokens_per_sample) - 1
+        block_size = (self.limit if split_long else cfg.tokens_per_sample) - 1
         if block_size < 1:
             raise InputError(f"--max_tokens {cfg.max_tokens}: too small for <s> and a token")
-        self.starts, ends = cut_blocks(
-            self.stream.sizes, cfg.sample_break_mode, block_size, split_long
-        )
+        sizes = self.stream.sizes
+        self.starts, ends = cut_blocks(sizes, cfg.sample_break_mode, block_size, split_long)
         self.lengths = (ends - self.starts + 1).astype(np.int32)  # with <s>
-        order = order_by_length(self.lengths, cfg.seed)
-        ascending = self.lengths[order]
-        fit = int(
-            np.searchsorted(
-                ascending, limit if self.training else cfg.tokens_per_sample, side="right"
-            )
-        )
-        order, ascending, self.too_long = order[:fit], ascending[:fit], order[fit:]
-        if not self.training and fit and ascending[-1] > cfg.max_tokens:
-            raise InputError(
-                f"{folder}: {split} has a block of {ascending[-1]} tokens, above --max_tokens {cfg.max_tokens}"
-            )
-        ends = cut_batches(
-            ascending, cfg.max_tokens, cfg.batch_size, cfg.required_batch_size_multiple
-        )
-        last = int(ends[-2]) if len(ends) > 1 else 0  # where the last batch begins
-        dropped = cfg.drop_remainder and (fit - last) % cfg.required_batch_size_multiple
-        self.remainder = order[last:] if dropped else order[:0]
-        self.order, self.batch_ends = order, ends[:-1] if dropped else ends
+        self._cut_batches()
         if len(self.batch_ends) == 0:
             raise InputError(
-                f"{folder}: {split} gives no batch: {len(self.stream.sizes)} sentences, {len(self.lengths)} blocks,"
-                f" {len(self.too_long)} longer than {limit} tokens, {len(self.remainder)} in a dropped remainder"
+                f"{folder}: {split} gives no batch: {len(sizes)} sentences, {len(self.lengths)}"
+                f" blocks, {len(self.too_long)} longer than {self.limit} tokens,"
+                f" {len(self.remainder)} in a dropped remainder"
             )
 
+    def _cut_batches(self):
+        """Set `order`, the blocks by length, `batch_ends` in it, and what is left out."""
+        cfg = self.cfg
+        order = order_by_length(self.lengths, cfg.seed)
+        lengths = self.lengths[order]
+        limit = self.limit if self.training else cfg.tokens_per_sample
+        fit = int(np.searchsorted(lengths, limit, side="right"))
+        self.order, self.too_long = np.split(order, [fit])
+        longest = lengths[:fit].max(initial=0)
+        if longest > cfg.max_tokens:
+            raise InputError(
+                f"{self.stream.folder}: {self.split} has a block of {longest} tokens,"
+                f" above --max_tokens {cfg.max_tokens}"
+            )
+        multiple = cfg.required_batch_size_multiple
+        ends = cut_batches(lengths[:fit], cfg.max_tokens, cfg.batch_size, multiple)
+        last = int(ends[-2]) if len(ends) > 1 else 0  # where the last batch begins
+        end = last if cfg.drop_remainder and (fit - last) % multiple else fit
+        self.batch_ends = ends[ends <= end]
+        self.remainder = self.order[end:]
+
     def dropped_tokens(self) -> tuple[int, int]:
-        """Tokens of the text that training never sees: (in blocks too long, in the dropped remainder)."""
-        return tuple(
-            int(self.lengths[part].sum()) - len(part) for part in (self.too_long, self.remainder)
-        )
+        """Tokens that training never sees: (in blocks too long, in the dropped remainder)."""
+        parts = (self.too_long, self.remainder)
+        return tuple(int(self.lengths[part].sum()) - len(part) for part in parts)
 
     def epoch_batches(self, epoch: int, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
-        """Block numbers of this worker's batches, in order; all workers get as many lists, the last may be empty."""
+        """Block numbers of this worker's batches; all get as many, the last may be empty."""
         begins = np.concatenate([[0], self.batch_ends[:-1]])
         which = np.arange(len(self.batch_ends))
         if self.training:
             np.random.RandomState((self.cfg.seed + epoch) % 2**32).shuffle(which)
-        mine = [
-            self.order[begins[i] : self.batch_ends[i]] for i in which[rank::world_size].tolist()
-        ]
-        if len(mine) < -(-len(which) // world_size):
-            mine.append(self.order[:0])
-        return mine
+        mine = which[rank::world_size].tolist()
+        lists = [self.order[begins[i] : self.batch_ends[i]] for i in mine]
+        if len(lists) < -(-len(which) // world_size):
+            lists.append(self.order[:0])
+        return lists
 
     def read_block(self, index: int) -> np.ndarray:
         """`<s>` and the block's tokens, int64 (length,), unchecked."""
-        start, end = int(self.starts[index]), int(self.starts[index] + self.lengths[index]) - 1
-        return np.concatenate([[BOS], self.stream.read(start, end)])
+        start = self.starts[index]
+        return np.concatenate([[BOS], self.stream.read(start, start + self.lengths[index] - 1)])
 
-    def _mask_rows(self, ids: np.ndarray, widths: np.ndarray, epoch: int) -> MaskedRows:
-        """Read and mask the blocks `ids`, in rows of these widths. InputError: a token that training cannot take."""
-        begins, lengths = np.cumsum(widths) - widths, self.lengths[ids].astype(np.int64)  # (R,)
+    def mask(self, ids: np.ndarray, epoch: int) -> MaskedRows:
+        """The blocks `ids` (at least one), read and masked in training epoch `epoch`.
+
+        Raises InputError if one holds a token that training cannot take.
+        """
+        cfg = self.cfg
+        lengths = self.lengths[ids].astype(np.int64)  # (B,) with <s>
+        columns = np.arange(lengths.max())  # (T,)
+        is_text = (columns > 0) & (columns < lengths[:, None])  # (B, T)
         places = ranges(self.starts[ids], lengths - 1)  # of the text in the stream
         text = self.stream.take(places)
         self.stream.check_tokens(text, places, self.dictionary)
-        tokens, of_text = np.full(widths.sum(), PAD, np.int64), np.ones(widths.sum(), bool)  # (P,)
-        of_text[begins] = of_text[ranges(begins + lengths, widths - lengths)] = False
-        tokens[begins], tokens[of_text] = BOS, text
+        tokens = np.full(is_text.shape, PAD, np.int64)
+        tokens[:, 0] = BOS
+        tokens[is_text] = text
 
-        cfg, source, hidden = self.cfg, tokens.copy(), np.zeros(len(tokens), bool)
-        mask_epoch = epoch if self.training and not cfg.fixed_masks else 1
-        mask_one = functools.partial(
-            mask_block, dictionary=self.dictionary, cfg=cfg, epoch=mask_epoch
-        )
-        if (
-            cfg.mask_stdev == cfg.random_token_prob == cfg.leave_unmasked_prob == 0
-            and hide_blocks_is_exact()
-        ):
-            rule = cfg.seed, mask_epoch, cfg.mask_prob, cfg.mask_multiple_length
-            hide_blocks(hidden, begins, lengths, ids, *rule, mask_one)
+        # all rows at once where only places are drawn; what this cannot draw, row by row
+        source = tokens.copy()
+        hidden = np.zeros(tokens.shape, bool)
+        rows = range(len(ids))
+        if not self.training or cfg.fixed_masks:
+            epoch = 1
+        only_places = cfg.mask_stdev == cfg.random_token_prob == cfg.leave_unmasked_prob == 0
+        if only_places and hide_blocks_is_exact():
+            hidden, rows = hide_blocks(lengths, ids.astype(np.int64), cfg, epoch)
             source[hidden] = self.dictionary.mask_id
-        else:
-            for begin, length, index in zip(begins.tolist(), lengths.tolist(), ids.tolist()):
-                row, mask = slice(begin, begin + length), mask_one(length, index=index)
-                hidden[row] = mask.hidden
-                source[row][mask.shown] = self.dictionary.mask_id
-                if mask.random is not None:
-                    source[row][mask.random[0]] = mask.random[1]
+        for row in rows:
+            length = int(lengths[row])
+            mask = mask_block(length, self.dictionary, cfg, epoch, int(ids[row]))
+            hidden[row, :length] = mask.hidden
+            source[row, :length][mask.shown] = self.dictionary.mask_id
+            if mask.random is not None:
+                where, random_tokens = mask.random
+                source[row, :length][where] = random_tokens
         return MaskedRows(tokens, source, hidden)
-
-    def mask(self, ids: np.ndarray, epoch: int) -> MaskedRows:
-        """The blocks `ids` (at least one) read and masked in training epoch `epoch`, (B, T) each."""
-        rows = self._mask_rows(
-            ids.astype(np.int64), np.full(len(ids), self.lengths[ids].max()), epoch
-        )
-        return MaskedRows(*(array.reshape(len(ids), -1) for array in rows))
-
-    def _make_batches(self, lists: list[np.ndarray], epoch: int) -> list[Batch]:
-        """The masked batches of several lists of blocks, none empty. Made together, since numpy is slow on arrays as
-        short as one batch. Axes: N batches, R rows of all batches, P places of all rows, M masked tokens."""
-        ids, mask_id = np.concatenate(lists).astype(np.int64), self.dictionary.mask_id  # (R,)
-        counts = np.array([len(part) for part in lists])  # (N,) rows
-        first = np.cumsum(counts) - counts  # (N,) first row
-        lengths = self.lengths[ids]  # (R,)
-        widths = np.maximum.reduceat(lengths, first)  # (N,)
-        row_widths = np.repeat(widths, counts)  # (R,)
-        tokens, source, hidden = self._mask_rows(ids, row_widths, epoch)  # (P,)
-        masked = np.flatnonzero(source == mask_id)  # (M,)
-        target, target_widths, target_places = tokens, widths, masked
-        if self.cfg.teacher_input == "masked":
-            # fairseq's teacher reads <pad> at every other place, and pads count neither for attention nor for
-            # positions: the same as the masked tokens squeezed together, at a fraction of the work
-            places = np.flatnonzero(hidden)
-            row_counts = np.diff(np.searchsorted(places, np.cumsum(row_widths)), prepend=0)  # (R,)
-            target_widths = np.maximum(np.maximum.reduceat(row_counts, first), 1)  # (N,)
-            row_widths = np.repeat(target_widths, counts)
-            squeezed = ranges(np.cumsum(row_widths) - row_widths, row_counts)
-            target = np.full(int(row_widths.sum()), PAD, np.int64)
-            target[squeezed] = tokens[places]
-            target_places = squeezed[source[places] == mask_id]  # (M,)
-
-        # cut; flat places count from where their batch begins
-        ends, target_ends = np.cumsum(counts * widths), np.cumsum(counts * target_widths)  # (N,)
-        begins, target_begins = ends - counts * widths, target_ends - counts * target_widths
-        masked_ends = np.searchsorted(masked, ends)
-        masked_counts = np.diff(masked_ends, prepend=0)
-        chosen, chosen_ends = masked, masked_ends
-        if self.cfg.random_token_prob + self.cfg.leave_unmasked_prob > 0:
-            chosen = np.flatnonzero(hidden)  # (K,)
-            chosen_ends = np.searchsorted(chosen, ends)
-        fields = dict(  # of every batch
-            source=[
-                part.reshape(count, -1) for part, count in zip(cut(source, ends), counts.tolist())
-            ],
-            target=[
-                part.reshape(count, -1)
-                for part, count in zip(cut(target, target_ends), counts.tolist())
-            ],
-            masked=cut(masked - np.repeat(begins, masked_counts), masked_ends),
-            target_places=cut(target_places - np.repeat(target_begins, masked_counts), masked_ends),
-            chosen=cut(chosen - np.repeat(begins, np.diff(chosen_ends, prepend=0)), chosen_ends),
-            ids=cut(ids, np.cumsum(counts)),
-            ntokens=np.add.reduceat(lengths, first).tolist(),
-            source_padded=np.logical_or.reduceat(source == PAD, begins).tolist(),
-            target_padded=np.logical_or.reduceat(target == PAD, target_begins).tolist(),
-        )
-        return [Batch(**dict(zip(fields, values))) for values in zip(*fields.values())]
-
-    def batches(self, lists: list[np.ndarray], epoch: int):
-        """Yield the masked batch of each list of blocks in training epoch `epoch`, in order; an empty list has none."""
-        lists, at_once = [ids for ids in lists if len(ids)], max(1, PIECE // self.cfg.max_tokens)
-        for first in range(0, len(lists), at_once):
-            some = lists[first : first + at_once]
-            try:
-                yield from self._make_batches(some, epoch)
-            except InputError:  # a bad token in one of them; the batches before it are good
-                yield from (self.batch(ids, epoch) for ids in some)
 
     def batch(self, ids: np.ndarray, epoch: int) -> Batch:
         """The masked batch of the blocks `ids` (at least one) in training epoch `epoch`."""
-        return self._make_batches([ids], epoch)[0]
+        tokens, source, hidden = self.mask(ids, epoch)  # (B, T)
+        shows_mask = source == self.dictionary.mask_id
+        masked = np.flatnonzero(shows_mask)  # (M,)
+        chosen = np.flatnonzero(hidden)  # (K,)
+        target = tokens
+        target_places = masked
+        if self.cfg.teacher_input == "masked":
+            # fairseq's teacher reads <pad> at every other place, and pads count neither for
+            # attention nor for positions: the same as the masked tokens squeezed together, at a
+            # fraction of the work
+            counts = hidden.sum(1)  # (B,)
+            width = max(1, int(counts.max()))
+            is_token = np.arange(width) < counts[:, None]  # (B, U)
+            target = np.full(is_token.shape, PAD, np.int64)
+            target[is_token] = tokens[hidden]  # both in the order of rows, then places
+            target_places = np.flatnonzero(is_token)[shows_mask[hidden]]  # (M,)
+        return Batch(
+            source=source,
+            target=target,
+            masked=masked,
+            target_places=target_places,
+            chosen=chosen,
+            ids=ids.astype(np.int64),
+            ntokens=int(self.lengths[ids].sum()),
+            source_padded=bool((source == PAD).any()),
+            target_padded=bool((target == PAD).any()),
+        )
+
+    def batches(self, lists: list[np.ndarray], epoch: int):
+        """The batch of each list of blocks that is not empty, in order, made when asked for."""
+        return (self.batch(ids, epoch) for ids in lists if len(ids))
 
 
-# ---------------------------------------------------------------------------------------------- epochs
+# ------------------------------------------------------------------------------------------ epochs
 
 
 def prefetch(iterable, depth: int, begin=None):
-    """Yield the items in their order while a thread, which calls `begin` first, makes up to `depth` of them in advance.
+    """Yield the items in order while a thread makes up to `depth` of them in advance.
 
-    An error of the iterable is raised in place of its item. If the generator is closed, or its consumer fails, the
-    thread stops after the item it is working on.
+    The thread calls `begin` first. An error of the iterable is raised in place of its item. If the
+    generator is closed, or its consumer fails, the thread stops after the item it is working on.
     """
-    items, end = iter(iterable), object()
+    items = iter(iterable)
+    end = object()
     maker = ThreadPoolExecutor(1, "prefetch", begin)
     try:
         ahead = deque(maker.submit(next, items, end) for _ in range(depth))
@@ -315,7 +278,7 @@ def prefetch(iterable, depth: int, begin=None):
 
 
 class Corpus:
-    """All n folders of `data_path`: training epoch e reads number (e - 1) mod n, everything else the first."""
+    """All n folders of `data_path`: epoch e trains on number (e - 1) mod n, else the first."""
 
     def __init__(self, cfg: DataConfig):
         cfg.check()
@@ -323,20 +286,23 @@ class Corpus:
         self.folders = [Path(folder) for folder in cfg.data_path.split(":") if folder]
         if not self.folders:
             raise InputError(f"--data_path {cfg.data_path}: names no folder")
-        if missing := [folder for folder in self.folders if not folder.is_dir()]:
-            raise InputError(no_folder(missing[0]))
+        for folder in self.folders:
+            if not folder.is_dir():
+                raise InputError(no_folder(folder))
         self.dictionary = Dictionary(self.folders[0] / "dict.txt")
-        self._kept = {}
+        self._splits = {}  # the last dataset of each name
 
     def split(self, name: str, epoch: int = 1) -> BlockDataset:
-        folder = self.folders[(epoch - 1) % len(self.folders) if name == "train" else 0]
-        if name not in self._kept or self._kept[name][0] != folder:
-            self._kept[name] = folder, BlockDataset(self.cfg, folder, name, self.dictionary)
-        return self._kept[name][1]
+        number = (epoch - 1) % len(self.folders) if name == "train" else 0
+        folder = self.folders[number]
+        dataset = self._splits.get(name)
+        if dataset is None or dataset.stream.folder != folder:
+            dataset = BlockDataset(self.cfg, folder, name, self.dictionary)
+            self._splits[name] = dataset
+        return dataset
 
 
 if __name__ == "__main__":
-    from run import flags
-    from text import demo
+    from run import describe, flags
 
-    flags.program(demo.main)
+    flags.program(describe.main)

@@ -51,7 +51,7 @@ if __name__ == "__main__":
 from config import PARTS, Config, DeviceConfig, InputError, printable
 from data import Corpus
 from formats.fairseq_names import reference_settings
-from hardware.device import open_device
+from hardware.opening import open_device
 from judge.probe import Probe
 from judge.probe import table as probe_table
 from judge.quality import GUESSES, evaluate, verdict

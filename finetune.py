@@ -40,7 +40,8 @@ if __name__ == "__main__":
 
 
 import convert
-from hardware.device import LOWEST_LOSS_SCALE, Device, open_device, worker
+from hardware.device import LOWEST_LOSS_SCALE, Device
+from hardware.opening import open_device, worker
 from hardware.vectors import Separate
 from optim import Optimizer
 from run import checkpoint

@@ -34,12 +34,8 @@ class Optimizer:
         """weights: of hardware.vectors."""
         self.weights, self.cfg, self.device = weights, cfg, device
         self.is_fused = device.has_fused_adam
-        # foreach=None: torch has operators for lists of weights. For a CPU it has none, and
-        # torch_npu looks for a card.
-        foreach = False if device.type == "cpu" else None
-        form = dict(fused=True) if self.is_fused else dict(foreach=foreach)
         rules = dict(betas=cfg.adam_betas, weight_decay=cfg.weight_decay)
-        self.adam = torch.optim.AdamW(weights.parameters, **rules, **form)
+        self.adam = torch.optim.AdamW(weights.parameters, **rules, **device.adam_form)
         if device.world_size > 1:
             # what the workers sum: all gradients, each a view of this vector, and the loss
             self.sizes = [*(p.numel() for p in weights.parameters), 1]

@@ -9,14 +9,13 @@ import json
 import math
 import re
 
-import data
 import ema
 import train
 from config import DataConfig, EmaConfig, ModelConfig, TrainConfig
 from data import mask_block
 from formats import fairseq_names
 from model import data2vec_loss, teacher_targets
-from run import checkpoint
+from run import checkpoint, describe
 from test.helpers import (  # noqa: F401
     CPU,
     FEW,
@@ -68,7 +67,7 @@ def test_batches_equal_the_references_recorded_ones(name):
     for key, expected in recorded["epochs"].items():
         epoch, rank, world_size = re.match(r"epoch(\d+)_shard(\d+)of(\d+)", key).groups()
         which = words(dict(epoch=epoch, rank=rank, world_size=world_size))
-        facts = json.loads(call(data.main, *argv, *which))
+        facts = json.loads(call(describe.main, *argv, *which))
         assert {ours: facts[ours] for ours in FACTS} == {
             ours: expected[theirs] for ours, theirs in FACTS.items()
         }, key

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from config import PARTS, Config, InputError, ModelConfig, RunError, TrainConfig, printable
+from config import PARTS, Config, ModelConfig, RunError, TrainConfig, printable
 from run import flags
 
 
@@ -33,8 +33,9 @@ if __name__ == "__main__":
 
 import ema
 from data import Batch, Corpus, prefetch
-from hardware.device import Device, open_device, use_all_cores, worker
+from hardware.device import Device, use_all_cores
 from hardware.flops import update_flops
+from hardware.opening import check_world_size, open_device
 from hardware.vectors import LongVectors, Separate
 from judge.quality import verdict
 from judge.validation import Validation
@@ -350,18 +351,6 @@ def main(argv: list | None = None) -> int:
         print(f"valid loss {figures['loss']:.4f}, {verdict(figures)}")
         print(printable(f"{cfg.train.save_dir}/checkpoint_last.pt"))
     return code
-
-
-def check_world_size(asked: int | None, update_freq: int):
-    """fairseq's --distributed_world_size must be the number of workers that torchrun started."""
-    _, world_size, _ = worker()
-    if asked not in (None, world_size):
-        freq = -(-asked * update_freq // world_size)
-        raise InputError(
-            f"distributed_world_size {asked}, but there is {world_size} worker; start with:"
-            f" torchrun --nproc_per_node {asked} train.py ..., or leave it out: --update_freq"
-            f" {freq} keeps the batch"
-        )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from model import LAYER_NORM_EPS, PAD, WordHead
 from run import checkpoint
 from run.checkpoint import Loaded
 from text.binarized import BOS, EOS, SPECIAL, UNK, Dictionary
+from text.tokens import find_text_files, read_bpe_files
 
 import torch
 import torch.nn.functional as F
@@ -264,25 +265,20 @@ def write(
 
 
 def find_dictionary(args, data_path: str) -> tuple[Dictionary | None, list]:
-    """The dictionary, and the BPE's two files or None twice: those named by flags, else those in the data folder."""
+    """The dictionary, and the BPE's two files or None twice.
+
+    They are those named by flags, else those in the data folder.
+    """
     folder = Path(data_path.split(":")[0]) if data_path else None
-    found = []
-    for flag, name in FILES.items():
-        given = getattr(args, flag)
-        if given and not Path(given).is_file():
-            raise InputError(f"--{flag} {given}: no such file")
-        path = Path(given) if given else folder / name if folder else None
-        found.append(path if path and path.is_file() else None)
-    dictionary, encoder_json, vocab_bpe = found
-    if (encoder_json is None) != (vocab_bpe is None):
-        raise InputError(
-            "--encoder_json and --vocab_bpe go together: the BPE's vocabulary and its merges"
-        )
-    if encoder_json and not dictionary:
-        raise InputError(
-            "--encoder_json needs the dictionary that gives its tokens their ids: --dict or --data_path"
-        )
-    return dictionary and Dictionary(dictionary), [encoder_json, vocab_bpe]
+    named = {name: getattr(args, flag) for flag, name in FILES.items()}
+    paths = find_text_files(folder, named)
+    bpe = [paths.get("encoder.json"), paths.get("vocab.bpe")]
+    if "dict.txt" in paths:
+        return Dictionary(paths["dict.txt"]), bpe
+    if bpe[0]:
+        needed = "the dictionary that gives its tokens their ids: --dict or --data_path"
+        raise InputError(f"--encoder_json needs {needed}")
+    return None, bpe
 
 
 def write_tokenizer(
@@ -358,23 +354,11 @@ def _replace(regex: str, content: str) -> dict:
 
 def _bpe(dictionary: Dictionary, encoder_json: Path, vocab_bpe: Path) -> tuple[dict, int]:
     """The BPE for tokenizer.json, and how many of its tokens the dictionary lacks."""
-    try:
-        tokens = {
-            str(number): token for token, number in json.loads(read_text(encoder_json)).items()
-        }
-        "".join(tokens.values()).encode()  # a lone surrogate cannot be written
-    except (ValueError, AttributeError, RecursionError) as e:
-        raise InputError(f"{encoder_json}: not a BPE vocabulary in JSON: {e}") from None
+    vocab, merges = read_bpe_files(encoder_json, vocab_bpe)
+    tokens = {str(number): token for token, number in vocab.items()}
     vocabulary = {tokens.get(symbol, symbol): i for symbol, i in dictionary.ids.items()}
     # fairseq turns a token that its dictionary lacks into <unk>; here each gets an id of its own
     lacking = [token for token in tokens.values() if token not in vocabulary]
     vocabulary.update((token, i) for i, token in enumerate(lacking, len(dictionary)))
-    rows = read_text(vocab_bpe).split("\n")
-    merges = [row for row in rows[rows[0].startswith("#version") :] if row]
-    if wrong := [
-        row for row in merges if not {*row.split(" "), row.replace(" ", "")} <= vocabulary.keys()
-    ]:
-        raise InputError(
-            f"{vocab_bpe}: {wrong[0][:80]!r} does not merge two tokens of {encoder_json}"
-        )
-    return dict(type="BPE", vocab=vocabulary, merges=merges), len(lacking)
+    rows = [" ".join(merge) for merge in merges]
+    return dict(type="BPE", vocab=vocabulary, merges=rows), len(lacking)

@@ -1,47 +1,55 @@
-"""How many FLOPs an update needs, whatever the code that computes it, and how many a second the device can do."""
+"""How many FLOPs an update needs, whatever the code that computes it, and how many a second the
+device can do."""
 
 import time
 
 from config import ModelConfig
-from data import Batch
 from hardware.device import Device
-from model import places_of
 from text.binarized import PAD
 
 import numpy as np
 import torch
 
+SIZES = (256, 512, 1024, 2048, 4096, 8192)  # of the square matrices of `Matmuls`
+
 
 def encoder_flops(lengths: np.ndarray, wanted: np.ndarray, cfg: ModelConfig) -> float:
-    """Forward FLOPs of one encoder over blocks of (B,) lengths; its last layer is wanted at (B,) places of them."""
-    n, m, C = lengths.astype(np.float64), wanted.astype(np.float64), cfg.embed_dim
+    """Forward FLOPs of one encoder over blocks of (B,) lengths, its last layer wanted at (B,)
+    places of them; the formula is in `update_flops`."""
+    n, m = lengths.astype(np.float64), wanted.astype(np.float64)
+    C, F = cfg.embed_dim, cfg.ffn_embed_dim
 
     def layer(q):
-        return float(
-            (n * 6 * C**2 + 4 * n**2 * C + q * (2 * C**2 + 4 * C * cfg.ffn_embed_dim)).sum()
-        )
+        return float((n * 6 * C**2 + 4 * n**2 * C + q * (2 * C**2 + 4 * C * F)).sum())
 
     return (cfg.layers - 1) * layer(n) + layer(m)
 
 
-def update_flops(batches: list[Batch], run) -> float:
-    """Model FLOPs of one update of a train.Run on this worker. Of a block of n tokens, m of them masked, for width C,
-    feed-forward width F, L layers:
+def update_flops(batches: list, run) -> float:
+    """Model FLOPs of one update of a train.Run on this worker.
 
-    layer(n, q)   = n * 6 C^2 + 4 n^2 C + q * (2 C^2 + 4 C F)    queries, keys, values; attention; output, feed-forward
-    encoder(n, m) = (L - 1) * layer(n, n) + layer(n, m)      what follows the last attention: at masked places only
-    update        = 3 * (encoder(student's n, m) + head) + encoder(teacher's n, m)    forward + backward; forward
+    Of a block of n tokens, m of them masked, for width C, feed-forward width F, L layers:
 
-    A multiply-add is 2 FLOPs; padding does not count. head = 2 * (its weights) * m, with those of the token embedding
-    where words are predicted. Without data2vec's objective there is no teacher.
+    layer(n, q)   = n * 6 C^2              queries, keys, values
+                  + 4 n^2 C                attention
+                  + q * (2 C^2 + 4 C F)    output, feed-forward
+    encoder(n, m) = (L - 1) * layer(n, n) + layer(n, m)    the last layer at masked places only
+    update        = 3 * (encoder(student's n, m) + head)   forward + backward
+                  + encoder(teacher's n, m)                forward
+
+    A multiply-add is 2 FLOPs; padding does not count. head = 2 * (its weights) * m, with those of
+    the token embedding where words are predicted. Without data2vec's objective there is no teacher.
     """
-    student, cfg, total = run.student, run.cfg.model, 0.0
+    student, cfg = run.student, run.cfg.model
     heads = [head for head in (student.regression_head, student.lm_head) if head is not None]
     head = 2 * sum(p.numel() for part in heads for p in part.parameters() if p.ndim == 2)
-    head += 2 * cfg.predicts_words * student.encoder.embed_tokens.weight.numel()
+    if cfg.predicts_words:
+        head += 2 * student.encoder.embed_tokens.weight.numel()
+    total = 0.0
     for batch in batches:
-        source, target = ((tokens != PAD).sum(1) for tokens in (batch.source, batch.target))
-        places = places_of(batch, cfg)
+        source = (batch.source != PAD).sum(1)  # (B,) tokens that the student reads
+        target = (batch.target != PAD).sum(1)  # and the teacher
+        places = batch.chosen if cfg.objective == "mlm" else batch.masked
         masked = np.bincount(places // batch.source.shape[1], minlength=len(source))
         total += 3 * (encoder_flops(source, masked, cfg) + head * len(places))
         if cfg.objective == "data2vec":
@@ -52,19 +60,20 @@ def update_flops(batches: list[Batch], run) -> float:
 
 
 class Matmuls:
-    """Square matmuls in the type that training uses: the speed that the device can reach. Their sizes, up to
-    8,192, go by its speed."""
+    """Square matmuls in the type that training uses: the speed that the device can reach.
+
+    Their sizes go by its speed.
+    """
 
     def __init__(self, device: Device):
-        self.device, self.best, self.repeat, self.pairs = device, 0.0, 1, []
-        for n in (256, 512, 1024, 2048, 4096, 8192):
-            a, b = torch.randn(
-                2, n, n, device=device.torch_device, dtype=device.amp or torch.float32
-            )
+        self.device, self.best, self.repeat = device, 0.0, 1
+        self.pairs = []  # the two largest sizes
+        form = dict(device=device.torch_device, dtype=device.amp or torch.float32)
+        for n in SIZES:
+            a, b = torch.randn(2, n, n, **form)
             self.pairs = [*self.pairs[-1:], (a, b)]
-            _, spent = (
-                timed(device, lambda: a @ b) for _ in range(2)
-            )  # the first one loads the kernel
+            timed(device, lambda: a @ b)  # loads the kernel
+            spent = timed(device, lambda: a @ b)
             if spent > 0.05:
                 break
         self.repeat = max(1, min(20, int(0.02 / spent)))

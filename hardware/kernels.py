@@ -1,7 +1,8 @@
-"""GELU, attention, dropout and linear layers in the form that is right and fast on the device where the tensor is.
+"""GELU, attention, dropout and linear layers in the form that is right and fast on the device where
+the tensor is.
 
-Each equals torch's own function up to rounding (dropout: in distribution); test/test_device.py compares them. Under
-torch.compile, and inside `plain()`, torch's own forms run.
+Each equals torch's own function up to rounding (dropout: in distribution); test/test_device.py
+compares them. Under torch.compile, and inside `plain()`, torch's own forms run.
 """
 
 import contextlib
@@ -13,28 +14,19 @@ from torch import Tensor
 
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])  # of torch
 
-# torch.npu.get_device_name() of the first Ascend 910, whose last name is easily taken for the second's (Ascend910B1 to
-# B4, the Atlas A2): no bfloat16, no fused attention, and it saturates where the others overflow to infinity
-FIRST_GENERATION = {
-    "Ascend910A",
-    "Ascend910ProA",
-    "Ascend910PremiumA",
-    "Ascend910ProB",
-    "Ascend910B",
-}
+# torch.npu.get_device_name() of the first Ascend 910, whose last name is easily taken for the
+# second's (Ascend910B1 to B4, the Atlas A2): no bfloat16, no fused attention, and it saturates
+# where the others overflow to infinity
+FIRST_GENERATION = {f"Ascend910{name}" for name in ("A", "ProA", "PremiumA", "ProB", "B")}
 
-# of older versions: torch.compiler.is_compiling is from 2.3 on (--compile is refused before), the argument from 2.4 on
+# torch.compiler.is_compiling is from 2.3 on (--compile is refused before), the others from 2.4 on
 _is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
-_autocasts_on_cpu = (
-    torch.is_autocast_cpu_enabled
-    if VERSION < (2, 4)
-    else functools.partial(torch.is_autocast_enabled, "cpu")
-)
+_autocast_type = getattr(torch, "get_autocast_dtype", lambda _: torch.get_autocast_gpu_dtype())
+_autocasts_on_cpu = torch.is_autocast_cpu_enabled
+if VERSION >= (2, 4):
+    _autocasts_on_cpu = functools.partial(torch.is_autocast_enabled, "cpu")
 
 _plain = False
-_autocast_type = getattr(
-    torch, "get_autocast_dtype", lambda _: torch.get_autocast_gpu_dtype()
-)  # torch 2.4
 
 
 @contextlib.contextmanager
@@ -59,8 +51,8 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear; on a CPU in float32 by oneDNN, which torch uses for bfloat16 alone: a third faster than MKL on an AMD
-    EPYC."""
+    """F.linear; on a CPU in float32 by oneDNN, which torch uses for bfloat16 alone: a third faster
+    than MKL on an AMD EPYC."""
     if _place(x) == "cpu" and x.dtype == torch.float32 and not _autocasts_on_cpu():
         if torch.backends.mkldnn.is_available():
             return _OneDnnLinear.apply(x, weight, bias)
@@ -68,47 +60,45 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """F.dropout; on a CPU from 16 random bits a value, where torch draws 64 and takes five times as long. There p is
-    rounded to a multiple of 1 / 65536."""
+    """F.dropout; on a CPU from 16 random bits a value, where torch draws 64 and takes five times as
+    long. There p is rounded to a multiple of 1 / 65536."""
     if _place(x) != "cpu":
         return F.dropout(x, p, True)
-    bits = (
-        torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    )
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     dropped = min(round(p * 2**16), 2**16 - 1)
-    kept = bits[: x.numel()].ge_(
-        dropped - 2**15
-    )  # 1 or 0; compared in place: a bool result is ten times slower
+    # 1 or 0; compared in place: a bool result is ten times slower
+    kept = bits.view(torch.int16)[: x.numel()].ge_(dropped - 2**15)
     return x * kept.view(x.shape).to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 def mask(real: Tensor) -> Tensor:
-    """Where `attention` may look, (B, 1, T, T) bool, for real (B, T) bool, True at text; on a GPU as numbers."""
+    """Where `attention` may look, (B, 1, T, T) bool, for real (B, T) bool, True at text; on a GPU
+    as numbers."""
     B, T = real.shape
-    attend = real[:, None, None, :].expand(
-        B, 1, T, T
-    )  # the shape that every device's fused kernel takes
+    # the shape that every device's fused kernel takes
+    attend = real[:, None, None, :].expand(B, 1, T, T)
     if real.device.type != "cuda":
         return attend
     # without the name of a device, as before torch 2.4, this asks about a GPU
-    return as_numbers(
-        attend, _autocast_type("cuda") if torch.is_autocast_enabled() else torch.float32
-    )
+    is_mixed = torch.is_autocast_enabled()
+    return as_numbers(attend, _autocast_type("cuda") if is_mixed else torch.float32)
 
 
 def as_numbers(attend: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask (B, 1, T, T) as what is added to the scores: 0, and -inf where it is False. torch would make these
-    numbers in every layer, keep each for the backward pass, and copy rows that do not begin at a multiple of 8."""
+    """A bool mask (B, 1, T, T) as what is added to the scores: 0, and -inf where it is False. torch
+    would make these numbers in every layer, keep each for the backward pass, and copy rows that do
+    not begin at a multiple of 8."""
     B, _, T, _ = attend.shape
     rows = torch.zeros(B, 1, T, -(-T // 8) * 8, dtype=dtype, device=attend.device)[..., :T]
     return rows.masked_fill_(~attend, -torch.inf)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, p: float) -> Tensor:
-    """softmax(q k / sqrt(d)) v with dropout p on the weights. q, k, v (B, H, T, D); attend (B, 1, T, T), of `mask`, or
-    None: everywhere. Returns (B, H, T, D)."""
+    """softmax(q k / sqrt(d)) v with dropout p on the weights. q, k, v (B, H, T, D); attend (B, 1,
+    T, T), of `mask`, or None: everywhere. Returns (B, H, T, D)."""
     place = _place(q)
-    # torch's fused kernel for the CPU takes no dropout, and below float32 it is slower than plain matmuls
+    # torch's fused kernel for the CPU takes no dropout, and below float32 it is slower than plain
+    # matmuls
     on_cpu = place == "cpu" and (p > 0 or q.dtype != torch.float32)
     # a first-generation NPU's kernel upcasts everything to float32
     if on_cpu or (place == "npu" and _is_first_generation(q.device.index)):
@@ -121,9 +111,8 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, p
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, T)
     if attend is not None:
         hidden = ~attend
-        scores = scores.masked_fill_(
-            hidden, torch.finfo(scores.dtype).min
-        )  # a chip that saturates has no -inf
+        # a chip that saturates has no -inf
+        scores = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min)
     weights = F.softmax(scores, -1)
     if attend is not None:  # a token that may look nowhere gets 0, not NaN
         weights = weights.masked_fill(hidden, 0)

@@ -1,9 +1,10 @@
 """How the weights lie: each by itself, or all of a model in two long vectors.
 
-Two vectors are for an NPU, where launching a kernel costs more than running it at small batches, and where several of
-torch's operators for lists of tensors are loops. The gradient's norm, the optimizer, the sum over workers, the
-teacher's average and the cast to 16 bits then take one launch each instead of hundreds. The numbers are those of
-separate weights under autocast; test/test_npu.py compares them.
+Two vectors are for an NPU, where launching a kernel costs more than running it at small batches,
+and where several of torch's operators for lists of tensors are loops. The gradient's norm, the
+optimizer, the sum over workers, the teacher's average and the cast to 16 bits then take one launch
+each instead of hundreds. The numbers are those of separate weights under autocast; test/test_npu.py
+compares them.
 """
 
 import itertools
@@ -68,26 +69,20 @@ class LongVectors:
 
 
 class _Vectors:
-    """The weights of one module in `vectors`: its parameters become views of them, its `forward` reads them there."""
+    """The weights of one module in `vectors`: its parameters become views of them, its `forward`
+    reads them there."""
 
     def __init__(self, module: nn.Module, amp: torch.dtype | None):
         self.amp = amp
-        linear = {
-            id(p)
-            for part in module.modules()
-            if isinstance(part, nn.Linear)
-            for p in part.parameters()
-        }
+        layers = [part for part in module.modules() if isinstance(part, nn.Linear)]
+        linear = {id(p) for part in layers for p in part.parameters()}
         named = dict(module.named_parameters())
-        self.order = {
-            name: i for i, name in enumerate(named)
-        }  # the numbers that an optimizer's state has
+        # the numbers that an optimizer's state has
+        self.order = {name: i for i, name in enumerate(named)}
         self.shapes = {name: p.shape for name, p in named.items()}
         # what autocast casts, and the rest; a model's names begin with its encoder's in both
-        self.names = [
-            [name for name, p in named.items() if (id(p) in linear) == cast]
-            for cast in (True, False)
-        ]
+        cast = [name for name, p in named.items() if id(p) in linear]
+        self.names = [cast, [name for name in named if name not in set(cast)]]
         self.vectors = []
         for names in self.names:
             vector = torch.cat([named[name].detach().flatten() for name in names])
@@ -99,20 +94,17 @@ class _Vectors:
 
     def split(self, names: list, vector: torch.Tensor) -> list:
         """A vector -> [(name, its part in the weight's shape), ...]; views."""
-        parts = vector.split([math.prod(self.shapes[name]) for name in names])
-        return [
-            (name, part.view(self.shapes[name])) for name, part in zip(names, parts, strict=True)
-        ]
+        shapes = [self.shapes[name] for name in names]
+        parts = vector.split([math.prod(shape) for shape in shapes])
+        return [(name, part.view(shape)) for name, part, shape in zip(names, parts, shapes)]
 
     def forward(self, *inputs, **named):
         linear, rest = self.vectors
-        linear = (
-            linear if self.amp is None else linear.to(self.amp)
-        )  # one cast here, and one of the gradient
-        weights = self.split(self.names[0], linear) + self.split(self.names[1], rest)
-        return functional_call(
-            self.inner, {f"module.{name}": part for name, part in weights}, inputs, named
-        )
+        if self.amp is not None:
+            linear = linear.to(self.amp)  # one cast here, and one of the gradient
+        parts = self.split(self.names[0], linear) + self.split(self.names[1], rest)
+        weights = {f"module.{name}": part for name, part in parts}
+        return functional_call(self.inner, weights, inputs, named)
 
 
 class _ClassForward(nn.Module):
@@ -127,23 +119,21 @@ class _ClassForward(nn.Module):
 
 
 class _Stretches:
-    """The vectors, cut where the first part of the weights' names changes; each piece has the name of its first weight.
-    Only weights whose names begin with `prefix`, and without it."""
+    """The vectors, cut where the first part of the weights' names changes; each piece has the name
+    of its first weight. Only weights whose names begin with `prefix`, and without it."""
 
     def __init__(self, weights: _Vectors, prefix: str = ""):
         self.parts = []
         for names, vector in zip(weights.names, weights.vectors):
             begin = 0
-            for _, group in itertools.groupby(
-                names, lambda name: name.removeprefix(prefix).split(".")[0]
-            ):
-                group = list(group)
-                size = sum(math.prod(weights.shapes[name]) for name in group)
+            firsts = [name.removeprefix(prefix).split(".")[0] for name in names]
+            for _, group in itertools.groupby(zip(firsts, names), lambda pair: pair[0]):
+                group = [name for _, name in group]
+                end = begin + sum(math.prod(weights.shapes[name]) for name in group)
                 if group[0].startswith(prefix):
-                    self.parts.append(
-                        (group[0].removeprefix(prefix), vector.detach()[begin : begin + size])
-                    )
-                begin += size
+                    name = group[0].removeprefix(prefix)
+                    self.parts.append((name, vector.detach()[begin:end]))
+                begin = end
 
     def named_parameters(self):
         return iter(self.parts)

@@ -21,10 +21,10 @@ from hardware.device import Device
 from hardware.flops import Matmuls
 from judge.quality import moments, quality
 from run.checkpoint import write_text
-from run.guard import Clock
 from run.curves import TensorBoard
+from run.describe import notes
+from run.guard import Clock
 from run.progress import Bar
-from text.notes import notes
 
 import numpy as np
 import torch

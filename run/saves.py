@@ -13,6 +13,21 @@ from run.resume import contents
 import torch
 
 
+def by_itself(value):
+    """The value with each tensor on the host and in memory of its own, as other programs expect.
+
+    On an NPU all weights are views of two long vectors.
+    """
+    if isinstance(value, torch.Tensor):
+        is_whole = value.untyped_storage().nbytes() == value.nbytes
+        return value if value.is_cpu and is_whole else value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: by_itself(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(by_itself(part) for part in value)
+    return value
+
+
 class Saves:
     """The checkpoints of a run. As a context: what an error must not lose is saved at its end."""
 
@@ -39,6 +54,7 @@ class Saves:
         if run.device.rank > 0:  # the first worker writes for all
             return
         content = {**contents(run, self.corpus, self.fingerprint), "log": self.log.state()}
+        content = by_itself(content)
         try:
             paths = [self.folder / name for name in ("checkpoint_last.pt", *also)]
             checkpoint.save(content, *paths)

@@ -23,7 +23,7 @@ FLOORS = [
     ["run"],
     ["judge", "formats"],
     ["train"],
-    ["eval", "bench", "convert", "tasks", "preprocess", "text.reviews"],
+    ["eval", "bench", "convert", "tasks", "preprocess", "text.reviews", "hardware.check"],
     ["finetune"],
 ]
 DECIDING = ("model.py", "data.py", "ema.py", "optim.py", "train.py")

@@ -1,12 +1,11 @@
-"""The benchmark counts FLOPs as torch does, times the named parts, and compares steps that do the same."""
+"""The benchmark counts FLOPs as torch does, times the named parts, and compares steps that do the
+same."""
 
 import json
-import math
 import time
 
 import bench
 import train
-from hardware.bench_step import Plain
 from test.helpers import CPU, FEW, call, make_run
 
 import numpy as np
@@ -27,7 +26,7 @@ def test_the_plain_step_trains_as_train_update_does(corpus_dir, teacher_input):
     run, dataset = make_run(
         corpus_dir, teacher_input=teacher_input, warmup_updates=1, lr=1e-2, ema_decay=0.9
     )
-    plain = Plain(run, len(dataset.dictionary))
+    plain = bench.Plain(run, len(dataset.dictionary))
     for ids in dataset.epoch_batches(1)[:4]:
         batch = dataset.batch(ids, 1)
         assert float(plain.update([batch])) == pytest.approx(
@@ -46,17 +45,12 @@ def test_bench_prints_a_table_and_one_line_of_json(corpus_dir):
         )
 
 
-def test_bench_compares_steps_and_times_checkpoints():
+def test_bench_compares_steps():
     result = json_of("--compare")
     low, high = result["ratio_range"]
-    assert (
-        0 < low <= result["ratio"] <= high
-        and result["ms_range"][0] <= result["ms"] <= result["ms_range"][1]
-    )
-    assert result["other_kept_bytes_per_token"] > result["kept_bytes_per_token"] > 0
-    result = json_of("--checkpoint")
-    assert result["bytes"] > 0 and 0 < result["pause_s"] < result["whole_s"]
-    assert result["updates_meanwhile"] >= 1 and math.isfinite(result["cost_s"])
+    assert 0 < low <= result["ratio"] <= high
+    low, high = result["ms_range"]
+    assert low <= result["ms"] <= high
 
 
 def test_parts_are_timed_by_their_names_and_a_part_without_a_name_is_0():
@@ -79,7 +73,8 @@ def test_the_flop_formula_gives_what_torch_counts(corpus_dir, monkeypatch, optio
 
     run, dataset = make_run(corpus_dir, **options)
     batch = dataset.batch(np.array([int(dataset.lengths.argmax())]), 1)
-    # attention and linear layers as plain matmuls, because torch does not count its fused CPU kernels
+    # attention and linear layers as plain matmuls, because torch does not count its fused CPU
+    # kernels
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with (
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),

@@ -10,35 +10,35 @@ from text.blocks import cut_batches, cut_blocks, order_by_length
 import numpy as np
 import pytest
 
+MODES = ["none", "eos", "complete", "complete_doc"]
+
+
+def pairs(starts, ends) -> list:
+    return list(zip(starts.tolist(), ends.tolist()))
+
 
 @pytest.mark.parametrize("mode", ["complete", "complete_doc"])
 def test_blocks_follow_the_rule_walked_sentence_by_sentence(mode):
     rng = np.random.default_rng(3)
     for _ in range(300):
         sizes = rng.integers(1, rng.integers(2, 30), rng.integers(0, 40))
-        block_size = int(rng.integers(1, 25))
-        got = list(
-            zip(*(x.tolist() for x in cut_blocks(sizes, mode, block_size, split_long=False)))
-        )
-        assert got == blocks_by_walking(sizes.tolist(), mode, block_size)
+        size = int(rng.integers(1, 25))
+        blocks = pairs(*cut_blocks(sizes, mode, size, split_long=False))
+        assert blocks == blocks_by_walking(sizes.tolist(), mode, size)
 
 
-@pytest.mark.parametrize("mode", ["none", "eos", "complete", "complete_doc"])
+@pytest.mark.parametrize("mode", MODES)
 def test_splitting_long_sentences_keeps_every_token_exactly_once(mode):
     rng = np.random.default_rng(4)
     for _ in range(300):
         sizes = rng.integers(1, rng.integers(2, 60), rng.integers(1, 40))
-        block_size = int(rng.integers(1, 25))
-        starts, ends = cut_blocks(sizes, mode, block_size, split_long=True)
-        assert (ends - starts <= block_size).all() and (ends > starts).all()
-        covered = np.concatenate(
-            [np.arange(a, b) for a, b in zip(starts, ends)] or [np.zeros(0, int)]
-        )
-        position = np.concatenate([[0], np.cumsum(sizes)])[:-1]
-        expected = np.setdiff1d(
-            np.arange(sizes.sum()), position[sizes == 1] if mode == "complete_doc" else []
-        )
-        assert np.array_equal(covered, expected)
+        size = int(rng.integers(1, 25))
+        starts, ends = cut_blocks(sizes, mode, size, split_long=True)
+        assert (ends - starts <= size).all() and (ends > starts).all()
+        covered = [place for a, b in pairs(starts, ends) for place in range(a, b)]
+        position = np.cumsum(sizes) - sizes
+        separators = position[sizes == 1] if mode == "complete_doc" else []
+        assert covered == np.setdiff1d(np.arange(sizes.sum()), separators).tolist()
 
 
 @pytest.mark.parametrize("piece", [1, 2, 7, 40])
@@ -48,25 +48,20 @@ def test_a_corpus_handled_in_pieces_gives_the_same_blocks_tokens_and_digest(
     random = np.random.default_rng(piece)
     cases = []
     for _ in range(60):
-        sizes = random.integers(
-            random.integers(0, 2), random.integers(2, 30), random.integers(0, 60)
-        ).astype(np.int32)
-        for mode in ("none", "eos", "complete", "complete_doc"):
+        shape = random.integers(0, 2), random.integers(2, 30), random.integers(0, 60)
+        sizes = random.integers(*shape).astype(np.int32)
+        for mode in MODES:
             for split_long in (True, False):
-                argv = sizes, mode, int(random.integers(1, 25)), split_long
-                cases.append((argv, cut_blocks(*argv)))
+                arguments = sizes, mode, int(random.integers(1, 25)), split_long
+                cases.append((arguments, pairs(*cut_blocks(*arguments))))
     sentences = [random.integers(4, 60, n).tolist() for n in random.integers(0, 9, 50)]
     write_index(tmp_path / "train", sentences, 8)
     write_index(tmp_path / "train1", sentences, 5)
     digest = TokenStream(tmp_path, "train").digest()
 
     monkeypatch.setattr(binarized, "PIECE", piece)
-    for (sizes, mode, block_size, split_long), whole in cases:
-        got = cut_blocks(sizes, mode, block_size, split_long)
-        assert all(np.array_equal(a, b) and a.dtype == np.int64 for a, b in zip(got, whole))
-        if mode.startswith("complete") and not split_long:
-            walked = blocks_by_walking(sizes[sizes > 0].tolist(), mode, block_size)
-            assert list(zip(*(x.tolist() for x in got))) == walked
+    for arguments, whole in cases:
+        assert pairs(*cut_blocks(*arguments)) == whole
     stream, flat = TokenStream(tmp_path, "train"), sum(2 * sentences, [])
     assert stream.read(0, stream.tokens).tolist() == flat and stream.digest() == digest
     places = random.permutation(len(flat))
@@ -76,33 +71,26 @@ def test_a_corpus_handled_in_pieces_gives_the_same_blocks_tokens_and_digest(
 def test_order_is_by_length_with_ties_by_the_legacy_permutation():
     random = np.random.default_rng(6)
     for n, longest in ((0, 2), (1, 2), (500, 8), (500, 600), (300, 100_000)):
-        lengths, seed = (
-            random.integers(2, longest + 1, n).astype(np.int32),
-            int(random.integers(0, 2**32)),
-        )
+        lengths = random.integers(2, longest + 1, n).astype(np.int32)
+        seed = int(random.integers(0, 2**32))
         shuffled = np.random.RandomState(seed).permutation(n)
         assert np.array_equal(order_by_length(lengths, seed), np.lexsort((shuffled, lengths)))
 
 
-def test_an_epoch_holds_every_token_of_the_corpus_once(block_dataset, corpus_dir):
-    for world_size in (1, 3):
-        dataset = block_dataset(long_sentences="split")
-        stream = dataset.stream
-        read = []
-        for rank in range(world_size):
-            for ids in dataset.epoch_batches(2, rank, world_size):
-                for i in ids.tolist():
-                    read += [
-                        (int(dataset.starts[i]) + j, t)
-                        for j, t in enumerate(dataset.read_block(i)[1:].tolist())
-                    ]
-        flat = stream.read(0, stream.tokens).tolist()
-        separators = set(stream.starts[:-1][stream.sizes == 1].tolist())
-        assert sorted(read) == [(i, t) for i, t in enumerate(flat) if i not in separators]
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_an_epoch_holds_every_token_of_the_corpus_once(block_dataset, world_size):
+    dataset = block_dataset(long_sentences="split")
+    stream, rows = dataset.stream, []
+    for rank in range(world_size):
+        for i in np.concatenate(dataset.epoch_batches(2, rank, world_size)).tolist():
+            rows += enumerate(dataset.read_block(i)[1:].tolist(), int(dataset.starts[i]))
+    flat = enumerate(stream.read(0, stream.tokens).tolist())
+    separators = {*stream.starts[:-1][stream.sizes == 1].tolist()}
+    assert sorted(rows) == [(i, token) for i, token in flat if i not in separators]
 
 
 def batches_by_walking(lengths, max_tokens, batch_size, multiple):
-    """The rule for cutting batches, block by block, with a batch and a tail. Also whether a tail became too large."""
+    """The rule for cutting batches, block by block. Also whether a tail became too large."""
     done, batch, tail, overflowed = [], [], [], False
 
     def too_large(blocks):
@@ -128,32 +116,28 @@ def test_batches_follow_the_rule_walked_block_by_block():
     rng = np.random.default_rng(5)
     overflows = 0
     for _ in range(3000):
-        spread = rng.choice([3, 30, 300])
-        lengths = np.sort(rng.integers(1, spread + 2, rng.integers(0, 120)))
-        if rng.random() < 0.5:
-            lengths = np.sort(
-                np.where(rng.random(len(lengths)) < 0.8, np.minimum(lengths, 9), lengths)
-            )
+        lengths = rng.integers(1, rng.choice([3, 30, 300]) + 2, rng.integers(0, 120))
+        if rng.random() < 0.5:  # many of one length
+            short = rng.random(len(lengths)) < 0.8
+            lengths = np.where(short, np.minimum(lengths, 9), lengths)
+        lengths = np.sort(lengths)
         max_tokens = int(max(lengths, default=1)) + int(rng.integers(0, rng.choice([20, 600])))
         batch_size, multiple = int(rng.choice([0, 0, 1, 5, 12, 40])), int(rng.choice([1, 2, 8]))
-        expected, overflowed = batches_by_walking(
-            lengths.tolist(), max_tokens, batch_size, multiple
-        )
+        rule = max_tokens, batch_size, multiple
+        expected, overflowed = batches_by_walking(lengths.tolist(), *rule)
         overflows += overflowed
-        ends = cut_batches(lengths, max_tokens, batch_size, multiple).tolist()
-        got = [lengths[a:b].tolist() for a, b in zip([0, *ends], ends)]
-        assert got == expected, (lengths.tolist(), max_tokens, batch_size, multiple)
-    assert overflows >= 20  # so the rare branch is tested
+        ends = cut_batches(lengths, *rule).tolist()
+        batches = [lengths[a:b].tolist() for a, b in zip([0, *ends], ends)]
+        assert batches == expected, (lengths.tolist(), rule)
+    assert overflows >= 10  # so the rare branch is tested
 
 
 def test_batch_size_limits_a_batch_and_a_dropped_remainder_is_counted(block_dataset):
-    dataset = block_dataset(batch_size=8)
-    assert max(map(len, dataset.epoch_batches(1))) == 8
-    kept, dropped = block_dataset(), block_dataset(drop_remainder=True)
-    lost = len(kept.order) - sum(map(len, dropped.epoch_batches(1)))
-    assert lost == len(dropped.remainder) and sum(map(len, kept.epoch_batches(1))) == len(
-        kept.order
-    )
+    assert max(map(len, block_dataset(batch_size=8).epoch_batches(1))) == 8
+    whole, dropped = block_dataset(), block_dataset(drop_remainder=True)
+    lost = len(whole.order) - sum(map(len, dropped.epoch_batches(1)))
+    assert lost == len(dropped.remainder)
+    assert sum(map(len, whole.epoch_batches(1))) == len(whole.order)
 
 
 def test_workers_share_an_epoch_and_one_with_too_few_batches_gets_an_empty_one(block_dataset):
@@ -174,12 +158,13 @@ def test_several_folders_are_read_one_per_epoch_and_validation_reads_the_first(t
         assert str(corpus.split("valid", epoch).stream.folder) == folders[0]
 
 
-def test_masks_change_each_epoch_unless_fixed_and_never_in_validation(block_dataset):
-    for split, fixed, same in (
-        ("train", False, False),
-        ("train", True, True),
-        ("valid", False, True),
-    ):
-        dataset = block_dataset(split, fixed_masks=fixed)
-        ids = dataset.epoch_batches(1)[-1]
-        assert np.array_equal(dataset.batch(ids, 1).source, dataset.batch(ids, 2).source) == same
+@pytest.mark.parametrize(
+    ("split", "fixed", "same"), [("train", False, False), ("train", True, True), ("valid", 0, True)]
+)
+def test_masks_change_each_epoch_unless_fixed_and_never_in_validation(
+    block_dataset, split, fixed, same
+):
+    dataset = block_dataset(split, fixed_masks=bool(fixed))
+    ids = dataset.epoch_batches(1)[-1]
+    sources = [dataset.batch(ids, epoch).source for epoch in (1, 2)]
+    assert np.array_equal(*sources) == same

@@ -21,9 +21,9 @@ from config import InputError
 from formats import fairseq_names
 from judge import plot
 from run import checkpoint
+from run import describe as dataset
 from test import soak
 from test.helpers import GOLDEN, HERE, Payload, call, few, golden, make_dataset, rows_of
-from text import demo as dataset
 
 import numpy as np
 import pytest

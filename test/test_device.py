@@ -15,8 +15,8 @@ import preprocess
 import train
 from config import DeviceConfig, InputError, ModelConfig
 from data import prefetch
-from hardware import device, kernels
-from hardware.device import open_device
+from hardware import device, kernels, opening
+from hardware.opening import open_device
 from run import checkpoint, flags
 from run.guard import check_memory
 from test.helpers import CPU, FEW, HERE, call, rows_of
@@ -80,7 +80,7 @@ def test_programs_import_without_torch_npu_and_keep_it_from_loading_itself():
         )
         assert run.stdout.strip() == "0", run.stderr
     chosen = {**env, "OMP_WAIT_POLICY": "ACTIVE"}
-    code = "import os, device; print(os.environ['OMP_WAIT_POLICY'])"
+    code = "import os, config; print(os.environ['OMP_WAIT_POLICY'])"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], cwd=HERE, env=chosen, capture_output=True
@@ -250,11 +250,12 @@ def test_a_thread_of_ours_runs_on_the_cores_that_the_process_began_with():
 @pytest.mark.filterwarnings("ignore:.*GradScaler")
 @pytest.mark.parametrize(("version", "fused"), [((2, 3), False), ((2, 4), True)])
 def test_an_older_torch_gets_another_form_or_one_line(monkeypatch, version, fused):
-    monkeypatch.setattr(device, "VERSION", version)
+    for module in (device, opening):
+        monkeypatch.setattr(module, "VERSION", version)
     assert CPU.has_fused_adam == fused
     monkeypatch.delattr(torch.amp, "GradScaler")
     assert CPU.scaler(1).get_scale() == 1
-    for ask in (CPU.check_compile, lambda: device._amp_type("fp16", "cpu", "x")):
+    for ask in (CPU.check_compile, lambda: opening._amp_type("fp16", "cpu", "x")):
         with (
             contextlib.nullcontext()
             if fused

@@ -13,7 +13,7 @@ import preprocess
 import train
 from config import DataConfig, DeviceConfig, InputError
 from formats import fairseq_config
-from hardware.device import open_device
+from hardware.opening import open_device
 from judge import plot
 from run import flags
 from test.helpers import FEW, HERE, call, program

@@ -9,7 +9,7 @@ import re
 import convert
 import data
 import train
-from run import checkpoint
+from run import checkpoint, describe
 from test.golden import rule
 from test.helpers import HERE, call, compare_checkpoints, dataset_files, preprocess_words, rows_of
 
@@ -55,7 +55,7 @@ def test_batches_equal_those_that_fairseq_made(batches, name):
         ).groups()
         which = dict(split=split, epoch=epoch, rank=rank, world_size=workers)
         argv = flags(batches, RECORDED["settings"]["batches"][name] | which)
-        facts = json.loads(call(data.main, *argv, "--json"))
+        facts = json.loads(call(describe.main, *argv, "--json"))
         ours = dict(empty="empty_batches", sentences="sentences_used", tokens="tokens_used")
         assert {k: facts[ours.get(k, k)] for k in theirs} == theirs, key
 

@@ -13,7 +13,7 @@ import train
 from config import InputError
 from run import checkpoint, flags, log
 from test.helpers import CPU, FEW, HERE, call, few, rows_of, wait_for
-from text import demo as dataset
+from text import demo
 
 import pytest
 import torch
@@ -145,9 +145,9 @@ def test_a_full_disk_is_named_with_the_file(capsys, monkeypatch, tmp_path):
     assert code == 1 and re.fullmatch("eval.py: stopped: .*/f.npy: No space left on device\n", text)
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(
-        dataset, "_write_demo", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
+        demo, "_write_demo", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
     )
-    code, text = ended(capsys, lambda: dataset.make_demo(tmp_path / "demo"))
+    code, text = ended(capsys, lambda: demo.make_demo(tmp_path / "demo"))
     assert code == 1 and re.fullmatch("eval.py: stopped: .*/demo: full\n", text)
     code, text = ended(capsys, lambda: open(tmp_path / "none" / "file", "w"))
     assert code == 2 and re.fullmatch(

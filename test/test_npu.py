@@ -1,10 +1,11 @@
-"""Training on an Ascend NPU: the CPU's numbers, checkpoints of either device, and no wait between two log rows.
+"""Training on an Ascend NPU: the CPU's numbers, checkpoints of either device, and no wait between
+two log rows.
 
     pytest test/test_npu.py                              on a machine with a card
     NPUSIM=path/of/npusim.py pytest test/test_npu.py     on an emulated device that computes the CPU's numbers
 
-Functions named check_ need the device. It changes torch for the rest of the process, so the last test runs them in a
-process of their own. The tests before them need no device.
+Functions named check_ need the device. It changes torch for the rest of the process, so the last
+test runs them in a process of their own. The tests before them need no device.
 """
 
 import contextlib
@@ -17,8 +18,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hardware import device as device_file
-
 INSIDE, NPUSIM = os.environ.get("NPU_CHECKS") == "1", os.environ.get("NPUSIM")
 if INSIDE and NPUSIM:
     sys.path.insert(0, str(Path(NPUSIM).parent))
@@ -28,9 +27,10 @@ import bench
 import eval as evaluation
 import train
 from config import DeviceConfig, InputError
-from hardware import kernels
-from hardware.device import Device, open_device
+from hardware import kernels, opening
+from hardware.device import Device
 from hardware.kernels import explicit_attention
+from hardware.opening import open_device
 from hardware.vectors import LongVectors
 from run import checkpoint, log
 from test.helpers import CPU, FEW, HERE, call, make_dataset, make_run, rows_of
@@ -152,7 +152,7 @@ def test_an_unusable_torch_npu_is_reported_in_one_line_and_auto_uses_the_cpu(
         open_device(DeviceConfig(device="npu"))
     assert "\n" not in str(error.value)
     for devices, reason in ((["/dev/davinci0"], message), ([], "there is no Ascend card")):
-        monkeypatch.setattr(device_file.glob, "glob", lambda pattern, devices=devices: devices)
+        monkeypatch.setattr(opening.glob, "glob", lambda pattern, devices=devices: devices)
         sys.modules.pop("torch_npu", None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert open_device(DeviceConfig(device="auto")).type == "cpu"
@@ -184,20 +184,18 @@ def test_precision_and_attention_follow_from_the_generation_of_the_card(monkeypa
     kernels._is_first_generation.cache_clear()
     assert kernels._is_first_generation(0) == first == here.is_first_generation
     kernels._is_first_generation.cache_clear()
-    assert device_file._amp_type("auto", "npu", name) == (
-        torch.float16 if first else torch.bfloat16
-    )
-    assert device_file._amp_type("fp16", "npu", name) is torch.float16
+    assert opening._amp_type("auto", "npu", name) == (torch.float16 if first else torch.bfloat16)
+    assert opening._amp_type("fp16", "npu", name) is torch.float16
     if first:
         with pytest.raises(InputError, match=f"--amp bf16: {name} has no bfloat16; use --amp fp16"):
-            device_file._amp_type("bf16", "npu", name)
+            opening._amp_type("bf16", "npu", name)
     monkeypatch.setenv("INF_NAN_MODE_FORCE_DISABLE", "1")
     with (
         contextlib.nullcontext()
         if first
         else pytest.raises(InputError, match="INF_NAN_MODE_FORCE_DISABLE=1")
     ):
-        device_file._check_npu("auto", name, 0)
+        opening._check_npu("auto", name, 0)
 
 
 # ---------------------------------------------------------------------------------------------- on a device
@@ -241,7 +239,8 @@ def copy_of(folder, updates, to):
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory, corpus_dir):
-    """Train 20 updates on the CPU in float32, saving at the tenth too; returns the folder and the last checkpoint."""
+    """Train 20 updates on the CPU in float32, saving at the tenth too; returns the folder and the
+    last checkpoint."""
     folder = tmp_path_factory.mktemp("cpu")
     return folder, pretrain(folder, corpus_dir, "cpu", "off", *TWENTY)
 

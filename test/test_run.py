@@ -7,8 +7,8 @@ import eval as evaluation
 import train
 from config import InputError
 from run import checkpoint
+from run import describe as dataset
 from test.helpers import FEW, call, compare_checkpoints, rows_of, torchrun
-from text import demo as dataset
 
 import pytest
 

@@ -1,1 +1,4 @@
-"""Text on disk, both ways: raw text to the binarized dataset, and back to tokens, blocks and masks. No torch."""
+"""Text on disk, both ways: raw text to the dataset, and back to tokens, blocks and masks.
+
+No torch, and nothing of the higher floors; only the program text.reviews uses run/.
+"""

@@ -1,7 +1,8 @@
-"""How sentences become blocks and blocks become batches: fairseq's TokenBlockDataset and batch sampler, at commit
-3f6ba43f, for all sentences or blocks at once. test/test_blocks.py walks the same rules one item at a time.
+"""How sentences become blocks and blocks become batches, for all of them at once.
 
-A *block* is one training sample cut from consecutive sentences; a *batch* is a list of blocks.
+The rules are those of fairseq's TokenBlockDataset and batch sampler, at commit 3f6ba43f.
+test/test_blocks.py walks the same rules one item at a time. A *block* is one training sample cut
+from consecutive sentences; a *batch* is a list of blocks.
 """
 
 from text.binarized import pieces
@@ -12,60 +13,55 @@ import numpy as np
 def cut_blocks(
     sizes: np.ndarray, mode: str, block_size: int, split_long: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut the run of sentences of these sizes into blocks: the (start, end) of each, int64, `<s>` not counted.
+    """Cut the run of sentences of these sizes into blocks: the (start, end) of each, int64.
 
-    none: equal cuts. eos: one sentence per block. complete: as many whole sentences as fit. complete_doc: the same, but
-    a sentence of one token ends the block and belongs to none, and a block of one token is dropped.
-    split_long: a sentence longer than block_size is first cut into parts of at most block_size, so nothing is lost; a
-    part of one token is then no separator, and a block of one token is kept.
+    `<s>` is not counted. none: equal cuts. eos: one sentence per block. complete: as many whole
+    sentences as fit. complete_doc: the same, but a sentence of one token ends the block and belongs
+    to none, and a block of one token is dropped.
+    split_long: a sentence longer than block_size is first cut into parts of at most block_size, so
+    nothing is lost; a part of one token is then no separator, and a block of one token is kept.
     """
     if mode == "none":
         total = int(sizes.sum(dtype=np.int64))
         starts = np.arange(0, total, block_size, dtype=np.int64)
         return starts, np.minimum(starts + block_size, total)
-    blocks, at = [np.zeros((2, 0), np.int64)], 0
-    parts, separator = (
-        np.zeros(0, np.int64),
-        np.zeros(0, bool),
-    )  # not in a block yet; the first begins at `at`
+    blocks = [np.zeros((2, 0), np.int64)]
+    # what is not in a block yet; the first part of it begins at `at`
+    at = 0
+    parts = np.zeros(0, np.int64)
+    separator = np.zeros(0, bool)
     for piece in pieces(len(sizes)):
-        more, more_separators = _split_sentences(
-            sizes[piece].astype(np.int64), block_size, split_long
-        )
-        parts, separator = (
-            np.concatenate([parts, more]),
-            np.concatenate([separator, more_separators]),
-        )
+        more = _split_sentences(sizes[piece].astype(np.int64), block_size, split_long)
+        parts = np.concatenate([parts, more[0]])
+        separator = np.concatenate([separator, more[1]])
         first, stop = _chain_of_blocks(parts, separator, mode, block_size)
         done = len(parts)
         if piece.stop < len(sizes) and len(first):  # the last block may continue in the next piece
-            first, stop, done = first[:-1], stop[:-1], first[-1]
+            done = first[-1]
+            first, stop = first[:-1], stop[:-1]
         starts = at + np.concatenate([[0], np.cumsum(parts)])
         blocks.append(np.stack([starts[first], starts[stop]]))
-        at, parts, separator = starts[done], parts[done:], separator[done:]
+        at = starts[done]
+        parts, separator = parts[done:], separator[done:]
     starts, ends = np.concatenate(blocks, axis=1)
     if mode == "complete_doc" and not split_long:
-        kept = ends - starts > 1
-        starts, ends = starts[kept], ends[kept]
+        long_enough = ends - starts > 1
+        starts, ends = starts[long_enough], ends[long_enough]
     return starts, ends
 
 
 def _split_sentences(
     sizes: np.ndarray, block_size: int, split_long: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The sizes of the sentences, or of their parts, that are not empty; and which of them are separators."""
+    """The sizes of the sentences, or of their parts, without empty ones; which are separators."""
     sizes = sizes[sizes > 0]
     separator = sizes == 1
-    if split_long:
-        counts = -(-sizes // block_size)
-        remainder = sizes - (counts - 1) * block_size
-        last = np.cumsum(counts) - 1
-        sizes, separator = (
-            np.full(int(counts.sum()), block_size, np.int64),
-            np.repeat(separator, counts),
-        )
-        sizes[last] = remainder
-    return sizes, separator
+    if not split_long:
+        return sizes, separator
+    counts = -(-sizes // block_size)
+    parts = np.full(int(counts.sum()), block_size, np.int64)
+    parts[np.cumsum(counts) - 1] = sizes - (counts - 1) * block_size  # the last of each sentence
+    return parts, np.repeat(separator, counts)
 
 
 def _chain_of_blocks(sizes: np.ndarray, separator: np.ndarray, mode: str, block_size: int):
@@ -74,32 +70,40 @@ def _chain_of_blocks(sizes: np.ndarray, separator: np.ndarray, mode: str, block_
     here = np.arange(n)
     if mode == "eos":
         return here, here + 1
-    # where a block would end that begins at each sentence, for all at once; then follow the chain of actual blocks
+
+    # where a block would end that begins at each sentence, for all at once
     ends = np.cumsum(sizes)
     stop = np.searchsorted(ends, ends - sizes + block_size, side="right")
     stop = np.maximum(stop, here + 1)  # a sentence longer than a block is a block of its own
     following = np.arange(n + 1)  # where the next block begins, if this one stops here
     if mode == "complete_doc":
-        next_separator = np.minimum.accumulate(np.where(separator, here, n)[::-1])[::-1]
-        stop = np.minimum(stop, next_separator)
-        following[:-1] = np.minimum.accumulate(np.where(separator, n, here)[::-1])[
-            ::-1
-        ]  # the next non-separator
-    chain, first, i = following[stop].tolist(), [], int(following[0])
+        stop = np.minimum(stop, _next(separator))
+        following[:-1] = _next(~separator)
+
+    # then follow the chain of actual blocks
+    chain = following[stop].tolist()
+    first = []
+    i = int(following[0])
     while i < n:
         first.append(i)
         i = chain[i]
     return np.asarray(first, np.int64), stop[first]
 
 
-def order_by_length(lengths: np.ndarray, seed: int) -> np.ndarray:
-    """Block numbers in ascending order of length, ties in the order of numpy's legacy permutation for `seed`.
+def _next(wanted: np.ndarray) -> np.ndarray:
+    """The first place from each one on that is wanted, or the length."""
+    places = np.where(wanted, np.arange(len(wanted)), len(wanted))
+    return np.minimum.accumulate(places[::-1])[::-1]
 
-    int32, or int64 from 2**31 blocks on.
+
+def order_by_length(lengths: np.ndarray, seed: int) -> np.ndarray:
+    """Block numbers in ascending order of length: int32, or int64 from 2**31 blocks on.
+
+    Ties are in the order of numpy's legacy permutation for `seed`.
     """
     n = len(lengths)
     by_rank = np.empty(n, np.int32 if n < 2**31 else np.int64)
-    # the permutation holds each block's rank among its equals, as in lexsort((permutation, lengths))
+    # the permutation holds each block's rank among its equals: lexsort((permutation, lengths))
     by_rank[np.random.RandomState(seed).permutation(n)] = np.arange(n, dtype=by_rank.dtype)
     keys = lengths[by_rank]
     if keys.max(initial=0) < 2**16:
@@ -110,29 +114,33 @@ def order_by_length(lengths: np.ndarray, seed: int) -> np.ndarray:
 def cut_batches(lengths: np.ndarray, max_tokens: int, batch_size: int, multiple: int) -> np.ndarray:
     """Cut blocks in ascending order of length into batches; returns the end of each batch, int64.
 
-    The rule walks the blocks and keeps a *batch*, the longest prefix so far whose size is below `multiple` or divisible
-    by it, and a *tail*, the blocks since. A block that makes batch + tail too large (blocks x longest > max_tokens, or
-    more than batch_size blocks) closes the batch, and the tail with that block begins the next one; if the tail with
-    that block has too many tokens by itself, the tail without it becomes a batch of its own. At the end the batch and
-    the tail are what is left. Lengths ascend, so the blocks of one length form a run in which all batches have the same
-    size, and only batches at the border of two runs need a step of their own.
+    The rule walks the blocks and keeps a *batch*, the longest prefix so far whose size is below
+    `multiple` or divisible by it, and a *tail*, the blocks since. A block that makes batch + tail
+    too large (blocks x longest > max_tokens, or more than batch_size blocks) closes the batch, and
+    the tail with that block begins the next one; if the tail with that block has too many tokens by
+    itself, the tail without it becomes a batch of its own. At the end the batch and the tail are
+    what is left. Lengths ascend, so the blocks of one length form a run in which all batches have
+    the same size, and only batches at the border of two runs need a step of their own.
     """
     n = len(lengths)
     runs = np.flatnonzero(np.concatenate([[n > 0], lengths[1:] != lengths[:-1]]))
-    longest, begins = lengths[runs].tolist(), [*runs.tolist(), n]
-    room = [
-        max(1, min(batch_size or n, max_tokens // max(1, length))) for length in longest
-    ]  # blocks that fit a batch
-    ends, start, run = [], 0, 0
+    longest = lengths[runs].tolist()
+    begins = [*runs.tolist(), n]
+    most = batch_size or n
+    room = [max(1, min(most, max_tokens // max(1, length))) for length in longest]  # of a batch
+    ends = []
+    start = run = 0
     while start < n:
         while begins[run + 1] <= start:
             run += 1
-        last = run  # the run, this or a later one, with the first block that no longer fits a batch from `start` on
+        # the run, this or a later one, with the first block that does not fit a batch from `start`
+        last = run
         while last < len(room) and start + room[last] >= begins[last + 1]:
             last += 1
         stop = max(start + room[last], begins[last]) if last < len(room) else n
         size = stop - start
-        size = size if size < multiple else size // multiple * multiple
+        if size >= multiple:
+            size -= size % multiple
         if last == run:  # the same size again, as long as that block is of this run
             count = (begins[run + 1] - 1 - stop) // size + 1
             ends.extend(range(start + size, start + count * size + 1, size))
@@ -144,9 +152,8 @@ def cut_batches(lengths: np.ndarray, max_tokens: int, batch_size: int, multiple:
             if start < n:
                 ends.append(n)
             break
-        if (
-            start < stop and longest[last] * (stop + 1 - start) > max_tokens
-        ):  # the tail and that block are too large
+        tail_is_too_large = longest[last] * (stop + 1 - start) > max_tokens  # with that block
+        if start < stop and tail_is_too_large:
             ends.append(stop)
             start = stop
     return np.asarray(ends, np.int64)

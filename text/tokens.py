@@ -1,7 +1,7 @@
-"""Text to token ids: words, or a byte-level BPE in GPT-2's two files. The BPE needs the tokenizers package.
+"""Text to token ids: words, or a byte-level BPE in GPT-2's two files, by the tokenizers package.
 
-Source: fairseq at commit 3f6ba43f, examples/roberta/multiprocessing_bpe_encoder.py (with --keep-empty) and
-fairseq_cli/preprocess.py (with --only-source), whose ids these are.
+Source: fairseq at commit 3f6ba43f, examples/roberta/multiprocessing_bpe_encoder.py (with
+--keep-empty) and fairseq_cli/preprocess.py (with --only-source), whose ids these are.
 """
 
 import itertools
@@ -13,26 +13,29 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-from config import InputError, read_text
+from config import InputError, read_text, reading
 from text.binarized import EOS, UNK, Dictionary, token_type
 from text.files import disk_size, read_all
 
 import numpy as np
 
 BPE_FILES = ("encoder.json", "vocab.bpe")
-# GPT-2's pattern always cuts before a space between two characters that are not white space, and looks at nothing
-# beyond that space. So the pieces can be encoded, and remembered, one by one.
+TEXT_FILES = ("dict.txt", *BPE_FILES)
+SPECIAL_TOKEN = re.compile(r"<.*>|\[.*\]", re.S)  # such as <|endoftext|>, which no merge makes
+# GPT-2's pattern always cuts before a space between two characters that are not white space, and
+# looks at nothing beyond that space. So the pieces can be encoded, and remembered, one by one.
 CUT = re.compile(r"(?<=\S)(?= \S)")
-MEMO, MEMO_PIECE = (
-    1 << 18,
-    32,
-)  # how many pieces of text are remembered with their tokens, and the longest of them
+MEMO = 1 << 18  # pieces of text that are remembered with their tokens
+MEMO_PIECE = 32  # characters of the longest of them
 
 
 def lines_of(chunk: str) -> list[str]:
     """The lines of a piece of text; only "\\n" ends one."""
     lines = chunk.split("\n")
     return lines if lines[-1] else lines[:-1]
+
+
+# --------------------------------------------------------------------------------------- BPE files
 
 
 def need_tokenizers():
@@ -44,7 +47,10 @@ def need_tokenizers():
 
 
 def byte_level(bpe_model=None):
-    """A `tokenizers` BPE that cuts text as GPT-2 does and has no special tokens: "<s>" is three ordinary characters."""
+    """A `tokenizers` BPE that cuts text as GPT-2 does.
+
+    It has no special tokens: "<s>" is three ordinary characters.
+    """
     tokenizers = need_tokenizers()
     bpe = tokenizers.Tokenizer(bpe_model or tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -52,54 +58,66 @@ def byte_level(bpe_model=None):
     return bpe
 
 
+def read_bpe_files(encoder_json, vocab_bpe) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """GPT-2's two files: {token: id} and the merges. Raises InputError if they do not agree."""
+    with reading(f"{encoder_json}: not JSON"):
+        vocab = json.loads(read_text(encoder_json))
+        json.dumps(vocab, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    expected = "expected GPT-2's encoder.json, an object of tokens and their ids"
+    if not isinstance(vocab, dict):
+        raise InputError(f"{encoder_json}: {expected}")
+    for number in vocab.values():
+        if type(number) is not int or not 0 <= number < 1 << 24:
+            raise InputError(f"{encoder_json}: {expected}")
+    rows = read_text(vocab_bpe).split("\n")
+    if rows[0].startswith("#version"):
+        rows = rows[1:]
+    merges = [tuple(row.split(" ")) for row in rows if row]
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
+            what = f"{' '.join(merge)[:80]!r} does not merge two tokens of {encoder_json}"
+            raise InputError(f"{vocab_bpe}: {what}")
+    return vocab, merges
+
+
 def read_bpe(encoder_json, vocab_bpe):
-    """The `tokenizers` BPE of GPT-2's two files. It gives every text the ids that fairseq's encoder gives it.
+    """The `tokenizers` BPE of GPT-2's two files, which gives every text fairseq's ids.
 
     Raises InputError if a file is missing, cut, or belongs to something else.
     """
     tokenizers = need_tokenizers()
-    texts = [read_text(path) for path in (encoder_json, vocab_bpe)]
-    try:
-        vocab = json.loads(texts[0])
-        json.dumps(vocab, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{encoder_json}: not JSON: {e}") from None
-    if not isinstance(vocab, dict) or not all(
-        type(i) is int and 0 <= i < 1 << 24 for i in vocab.values()
-    ):
+    vocab, merges = read_bpe_files(encoder_json, vocab_bpe)
+    alphabet = set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    if missing := alphabet - vocab.keys():
+        what = f"{len(missing)} of the 256 single bytes have no token; not a byte-level BPE"
+        raise InputError(f"{encoder_json}: {what}")
+    unmade = vocab.keys() - {"".join(merge) for merge in merges} - alphabet
+    unmade = sorted(token for token in unmade if not SPECIAL_TOKEN.fullmatch(token))
+    if unmade:
         raise InputError(
-            f"{encoder_json}: expected GPT-2's encoder.json, an object of tokens and their ids"
-        )
-    rows = texts[1].split("\n")
-    merges = [tuple(row.split(" ")) for row in rows[rows[0].startswith("#version") :] if row]
-    for merge in merges:
-        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
-            raise InputError(
-                f"{vocab_bpe}: {' '.join(merge)[:80]!r} does not merge two tokens of {encoder_json}"
-            )
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    if missing := set(alphabet) - vocab.keys():
-        raise InputError(
-            f"{encoder_json}: {len(missing)} of the 256 single bytes have no token; not a byte-level BPE"
-        )
-    special = r"<.*>|\[.*\]"  # such as <|endoftext|>, which no merge makes
-    unmade = vocab.keys() - {"".join(merge) for merge in merges} - set(alphabet)
-    if unmade := sorted(token for token in unmade if not re.fullmatch(special, token, re.S)):
-        raise InputError(
-            f"{vocab_bpe} has no merge for {len(unmade)} tokens of {encoder_json}, such as {unmade[0]!r}; one of the"
-            " files is cut, or they do not belong together"
+            f"{vocab_bpe} has no merge for {len(unmade)} tokens of {encoder_json}, such as"
+            f" {unmade[0]!r}; one of the files is cut, or they do not belong together"
         )
     return byte_level(tokenizers.models.BPE(vocab, merges))
 
 
 def train_bpe(names: list[str], vocab_size: int, sample_mb: int) -> list[bytes]:
-    """Train a byte-level BPE of `vocab_size` tokens on text files; returns the contents of GPT-2's two files.
+    """Train a byte-level BPE on text files; returns the contents of GPT-2's two files.
 
-    The trainer's memory grows with the number of different pieces of text, and in a language without spaces nearly all
-    pieces differ: 100 MB for each MB of Chinese. So it sees at most sample_mb MB, spread evenly over the files.
+    The trainer's memory grows with the number of different pieces of text, and in a language
+    without spaces nearly all pieces differ: 100 MB for each MB of Chinese. So it sees at most
+    sample_mb MB, spread evenly over the files.
     """
-    share = min(1.0, sample_mb * 1e6 / max(1, disk_size(names)))
     tokenizers = need_tokenizers()
+    # every 1 / share-th piece of the text
+    share = min(1.0, sample_mb * 1e6 / max(1, disk_size(names)))
+    sample = []
+    for i, text in enumerate(read_all(names, "reading for the BPE")):
+        if int((i + 1) * share) > int(i * share):
+            sample += [line.strip() for line in lines_of(text)]
+    if not any(sample):
+        raise InputError(f"--train {' '.join(names)}: no text in it to train a BPE on")
+
     bpe = byte_level()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -107,31 +125,28 @@ def train_bpe(names: list[str], vocab_size: int, sample_mb: int) -> list[bytes]:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    sample = []
-    for i, text in enumerate(read_all(names, "reading for the BPE")):
-        if int((i + 1) * share) > int(i * share):
-            sample += [line.strip() for line in lines_of(text)]
-    if not any(sample):
-        raise InputError(f"--train {' '.join(names)}: no text in it to train a BPE on")
-    failed = []
+    errors = []
 
     def train():
         try:
             bpe.train_from_iterator(sample, trainer, len(sample))
         except BaseException as e:
-            failed.append(e)
+            errors.append(e)
 
-    # in a thread, for the trainer does not return to Python, where Ctrl-C is answered, for a long time
+    # in a thread, since the trainer does not return to Python, where Ctrl-C is answered
     thread = threading.Thread(target=train, daemon=True)
     thread.start()
     thread.join()
-    if failed:
-        raise failed[0]
+    if errors:
+        raise errors[0]
     with tempfile.TemporaryDirectory() as folder:
         _, merges = bpe.model.save(folder)
         merges = Path(merges).read_bytes()
     vocab = dict(sorted(bpe.get_vocab().items(), key=lambda item: item[1]))
     return [json.dumps(vocab).encode(), merges]
+
+
+# --------------------------------------------------------------------------------------- tokenizer
 
 
 class _Memo(dict):
@@ -152,55 +167,51 @@ class _Memo(dict):
 class Tokenizer:
     """Lines of text -> their token ids, each line ending in EOS, exactly as a dataset holds them.
 
-    ids: {symbol: id}; bpe: a `tokenizers` BPE whose ids, as decimal numbers, are the symbols, or None if the symbols
-    are words; dtype: the integer type of the .bin. What `ids` lacks becomes UNK. Called with a list of lines it returns
-    a list of int64 arrays; an empty line is [2].
+    ids: {symbol: id}; what it lacks becomes UNK. bpe: a `tokenizers` BPE whose ids, as decimal
+    numbers, are the symbols, or None if the symbols are words. dtype: the integer type of the .bin.
+    Called with a list of lines it returns a list of int64 arrays; an empty line is [2].
     """
 
     def __init__(self, ids: dict, dtype, bpe=None):
-        self.ids, self.dtype, self.bpe = ids, np.dtype(dtype), bpe
+        self.ids = ids
+        self.dtype = np.dtype(dtype)
+        self.bpe = bpe
         self.eos = np.array([EOS], dtype).tobytes()
         if bpe is None:
             self.later = _Memo(lambda word: np.array([ids.get(word, UNK)], dtype).tobytes())
-        else:
-            vocab = bpe.get_vocab(with_added_tokens=False)
-            self.longest = max(map(len, vocab))  # bytes of a token, hence at least its characters
-            self.table = np.array(
-                [ids.get(str(i), UNK) for i in range(1 + max(vocab.values()))], dtype
-            )
-            # a line's first word has no space before it
-            self.first, self.later = (
-                _Memo(self._encode),
-                _Memo(lambda word: self._encode(" " + word)),
-            )
+            return
+        # table: id of the BPE -> id of the dictionary
+        vocab = bpe.get_vocab(with_added_tokens=False)
+        self.longest = max(map(len, vocab))  # bytes of a token, hence at least its characters
+        numbers = range(1 + max(vocab.values()))
+        self.table = np.array([ids.get(str(i), UNK) for i in numbers], dtype)
+        # a line's first word has no space before it
+        self.first = _Memo(self._encode)
+        self.later = _Memo(lambda word: self._encode(" " + word))
 
     def _encode(self, text: str) -> bytes:
         return self.table[self.bpe.encode(text, add_special_tokens=False).ids].tobytes()
 
     def _row(self, line: str) -> bytes:
-        """The tokens of one line as bytes. A "\\r" at its beginning or end says that it is only a part of one."""
-        words, eos, space = (
-            line.split(),
-            b"" if line[-1:] == "\r" else self.eos,
-            " " * (line[:1] == "\r"),
-        )
+        """The tokens of one line as bytes."""
         line = line.strip()
+        words = line.split()
         if self.bpe is None or not words:
-            return b"".join(map(self.later.__getitem__, words)) + eos
+            return b"".join(map(self.later.__getitem__, words)) + self.eos
         if " ".join(words) != line:  # other white space than single spaces
-            return b"".join(map(self.first.__getitem__, CUT.split(space + line))) + eos
-        return self.first[space + words[0]] + b"".join(map(self.later.__getitem__, words[1:])) + eos
+            return b"".join(map(self.first.__getitem__, CUT.split(line))) + self.eos
+        rest = b"".join(map(self.later.__getitem__, words[1:]))
+        return self.first[words[0]] + rest + self.eos
 
     def __call__(self, lines: list[str]) -> list[np.ndarray]:
-        return [
-            np.frombuffer(self._row(line.strip()), self.dtype).astype(np.int64) for line in lines
-        ]
+        return [np.frombuffer(self._row(line), self.dtype).astype(np.int64) for line in lines]
 
     def head(self, line: str, tokens: int) -> str:
-        """The beginning of a line that holds at least its first `tokens` tokens, for a caller that keeps no more.
+        """The beginning of a line, long enough for its first `tokens` tokens.
 
-        Every word is a token or more. A Chinese text may be one word, so its characters are counted too: twice as many
-        as the tokens can have, for a cut changes tokens only within an unbroken run of letters that it ends.
+        Every word is a token or more. A Chinese text may be one word, so its characters are counted
+        too: twice as many as the tokens can have, for a cut changes tokens only within an unbroken
+        run of letters that it ends.
         """
         line = line.strip()
         words = line.split(None, tokens)
@@ -209,58 +220,79 @@ class Tokenizer:
         return line if self.bpe is None else line[: 2 * tokens * self.longest]
 
     def decode(self, tokens, dictionary: Dictionary) -> str:
-        """The text of token ids. What is no token of the BPE, such as <s>, is shown as its symbol."""
+        """The text of token ids. What is no token of the BPE, such as <s>, is its symbol."""
         if self.bpe is None:
             return dictionary.decode(tokens)
-        shown, symbols = "", (dictionary.symbols[token] for token in tokens)
+        text = ""
+        symbols = (dictionary.symbols[token] for token in tokens)
         for is_text, group in itertools.groupby(symbols, str.isdecimal):
-            shown += (
-                self.bpe.decode([int(symbol) for symbol in group]) if is_text else "".join(group)
-            )
-        return shown
+            if is_text:
+                text += self.bpe.decode([int(symbol) for symbol in group])
+            else:
+                text += "".join(group)
+        return text
 
     def encode(self, chunk: str):
-        """Some lines -> (their tokens as bytes, sizes int32 (lines,), number of UNK, whether the last line is not
-        complete)."""
+        """Some lines -> (their tokens as bytes, sizes int32 (lines,), number of UNK)."""
         rows = [self._row(line) for line in lines_of(chunk)]
         tokens = b"".join(rows)
         sizes = np.fromiter(map(len, rows), np.int32, len(rows)) // self.dtype.itemsize
         unknown = int(np.count_nonzero(np.frombuffer(tokens, self.dtype) == UNK))
-        return tokens, sizes, unknown, chunk.endswith("\r")
+        return tokens, sizes, unknown
 
     def count(self, chunk: str) -> Counter:
         """Some lines -> how often each word, or each id, occurs; EOS is not counted."""
         if self.bpe is None:
             return Counter(chunk.split())
-        tokens, sizes, _, is_cut = self.encode(chunk)
+        tokens, sizes, _ = self.encode(chunk)
         counts = np.bincount(np.frombuffer(tokens, self.dtype), minlength=EOS + 1)
-        counts[EOS] -= len(sizes) - is_cut  # the one that ends each line
+        counts[EOS] -= len(sizes)  # one ends each line
         return Counter({str(i): int(counts[i]) for i in np.flatnonzero(counts).tolist()})
 
 
+# ---------------------------------------------------------------------------- the files of a folder
+
+
+def find_text_files(folder, named: dict) -> dict[str, Path]:
+    """Where dict.txt and, if the tokens are a BPE's, encoder.json and vocab.bpe are.
+
+    named: {name: path} of what the command line names; the others are looked for in `folder`, or
+    not at all if that is None. Raises InputError for a named file that does not exist, and if only
+    one of the BPE's two files does.
+    """
+    paths = {}
+    for name in TEXT_FILES:
+        if named.get(name):
+            paths[name] = Path(named[name])
+            if not paths[name].is_file():
+                raise InputError(f"{paths[name]}: no such file, for {name}")
+        elif folder and (Path(folder) / name).is_file():
+            paths[name] = Path(folder) / name
+    bpe = [name for name in BPE_FILES if name in paths]
+    if len(bpe) == 1:
+        (missing,) = {*BPE_FILES} - {*bpe}
+        place = f" in {folder}" if folder else ""
+        raise InputError(f"no {missing}{place}, which belongs to {paths[bpe[0]]}")
+    return paths
+
+
 def load_tokenizer(folder, dictionary: Dictionary, encoder_json=None, vocab_bpe=None) -> Tokenizer:
-    """The tokenizer of a data folder: a BPE if encoder.json and vocab.bpe are in it or given here, else words.
+    """The tokenizer of a data folder: a BPE if its files are there or named here, else words.
 
     Raises InputError if one of the files is missing.
     """
-    given = dict(zip(BPE_FILES, (encoder_json, vocab_bpe)))
-    paths = {name: Path(path or Path(folder) / name) for name, path in given.items()}
-    there = [name for name in BPE_FILES if given[name] or paths[name].exists()]
-    if not there and dictionary.holds_bpe_ids():
+    paths = find_text_files(folder, dict(zip(BPE_FILES, (encoder_json, vocab_bpe))))
+    bpe = None
+    if "vocab.bpe" in paths:
+        bpe = read_bpe(paths["encoder.json"], paths["vocab.bpe"])
+    elif dictionary.holds_bpe_ids():
         raise InputError(
-            f"{folder}: its dict.txt holds the ids of a BPE, but encoder.json and vocab.bpe are not beside it; put them"
-            " there, or name them (--encoder_json F --vocab_bpe F)"
+            f"{folder}: its dict.txt holds the ids of a BPE, but encoder.json and vocab.bpe are not"
+            " beside it; put them there, or name them (--encoder_json F --vocab_bpe F)"
         )
-    if len(there) == 1:
-        missing = next(name for name in BPE_FILES if name not in there)
-        raise InputError(f"no {missing} in {folder}, which belongs to {paths[there[0]]}")
-    return Tokenizer(
-        text_ids(dictionary),
-        token_type(dictionary.rows),
-        read_bpe(*paths.values()) if there else None,
-    )
+    return Tokenizer(text_ids(dictionary), token_type(dictionary.rows), bpe)
 
 
 def text_ids(dictionary: Dictionary) -> dict:
-    """{symbol: id} of the symbols that a text may hold: all but <mask>, which training would refuse."""
+    """{symbol: id} of the symbols that a text may hold: all but <mask>."""
     return {symbol: i for symbol, i in dictionary.ids.items() if i != dictionary.mask_id}

@@ -1,0 +1,142 @@
+"""Does a device compute what the CPU does? `python bench.py --check` trains a few updates on both.
+
+From the same weights, on the same batches, without dropout: here as a run would, and on the CPU in
+float32 with torch's own kernels. The only file of this room that stands above train.py.
+"""
+
+import dataclasses
+
+from config import Config, RunError
+from data import Corpus
+from hardware import kernels
+from hardware.device import CPU, Device
+from train import Run, turns, update
+
+import torch
+
+# Largest difference, relative to the CPU's value, by the type of the device's matmuls; weights: of
+# how far they have moved. Some three to thousand times what a CPU has, which docs/ascend.md lists:
+# guesses until a card is measured.
+BOUNDS = {
+    None: dict(forward=2e-5, gradient=1e-4, loss=2e-5, norm=1e-3, weights=0.01),
+    torch.float16: dict(forward=5e-3, gradient=0.01, loss=2e-3, norm=0.01, weights=0.05),
+    torch.bfloat16: dict(forward=0.03, gradient=0.05, loss=0.01, norm=0.05, weights=0.2),
+}
+
+
+def check(cfg: Config, device: Device, corpus: Corpus, updates: int) -> dict:
+    """Train the same few updates here and on the CPU, there in float32 with torch's own kernels.
+
+    Compared are, in the order in which an update makes them, each layer's output, the targets and
+    predictions, the loss, and the gradients from the last layer to the first, all of update 1; then
+    loss and gradient norm of every update, and the weights after the last one.
+
+    Returns largest: by kind (what, its difference, its bound); first: the first beyond its bound.
+    """
+    # no dropout; a warm-up so short that weights move; no clipping, or one wrong gradient would
+    # change all that Adam sees
+    off = dict(dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
+    warmup = min(2, cfg.train.warmup_updates)
+    cfg = dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, **off),
+        optim=dataclasses.replace(cfg.optim, clip_norm=0),
+        train=dataclasses.replace(cfg.train, compile=False, warmup_updates=warmup),
+    )
+    with kernels.plain():
+        theirs = record(cfg, CPU, corpus, updates)
+    ours = record(cfg, device, corpus, updates)
+    largest, beyond = {}, []
+    for (name, a), (_, b) in zip(ours, theirs, strict=True):
+        first = name.split()[0]
+        kind = first if first in BOUNDS[None] else "forward"
+        bound = BOUNDS[device.amp][kind]
+        difference = float((a - b).norm() / b.norm().clamp(min=1e-30))
+        # written so that NaN is the largest, and beyond any bound
+        if kind not in largest or not difference <= largest[kind][1]:
+            largest[kind] = name, difference, bound
+        if not difference <= bound:
+            beyond.append(name)
+    return dict(largest=largest, beyond=len(beyond), first=beyond[0] if beyond else None)
+
+
+def spread(module: torch.nn.Module) -> dict:
+    """Its weights, the matrices so large that a layer keeps its input's size.
+
+    At a run's own start they are so small that every GELU is almost a straight line and every
+    attention a plain mean: much could be wrong and not be seen.
+    """
+    state = {name: p.cpu() for name, p in module.state_dict().items()}
+    for name, part in module.named_modules():
+        if isinstance(part, torch.nn.Linear):
+            weight = state[f"{name}.weight"]
+            state[f"{name}.weight"] = weight / weight.std() * weight.shape[1] ** -0.5
+    return state
+
+
+def on_host(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().to("cpu", torch.float32, copy=True)  # a moment changes with the next update
+
+
+def weights_of(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([on_host(p).flatten() for p in module.parameters()])
+
+
+def record(cfg: Config, device: Device, corpus: Corpus, updates: int) -> list:
+    """[(name, float32 tensor on the host), ...] in the order in which `check` compares them."""
+    run = Run(cfg, device, len(corpus.dictionary))
+    run.load(spread(run.student), spread(run.teacher), "")
+    networks = {"student": run.student, "teacher": run.teacher}
+    start = {name: weights_of(network) for name, network in networks.items()}
+    rows, hooks = [], []
+    for who, layers in (("teacher", run.teacher.layers), ("student", run.student.encoder.layers)):
+        for i, layer in enumerate(layers):
+
+            def keep(layer, inputs, outputs, name=f"{who}'s layer {i}"):
+                rows.append((name, on_host(outputs[0])))
+
+            hooks.append(layer.register_forward_hook(keep))
+    source = turns(run, corpus)
+    for number in range(1, updates + 1):
+        turn = next(source)
+        done = until_it_counts(run, turn.batches, rows if number == 1 else None)
+        run.epoch += turn.ends_epoch
+        if number == 1:
+            for hook in hooks:
+                hook.remove()
+            if not cfg.model.predicts_words:
+                prediction, target = done.last_batch
+                rows += [("targets", on_host(target)), ("predictions", on_host(prediction))]
+        rows.append((f"loss {number}", on_host(done.loss)))
+        if number == 1:  # Adam's first moment is then the gradient times 1 - its decay
+            state = run.optimizer.state()["state"]
+            names = [name for name, _ in run.student.named_parameters()]
+            moments = [
+                (f"gradient of {n}", on_host(state[i]["exp_avg"])) for i, n in enumerate(names)
+            ]
+            rows += reversed(moments)
+        rows.append((f"norm of the gradients {number}", on_host(done.gnorm)))
+    source.close()
+    for name, network in networks.items():
+        rows.append((f"weights of the {name}", weights_of(network) - start[name]))
+    return rows
+
+
+def until_it_counts(run: Run, batches: list, rows: list | None):
+    """train.update, again with half the loss scale where float16 overflowed."""
+    for _ in range(40):
+        if rows is not None:
+            rows.clear()
+        done = update(run, batches)
+        if done is not None:
+            return done
+    raise RunError("--check: float16 overflows at any loss scale")
+
+
+def print_check(result: dict):
+    """The largest difference of each kind, then the verdict."""
+    print(f"{'compared':10} {'largest':>9} {'bound':>8}  where")
+    for kind, (name, difference, bound) in result["largest"].items():
+        print(f"{kind:10} {difference:9.2g} {bound:8.2g}  {name}")
+    first = result["first"]
+    print("as the CPU computes" if first is None else f"beyond its bound first: {first}")

@@ -1,0 +1,60 @@
+"""A tokenizer in several processes: preprocess.py's work, in the order of the text."""
+
+import os
+import signal
+import threading
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+
+from config import RunError
+from text import files
+from text.tokens import Tokenizer
+
+_tokenizer = None  # a worker process has its own
+
+
+def _end_with_parent():
+    """A parent that gets SIGKILL cannot end its workers."""
+    parent_process().join()
+    os._exit(1)
+
+
+def _begin(*arguments):
+    global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _tokenizer = Tokenizer(*arguments)
+
+
+def _work(method: str, chunk: str):
+    return getattr(_tokenizer, method)(chunk)
+
+
+def tokenize(method: str, tokenizer: Tokenizer, names: list[str], label: str, workers: int):
+    """Yield Tokenizer.`method` of each piece of the texts, in order, made by several processes.
+
+    The results do not depend on `workers`. Raises RunError if a process dies.
+    """
+    chunks = files.read_all(names, label)
+    workers = min(workers, files.disk_size(names) // files.CHUNK)
+    if workers < 2:
+        yield from map(getattr(tokenizer, method), chunks)
+        return
+    # not fork: threads of tokenizers may be running
+    parts = (tokenizer.ids, tokenizer.dtype, tokenizer.bpe)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, parts)
+    ahead = deque()
+    try:
+        for chunk in chunks:
+            ahead.append(pool.submit(_work, method, chunk))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    except BrokenProcessPool:
+        what = "a worker was killed, perhaps out of memory (try fewer --workers)"
+        raise RunError(f"{what}; the same command continues") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
