@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError, read_text
+from config import InputError, read_text, reading
 from text.binarized import BOS, EOS, SPECIAL, Dictionary, TokenFile
 
 import numpy as np
@@ -51,7 +51,7 @@ class Table:
     lines: list[int]  # the line of each row, from 1
     texts: list[list[str]]  # of each text column
     labels: list[str]  # empty if not asked for
-    header: bool = False
+    header: bool = True
     left_out: int = 0  # rows without the right number of fields
 
 
@@ -71,114 +71,96 @@ class Split:
 # ------------------------------------------------------------------------------------------ tables
 
 
-def read_cells(path: Path) -> list[tuple[int, list | dict]]:
-    """(line number, cells) of each row that is not blank; a dict for .jsonl. Raises InputError."""
-    readers = {".tsv": cells_of_tsv, ".csv": cells_of_csv, ".jsonl": cells_of_jsonl}
-    kind = path.suffix.lower()
-    if kind not in readers:
-        raise InputError(f"{path}: expected a name that ends in .tsv, .csv or .jsonl")
-    lines = read_text(path, encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
-    rows = list(readers[kind](lines, path))
-    if not rows:
-        raise InputError(f"{path}: no rows in it")
-    return rows
-
-
-def cells_of_tsv(lines: list[str], path):
-    """Quotes mean nothing here, as in GLUE's files."""
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield number, line.split("\t")
-
-
-def cells_of_csv(lines: list[str], path):
-    reader = csv.reader([line + "\n" for line in lines], strict=True)
-    csv.field_size_limit(2**31 - 1)
-    try:
-        for cells in reader:
-            if cells:
-                yield reader.line_num, cells
-    except csv.Error as e:
-        raise InputError(f"{path}, line {reader.line_num}: not CSV: {e}") from None
-
-
-def cells_of_jsonl(lines: list[str], path):
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            cells = json.loads(line)
-            json.dumps(cells, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-        except (ValueError, RecursionError) as e:
-            raise InputError(f"{path}, line {number}: not JSON: {str(e)[:200]}") from None
-        if not isinstance(cells, dict):
-            raise InputError(f"{path}, line {number}: expected a JSON object, such as {{...}}")
-        yield number, cells
-
-
 def read_table(path, columns: Columns, regression: bool = False) -> Table:
-    """Read the wanted columns of a file.
-
-    Raises InputError, with the line, for a row that cannot be used.
-    """
+    """The wanted columns of a file. Raises InputError, with the line, for a row without them."""
     path = Path(path)
-    rows = read_cells(path)
-    names = list(columns.text)
-    if columns.label is not None:
-        names.append(columns.label)
+    names = [*columns.text] if columns.label is None else [*columns.text, columns.label]
+    rows = read_rows(path, names)
     first = rows[0][1]
-    table = Table(path, [], [[] for _ in columns.text], [])
-    if isinstance(first, dict):
-        places = names
+    if path.suffix.lower() == ".jsonl":
+        header, places = True, range(len(names))
     else:
-        table.header = has_header(rows, names, columns, regression)
-        places = places_of(first, names, table.header, path)
-        rows = rows[table.header :]
-    width = columns.fields or len(first)
+        header = has_header(rows, names, columns, regression)
+        places = places_of(first, names, header, path)
+        rows = rows[header:]
+    table = Table(path, [], [[] for _ in columns.text], [], header)
     outlets = [*table.texts, table.labels]
+    width = columns.fields or len(first)
     for line, cells in rows:
-        if isinstance(cells, list) and len(cells) != width:
-            if columns.fields:
-                table.left_out += 1
-                continue
+        if len(cells) != width and columns.fields:
+            table.left_out += 1
+            continue
+        if len(cells) != width:
             raise InputError(
                 f"{path}, line {line}: {len(cells)} columns, the first row has {width}"
             )
         table.lines.append(line)
         for name, place, outlet in zip(names, places, outlets):
-            cell = cells.get(place) if isinstance(cells, dict) else cells[place]
-            may_be_empty = columns.fields and outlet is not table.labels
-            outlet.append(text_of(cell, may_be_empty, f"{path}, line {line}: the column {name}"))
+            text = cells[place].strip()
+            if not text and (outlet is table.labels or not columns.fields):
+                raise InputError(f"{path}, line {line}: the column {name} is empty or missing")
+            outlet.append(text)
     if not table.lines:
         raise InputError(f"{path}: no rows in it but the header")
     return table
 
 
-def text_of(cell, may_be_empty: bool, where: str) -> str:
-    """A cell as text. Raises InputError, which begins with `where`."""
-    if isinstance(cell, (dict, list)):
-        raise InputError(f"{where} is neither text nor a number")
-    text = "" if cell is None else str(cell).strip()
-    if not text and not may_be_empty:
-        raise InputError(f"{where} is empty or missing")
-    return text
+def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
+    """(line number, cells) of each row that is not blank; of a .jsonl the cells under `names`."""
+    kind = path.suffix.lower()
+    if kind not in (".tsv", ".csv", ".jsonl"):
+        raise InputError(f"{path}: expected a name that ends in .tsv, .csv or .jsonl")
+    lines = read_text(path, encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
+    if kind == ".csv":
+        rows = rows_of_csv(lines, path)
+    else:
+        rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if kind == ".tsv":  # quotes mean nothing here, as in GLUE's files
+        rows = [(number, line.split("\t")) for number, line in rows]
+    elif kind == ".jsonl":
+        rows = [(n, cells_of_json(line, names, f"{path}, line {n}")) for n, line in rows]
+    if not rows:
+        raise InputError(f"{path}: no rows in it")
+    return rows
+
+
+def rows_of_csv(lines: list[str], path: Path) -> list[tuple[int, list[str]]]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader([line + "\n" for line in lines], strict=True)
+    try:
+        return [(reader.line_num, cells) for cells in reader if cells]
+    except csv.Error as e:
+        raise InputError(f"{path}, line {reader.line_num}: not CSV: {e}") from None
+
+
+def cells_of_json(line: str, names: list, where: str) -> list[str]:
+    """The values under `names` of a JSON object. Raises InputError, which begins with `where`."""
+    with reading(f"{where}: not JSON"):
+        values = json.loads(line)
+        json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected a JSON object, such as {{...}}")
+    cells = [values.get(name) for name in names]
+    if any(isinstance(cell, (dict, list)) for cell in cells):
+        raise InputError(f"{where}: {', '.join(names)}: neither texts nor numbers")
+    return ["" if cell is None else str(cell) for cell in cells]
 
 
 def has_header(rows: list, names: list, columns: Columns, regression: bool) -> bool:
     """Whether the first row names the columns.
 
-    If the columns are numbers, it does if its label is no number where the labels are, or does not
-    occur again.
+    Numbered columns have a header if its label is no number where the labels are, or is no other
+    row's label.
     """
     if columns.header is not None:
         return columns.header
-    if any(number_of_column(name) is None for name in names):
+    places = [number_of(name) for name in names]
+    if None in places:
         return True
-    place = number_of_column(names[-1])
-    if columns.label is None or len(rows) < 2 or not 0 <= place < len(rows[0][1]):
+    labels = [cells[places[-1]] for _, cells in rows if places[-1] < len(cells)]
+    if columns.label is None or len(labels) < 2:
         return False
-    first, *others = (cells[place] for _, cells in rows if place < len(cells))
-    return score_of(first) is None if regression else first not in others
+    return score_of(labels[0]) is None if regression else labels[0] not in labels[1:]
 
 
 def places_of(first: list, names: list, header: bool, path) -> list[int]:
@@ -186,15 +168,15 @@ def places_of(first: list, names: list, header: bool, path) -> list[int]:
     places = []
     for name in names:
         # a header's name may be a number, too
-        place = first.index(name) if header and name in first else number_of_column(name)
+        place = first.index(name) if header and name in first else number_of(name)
         if place is None or not 0 <= place < len(first):
             columns = ", ".join(map(repr, first)) if header else f"{len(first)} columns"
-            raise InputError(f"{path}: no column {name}; it has {columns[:300]}")
+            raise InputError(f"{path}: no column {str(name)[:80]}; it has {columns[:300]}")
         places.append(place)
     return places
 
 
-def number_of_column(name) -> int | None:
+def number_of(name) -> int | None:
     """The place of a column that is named by its number; None for another name."""
     is_number = str(name).isdecimal() and len(str(name)) < 10
     return int(name) - 1 if is_number else None
@@ -212,7 +194,7 @@ def score_of(text: str) -> float | None:
 
 
 def label_names(labels: list[str]) -> list[str]:
-    """The classes in the order of their numbers: most frequent in training first, then by alphabet."""
+    """The classes in the order of their numbers: by frequency in training, then by alphabet."""
     counts = Counter(labels)
     return sorted(counts, key=lambda name: (-counts[name], name))
 
@@ -273,11 +255,7 @@ def join(parts: list[np.ndarray], longest: int) -> tuple[np.ndarray, bool]:
 
 
 def make_split(texts: list[list[np.ndarray]], labels: np.ndarray | None, longest: int) -> Split:
-    """The examples of rows of text.
-
-    texts: for each text column the tokens of every row, which end in EOS; longest: the most tokens
-    of an example.
-    """
+    """texts: for each column the tokens of every row, which end in EOS -> the examples."""
     examples = [join(list(parts), longest) for parts in zip(*texts)]
     return Split([row for row, _ in examples], labels, sum(is_cut for _, is_cut in examples))
 
@@ -317,7 +295,7 @@ def read_binarized(
 
 
 def read_binarized_labels(folder: Path, split: str) -> tuple[np.ndarray, list[str] | None]:
-    """(class numbers int64, all class names), or where SPLIT.label exists (scores float32, None)."""
+    """(class numbers int64, all class names); with a SPLIT.label (scores float32, None)."""
     path = folder / f"{split}.label"
     if path.is_file():
         values = [line.strip() for line in read_text(path).splitlines()]

@@ -1,4 +1,4 @@
-"""What fine-tuning starts from: the encoder of any checkpoint, and the tokenizer that goes with it."""
+"""What fine-tuning starts from: the encoder of any checkpoint, and its tokenizer."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from model import PAD, Encoder, init_weights
 from run import checkpoint
 from tasks import labelled
 from text.binarized import SPECIAL, Dictionary
-from text.tokens import Tokenizer, load_tokenizer
+from text.tokens import BPE_FILES, TEXT_FILES, Tokenizer, find_text_files, load_tokenizer
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from torch import Tensor
 FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
 FAIRSEQ_HEAD = "classification_heads.sentence_classification_head."
 FC1 = "layers.0.fc1.weight"
-TEXT_FILES = ("dict.txt", "encoder.json", "vocab.bpe")
 
 
 @dataclass
@@ -67,8 +66,9 @@ class Pretrained:
 
 @torch.no_grad()
 def scale_embeddings(encoder: Encoder, rms: float):
-    """Multiply token and position embeddings by one factor: the tokens' root mean square is rms then.
+    """Multiply token and position embeddings by one factor that makes the tokens' size rms.
 
+    The size is the root mean square.
     The layer norm that follows takes the factor out again, but for its epsilon, so the outputs
     hardly change. Training does: Adam moves every weight by about the learning rate, which is a
     larger share of a smaller weight.
@@ -175,47 +175,44 @@ class Text:
 
 
 def prepare_text(cfg, source: Pretrained) -> Text:
-    """Find the tokenizer's files. cfg: finetune.py's settings. Raises InputError."""
-    given = {"dict.txt": cfg.dict, "encoder.json": cfg.encoder_json, "vocab.bpe": cfg.vocab_bpe}
+    """Find the tokenizer's files. cfg: finetune.py's settings. Raises InputError.
+
+    They are named by flags, or lie beside a named dict.txt, else beside the checkpoint, or in the
+    folder of the pretraining data.
+    """
+    named = {"dict.txt": cfg.dict, "encoder.json": cfg.encoder_json, "vocab.bpe": cfg.vocab_bpe}
     is_binarized = bool(cfg.data_path) and labelled.is_binarized(cfg.data_path)
     if is_binarized and not cfg.dict:
-        given["dict.txt"] = str(Path(cfg.data_path) / "input0" / "dict.txt")
-    with tempfile.TemporaryDirectory() as folder:
-        if source.path.is_dir() and not given["dict.txt"]:
-            paths = {}
+        named["dict.txt"] = str(Path(cfg.data_path) / "input0" / "dict.txt")
+    with tempfile.TemporaryDirectory() as temporary:
+        if named["dict.txt"]:
+            folder = Path(named["dict.txt"]).parent
+        elif source.path.is_dir():
+            folder = Path(temporary)
             for name, content in hf_text_files(source.path, source.vocabulary).items():
-                paths[name] = Path(folder) / name
-                paths[name].write_bytes(content)
+                (folder / name).write_bytes(content)
         else:
-            paths = text_files(given, source)
+            folder = folder_of_text(source)
+        paths = find_text_files(folder, named)
         dictionary = read_dictionary(paths["dict.txt"], source)
         tokenize = None
         if not is_binarized:
-            bpe = [paths.get(name) for name in TEXT_FILES[1:]]
-            tokenize = load_tokenizer(paths["dict.txt"].parent, dictionary, *bpe)
+            bpe = [paths.get(name) for name in BPE_FILES]
+            tokenize = load_tokenizer(folder, dictionary, *bpe)
         return Text(dictionary, tokenize, {name: p.read_bytes() for name, p in paths.items()})
 
 
-def text_files(given: dict, source: Pretrained) -> dict[str, Path]:
-    """Where dict.txt and, if the tokens are a BPE's, encoder.json and vocab.bpe are.
-
-    given: {name: path or ""} from flags. The others are looked for beside a given dict.txt, else
-    beside the checkpoint, or in the folder of the pretraining data. Raises InputError.
-    """
-    if given["dict.txt"]:
-        folder = Path(given["dict.txt"]).parent
-    else:
-        folders = [source.path.parent]
-        if source.folder:
-            folders.append(Path(source.folder.split(":")[0]))
-        named = [folder for folder in folders if (folder / "dict.txt").is_file()]
-        if not named:
-            places = " or ".join(map(str, folders))
-            flags = "with --dict F, and for a BPE --encoder_json F --vocab_bpe F"
-            raise InputError(f"no dict.txt in {places}: name that of {source.path} {flags}")
-        folder = named[0]
-    paths = {name: Path(given[name] or folder / name) for name in TEXT_FILES}
-    return {name: path for name, path in paths.items() if given[name] or path.is_file()}
+def folder_of_text(source: Pretrained) -> Path:
+    """The folder with the dict.txt of a checkpoint. Raises InputError."""
+    folders = [source.path.parent]
+    if source.folder:
+        folders.append(Path(source.folder.split(":")[0]))
+    for folder in folders:
+        if (folder / "dict.txt").is_file():
+            return folder
+    places = " or ".join(map(str, folders))
+    flags = "with --dict F, and for a BPE --encoder_json F --vocab_bpe F"
+    raise InputError(f"no dict.txt in {places}: name that of {source.path} {flags}")
 
 
 def hf_text_files(folder: Path, vocabulary: int) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""Several fine-tunings of one command: their folders, mean and spread, the best one, results.json."""
+"""The fine-tunings of one command: their folders, mean and spread, the best, results.json."""
 
 import json
 import os
@@ -120,19 +120,17 @@ def keep_best(results: list[Result], metric: str):
                 result.checkpoint.unlink(missing_ok=True)
 
 
-def summary(figures: list[dict], split: str, metric: str) -> str:
-    values = [entry[split][metric] for entry in figures]
-    text = f"{split} {metric} {statistics.fmean(values):.4f}"
-    if len(values) == 1:
-        return text
-    each = " ".join(f"{value:.4f}" for value in values)
-    return f"{text} +- {statistics.stdev(values):.4f} (sd of {len(values)} seeds: {each})"
-
-
 def say(figures: list[dict], metric: str, label: str):
     """Print a line for the figures of fine-tunings that differ in their seed alone."""
-    splits = [name for name, value in figures[0].items() if isinstance(value, dict)]
-    print(f"{label}: " + ", ".join(summary(figures, split, metric) for split in splits))
+    parts = []
+    for split in [name for name, value in figures[0].items() if isinstance(value, dict)]:
+        values = [entry[split][metric] for entry in figures]
+        parts.append(f"{split} {metric} {statistics.fmean(values):.4f}")
+        if len(values) > 1:
+            each = " ".join(f"{value:.4f}" for value in values)
+            spread = f"{statistics.stdev(values):.4f} (sd of {len(values)} seeds: {each})"
+            parts[-1] += f" +- {spread}"
+    print(f"{label}: {', '.join(parts)}")
 
 
 def say_bag(bag: dict | None, metric: str):
@@ -166,7 +164,7 @@ def finish(results: list[Result], bag: dict | None, metric: str, folder: Path):
 
 
 def describe(source, data, metric: str, lr: float):
-    """Print what is about to be done. source: a Pretrained; data: a tasks.data.Data; lr: highest."""
+    """Print what is about to be done. source: a Pretrained; data: a Data; lr: the highest."""
     width = source.shape.embed_dim
     if width <= SMALL and 0 < lr < SMALL_LR:
         tip = "and --pool mean --embed_rms 0.02 helps it (docs/finetune.md)"
