@@ -345,15 +345,6 @@ def main(argv: list | None = None) -> int:
     device = open_device(where)
     try:
         return predict.predict(cfg, device) if cfg.predict else finetune(cfg, device)
-    except KeyboardInterrupt:
-        text = "interrupted; a checkpoint_best.pt that was written stays"
-        print(f"\nfinetune.py: {text}", file=sys.stderr)
-        return 130
-    except (RuntimeError, MemoryError) as e:
-        if isinstance(e, RunError) or not device.is_out_of_memory(e):
-            raise
-        tip = "lower --batch_size or --max_tokens, raise --update_freq"
-        raise RunError(f"out of memory; {tip}; {' '.join(str(e).split())[:200]}") from None
     finally:
         device.close()
 

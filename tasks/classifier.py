@@ -3,7 +3,9 @@
 Source: fairseq at commit 3f6ba43f, RobertaClassificationHead and criterion sentence_prediction.
 """
 
-from config import InputError
+import math
+
+from config import InputError, reading
 from model import PAD, Encoder
 from run import checkpoint
 from run.checkpoint import Loaded
@@ -93,7 +95,14 @@ def entry_of(loaded: Loaded, path) -> dict:
     """
     if loaded.kind != "ours" or "classifier" not in loaded.content:
         raise InputError(f"{path}: not fine-tuned; give the checkpoint_best.pt of a fine-tuning")
-    return loaded.content["classifier"]
+    with reading(f"{path}: damaged: its classifier"):
+        entry = loaded.content["classifier"]
+        names = entry["labels"]
+        is_right = names is None or (names and all(isinstance(name, str) for name in names))
+        is_right = is_right and isinstance(entry["head"], dict) and entry["texts"] in (1, 2)
+        if not is_right or not 0 < entry["label_scale"] < math.inf:
+            raise ValueError("not what a fine-tuning writes there")
+    return entry
 
 
 def rebuild(entry: dict, encoder: Encoder, path) -> Classifier:

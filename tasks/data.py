@@ -42,8 +42,8 @@ def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
         raise InputError(f"{folder}: no folder input0 in it; GLUE's files need --task, as rte")
     else:
         tables = read_tables(cfg)
-        names = None if cfg.regression else labelled.label_names(tables["train"].labels)
         texts = len(tables["train"].texts)
+        names = None if cfg.regression else labelled.label_names(tables["train"].labels)
         splits = {}
         for split, table in tables.items():
             if names:
@@ -86,19 +86,16 @@ def read_tables(cfg) -> dict[str, Table]:
 
 def files_of(cfg) -> list[tuple]:
     """(split, path, Columns) of each file, train first."""
-    folder = Path(cfg.data_path)
+    if cfg.task == "none":
+        columns = own_columns(cfg, cfg.label)
+        paths = dict(train=cfg.train, valid=cfg.valid, test=cfg.test)
+        return [(split, path, columns) for split, path in paths.items() if path]
+    files = [("train", "train", GLUE[cfg.task]), ("valid", "dev", GLUE[cfg.task])]
     if cfg.task == "mnli":
-        names = dict(train="train", valid="dev_matched", valid_mismatched="dev_mismatched")
-    else:
-        names = dict(train="train", valid="dev")
-    if cfg.task != "none":
-        places = {split: GLUE[cfg.task] for split in names}
-        if cfg.task == "mnli":
-            places["valid"] = places["valid_mismatched"] = GLUE["mnli_dev"]
-        return [(split, folder / f"{name}.tsv", places[split]) for split, name in names.items()]
-    columns = own_columns(cfg, cfg.label)
-    paths = dict(train=cfg.train, valid=cfg.valid, test=cfg.test)
-    return [(split, path, columns) for split, path in paths.items() if path]
+        dev = GLUE["mnli_dev"]
+        files[1:] = [("valid", "dev_matched", dev), ("valid_mismatched", "dev_mismatched", dev)]
+    folder = Path(cfg.data_path)
+    return [(split, folder / f"{name}.tsv", columns) for split, name, columns in files]
 
 
 def own_columns(cfg, label: str | None = None) -> Columns:

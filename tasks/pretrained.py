@@ -66,9 +66,8 @@ class Pretrained:
 
 @torch.no_grad()
 def scale_embeddings(encoder: Encoder, rms: float):
-    """Multiply token and position embeddings by one factor that makes the tokens' size rms.
+    """Multiply both tables of embeddings by what makes the tokens' root mean square `rms`.
 
-    The size is the root mean square.
     The layer norm that follows takes the factor out again, but for its epsilon, so the outputs
     hardly change. Training does: Adam moves every weight by about the learning rate, which is a
     larger share of a smaller weight.
