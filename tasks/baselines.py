@@ -1,91 +1,115 @@
-"""What the tokens of a text tell without an encoder: TF-IDF and a linear classifier, beside every fine-tuning."""
+"""Linear classifiers by scikit-learn: on a bag of the tokens, and on frozen features (--freeze).
 
-from tasks.classifier import figures_of
+The bag stands beside every fine-tuning: an encoder that is not above it adds nothing to its
+tokenizer.
+"""
+
+import importlib.util
+
+from config import InputError, RunError
+from hardware.device import Device
+from tasks.batches import outputs_of
+from tasks.classifier import Classifier, figures_of
 from tasks.data import Data
-from tasks.linear_probe import minimize
 from text.binarized import SPECIAL
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-STRENGTHS = (0.1, 1, 10, 100)  # of the fit, of which valid chooses: scikit-learn's C
+STRENGTHS = (0.1, 1, 10, 100)  # of the bag's fit, of which valid chooses: scikit-learn's C
+DECAYS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # weight decays of the probe, of which valid chooses
 
 
-def count(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct tokens of each row but the special ones: their row, token and number, each (T,)."""
-    tokens = np.concatenate(rows).astype(np.int64)
-    pairs = np.repeat(np.arange(len(rows)), [len(row) for row in rows]) << 32 | tokens
-    pairs, numbers = np.unique(pairs[tokens >= len(SPECIAL)], return_counts=True)
-    return pairs >> 32, pairs & 0xFFFFFFFF, numbers
+def is_installed() -> bool:
+    return importlib.util.find_spec("sklearn") is not None
 
 
-class Bags:
-    """A sparse matrix (N, V) with a row of length 1 for each example: (1 + log count) * rarity of its tokens."""
+def fit(features, labels: np.ndarray, outputs: int, strength: float) -> tuple[Tensor, Tensor]:
+    """The linear map with the least loss: strength * (its sum over the rows) + |weight|^2 / 2.
 
-    def __init__(self, counted: tuple, examples: int, rarity: np.ndarray):
-        """counted: by `count`; rarity (V,): log((1 + examples) / (1 + those with the token)) + 1, of train."""
-        row, token, numbers = counted
-        weight = (1 + np.log(numbers)) * rarity[token]
-        weight /= np.sqrt(np.bincount(row, weight * weight, examples))[row]
-        self.by_row = grouped(row, token, weight, examples)
-        self.by_token = grouped(token, row, weight, len(rarity))
+    features (N, C), dense or sparse; labels: class numbers or scores (N,), for cross-entropy or
+    squared error. Returns float32 weight (outputs, C) and bias (outputs,).
+    """
+    from sklearn.linear_model import LogisticRegression, Ridge
 
-
-def grouped(
-    keys: np.ndarray, values: np.ndarray, weights: np.ndarray, size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Values and weights in the order of their keys, and where each of the keys 0 to size - 1 begins."""
-    order = np.argsort(keys, kind="stable")
-    first = np.searchsorted(keys[order], np.arange(size))
-    arrays = values[order], first, weights[order].astype(np.float32)
-    return tuple(map(torch.from_numpy, arrays))
-
-
-def product(part: tuple, table: Tensor) -> Tensor:
-    values, first, weights = part
-    return F.embedding_bag(values, table, first, mode="sum", per_sample_weights=weights)
-
-
-class Product(torch.autograd.Function):
-    """Bags (N, V) times weights (V, K), with a gradient that is as fast; embedding_bag's own takes 20 times as long."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, bags: Bags) -> Tensor:
-        ctx.bags = bags
-        return product(bags.by_row, weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return product(ctx.bags.by_token, grad.contiguous()), None
+    weight = np.zeros((outputs, features.shape[1]))
+    if labels.dtype.kind == "f":
+        ridge = Ridge(alpha=1 / (2 * strength), tol=1e-6).fit(features, labels)
+        weight[0] = ridge.coef_
+        bias = np.array([ridge.intercept_])
+    else:
+        # scikit-learn has one row of weights for two classes, which is the difference of ours: of
+        # both the squares are half of its square
+        present = np.unique(labels)
+        C = 2 * strength if len(present) == 2 else strength
+        model = LogisticRegression(C=C, max_iter=2000, tol=1e-6).fit(features, labels)
+        rows, offsets = model.coef_, model.intercept_
+        if len(present) == 2:
+            rows = np.concatenate([-rows, rows]) / 2
+            offsets = np.concatenate([-offsets, offsets]) / 2
+        bias = np.full(outputs, offsets.min() - 20)  # of a class that training does not have
+        weight[present] = rows
+        bias[present] = offsets
+    return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
 
 
-def fit(data: Data, vocabulary: int, metric: str) -> dict:
-    """The figures of each split, as a fine-tuning's, at the strength that is best by `metric` on valid."""
-    examples, counted, best = len(data.train.rows), count(data.train.rows), None
-    rarity = np.log((1 + examples) / (1 + np.bincount(counted[1], minlength=vocabulary))) + 1
-    splits = {**data.valid, **({"test": data.test} if data.test else {})}
-    train = Bags(counted, examples, rarity)
-    bags = {
-        name: Bags(count(split.rows), len(split.rows), rarity) for name, split in splits.items()
-    }
+def bag_of_tokens(data: Data, vocabulary: int, metric: str) -> dict | None:
+    """What TF-IDF and a linear classifier reach: the figures of each split, as a fine-tuning's.
+
+    A token's weight is (1 + log count) * (log((1 + examples) / (1 + those with it)) + 1), and rows
+    have length 1. The strength of the fit is the best by `metric` on valid. None: not installed.
+    """
+    if not is_installed():
+        print("note: without scikit-learn no bag of the tokens; pip install scikit-learn")
+        return None
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    tokens = range(vocabulary)
+    bags = TfidfVectorizer(analyzer=words_of, vocabulary=tokens, sublinear_tf=True, lowercase=False)
+    train = bags.fit_transform(data.train.rows)  # (N, V), sparse
+    splits = {**data.valid, "test": data.test} if data.test else data.valid
+    best = None
     for strength in STRENGTHS:
-        weight, bias = torch.zeros(vocabulary, data.outputs), torch.zeros(data.outputs)
-        decay, what = 1 / (strength * examples), "the loss of a bag of the tokens"
-        minimize(
-            weight,
-            bias,
-            lambda: Product.apply(weight, train) + bias,
-            data.train.labels,
-            decay,
-            what,
-        )
-        with torch.no_grad():
-            outputs = {name: Product.apply(weight, bag) + bias for name, bag in bags.items()}
-        found = {
-            name: figures_of(outputs[name], split, data.names) for name, split in splits.items()
-        }
-        if best is None or found["valid"][metric] > best["valid"][metric]:
-            best = dict(strength=strength, **found)
+        weight, bias = fit(train, data.train.labels, data.outputs, strength)
+        figures = {}
+        for name, split in splits.items():
+            outputs = bags.transform(split.rows) @ weight.numpy().T + bias.numpy()
+            figures[name] = figures_of(torch.from_numpy(outputs).float(), split, data.names)
+        if best is None or figures["valid"][metric] > best["valid"][metric]:
+            best = dict(strength=strength, **figures)
     return best
+
+
+def words_of(row: np.ndarray) -> list[int]:
+    """The tokens of an example but the special ones."""
+    return row[row >= len(SPECIAL)].tolist()
+
+
+def probes(model: Classifier, device: Device, data: Data, cfg):
+    """Fit model.head on features that are computed once, with one weight decay after the other.
+
+    Yields (decay, figures of the valid splits) while model.head is the one that has them.
+    """
+    if not is_installed():
+        raise InputError("--freeze needs scikit-learn: pip install scikit-learn")
+    train, *valid = (
+        outputs_of(model.features, device, split, cfg, sort=True)
+        for split in (data.train, *data.valid.values())
+    )
+    if not train.isfinite().all():
+        raise RunError("--freeze: the encoder's features are not finite")
+    mean = train.mean(0)
+    scale = train.std(0, correction=0).clamp(min=1e-6)
+    for decay in DECAYS:
+        strength = 1 / (decay * len(train))
+        standard = ((train - mean) / scale).numpy()
+        weight, bias = fit(standard, data.train.labels, data.outputs, strength)
+        # the same function of features as they come
+        weight = weight / scale
+        bias = bias - weight @ mean
+        model.head.out_proj.load_state_dict(dict(weight=weight, bias=bias))
+        figures = {}
+        for (name, split), features in zip(data.valid.items(), valid):
+            figures[name] = figures_of(features @ weight.T + bias, split, data.names)
+        yield decay, figures

@@ -1,4 +1,4 @@
-"""Which labelled text a fine-tuning reads: the files or folders that its settings name, as examples of tokens.
+"""Which labelled text a fine-tuning reads: the files or folders that its settings name.
 
 `cfg` is finetune.py's FinetuneConfig.
 """
@@ -10,19 +10,21 @@ from pathlib import Path
 
 from config import InputError
 from tasks import labelled
-from tasks.labelled import GLUE, Columns, Split
+from tasks.labelled import GLUE, Columns, Split, Table
+
+import numpy as np
 
 MOST_CLASSES = 1000  # the measures hold an example times a class in memory
 
 
 @dataclass
 class Data:
-    """The splits as examples. valid: the first split decides; names: of the classes, None for a regression."""
+    """The splits as examples."""
 
     train: Split
-    valid: dict[str, Split]
+    valid: dict[str, Split]  # the split `valid` decides, others are scored beside it
     test: Split | None
-    names: list[str] | None
+    names: list[str] | None  # of the classes; None for a regression
     texts: int  # 1, or 2 for pairs
 
     @property
@@ -31,107 +33,100 @@ class Data:
 
 
 def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
-    """Raises InputError for whatever cannot be used."""
+    """The labelled text as examples of at most `longest` tokens. Raises InputError."""
     folder = Path(cfg.data_path)
     if cfg.data_path and labelled.is_binarized(folder):
-        labels = folder / "label"
-        others = [
-            s
-            for s in ("valid1", "test")
-            if (labels / f"{s}.idx").is_file() or (labels / f"{s}.label").is_file()
-        ]
-        splits = ["train", "valid", *others]
-        read = {
-            split: labelled.read_binarized(folder, split, dictionary, longest) for split in splits
-        }
-        names, texts = read["train"][1], 1 + (folder / "input1").is_dir()
-        found = {split: examples for split, (examples, _) in read.items()}
+        splits, names = read_folders(folder, dictionary, longest)
+        texts = 1 + (folder / "input1").is_dir()
     elif cfg.data_path and cfg.task == "none":
-        raise InputError(
-            f"{folder}: no folder input0 in it; for GLUE's files name the task, as --task rte"
-        )
+        raise InputError(f"{folder}: no folder input0 in it; GLUE's files need --task, as rte")
     else:
         tables = read_tables(cfg)
-        texts, names = len(tables["train"].texts), None
-        if not cfg.regression:
-            names = labelled.label_names(tables["train"].labels)
-        found = {}
+        texts = len(tables["train"].texts)
+        names = None if cfg.regression else labelled.label_names(tables["train"].labels)
+        splits = {}
         for split, table in tables.items():
-            labels = (
-                labelled.class_numbers(table, names)
-                if names
-                else labelled.scores(table, cfg.label_scale)
-            )
-            found[split] = labelled.make_split(
-                [token_rows(tokenize, column, longest) for column in table.texts], labels, longest
-            )
-    if names and len(names) > MOST_CLASSES:
-        raise InputError(
-            f"{cfg.train or folder}: {len(names):,} different labels, of at most {MOST_CLASSES:,}; is --label the right"
-            " column? Scores need --regression"
-        )
-    if cfg.regression and names:
-        raise InputError(
-            f"--regression: {cfg.data_path} has classes in label/dict.txt, and no label/train.label"
-        )
-    if names and cfg.num_classes:  # as fairseq, whose head may have more than occur
-        if cfg.num_classes <= max(examples.labels.max() for examples in found.values()):
-            raise InputError(
-                f"--num_classes {cfg.num_classes}: the labels are {', '.join(names[:20])}"
-            )
-        names = [*names, *(f"unused{i}" for i in range(len(names), cfg.num_classes))][
-            : cfg.num_classes
-        ]
-    if names and len(names) < 2:
-        raise InputError(f"all training labels are {names[0]!r}; there is nothing to learn")
-    for split, examples in found.items():
-        if examples.cut and cfg.fairseq_exact:
-            raise InputError(
-                f"--fairseq_exact: {examples.cut} examples of {split} are longer than {longest} tokens"
-            )
-        if examples.cut:
-            text = f"{examples.cut:,} of {len(examples.rows):,} examples of {split} are longer than {longest} tokens"
-            print(f"warning: {text}, and cut there", file=sys.stderr)
-    train, test = found.pop("train"), found.pop("test", None)
-    return Data(train, found, test, names, texts)
+            if names:
+                labels = labelled.class_numbers(table, names)
+            else:
+                labels = labelled.scores(table, cfg.label_scale)
+            columns = [tokenize(column) for column in table.texts]
+            splits[split] = labelled.make_split(columns, labels, longest)
+    check_labels(cfg, names, splits["train"])
+    tell_cuts(splits, longest, cfg.fairseq_exact)
+    train = splits.pop("train")
+    test = splits.pop("test", None)
+    return Data(train, splits, test, names, texts)
 
 
-def read_tables(cfg) -> dict[str, labelled.Table]:
+def read_folders(folder: Path, dictionary, longest: int) -> tuple[dict, list[str] | None]:
+    """The splits of fairseq's binarized folders, and the names of the classes."""
+    splits = {}
+    for split in ("train", "valid", "valid1", "test"):
+        label = folder / "label" / split
+        is_there = any(label.with_suffix(end).is_file() for end in (".idx", ".label"))
+        if is_there or split in ("train", "valid"):
+            splits[split], names = labelled.read_binarized(folder, split, dictionary, longest)
+    return splits, names
+
+
+def read_tables(cfg) -> dict[str, Table]:
     """The files of a GLUE task, or those of --train, --valid and --test, by split."""
-    if cfg.task != "none":
-        folder, columns = Path(cfg.data_path), GLUE[cfg.task]
-        paths = {"train": folder / "train.tsv", "valid": folder / "dev.tsv"}
-        if cfg.task == "mnli":
-            paths = {"train": folder / "train.tsv", "valid": folder / "dev_matched.tsv"}
-            paths["valid_mismatched"] = folder / "dev_mismatched.tsv"
-    else:
-        header = {"auto": None, "true": True, "false": False}[cfg.header]
-        columns = Columns(columns_of(cfg.text), cfg.label, header)
-        paths = {
-            split: getattr(cfg, split)
-            for split in ("train", "valid", "test")
-            if getattr(cfg, split)
-        }
     tables = {}
-    for split, path in paths.items():
-        place = GLUE["mnli_dev"] if cfg.task == "mnli" and split != "train" else columns
-        tables[split] = labelled.read_table(path, place, cfg.regression)
-        if split == "train":  # the other files have a header if this one has
+    for split, path, columns in files_of(cfg):
+        # the other files have a header if train has one
+        if tables and columns.header is None:
             columns = dataclasses.replace(columns, header=tables["train"].header)
-        if tables[split].left_out:
-            print(
-                f"note: {path}: {tables[split].left_out:,} rows without {place.fields} fields left out"
-            )
+        table = labelled.read_table(path, columns, cfg.regression)
+        if table.left_out:
+            print(f"note: {path}: {table.left_out:,} rows without {columns.fields} fields left out")
+        tables[split] = table
     return tables
 
 
-def token_rows(tokenize, texts: list[str], longest: int) -> list:
-    """The tokens of each text; of an endless one only what an example of `longest` tokens can show."""
-    return tokenize([tokenize.head(text, longest) for text in texts])
+def files_of(cfg) -> list[tuple]:
+    """(split, path, Columns) of each file, train first."""
+    if cfg.task == "none":
+        columns = own_columns(cfg, cfg.label)
+        paths = dict(train=cfg.train, valid=cfg.valid, test=cfg.test)
+        return [(split, path, columns) for split, path in paths.items() if path]
+    files = [("train", "train", GLUE[cfg.task]), ("valid", "dev", GLUE[cfg.task])]
+    if cfg.task == "mnli":
+        dev = GLUE["mnli_dev"]
+        files[1:] = [("valid", "dev_matched", dev), ("valid_mismatched", "dev_mismatched", dev)]
+    folder = Path(cfg.data_path)
+    return [(split, folder / f"{name}.tsv", columns) for split, name, columns in files]
 
 
-def columns_of(text: str) -> tuple:
-    columns = tuple(name.strip() for name in text.split(","))
-    if not all(columns) or len(columns) > 2:
-        raise InputError(f"--text {text}: one column, or two joined by a comma")
-    return columns
+def own_columns(cfg, label: str | None = None) -> Columns:
+    """The columns that --text names, and a label's. Raises InputError."""
+    text = tuple(name.strip() for name in cfg.text.split(","))
+    if not all(text) or len(text) > 2:
+        raise InputError(f"--text {cfg.text}: one column, or two joined by a comma")
+    header = {"auto": None, "true": True, "false": False}[cfg.header]
+    return Columns(text, label, header)
+
+
+def check_labels(cfg, names: list[str] | None, train: Split):
+    """Raise InputError for labels from which nothing can be learned."""
+    if not names:
+        return
+    where = cfg.train or cfg.data_path
+    if cfg.regression:
+        raise InputError(f"--regression: {where} has classes, and no label/train.label")
+    if len(names) > MOST_CLASSES:
+        counts = f"{len(names):,} different labels, of at most {MOST_CLASSES:,}"
+        raise InputError(f"{where}: {counts}; is --label right? Scores need --regression")
+    if len(np.unique(train.labels)) < 2:
+        raise InputError(f"{where}: all training labels are {names[train.labels[0]]!r}")
+
+
+def tell_cuts(splits: dict[str, Split], longest: int, is_exact: bool):
+    """Print how many examples were cut, which fairseq would not do. Raises InputError."""
+    for name, split in splits.items():
+        text = f"examples of {name} are longer than {longest} tokens"
+        if split.cut and is_exact:
+            raise InputError(f"--fairseq_exact: {split.cut} {text}")
+        if split.cut:
+            cut = f"{split.cut:,} of {len(split.rows):,}"
+            print(f"warning: {cut} {text}, and cut there", file=sys.stderr)

@@ -1,6 +1,5 @@
 """What a fine-tuned classifier says of raw text: `finetune.py --predict`."""
 
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -9,28 +8,54 @@ from config import InputError, printable, read_text
 from hardware.device import Device
 from run import checkpoint
 from tasks import classifier, labelled, pretrained
-from tasks.classifier import outputs_of
-from tasks.data import columns_of, token_rows
-from tasks.labelled import Columns
+from tasks.batches import outputs_of
+from tasks.data import own_columns
 from text.tokens import load_tokenizer
 
 import torch
 
-HEADERS = {"auto": None, "true": True, "false": False}
+
+def predict(cfg, device: Device) -> int:
+    """Write a line for each example: the class's name and all probabilities, or the score.
+
+    The first row names the columns. cfg: finetune.py's settings. Raises InputError.
+    """
+    inputs = {os.path.realpath(path) for path in (cfg.predict, cfg.ckpt)}
+    if cfg.out and os.path.realpath(cfg.out) in inputs:
+        raise InputError(f"--out {cfg.out} is a file that this reads; choose another name")
+    # the classifier, and its tokenizer beside it
+    entry = classifier.entry_of(checkpoint.load(cfg.ckpt), cfg.ckpt)
+    source = pretrained.load(cfg.ckpt, attention_heads=cfg.attention_heads)
+    model = classifier.rebuild(entry, source.encoder(), cfg.ckpt).to(device.torch_device).eval()
+    folder = Path(cfg.dict or source.path).parent
+    dictionary = pretrained.read_dictionary(cfg.dict or folder / "dict.txt", source)
+    tokenize = load_tokenizer(folder, dictionary, cfg.encoder_json, cfg.vocab_bpe)
+    # the texts
+    columns = [tokenize(column) for column in read_texts(cfg, entry["texts"])]
+    split = labelled.make_split(columns, None, source.longest)
+    if split.cut:
+        cut = f"longer than {source.longest} tokens, and cut there"
+        print(f"warning: {split.cut:,} texts are {cut}", file=sys.stderr)
+    outputs = outputs_of(model, device, split, cfg, sort=True)
+    write(table_of(outputs, entry), cfg.out)
+    return 0
 
 
-def read_texts(path: str, text: str, header: str, texts: int) -> list[list[str]]:
-    """A list for each of the `texts` that belong to an example: columns of a table where `text` names them, else the
-    lines of a file, of a pair with a tab between the two. Raises InputError."""
-    if text:
-        found = labelled.read_table(path, Columns(columns_of(text), None, HEADERS[header])).texts
-        if len(found) != texts:
-            raise InputError(
-                f"--text {text}: the classifier was trained on {texts} text column{'s' * (texts > 1)}"
-            )
-        return found
+def read_texts(cfg, texts: int) -> list[list[str]]:
+    """A list for each of the `texts` (1 or 2) that belong to an example.
+
+    They are columns of a table where --text names them, else the lines of a file, of a pair with a
+    tab between the two. Raises InputError.
+    """
+    path = cfg.predict
+    if cfg.text:
+        columns = labelled.read_table(path, own_columns(cfg)).texts
+        if len(columns) != texts:
+            raise InputError(f"--text {cfg.text}: the classifier has {texts} text columns")
+        return columns
     lines = read_text(path, encoding="utf-8-sig").split("\n")
-    lines = lines if lines[-1] else lines[:-1]
+    if not lines[-1]:
+        lines.pop()
     if not lines:
         raise InputError(f"{path}: no lines in it")
     if texts == 1:
@@ -38,49 +63,27 @@ def read_texts(path: str, text: str, header: str, texts: int) -> list[list[str]]
     pairs = [line.split("\t") for line in lines]
     for number, pair in enumerate(pairs, 1):
         if len(pair) != 2:
-            raise InputError(
-                f"{path}, line {number}: expected two texts with one tab between them, for a pair"
-            )
+            raise InputError(f"{path}, line {number}: expected a pair, two texts with one tab")
     return [list(column) for column in zip(*pairs)]
 
 
-def predict(cfg, device: Device) -> int:
-    """Write a line for each example: the class's name and all probabilities, or the score; the first row names the
-    columns. cfg: finetune.py's settings. Raises InputError."""
-    if cfg.out and any(
-        os.path.realpath(cfg.out) == os.path.realpath(path) for path in (cfg.predict, cfg.ckpt)
-    ):
-        raise InputError(f"--out {cfg.out} is a file that this reads; choose another name")
-    made = classifier.entry_of(checkpoint.load(cfg.ckpt), cfg.ckpt)
-    source = pretrained.load(cfg.ckpt, attention_heads=cfg.attention_heads)
-    model = classifier.rebuild(made, source.encoder(), cfg.ckpt).to(device.torch_device).eval()
-    folder = Path(cfg.dict or source.path).parent
-    dictionary = pretrained.read_dictionary(cfg.dict or folder / "dict.txt", source)
-    tokenize = load_tokenizer(folder, dictionary, cfg.encoder_json, cfg.vocab_bpe)
-    texts = read_texts(cfg.predict, cfg.text, cfg.header, made["texts"])
-    split = labelled.make_split(
-        [token_rows(tokenize, column, source.longest) for column in texts], None, source.longest
-    )
-    if split.cut:
-        print(
-            f"warning: {split.cut:,} texts are longer than {source.longest} tokens, and cut there",
-            file=sys.stderr,
-        )
-    outputs = outputs_of(model, device, split, cfg, sort=True)
-    if made["labels"] is None:
-        rows = [["score"]] + [
-            [f"{score * made['label_scale']:.6f}"] for score in outputs.view(-1).tolist()
-        ]
+def table_of(outputs: torch.Tensor, entry: dict) -> list[list[str]]:
+    """Rows of cells from the model's outputs (N, K); the first one names the columns."""
+    if entry["labels"] is None:
+        scale = entry["label_scale"]
+        return [["score"], *([f"{score * scale:.6f}"] for score in outputs.view(-1).tolist())]
+    # a name may hold anything: the table must stay one, and a terminal unharmed
+    names = [printable(" ".join(name.split())) for name in entry["labels"]]
+    rows = [["label", *names]]
+    for row in torch.softmax(outputs, 1).tolist():
+        rows.append([names[row.index(max(row))], *(f"{p:.6f}" for p in row)])
+    return rows
+
+
+def write(rows: list[list[str]], out: str):
+    """To the file `out` in one step, or to standard output."""
+    text = "".join("\t".join(row) + "\n" for row in rows)
+    if out:
+        checkpoint.write_text(out, text)
     else:
-        names = [printable(" ".join(name.split())) for name in made["labels"]]
-        rows = [["label", *names]]
-        for row in torch.softmax(outputs, 1).tolist():
-            rows.append([names[row.index(max(row))], *(f"{p:.6f}" for p in row)])
-    with contextlib.ExitStack() as stack:
-        out = sys.stdout
-        if cfg.out:
-            out = stack.enter_context(
-                open(stack.enter_context(checkpoint.whole(cfg.out)), "w", encoding="utf-8")
-            )
-        out.writelines("\t".join(row) + "\n" for row in rows)
-    return 0
+        sys.stdout.write(text)

@@ -1,10 +1,10 @@
-"""Several fine-tunings of one command: which one is the best, their mean and spread, results.json."""
+"""The fine-tunings of one command: their folders, mean and spread, the best, results.json."""
 
 import json
 import os
-import re
 import shutil
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 from config import InputError, printable
@@ -13,112 +13,172 @@ from run import checkpoint
 import numpy as np
 
 SMALL, SMALL_LR = 256, 1e-4  # up to this width, learning rates below this train next to nothing
-BAG = "a bag of the tokens, without an encoder"
-OWN = re.compile(
-    r"(untrained_)?(probe|lr_[\d.e+-]+)_seed_\d+"
-)  # the folder of one of several fine-tunings
+
+
+@dataclass(frozen=True)
+class Job:
+    """One of the fine-tunings of a command."""
+
+    lr: float
+    seed: int
+    untrained: bool  # from random weights, for comparison
+    is_probe: bool = False  # on frozen features; lr is 0 then
+
+    @property
+    def group(self) -> str:
+        """What it shares with those that differ in their seed alone."""
+        kind = "probe" if self.is_probe else f"lr {self.lr:g}"
+        return f"untrained {kind}" if self.untrained else kind
+
+    @property
+    def name(self) -> str:
+        return f"{self.group} seed {self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """Its place under --save_dir, where there are several."""
+        return "_".join(self.name.split())
+
+
+@dataclass
+class Result:
+    """What a fine-tuning has reached."""
+
+    job: Job
+    checkpoint: Path  # of its best validation
+    best: dict  # that validation: where it was, and the figures of each split
+
+    def score(self, metric: str) -> float:
+        return self.best["valid"][metric]
+
+    def row(self) -> dict:
+        """Its entry in results.json."""
+        job = self.job
+        place = dict(lr=job.lr, seed=job.seed, untrained=job.untrained)
+        return dict(name=job.name, **place, **self.best)
+
+
+def jobs_of(cfg) -> list[Job]:
+    """All fine-tunings that the settings ask for."""
+    jobs = []
+    for untrained in (False, True) if cfg.untrained else (False,):
+        for lr in (0.0,) if cfg.freeze else cfg.lr:
+            # a probe on given features is the same at every seed
+            seeds = 1 if cfg.freeze and not untrained else cfg.seeds
+            jobs += [Job(lr, cfg.seed + i, untrained, cfg.freeze) for i in range(seeds)]
+    return jobs
 
 
 def prepare(folder: Path, ckpt: str, overwrite: bool) -> list[Path]:
-    """Make --save_dir. Returns what an older fine-tuning left there, which goes once all inputs are known to be good.
-    Raises InputError if --overwrite does not allow that, or if something else would be lost."""
+    """Make --save_dir; returns what an older fine-tuning left there.
+
+    That goes once all inputs are known to be good. Raises InputError if --overwrite does not allow
+    it, or if something else would be lost.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    taken = any((folder / name).exists() for name in ("train.jsonl", "train.idx"))
-    if taken or Path(ckpt).resolve().parent == folder.resolve():
-        raise InputError(
-            f"--save_dir {folder} holds the run to start from, or a dataset; choose another folder"
-        )
-    held = [folder / name for name in ("finetune.jsonl", "results.json", "checkpoint_best.pt")]
-    held = [path for path in held if path.exists()] + [
-        path.parent for path in folder.glob("*/finetune.jsonl") if OWN.fullmatch(path.parent.name)
-    ]
-    if held and not overwrite:
-        raise InputError(
-            f"--save_dir {folder} holds {held[0].name}; add --overwrite, or choose another folder"
-        )
-    return held
+    is_taken = any((folder / name).exists() for name in ("train.jsonl", "train.idx"))
+    if is_taken or Path(ckpt).resolve().parent == folder.resolve():
+        what = "holds the run to start from, or a dataset"
+        raise InputError(f"--save_dir {folder} {what}; choose another folder")
+    names = ("finetune.jsonl", "results.json", "checkpoint_best.pt")
+    older = [folder / name for name in names if (folder / name).exists()]
+    # a folder with a dict.txt is a fine-tuning of its own
+    logs = folder.glob("*_seed_*/finetune.jsonl")
+    older += [log.parent for log in logs if not (log.parent / "dict.txt").exists()]
+    if older and not overwrite:
+        what = f"holds {older[0].name}; add --overwrite"
+        raise InputError(f"--save_dir {folder} {what}, or choose another folder")
+    return older
 
 
 def remove(paths: list[Path]):
     for path in paths:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
-def groups_of(results: list) -> dict:
-    """The runs that differ in their seed alone: {(untrained, lr): runs}."""
+def groups_of(results: list[Result]) -> dict[str, list[Result]]:
+    """The fine-tunings that differ in their seed alone."""
     groups = {}
     for result in results:
-        groups.setdefault((result["untrained"], result["lr"]), []).append(result)
+        groups.setdefault(result.job.group, []).append(result)
     return groups
 
 
-def best_of(runs: list, metric: str) -> dict:
-    return max(runs, key=lambda result: result["valid"][metric])
+def best_of(results: list[Result], metric: str) -> Result:
+    return max(results, key=lambda result: result.score(metric))
 
 
-def keep_best(results: list, metric: str):
+def keep_best(results: list[Result], metric: str):
     """Remove the checkpoints that cannot be the best any more: one for each lr stays."""
-    for runs in groups_of(results).values():
-        for result in runs:
-            if result is not best_of(runs, metric) or result["untrained"] and len(results) > 1:
-                Path(result["checkpoint"]).unlink(missing_ok=True)
+    for group in groups_of(results).values():
+        best = best_of(group, metric)
+        for result in group:
+            if result is not best or (result.job.untrained and len(results) > 1):
+                result.checkpoint.unlink(missing_ok=True)
 
 
-def summary(runs: list, split: str, metric: str) -> str:
-    values = [result[split][metric] for result in runs]
-    shown = f"{split} {metric} {statistics.fmean(values):.4f}"
-    if len(values) > 1:
-        shown += f" +- {statistics.stdev(values):.4f} (sd of {len(values)} seeds: {' '.join(f'{v:.4f}' for v in values)})"
-    return shown
+def say(figures: list[dict], metric: str, label: str):
+    """Print a line for the figures of fine-tunings that differ in their seed alone."""
+    parts = []
+    for split in [name for name, value in figures[0].items() if isinstance(value, dict)]:
+        values = [entry[split][metric] for entry in figures]
+        parts.append(f"{split} {metric} {statistics.fmean(values):.4f}")
+        if len(values) > 1:
+            each = " ".join(f"{value:.4f}" for value in values)
+            spread = f"{statistics.stdev(values):.4f} (sd of {len(values)} seeds: {each})"
+            parts[-1] += f" +- {spread}"
+    print(f"{label}: {', '.join(parts)}")
 
 
-def say(runs: list, metric: str, label: str):
-    """Print a line for runs that differ in their seed alone."""
-    splits = [name for name, value in runs[0].items() if isinstance(value, dict)]
-    print(f"{label}: " + ", ".join(summary(runs, split, metric) for split in splits))
+def say_bag(bag: dict | None, metric: str):
+    """Print what a bag of the tokens reaches, if that was measured."""
+    if bag:
+        say([bag], metric, "a bag of the tokens, without an encoder")
 
 
-def finish(results: list, counted: dict, metric: str, folder: Path):
-    """Print a line for each group and for the bag of tokens, move the best checkpoint to `folder`, and write
-    results.json. The best learning rate is the one with the best mean on valid; of its seeds the best on valid."""
+def finish(results: list[Result], bag: dict | None, metric: str, folder: Path):
+    """Print a line for each group, move the best checkpoint to `folder`, write results.json.
+
+    The best learning rate is the one with the best mean on valid; of its seeds the best on valid.
+    """
+    means = {}
     groups = groups_of(results)
-    for runs in groups.values():
-        say(runs, metric, runs[0]["name"].rpartition(" seed")[0])
-    say([counted], metric, BAG)
-    trained = {lr: runs for (untrained, lr), runs in groups.items() if not untrained}
-    lr = max(
-        trained, key=lambda lr: statistics.fmean(result["valid"][metric] for result in trained[lr])
-    )
-    best, final = best_of(trained[lr], metric), folder / "checkpoint_best.pt"
-    os.replace(best["checkpoint"], final)
+    for name, group in groups.items():
+        say([result.best for result in group], metric, name)
+        if not group[0].job.untrained:
+            means[name] = statistics.fmean(result.score(metric) for result in group)
+    say_bag(bag, metric)
+    best = best_of(groups[max(means, key=means.get)], metric)
+    final = folder / "checkpoint_best.pt"
+    os.replace(best.checkpoint, final)
     for result in results:
-        if result["checkpoint"] != str(final):
-            Path(result["checkpoint"]).unlink(missing_ok=True)
-    rows = [{k: v for k, v in result.items() if k != "checkpoint"} for result in results]
-    checkpoint.write_text(
-        folder / "results.json",
-        json.dumps(dict(metric=metric, best=best["name"], runs=rows, bag=counted), indent=1),
-    )
-    print(printable(f"best on valid: {best['name']} | {final}"))
+        if result.checkpoint != final:
+            result.checkpoint.unlink(missing_ok=True)
+    rows = [result.row() for result in results]
+    content = dict(metric=metric, best=best.job.name, runs=rows, bag=bag)
+    checkpoint.write_text(folder / "results.json", json.dumps(content, indent=1))
+    print(printable(f"best on valid: {best.job.name} | {final}"))
 
 
-def describe(source, data, metric: str, lrs: tuple):
-    """Print what is about to be done. source: a Pretrained; data: a finetune_data.Data; lrs: (0,) for --freeze."""
+def describe(source, data, metric: str, lr: float):
+    """Print what is about to be done. source: a Pretrained; data: a Data; lr: the highest."""
     width = source.shape.embed_dim
-    if width <= SMALL and 0 < max(lrs) < SMALL_LR:
-        print(
-            f"note: width {width} needs a higher --lr, and --pool mean --embed_rms 0.02 helps it (docs/finetune.md)"
-        )
-    sizes = [f"{len(data.train.rows):,} train"] + [
-        f"{len(split.rows):,} {name}" for name, split in data.valid.items()
-    ]
-    print(printable(f"{source.path} | {', '.join(sizes)} | best by {metric} on valid"))
-    if data.names:
-        common = np.bincount(data.train.labels, minlength=data.outputs).argmax()
-        share = np.mean(data.valid["valid"].labels == common)
-        shown = ", ".join(data.names[:20]) + ", ..." * (data.outputs > 20)
-        print(
-            printable(
-                f"{data.outputs} classes: {shown} | accuracy of always {data.names[common]!r}: {share:.4f}"
-            )
-        )
+    if width <= SMALL and 0 < lr < SMALL_LR:
+        tip = "and --pool mean --embed_rms 0.02 helps it (docs/finetune.md)"
+        print(f"note: width {width} needs a higher --lr, {tip}")
+    sizes = [f"{len(split.rows):,} {name}" for name, split in data.valid.items()]
+    sizes = ", ".join([f"{len(data.train.rows):,} train", *sizes])
+    print(printable(f"{source.path} | {sizes} | best by {metric} on valid"))
+    if not data.names:
+        return
+    # what a model reaches that has learned nothing
+    common = np.bincount(data.train.labels, minlength=data.outputs).argmax()
+    share = np.mean(data.valid["valid"].labels == common)
+    names = ", ".join(data.names[:20])
+    if data.outputs > 20:
+        names += ", ..."
+    always = f"accuracy of always {data.names[common]!r}: {share:.4f}"
+    print(printable(f"{data.outputs} classes: {names} | {always}"))
