@@ -259,7 +259,11 @@ def test_an_update_without_a_masked_token_or_without_a_batch_counts_as_zero(corp
     bare = dataclasses.replace(batch, source=batch.target, masked=none, target_places=none)
     for batches in ([bare], []):
         done = train.update(run, batches)
-        assert float(done.step.loss) == 0 and float(done.step.gnorm) == 0 and int(done.step.counts[0]) == 0
+        assert (
+            float(done.step.loss) == 0
+            and float(done.step.gnorm) == 0
+            and int(done.step.counts[0]) == 0
+        )
     assert all(p.isfinite().all() for p in run.weights.parameters) and run.num_updates == 2
 
 
