@@ -148,7 +148,7 @@ def test_a_model_too_large_for_the_memory_is_refused_at_once(monkeypatch, tmp_pa
         call(train.main, *argv, "--layers", 20_000)
     with pytest.raises(InputError, match="too large for this cpu: .* weights need"):
         call(bench.main, "--device", "cpu", "--vocabulary", 10**9)
-    with pytest.raises(InputError, match="--vocab_size 1000000000: must be at most"):
+    with pytest.raises(InputError, match="--vocab_size 1000000000: must be"):
         preprocess.main(
             f"--bpe train --vocab_size 1000000000 --train {tmp_path} --dest {tmp_path}".split()
         )

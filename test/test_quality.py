@@ -4,7 +4,7 @@ import shutil
 
 import eval as evaluation
 import train
-from config import DataConfig, GuardConfig, InputError
+from config import DataConfig, GuardConfig
 from data import Corpus
 from judge import neighbours, probe, quality
 from judge.validation import Validation
@@ -166,39 +166,6 @@ def test_the_probe_while_training_is_in_the_log_and_changes_nothing_else(tmp_pat
     assert losses[0] == losses[1]
     best = train.checkpoint.load(tmp_path / "probed" / "checkpoint_best.pt").content["progress"]
     assert best["best_gain"] == max(row["valid_probe_gain"] for row in rows)
-
-
-def test_the_best_checkpoint_can_go_by_the_cosines_lead_over_both_guesses(tmp_path, corpus_dir):
-    argv = [
-        *FEW,
-        "--data_path",
-        corpus_dir,
-        "--validate_interval_updates",
-        2,
-        "--save_dir",
-        tmp_path / "run",
-    ]
-    call(train.main, *argv, "--max_update", 8, "--best_by", "cosine_gain", "--lr", "0.01")
-    rows = rows_of(tmp_path / "run", "valid_cosine")
-    gains = [
-        row["valid_cosine"] - max(row["valid_cosine_position"], row["valid_cosine_block"])
-        for row in rows
-    ]
-    best = train.checkpoint.load(tmp_path / "run" / "checkpoint_best.pt").content["progress"]
-    assert (
-        best["best_gain"] == max(gains)
-        and best["num_updates"] == rows[gains.index(max(gains))]["num_updates"]
-    )
-    with pytest.raises(InputError, match="cosine_gain is for data2vec's targets"):
-        call(
-            train.main,
-            *argv[:-1],
-            tmp_path / "mlm",
-            "--best_by",
-            "cosine_gain",
-            "--objective",
-            "mlm",
-        )
 
 
 def test_the_probe_compares_with_the_weights_before_the_first_update(corpus_dir):

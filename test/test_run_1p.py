@@ -267,7 +267,7 @@ def test_a_demo_corpus_that_is_there_is_used_again(tmp_path):
 )
 def test_the_modelzoos_scripts_start_the_modes(tmp_path, mode, preset):
     env, calls = fake_python(tmp_path)
-    (tmp_path / "test").mkdir()
+    (tmp_path / "test").mkdir(exist_ok=True)
     script = shutil.copy(HERE / "test" / f"train_{mode}_1p.sh", tmp_path / "test")
     command = ["bash", script, "--data_path=x y", "--checkpoint_path=a.pt"]
     subprocess.run(command, env=env, cwd=tmp_path)
@@ -285,7 +285,7 @@ def test_a_python_of_the_users_own_is_never_installed_into(tmp_path):
         tested.returncode == 2
         and "needs the package pytest: python3 -m pip install pytest==" in tested.stderr
     )
-    raw = run_1p(tmp_path, env, "full", "--raw_dir=text")
+    raw = run_1p(tmp_path, env, "full", "--raw_dir=words")
     assert raw.returncode == 2 and "python3 -m pip install tokenizers==" in raw.stderr
     assert " -m pip " not in calls.read_text() and " -m pytest" not in calls.read_text()
 
@@ -295,7 +295,7 @@ def test_the_projects_own_environment_gets_the_tests_packages_when_asked_for(tmp
     assert run_1p(tmp_path, env, "test", "-k", "some").returncode == 0
     assert calls.read_text().splitlines()[-1] == "python -m pytest -q -n 2 --dist loadfile -k some"
     pinned = (HERE / "test/requirements.txt").read_text().splitlines()
-    assert "-r requirements.txt" in pinned
+    assert "-r ../requirements.txt" in pinned
     assert all("==" in line for line in pinned if line and line[0] not in "#-")
 
 
@@ -323,7 +323,7 @@ def test_each_reason_to_skip_is_printed_once_with_the_packages_that_would_help(t
     (tmp_path / "test/requirements.txt").write_text(
         "pytest==9.2.0\nno-such-package==1.2  # the reason\n"
     )
-    (tmp_path / "tests" / "test_few.py").write_text(
+    (tmp_path / "test" / "test_few.py").write_text(
         "import pytest\n"
         "@pytest.mark.parametrize('i', range(3))\n"
         "def test_card(i): pytest.skip('no card')\n"
@@ -387,7 +387,7 @@ def test_signals_are_passed_on_and_the_run_saves(corpus_dir, tmp_path):
 def test_a_raw_folder_is_preprocessed_once_then_trained_on(tmp_path):
     pytest.importorskip("tokenizers", reason="BPE needs the tokenizers package")
     env, calls = fake_python(tmp_path)
-    raw_dir = tmp_path / "text"
+    raw_dir = tmp_path / "words"
     raw_dir.mkdir()
     for split, names in small_corpus(tmp_path).items():
         names[0].rename(raw_dir / f"wiki.{split}.raw")
@@ -396,10 +396,10 @@ def test_a_raw_folder_is_preprocessed_once_then_trained_on(tmp_path):
         return run_1p(tmp_path, env, "full", *argv, cwd=tmp_path)
 
     for expected in ("train: 200 sentences", "train: already done"):
-        result = full("--raw_dir", "text")
+        result = full("--raw_dir", "words")
         assert result.returncode == 3 and expected in result.stdout, result.stdout + result.stderr
-        assert "train.py --config_name npu_1p --data_path output/0/text-bin " in calls.read_text()
-    folder = tmp_path / "output" / "0" / "text-bin"
+        assert "train.py --config_name npu_1p --data_path output/0/words-bin " in calls.read_text()
+    folder = tmp_path / "output" / "0" / "words-bin"
     assert (
         json.loads((folder / "preprocess.log").read_text().splitlines()[0])["made_from"]["bpe"]
         == "train"
@@ -407,19 +407,19 @@ def test_a_raw_folder_is_preprocessed_once_then_trained_on(tmp_path):
     assert len(TokenFile(folder / "test").sizes) == 200
 
     (raw_dir / "dict.txt").write_text((folder / "dict.txt").read_text())
-    result = full("--raw_dir=text")
+    result = full("--raw_dir=words")
     assert (
         result.returncode == 2
-        and "text holds only a part of encoder.json, vocab.bpe" in result.stderr
+        and "words holds only a part of encoder.json, vocab.bpe" in result.stderr
     )
     for name in preprocess.BPE_FILES:
         (raw_dir / name).write_bytes((folder / name).read_bytes())
     (raw_dir / "wiki.test.raw").unlink()
-    result = full("--raw_dir=text", "--data_path=other")
+    result = full("--raw_dir=words", "--data_path=other")
     assert result.returncode == 3, result.stdout + result.stderr
     assert f"train.py --config_name npu_1p --data_path {tmp_path / 'other'} " in calls.read_text()
     assert (tmp_path / "other" / "train.bin").read_bytes() == (folder / "train.bin").read_bytes()
     assert not (tmp_path / "other" / "test.idx").exists()
     (raw_dir / "wiki.train.raw").unlink()
-    result = full("--raw_dir=text")
+    result = full("--raw_dir=words")
     assert result.returncode == 2 and "wiki.train.raw: no such file" in result.stderr

@@ -1,7 +1,6 @@
 """What a person sees who waits: bars on a terminal, a few lines elsewhere, how long it will take."""
 
 import fcntl
-import io
 import os
 import pty
 import re
@@ -11,12 +10,11 @@ import sys
 import termios
 import time
 
+import config
 import eval as evaluation
 import train
-from run import log, progress
+from run import log
 from test.helpers import CPU, FEW, HERE, call, few, make_run
-
-import pytest
 
 NUMBER = r"[\d,.]+(e-\d\d)?"
 
@@ -55,43 +53,6 @@ def test_on_80_columns_every_bar_fits_with_its_numbers_whole(corpus_dir, tmp_pat
     assert {"valid", "position guess", "probe, reading", "probe, fitting at most"} <= names
 
 
-def test_a_bar_of_the_longest_run_still_shows_all_its_numbers():
-    state = dict(
-        n=999_999,
-        total=1_000_000,
-        elapsed=9e6,
-        ncols=79,
-        prefix="",
-        unit="update",
-        rate=0.12,
-        initial=0,
-    )
-    text = progress.Bar.format_meter(
-        **state, bar_format=progress.FORMAT, postfix="loss 12.345 lr 1.2e-04"
-    )
-    assert len(text) <= 79 and text.startswith("999999/1000000 |") and text.endswith("lr 1.2e-04")
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_a_bar_is_drawn_again_while_a_step_takes_long(monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(progress, "TICK", 0.01)
-    with progress.Bar(total=3) as bar:
-        before = len(sys.stderr.getvalue())
-        deadline = time.monotonic() + 10
-        while len(sys.stderr.getvalue()) < before + 200 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert len(sys.stderr.getvalue()) >= before + 200
-    after = sys.stderr.getvalue()
-    time.sleep(0.05)
-    assert sys.stderr.getvalue() == after and not bar._ticking.is_alive()
-    assert progress.Bar(range(3), rank=1).disable  # another worker's
-
-
 def test_without_a_terminal_there_is_no_bar(corpus_dir, tmp_path, capfd):
     call(train.main, *few(corpus_dir, tmp_path, "--max_update", 2))
     call(
@@ -104,34 +65,6 @@ def test_without_a_terminal_there_is_no_bar(corpus_dir, tmp_path, capfd):
         "--untrained",
     )
     assert capfd.readouterr().err == ""
-
-
-def test_without_a_bar_a_run_says_that_it_runs_until_its_first_row(
-    corpus_dir, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(log, "PULSE", 0.02)
-    run, dataset = make_run(corpus_dir)
-    told = log.Log(CPU, tmp_path / "train.jsonl")
-    told.open(3, 1000)
-    assert set(wait_for_lines(capsys, "running: 3 of")) == {"running: 3 of 1,000 updates done"}
-    run.num_updates = 3
-    told.add(train.update(run, [dataset.batch(dataset.epoch_batches(1)[0], 1)]))
-    assert "running: 4 of 1,000 updates done" in wait_for_lines(capsys, "running: 4 of")
-    told.write()
-    time.sleep(0.1)  # for a line under way
-    capsys.readouterr()
-    time.sleep(0.1)
-    assert capsys.readouterr().out == ""
-    told.close()
-
-
-def wait_for_lines(capsys, text) -> list[str]:
-    """What is printed until a line holds the text."""
-    lines, deadline = [], time.monotonic() + 10
-    while not any(text in line for line in lines) and time.monotonic() < deadline:
-        time.sleep(0.01)
-        lines += capsys.readouterr().out.splitlines()
-    return lines
 
 
 def test_a_run_says_how_long_it_will_take_and_what_it_reads(corpus_dir, tmp_path, monkeypatch):
@@ -206,7 +139,7 @@ def test_the_start_of_a_run_shows_only_the_settings_that_differ(corpus_dir, tmp_
     lines = call(train.main, "--config_name", "tiny", *FEW[2:], "--data_path", corpus_dir, "--save_dir", tmp_path / "a",
                  "--max_update", 1).splitlines()  # fmt: skip
     assert lines[0].startswith(
-        f"data2vec-text {train.config.VERSION}: train.py --config_name tiny --data_path"
+        f"data2vec-text {config.VERSION}: train.py --config_name tiny --data_path"
     )
     assert (
         "--max_update 1" in lines[0] and "mask_prob" not in lines[0] and "ema_decay" not in lines[0]
@@ -225,26 +158,4 @@ def test_no_table_is_wider_than_79_columns(corpus_dir, tmp_path, capsys):
         "--untrained",
     )
     lines = text.splitlines()[1:]  # the first has the path
-    assert max(map(len, lines)) <= 79, lines
-
-
-@pytest.mark.parametrize("flag", ["--compare", "--sweep", "--checkpoint"])
-def test_no_table_of_the_benchmark_is_wider_than_79_columns(flag):
-    import bench
-
-    small = [
-        "--updates",
-        1,
-        "--warmup",
-        1,
-        "--vocabulary",
-        100,
-        "--sweep_lengths",
-        "16",
-        "--sweep_tokens",
-        "64",
-    ]
-    lines = call(bench.main, *FEW, *small, flag).splitlines()[
-        1:-1
-    ]  # between the device and the JSON
     assert max(map(len, lines)) <= 79, lines

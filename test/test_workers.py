@@ -13,7 +13,7 @@ import config
 import data
 import train
 from config import InputError
-from run import checkpoint, resume
+from run import checkpoint, flags, resume
 from test.helpers import (
     CPU,
     HERE,
@@ -125,9 +125,7 @@ def test_one_worker_continues_where_two_were_in_the_epoch(corpus_dir, tmp_path):
     run, _ = make_run(corpus_dir, **{"layers": 2})
     run.device = device
     loaded = checkpoint.load(tmp_path / "odd" / "checkpoint_last.pt")
-    run.cfg = config.Config(
-        *train.config.parse(config.PARTS, "", few(corpus_dir, tmp_path / "odd"))[0]
-    )
+    run.cfg = config.Config(*flags.parse(config.PARTS, "", few(corpus_dir, tmp_path / "odd"))[0])
     corpus = data.Corpus(run.cfg.data)
     assert loaded.content["progress"]["batches"] == 12
     with pytest.raises(InputError, match="world_size was 1, is 5"):
@@ -213,7 +211,10 @@ def run_workers(argvs: list, setup: str = "") -> list:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = f"import os, time, datetime, device, train, config\n{setup}\nconfig.program(train.main)"
+    code = (
+        "import os, time, datetime, config, train\nfrom hardware import device\n"
+        f"from run import flags\n{setup}\nflags.program(train.main)"
+    )
     shared = dict(
         WORLD_SIZE=len(argvs),
         MASTER_ADDR="127.0.0.1",
@@ -252,7 +253,9 @@ def test_workers_that_disagree_end_all_at_once_with_the_fields_name(saved, corpu
 
 def test_a_worker_that_does_not_answer_ends_the_others_in_one_line(corpus_dir, tmp_path):
     setup = (
-        "device.WORKER_TIMEOUT, update = datetime.timedelta(seconds=8), train.update\n"
+        "from hardware import opening\n"
+        "opening.WORKER_TIMEOUT = device.WORKER_TIMEOUT = datetime.timedelta(seconds=8)\n"
+        "update = train.update\n"
         "def late(run, batches):\n"
         "    time.sleep(14 * (os.environ['RANK'] == '1' and run.num_updates == 2))\n"
         "    return update(run, batches)\n"
@@ -272,7 +275,7 @@ def test_workers_whose_clocks_differ_stop_after_the_same_update_with_the_same_ra
     corpus_dir, tmp_path
 ):
     setup = (
-        "from run.clock import Clock\n"
+        "from run.guard import Clock\n"
         "Clock.now = lambda clock: clock.hours + [0.01, 0.125][int(os.environ['RANK'])]\n"  # of an update
         "update = train.update\n"
         "def tell(run, batches):\n"
@@ -291,7 +294,7 @@ def test_workers_whose_clocks_differ_stop_after_the_same_update_with_the_same_ra
 @pytest.mark.parametrize("ending, code", [("pass", 0), ("raise config.RunError('no')", 1)])
 def test_a_worker_leaves_before_python_ends_since_torchs_threads_may_abort_it_there(ending, code):
     program = (
-        "import atexit, os, config\n"
+        "import atexit, os, config\nfrom run import flags\n"
         "atexit.register(os.write, 2, b'AT EXIT')\n"
         "def main():\n"
         "    print('the last line')\n"
