@@ -21,9 +21,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import config
-from config import DeviceConfig, FinetuneConfig, InputError, OptimConfig, RunError
+from config import DeviceConfig, InputError, OptimConfig, RunError
 from run import flags
+from tasks.settings import CLASS_METRICS, RECIPES, SCORE_METRICS, FinetuneConfig
 
 PARTS = [FinetuneConfig, DeviceConfig]
 
@@ -59,7 +59,7 @@ def implied(cfg: FinetuneConfig) -> dict:
     """What --task and --fairseq_exact set; flags override it. cfg: as the flags alone make it."""
     values = {}
     if cfg.task != "none":
-        recipe = config.RECIPES[cfg.task]
+        recipe = RECIPES[cfg.task]
         values = recipe._asdict() | dict(lr=(recipe.lr,))
         warmup = values.pop("warmup_updates")
         if cfg.max_update:  # another length keeps the recipe's share
@@ -95,7 +95,7 @@ def read_task(cfg: FinetuneConfig, device: Device) -> Task:
     check_memory(source.shape, source.vocabulary, device, copies)
     text = pretrained.prepare_text(cfg, source)
     data = read_data(cfg, source.longest, text.dictionary, text.tokenize)
-    metrics = config.CLASS_METRICS if data.names else config.SCORE_METRICS
+    metrics = CLASS_METRICS if data.names else SCORE_METRICS
     metric = cfg.metric
     if metric == "auto":
         metric = "accuracy" if data.names else "pearson_and_spearman"

@@ -224,7 +224,7 @@ def test_an_update_is_the_references_adam_with_eps_beside_the_uncorrected_root(
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
         lr = train.lr_at(t - 1, run.cfg.train)
         done = train.update(run, [batch])
-        assert float(done.gnorm) == pytest.approx(norm, rel=1e-5)
+        assert float(done.step.gnorm) == pytest.approx(norm, rel=1e-5)
         assert norm > 0.05  # so that clipping to it shows
 
         factor = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0
@@ -245,9 +245,9 @@ def test_update_freq_2_equals_one_batch_of_twice_the_size(corpus_dir):
         cut = len(ids) // 3
         one = train.update(whole, [dataset.batch(ids, 1)])
         two = train.update(parts, [dataset.batch(part, 1) for part in (ids[:cut], ids[cut:])])
-        assert float(two.loss) == pytest.approx(float(one.loss), rel=1e-5)
-        assert float(two.gnorm) == pytest.approx(float(one.gnorm), rel=1e-5)
-        assert two.counts.tolist() == one.counts.tolist()
+        assert float(two.step.loss) == pytest.approx(float(one.step.loss), rel=1e-5)
+        assert float(two.step.gnorm) == pytest.approx(float(one.step.gnorm), rel=1e-5)
+        assert two.step.counts.tolist() == one.step.counts.tolist()
     for a, b in zip(whole.weights.parameters, parts.weights.parameters):
         assert torch.allclose(a, b, atol=2e-6)
 
@@ -259,7 +259,11 @@ def test_an_update_without_a_masked_token_or_without_a_batch_counts_as_zero(corp
     bare = dataclasses.replace(batch, source=batch.target, masked=none, target_places=none)
     for batches in ([bare], []):
         done = train.update(run, batches)
-        assert float(done.loss) == 0 and float(done.gnorm) == 0 and int(done.counts[0]) == 0
+        assert (
+            float(done.step.loss) == 0
+            and float(done.step.gnorm) == 0
+            and int(done.step.counts[0]) == 0
+        )
     assert all(p.isfinite().all() for p in run.weights.parameters) and run.num_updates == 2
 
 
@@ -320,7 +324,7 @@ def test_fairseq_exact_keeps_the_teacher_one_update_back(corpus_dir):
     for ids in dataset.epoch_batches(1)[:3]:
         batch = dataset.batch(ids, 1)
         before = {name: p.clone() for name, p in normal.teacher.state_dict().items()}
-        losses = [float(train.update(run, [batch]).loss) for run in (exact, normal)]
+        losses = [float(train.update(run, [batch]).step.loss) for run in (exact, normal)]
         assert losses[0] == losses[1]  # the same run, seen at another moment
         assert all(torch.equal(p, before[name]) for name, p in exact.teacher.state_dict().items())
     exact.move_teacher()

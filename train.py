@@ -44,8 +44,9 @@ from optim import Optimizer, Step
 from run import checkpoint, resume
 from run.guard import Clock, Health, Signals, check_memory, explained_out_of_memory
 from run.lock import Lock
-from run.log import Log, describe_start
+from run.log import Log
 from run.saves import Saves
+from run.start import describe_start
 
 import torch
 from torch.profiler import record_function
@@ -122,9 +123,10 @@ class Run:
 
 
 @dataclass
-class Update(Step):
+class Update:
     """What one update did."""
 
+    step: Step
     number: int  # from 1
     epoch: int
     blocks: list  # this worker's block numbers
@@ -151,7 +153,7 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
     if not cfg.train.fairseq_exact:  # its teacher waits for the next update, also while saving
         run.move_teacher()
     return Update(
-        **vars(step),
+        step=step,
         number=run.num_updates,
         epoch=run.epoch,
         blocks=[int(i) for batch in batches for i in batch.ids],
@@ -302,7 +304,8 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
 
         check_memory(cfg.model, len(corpus.dictionary), device, copies=5)
         run = Run(cfg, device, len(corpus.dictionary))
-        log = Log(device, folder / "train.jsonl", t.tensorboard_logdir, run.clock)
+        width = cfg.model.embed_dim
+        log = Log(device, folder / "train.jsonl", t.tensorboard_logdir, run.clock, width)
         stack.callback(log.close)
         path = start_from(run, corpus, fingerprint, log, args)
         device.check_profile(t.npu_profile, run.num_updates, t.max_update)

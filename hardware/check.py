@@ -107,7 +107,7 @@ def record(cfg: Config, device: Device, corpus: Corpus, updates: int) -> list:
             if not cfg.model.predicts_words:
                 prediction, target = done.last_batch
                 rows += [("targets", on_host(target)), ("predictions", on_host(prediction))]
-        rows.append((f"loss {number}", on_host(done.loss)))
+        rows.append((f"loss {number}", on_host(done.step.loss)))
         if number == 1:  # Adam's first moment is then the gradient times 1 - its decay
             state = run.optimizer.state()["state"]
             names = [name for name, _ in run.student.named_parameters()]
@@ -115,7 +115,7 @@ def record(cfg: Config, device: Device, corpus: Corpus, updates: int) -> list:
                 (f"gradient of {n}", on_host(state[i]["exp_avg"])) for i, n in enumerate(names)
             ]
             rows += reversed(moments)
-        rows.append((f"norm of the gradients {number}", on_host(done.gnorm)))
+        rows.append((f"norm of the gradients {number}", on_host(done.step.gnorm)))
     source.close()
     for name, network in networks.items():
         rows.append((f"weights of the {name}", weights_of(network) - start[name]))

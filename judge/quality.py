@@ -19,6 +19,8 @@ from config import InputError
 from data import Batch, BlockDataset
 from judge import neighbours, probe
 from model import data2vec_loss, places_of, teacher_targets, word_loss, words_of
+from run.guard import ALIKE
+from run.log import moments, quality
 from run.progress import Bar
 
 import numpy as np
@@ -27,37 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FIT_BATCHES = 32  # of the training split, for the position guess
-ALIKE = 0.9  # a constant guess with a higher cosine: half a collapse
 LEAST_GAIN, LEAST_ERRORS = (
     0.02,
     3,
 )  # a gain of R2 counts if it is above the first, and above so many errors
 GUESSES = ("position", "block")
-
-
-def moments(prediction: Tensor, target: Tensor) -> Tensor:
-    """Sums over the M places from which `quality` computes its figures, (6, C) float32; those of several batches add
-    up."""
-    p, t = prediction.float(), target.float()
-    unit = F.normalize(t, dim=-1)
-    cosine = F.normalize(p, dim=-1) * unit
-    return torch.stack([x.sum(0) for x in (p, p.square(), t, t.square(), unit, cosine)])
-
-
-def quality(sums: Tensor, count: int) -> dict:
-    """Variances over the masked places, averaged over channels: near 0 is a collapse.
-
-    cosine: mean cosine of prediction and target; cosine_constant: what always predicting the mean target would get,
-    which is near 1 where all targets are alike.
-    """
-    p, p2, t, t2, unit, cosine = (sums.cpu().double() / max(1, count)).unbind()
-    constant = float((F.normalize(t, dim=0) * unit).sum())
-    return dict(
-        target_var=float((t2 - t.square()).clamp(min=0).mean()),
-        pred_var=float((p2 - p.square()).clamp(min=0).mean()),
-        cosine=float(cosine.sum()),
-        cosine_constant=constant,
-    )
 
 
 def verdict(figures: dict) -> str:

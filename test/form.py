@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import config
+from tasks.settings import FinetuneConfig
 
 HERE = Path(__file__).parent.parent
 
@@ -175,7 +176,7 @@ def numbers() -> dict:
         "loop": train["train.py:loop"],
         "update": train["train.py:update"],
         "settings of a run": sum(len(part.__dataclass_fields__) for part in config.PARTS),
-        "settings of fine-tuning": len(config.FinetuneConfig.__dataclass_fields__),
+        "settings of fine-tuning": len(FinetuneConfig.__dataclass_fields__),
         "README": len(lines_of(Path("README.md"))),
         "docs": sum(len(lines_of(path)) for path in pages),
         "entries at the top": len({p.parts[0] for p in files() if p.parts[0][0] != "."}),

@@ -30,7 +30,7 @@ def test_the_plain_step_trains_as_train_update_does(corpus_dir, teacher_input):
     for ids in dataset.epoch_batches(1)[:4]:
         batch = dataset.batch(ids, 1)
         assert float(plain.update([batch])) == pytest.approx(
-            float(train.update(run, [batch]).loss), rel=1e-4
+            float(train.update(run, [batch]).step.loss), rel=1e-4
         )
     for ours, theirs in ((run.student, plain.student), (run.teacher, plain.teacher)):
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):

@@ -9,7 +9,7 @@ from config import DeviceConfig
 from hardware import kernels
 from hardware.device import Device
 from hardware.opening import open_device
-from run.log import padding
+from run.start import padding
 from test.helpers import CPU, FEW
 from text.binarized import PAD
 

@@ -4,10 +4,11 @@ import json
 import os
 
 import finetune
-from config import RECIPES, InputError
+from config import InputError
 from run import flags as command_line
 from tasks import labelled
 from tasks.labelled import Columns
+from tasks.settings import RECIPES
 from test.helpers import GOLDEN, call, golden
 from test.test_finetune import flags, place, rows_of  # noqa: F401
 from text.binarized import EOS, Dictionary, write_dataset

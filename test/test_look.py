@@ -10,7 +10,7 @@ from config import DataConfig, InputError
 from data import Corpus
 from hardware.device import Device
 from judge import plot, probe
-from run.log import TensorBoard
+from run.curves import TensorBoard
 from test.helpers import FEW, call, make_dataset, make_run, rows_of
 from text.binarized import EOS, UNK
 

@@ -43,9 +43,9 @@ def test_the_loss_is_the_cross_entropy_at_all_chosen_places(corpus_dir):
         words = torch.from_numpy(tokens.ravel()[batch.chosen])
         expected = float(F.cross_entropy(logits, words, reduction="sum"))
         done = train.update(run, [batch])
-        assert float(done.loss) == pytest.approx(expected, rel=1e-5) and int(done.counts[0]) == len(
-            words
-        )
+        assert float(done.step.loss) == pytest.approx(expected, rel=1e-5) and int(
+            done.step.counts[0]
+        ) == len(words)
     assert run.student.lm_head.bias.abs().max() > 0
 
 
@@ -61,8 +61,8 @@ def test_beside_data2vec_it_adds_its_weight_times_the_loss_at_the_mask_places(co
     )
     done = train.update(run, [batch])
     assert (
-        float(done.loss) == pytest.approx(expected.item(), rel=1e-6)
-        and int(done.counts[0]) == batch.sample_size
+        float(done.step.loss) == pytest.approx(expected.item(), rel=1e-6)
+        and int(done.step.counts[0]) == batch.sample_size
     )
 
 

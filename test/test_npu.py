@@ -101,7 +101,7 @@ def test_weights_in_long_vectors_train_as_separate_weights_do(
         batches = [dataset.batch(ids, 1) for ids in dataset.epoch_batches(1)[:8]]
         done = [train.update(run, batches[i : i + 2]) for i in range(0, 8, 2)]
         runs.append(run)
-        figures.append([float(x) for d in done for x in (d.loss, d.gnorm)])
+        figures.append([float(x) for d in done for x in (d.step.loss, d.step.gnorm)])
     assert figures[0] == pytest.approx(figures[1], rel=1e-5)
     plain, long = runs
     assert isinstance(long.weights, LongVectors) and len(long.weights.parameters) == 2 < len(
@@ -117,7 +117,7 @@ def test_weights_in_long_vectors_train_as_separate_weights_do(
     ):  # and each continues from the other's state
         here.optimizer.load(other["state"], {})
     ids = dataset.epoch_batches(1)[8]
-    losses = [float(train.update(run, [dataset.batch(ids, 1)]).gnorm) for run in runs]
+    losses = [float(train.update(run, [dataset.batch(ids, 1)]).step.gnorm) for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert difference(plain.student.state_dict(), long.student.state_dict()) < 5e-6
 
@@ -396,9 +396,9 @@ def check_a_non_finite_gradient_counts_as_zero(monkeypatch, corpus_dir):
     batch = dataset.batch(dataset.epoch_batches(1)[0], 1)
     with monkeypatch.context() as patch:
         patch.setattr(train, "data2vec_loss", lambda p, t, cfg: p.sum() * float("nan"))
-        assert bool(train.update(run, [batch]).skipped)
+        assert bool(train.update(run, [batch]).step.skipped)
     assert all(p.isfinite().all() for p in run.weights.parameters) and not bool(
-        train.update(run, [batch]).skipped
+        train.update(run, [batch]).step.skipped
     )
 
 

@@ -1,0 +1,74 @@
+"""What a run says at its start: how it is set up, where it begins, and what it will see."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+from config import VERSION
+from data import BlockDataset
+from run.describe import notes
+from run.flags import flags_of
+from run.log import Log, duration
+
+import numpy as np
+
+
+def padding(dataset: BlockDataset) -> float:
+    """The share of the places in a dataset's batches that hold no token."""
+    ends = dataset.batch_ends
+    lengths = dataset.lengths[dataset.order[: ends[-1]]]  # ascending
+    places = np.diff(ends, prepend=0) * lengths[ends - 1].astype(np.int64)
+    return 1 - int(lengths.sum(dtype=np.int64)) / int(places.sum())
+
+
+def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
+    """Open the log, and say how the run is set up, where it begins, and what it will see.
+
+    run: a train.Run; train: its first training folder; source: the checkpoint that it continues
+    from.
+    """
+    device, cfg, t = run.device, run.cfg, run.cfg.train
+    an_epoch = -(-len(train.batch_ends) // (device.world_size * t.update_freq))  # updates
+    updates = min(t.max_update, t.max_epoch * an_epoch or math.inf)
+    log.open(run.num_updates, updates)
+    line = flags_of([getattr(cfg, field.name) for field in dataclasses.fields(cfg)])
+    log.say(f"data2vec-text {VERSION}: train.py {line}")
+    where = f"{device.world_size} x {device.type} ({device.name}), amp {device.amp_name}"
+    log.say(f"{where} | {sum(p.numel() for p in run.weights.parameters):,} parameters")
+    log.say(what_is_read(cfg, train, updates, updates / an_epoch))
+    log.say(what_is_lost(train))
+    if source and run.is_finished():
+        flag = "max_update" if run.num_updates >= t.max_update else "max_epoch"
+        flag = "max_hours" if run.clock.left <= 0 else flag
+        advice = f"to train on, raise --{flag} {getattr(t, flag)}"
+        log.say(f"finished: {source} is at update {run.num_updates}; {advice}")
+    elif source:
+        used = f", after {duration(3600 * run.clock.hours)}" if t.max_hours else ""
+        log.say(f"resuming from {source} at update {run.num_updates}, epoch {run.epoch}{used}")
+    if t.warmup_updates >= t.max_update:
+        rest = f"the last of {t.max_update} updates"
+        log.say(f"note: the learning rate is still warming up at {rest}")
+    for text in notes(train):
+        log.say(f"note: {text}")
+
+
+def what_is_read(cfg, train: BlockDataset, updates: int, epochs: float) -> str:
+    """Blocks and padding of an epoch, and how often the run reads the text."""
+    passes = epochs / len(cfg.data.data_path.split(":"))
+    read = f"{100 * passes:.2g}% of the text"
+    if passes >= 0.995:
+        read = f"the text {passes:,.1f} times" if passes < 10 else f"the text {passes:,.0f} times"
+    blocks = f"{len(train.lengths):,} blocks and {padding(train):.1%} padding"
+    batches = f"{len(train.batch_ends):,} batches an epoch"
+    return f"{blocks} in {batches}; {updates:,} updates read {read}"
+
+
+def what_is_lost(train: BlockDataset) -> str:
+    """The share of the text that training never sees, and what would keep it."""
+    too_long, remainder = train.dropped_tokens()
+    percent = 100 * (too_long + remainder) / max(1, train.stream.tokens)
+    text = f"{percent:.2f}% of the training tokens are never seen"
+    if percent:
+        text += f" ({too_long:,} in too long blocks, {remainder:,} in the remainder)"
+        text += "; --long_sentences split --drop_remainder false keep all"
+    return f"warning: {text}" if percent > 1 else text
