@@ -66,8 +66,10 @@ def implied(cfg: FinetuneConfig) -> dict:
             values["warmup_share"] = warmup / recipe.max_update
         elif cfg.warmup_share == FinetuneConfig.warmup_share:
             values["warmup_updates"] = warmup
+    # its scores go from 0 to 5
     if cfg.task == "stsb":
         values.update(regression=True, label_scale=5.0)
+    # fairseq's random numbers cannot be had again
     if cfg.fairseq_exact:
         values.update(dropout=0.0, attention_dropout=0.0)
     return values
@@ -105,11 +107,12 @@ def read_task(cfg: FinetuneConfig, device: Device) -> Task:
 def new_classifier(task: Task, job: Job) -> Classifier:
     """The model before its first update, drawn by the job's seed where it is not pretrained."""
     cfg, source = task.cfg, task.source
-    task.device.seed(job.seed)
+    task.device.seed(job.seed)  # of the head, and of random weights
     rates = dict(dropout=cfg.dropout, attention_dropout=cfg.attention_dropout)
     encoder = source.encoder(job.untrained, activation_dropout=0.0, **rates)
     if cfg.embed_rms:
         pretrained.scale_embeddings(encoder, cfg.embed_rms)
+    # the head: a new one, or the file's where that is one for these classes
     kind = LinearProbe if cfg.freeze or cfg.pool == "mean" else SentenceHead
     head = kind(source.shape.embed_dim, task.data.outputs)
     if not job.untrained and source.has_head_for(head, task.data.names):
@@ -128,6 +131,7 @@ class Tuning:
         self.device, self.data, self.job = task.device, task.data, job
         self.model = model.train()
         self.batches = self.training_batches()
+        # Adam has the settings of pretraining, but for these two
         weights = Separate(model, model.encoder, task.device.amp)
         rules = OptimConfig(clip_norm=cfg.clip_norm, weight_decay=cfg.weight_decay)
         self.optimizer = Optimizer(weights, rules, task.device, cfg.update_freq)
@@ -181,7 +185,7 @@ def tuning_step(tuning: Tuning, groups: list[np.ndarray]) -> dict | None:
     """
     done, optimizer = tuning.num_updates, tuning.optimizer
     lr = tuning_lr_at(done, tuning.job.lr, tuning.warmup, tuning.total)
-    tuning.device.seed(tuning.job.seed + done)
+    tuning.device.seed(tuning.job.seed + done)  # of dropout
     total = optimizer.begin()
     for ids in groups:
         loss = forward(tuning, ids)
@@ -261,6 +265,7 @@ def tuning_loop(tuning: Tuning, task: Task, outlet: Outlet):
             if tuning.num_updates >= end:
                 break
 
+        # the epoch, or the run, is over
         figures = validate(task, tuning.model, tuning.data.valid)
         done = tuning.num_updates
         where = f"update {done:,} of {end:,}, epoch {epoch}"
@@ -314,19 +319,22 @@ def finetune(cfg: FinetuneConfig, device: Device) -> int:
     older = report.prepare(folder, cfg.ckpt, cfg.overwrite)
     lock = Lock(folder)
     try:
+        # read
         task = read_task(cfg, device)
-        report.remove(older)
+        report.remove(older)  # nothing can be wrong with the inputs any more
         pretrained.write_text_files(folder, task.text.files, replace=bool(older))
         jobs = report.jobs_of(cfg)
         report.describe(task.source, task.data, task.metric, max(job.lr for job in jobs))
         bag = baselines.bag_of_tokens(task.data, len(task.text.dictionary), task.metric)
         report.say_bag(bag, task.metric)
 
+        # fine-tune
         results = []
         for job in jobs:
             place = folder if len(jobs) == 1 else folder / job.folder
             results.append(fine_tune(task, job, place))
             report.keep_best(results, task.metric)
+        # report
         report.finish(results, bag, task.metric, folder)
     finally:
         lock.release()
@@ -337,6 +345,7 @@ def main(argv: list | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if any(word.replace("-", "_").startswith("__config_") for word in argv):
         raise InputError("--config_name, --config_dir are for pretraining; --task sets a recipe")
+    # what the flags say, then with what they imply
     (cfg, where), _ = flags.parse(PARTS, __doc__, argv)
     (cfg, where), _ = flags.parse(PARTS, __doc__, argv, base=implied(cfg))
     cfg.check()

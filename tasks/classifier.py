@@ -68,7 +68,7 @@ class Classifier(nn.Module):
 
 def loss_sum(outputs: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy (nats), or squared error of scores, summed over the examples; float32."""
-    if labels.is_floating_point():
+    if labels.is_floating_point():  # scores, (N,); outputs are (N, 1)
         return F.mse_loss(outputs.float().view(-1), labels, reduction="sum")
     return F.cross_entropy(outputs.float(), labels, reduction="sum")
 
@@ -97,6 +97,7 @@ def entry_of(loaded: Loaded, path) -> dict:
         raise InputError(f"{path}: not fine-tuned; give the checkpoint_best.pt of a fine-tuning")
     with reading(f"{path}: damaged: its classifier"):
         entry = loaded.content["classifier"]
+        # what is used later without another look
         names = entry["labels"]
         is_right = names is None or (names and all(isinstance(name, str) for name in names))
         is_right = is_right and isinstance(entry["head"], dict) and entry["texts"] in (1, 2)
@@ -107,6 +108,7 @@ def entry_of(loaded: Loaded, path) -> dict:
 
 def rebuild(entry: dict, encoder: Encoder, path) -> Classifier:
     """The classifier of such an entry around an encoder. Raises InputError if it does not fit."""
+    # the names of the weights tell which head it is
     kind = SentenceHead if "dense.weight" in entry["head"] else LinearProbe
     head = kind(encoder.embed_tokens.embedding_dim, len(entry["labels"] or ["score"]))
     checkpoint.put(entry["head"], head, "the classification head", path)

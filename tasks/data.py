@@ -36,11 +36,13 @@ def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
     """The labelled text as examples of at most `longest` tokens. Raises InputError."""
     folder = Path(cfg.data_path)
     if cfg.data_path and labelled.is_binarized(folder):
+        # labels and tokens are numbers already
         splits, names = read_folders(folder, dictionary, longest)
         texts = 1 + (folder / "input1").is_dir()
     elif cfg.data_path and cfg.task == "none":
         raise InputError(f"{folder}: no folder input0 in it; GLUE's files need --task, as rte")
     else:
+        # the training split decides which classes there are
         tables = read_tables(cfg)
         texts = len(tables["train"].texts)
         names = None if cfg.regression else labelled.label_names(tables["train"].labels)
@@ -90,6 +92,7 @@ def files_of(cfg) -> list[tuple]:
         columns = own_columns(cfg, cfg.label)
         paths = dict(train=cfg.train, valid=cfg.valid, test=cfg.test)
         return [(split, path, columns) for split, path in paths.items() if path]
+    # (split, name of the file, columns)
     files = [("train", "train", GLUE[cfg.task]), ("valid", "dev", GLUE[cfg.task])]
     if cfg.task == "mnli":
         dev = GLUE["mnli_dev"]
@@ -117,6 +120,7 @@ def check_labels(cfg, names: list[str] | None, train: Split):
     if len(names) > MOST_CLASSES:
         counts = f"{len(names):,} different labels, of at most {MOST_CLASSES:,}"
         raise InputError(f"{where}: {counts}; is --label right? Scores need --regression")
+    # a binarized folder may name classes that no row has
     if len(np.unique(train.labels)) < 2:
         raise InputError(f"{where}: all training labels are {names[train.labels[0]]!r}")
 

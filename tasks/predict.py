@@ -36,6 +36,7 @@ def predict(cfg, device: Device) -> int:
     if split.cut:
         cut = f"longer than {source.longest} tokens, and cut there"
         print(f"warning: {split.cut:,} texts are {cut}", file=sys.stderr)
+    # in the order of the lines
     outputs = outputs_of(model, device, split, cfg, sort=True)
     write(table_of(outputs, entry), cfg.out)
     return 0
@@ -53,6 +54,7 @@ def read_texts(cfg, texts: int) -> list[list[str]]:
         if len(columns) != texts:
             raise InputError(f"--text {cfg.text}: the classifier has {texts} text columns")
         return columns
+    # only "\n" ends a line, so that rows of the answer are rows of the file
     lines = read_text(path, encoding="utf-8-sig").split("\n")
     if not lines[-1]:
         lines.pop()
@@ -69,6 +71,7 @@ def read_texts(cfg, texts: int) -> list[list[str]]:
 
 def table_of(outputs: torch.Tensor, entry: dict) -> list[list[str]]:
     """Rows of cells from the model's outputs (N, K); the first one names the columns."""
+    # a score, in the units of its labels
     if entry["labels"] is None:
         scale = entry["label_scale"]
         return [["score"], *([f"{score * scale:.6f}"] for score in outputs.view(-1).tolist())]

@@ -138,6 +138,7 @@ def shape_of(weights: dict, settings: dict, attention_heads: int, path) -> Model
         size = tuple(weights[name].shape)
         if len(size) != 2 or size[0] < rows:
             raise InputError(f"{path}: {name} is {size}, not a matrix of {rows} rows or more")
+    # what the weights show
     layers = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
     width = weights["embed_tokens.weight"].shape[1]
     heads = attention_heads or settings.get("attention_heads")
@@ -193,6 +194,7 @@ def prepare_text(cfg, source: Pretrained) -> Text:
         else:
             folder = folder_of_text(source)
         paths = find_text_files(folder, named)
+        # read them while they are there
         dictionary = read_dictionary(paths["dict.txt"], source)
         tokenize = None
         if not is_binarized:
@@ -235,7 +237,9 @@ def hf_text_files(folder: Path, vocabulary: int) -> dict[str, bytes]:
             if model["type"] != "WordLevel":
                 kind = f"a {str(model['type'])[:80]} tokenizer without vocab.json beside it"
                 raise InputError(f"{folder / 'tokenizer.json'}: {kind}")
+            # words, of a dictionary without a BPE
             symbols = {i: word for word, i in model["vocab"].items()}
+        # <s>, <pad>, </s>, <unk> are in every dictionary
         rows = [symbols.get(i, f"unused{i}") for i in range(len(SPECIAL), vocabulary)]
         files["dict.txt"] = "".join(f"{symbol} 0\n" for symbol in rows).encode()
     return files

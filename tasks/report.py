@@ -80,9 +80,10 @@ def prepare(folder: Path, ckpt: str, overwrite: bool) -> list[Path]:
     if is_taken or Path(ckpt).resolve().parent == folder.resolve():
         what = "holds the run to start from, or a dataset"
         raise InputError(f"--save_dir {folder} {what}; choose another folder")
+    # of one fine-tuning, in the folder itself
     names = ("finetune.jsonl", "results.json", "checkpoint_best.pt")
     older = [folder / name for name in names if (folder / name).exists()]
-    # a folder with a dict.txt is a fine-tuning of its own
+    # of several, each in its own; one with a dict.txt is a fine-tuning of its own
     logs = folder.glob("*_seed_*/finetune.jsonl")
     older += [log.parent for log in logs if not (log.parent / "dict.txt").exists()]
     if older and not overwrite:
@@ -116,6 +117,7 @@ def keep_best(results: list[Result], metric: str):
     for group in groups_of(results).values():
         best = best_of(group, metric)
         for result in group:
+            # one from random weights is there to be compared, not to be used
             if result is not best or (result.job.untrained and len(results) > 1):
                 result.checkpoint.unlink(missing_ok=True)
 
@@ -152,11 +154,13 @@ def finish(results: list[Result], bag: dict | None, metric: str, folder: Path):
             means[name] = statistics.fmean(result.score(metric) for result in group)
     say_bag(bag, metric)
     best = best_of(groups[max(means, key=means.get)], metric)
+    # it stays, under the name that a single one has
     final = folder / "checkpoint_best.pt"
     os.replace(best.checkpoint, final)
     for result in results:
         if result.checkpoint != final:
             result.checkpoint.unlink(missing_ok=True)
+    # all figures, not only the best one's
     rows = [result.row() for result in results]
     content = dict(metric=metric, best=best.job.name, runs=rows, bag=bag)
     checkpoint.write_text(folder / "results.json", json.dumps(content, indent=1))
