@@ -36,10 +36,6 @@ def add_flags(parser):
     flag("--json", action="store_true", help="print one JSON object")
     flag("--features", metavar="TEXT", help="a file of raw lines, or - for standard input")
     flag("--out", metavar="F.npy", help="where their features go")
-    flag("--layer", type=int, metavar="N", help="whose output: 0 is the embeddings [the last]")
-    flag(
-        "--pool", default="mean", choices=("mean", "cls", "none"), help="of a line's tokens [mean]"
-    )
     flag("--encoder_json", metavar="FILE", help="the BPE's vocabulary [in --data_path]")
     flag("--vocab_bpe", metavar="FILE", help="the BPE's merges [in --data_path]")
 
@@ -114,23 +110,13 @@ def write_features(
     )
     run = Run(cfg, device, len(corpus.dictionary))
     init_from(run, corpus, loaded, path)
-    done = features.write(
-        run.student.encoder,
-        device,
-        tokenize,
-        args.features,
-        args.out,
-        args.layer,
-        args.pool,
-        cfg.data,
-    )
-    shown = "{out}: {lines:,} lines, {tokens:,} tokens, {unknown:.1%} <unk>, width {width}, layer {layer}, pool {pool}"
-    shown += ", {seconds:.1f} s"
-    print(
-        json.dumps(dict(ckpt=str(path), amp=device.amp_name, **done))
-        if args.json
-        else printable(shown.format(**done))
-    )
+    encoder = run.student.encoder
+    facts = features.write(encoder, device, tokenize, args.features, args.out, cfg.data)
+    if args.json:
+        print(json.dumps(dict(ckpt=str(path), amp=device.amp_name, **facts)))
+    else:
+        shown = "{out}: {lines:,} lines, {tokens:,} tokens, {unknown:.1%} <unk>, width {width}"
+        print(printable(f"{shown}, {{seconds:.1f}} s".format(**facts)))
     return 0
 
 

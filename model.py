@@ -160,20 +160,6 @@ class Encoder(nn.Module):
             return x, None
         return x * real[:, :, None], kernels.mask(real)
 
-    def hidden_states(self, tokens: Tensor, padded: bool = True) -> list[Tensor]:
-        """The input of each layer and the output of the last one, `layers` + 1 tensors (B, T, C).
-
-        The last is what `forward` returns. Hugging Face's list of this name.
-        """
-        x, attend = self.embed(tokens, padded)
-        states = [x]
-        for layer in self.layers:
-            x, _ = layer(x, attend)
-            states.append(x)
-        if self.layer_norm is not None:
-            states[-1] = self.layer_norm(x)
-        return states
-
 
 # ----------------------------------------------------------------------------------- the student
 

@@ -172,6 +172,18 @@ def random_encoder(seed=0, vocabulary=40, **options):
     return model, cfg
 
 
+def hidden_states(encoder, tokens) -> list:
+    """The input of each layer and the output of the last, as transformers lists them."""
+    x, attend = encoder.embed(tokens, True)
+    states = [x]
+    for layer in encoder.layers:
+        x, _ = layer(x, attend)
+        states.append(x)
+    if encoder.layer_norm is not None:
+        states[-1] = encoder.layer_norm(x)
+    return states
+
+
 def make_run(corpus_dir, device=CPU, **options):
     """A train.Run and its training split."""
     plain = dict(SMALL, tokens_per_sample=32, max_tokens=256, lr=1e-3, warmup_updates=0)

@@ -300,7 +300,7 @@ def test_a_state_dict_of_parameters_is_converted_like_one_of_tensors(tmp_path, r
         (["--to", "hf", "{out}", "--from", "fairseq"], "--from fairseq: .* is native"),
         (["--to", "hf", "{out}", "--dict", "{dict}"], "is not the one of"),
         (["--to", "hf", "{out}", "--dict", "{out}"], "no such file"),
-        (["--to", "hf", "{out}", "--encoder_json", "{dict}"], "go together"),
+        (["--to", "hf", "{out}", "--encoder_json", "{dict}"], "no vocab.bpe"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_by_name_and_nothing_is_written(

@@ -22,6 +22,7 @@ from test.helpers import (
     Payload,
     call,
     golden,
+    hidden_states,
     preprocess_words,
     random_encoder,
     run_preprocess,
@@ -62,7 +63,7 @@ def test_transformers_computes_the_same_hidden_states_in_every_layer(
     tokens[3, 5] = PAD  # inside, too
     real = tokens != PAD
     with torch.no_grad():
-        ours = encoder.hidden_states(tokens)
+        ours = hidden_states(encoder, tokens)
         found = theirs(
             input_ids=tokens, attention_mask=real.long(), output_hidden_states=True
         ).hidden_states

@@ -3,7 +3,6 @@
 import io
 import json
 import sys
-import tracemalloc
 
 import convert
 import eval as evaluation
@@ -67,35 +66,21 @@ def compute(model, source, out, *argv) -> str:
     )
 
 
-@pytest.mark.parametrize("pool", ["mean", "cls", "none"])
-@pytest.mark.parametrize("layer", [None, 0, -2])
-def test_each_line_gets_the_features_that_it_has_alone(
-    tmp_path, model, text, pool, layer, monkeypatch, capsys
+def test_each_line_gets_the_mean_of_the_states_that_it_has_alone(
+    tmp_path, model, text, monkeypatch, capsys
 ):
-    monkeypatch.setattr(features, "BYTES", 300)  # several reads
+    monkeypatch.setattr(features, "CHUNK", 300)  # several reads
     (tmp_path / "text").write_text("\n".join(text[0]), "utf-8")
-    argv = ["--pool", pool, *([] if layer is None else ["--layer", layer])]
-    done = json.loads(compute(model, tmp_path / "text", tmp_path / "f.npy", "--json", *argv))
-    assert (done["lines"], done["cut"], done["tokens"]) == (len(text[1]), 1, sum(map(len, text[1])))
-    assert done["layer"] == {None: 2, 0: 0, -2: 1}[layer]
+    facts = json.loads(compute(model, tmp_path / "text", tmp_path / "f.npy", "--json"))
+    tokens = sum(map(len, text[1]))
+    assert (facts["lines"], facts["cut"], facts["tokens"]) == (len(text[1]), 1, tokens)
     assert "1 of 65 lines were longer than 32 tokens and were cut" in capsys.readouterr().err
-    expected = []
-    for tokens in text[1]:
+    vectors = np.load(tmp_path / "f.npy")
+    assert vectors.dtype == np.float32 and len(vectors) == len(text[1])
+    for vector, row in zip(vectors, text[1]):
         with torch.no_grad():
-            x = (
-                model[0]
-                .hidden_states(torch.tensor([tokens]))[-1 if layer is None else layer][0]
-                .numpy()
-            )
-        expected.append({"mean": x.mean(0), "cls": x[0], "none": x}[pool])
-    found = np.load(tmp_path / "f.npy", mmap_mode="r")
-    assert found.dtype == np.float32
-    if pool == "none":
-        offsets = np.load(tmp_path / "f.offsets.npy")
-        found = [found[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected):
-        assert a.shape == b.shape and np.abs(a - b).max() < 1e-5 and b.std() > 0.1
+            states, _ = model[0](torch.tensor([row]))
+        assert np.abs(vector - states[0].mean(0).numpy()).max() < 1e-5 and vector.std() > 0.1
 
 
 def test_standard_input_gives_the_same_and_mixed_precision_almost_the_same(
@@ -112,60 +97,12 @@ def test_standard_input_gives_the_same_and_mixed_precision_almost_the_same(
     assert 0 < np.abs(a - c).max() < 0.2 and c.dtype == np.float32
 
 
-def test_an_endless_line_takes_little_memory_and_is_cut_as_any_other(tmp_path, model, corpus_dir):
-    words = Dictionary(corpus_dir / "dict.txt").symbols[4:50]
-    endless = " ".join(words * 12_000)
-    (tmp_path / "text").write_text(endless)
-    tracemalloc.start()
-    done = json.loads(compute(model, tmp_path / "text", tmp_path / "long.npy", "--json"))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert done["cut"] == 1 and peak < 6 * len(endless)
-    (tmp_path / "text").write_text(" ".join(words))
-    compute(model, tmp_path / "text", tmp_path / "short.npy")
-    assert (tmp_path / "long.npy").read_bytes() == (tmp_path / "short.npy").read_bytes()
-
-
-class Endless(io.RawIOBase):
-    """A line that ends after so many bytes, as a pipe gives it."""
-
-    def __init__(self, text: bytes, size: int):
-        self.text, self.left = text, size
-
-    def readable(self):
-        return True
-
-    def readinto(self, into):
-        size = min(len(into), self.left, len(self.text))
-        into[:size], self.left = self.text[:size], self.left - size
-        return size
-
-
-def test_an_endless_line_on_standard_input_is_not_held(tmp_path, model, monkeypatch, capsys):
-    text = b"w1 w2 w3 " * 1000
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(Endless(text, 300 << 20))))
-    tracemalloc.start()
-    done = json.loads(compute(model, "-", tmp_path / "f.npy", "--json"))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert (done["lines"], done["cut"], done["tokens"]) == (1, 1, BLOCK) and peak < 50e6
-    assert (
-        "standard input, line 1: longer than 256 KiB; the rest of it is left out"
-        in capsys.readouterr().err
-    )
-    monkeypatch.setattr(features, "ENDLESS", 1 << 20)
-    monkeypatch.setattr(
-        sys, "stdin", io.TextIOWrapper(io.BufferedReader(Endless(bytes(4096), 1 << 40)))
-    )
-    with pytest.raises(InputError, match="standard input, line 1: longer than 0 GiB; not a text"):
-        compute(model, "-", tmp_path / "g.npy")
-
-
-def test_a_cut_line_may_end_within_a_character_and_the_next_line_is_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "BYTES", 8)
-    (tmp_path / "text").write_bytes("\ufeff中中中\n1234567\n12345678\nlast".encode())
-    lines = [line for part in features.read_lines(str(tmp_path / "text")) for line in part]
-    assert lines == ["中", "1234567", "12345678", "last"]
+def test_an_endless_line_is_refused_and_not_held(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(features, "LONGEST", 1000)
+    (tmp_path / "text").write_text("w1\n" + "w2 " * 400)
+    with pytest.raises(InputError, match="line 2: longer than"):
+        compute(model, tmp_path / "text", tmp_path / "f.npy")
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
 def test_the_share_of_unknown_words_is_told(tmp_path, model, capsys):
@@ -187,8 +124,6 @@ def test_the_share_of_unknown_words_is_told(tmp_path, model, capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--layer", 3], "--layer 3: the model has 0 .* to 2"),
-        (["--layer", -4], "--layer -4: the model has"),
         (["--out", "f.npz"], "the name must end in .npy"),
         (["--out", "nowhere/f.npy"], "--out nowhere/f.npy: no such folder"),
         (["--out", ""], "--out is missing"),
@@ -197,7 +132,6 @@ def test_the_share_of_unknown_words_is_told(tmp_path, model, capsys):
         (["--features", "{empty}"], "it has no lines"),
         (["--features", "{latin}"], "latin, line 2: not UTF-8 at byte 1 of the line"),
         (["--untrained"], "--untrained and --probe go with an evaluation"),
-        (["--pool", "max"], "invalid choice: 'max'"),
     ],
 )
 def test_impossible_requests_are_refused_in_one_line_and_leave_no_file(
