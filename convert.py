@@ -5,11 +5,12 @@
     python convert.py --ckpt FAIRSEQ.pt --to native FILE                              for our train.py and eval.py
     python convert.py --ckpt HF_DIR --from hf --to native FILE
 
-CHECKPOINT is one of our files, one of fairseq's (of any age, also with lm_head), a bare state dict under fairseq's
-names (give the model's shape by flags), or a folder of transformers (`model.safetensors` or `pytorch_model.bin`). The
-kind is detected; --from only checks it. No code in a file is run; weights are copied bit for bit (float16 to float32).
-Between this project and fairseq the optimizer and the position in the data are kept, so either can resume the other's
-run. Existing files are never overwritten.
+CHECKPOINT is one of our files, one of fairseq's (of any age, also with lm_head), a bare state dict
+under fairseq's names (give the model's shape by flags), or a folder of transformers
+(`model.safetensors` or `pytorch_model.bin`). The kind is detected; --from only checks it. No code
+in a file is run; weights are copied bit for bit (float16 to float32). Between this project and
+fairseq the optimizer and the position in the data are kept, so either can resume the other's run.
+Existing files are never overwritten.
 """
 
 import re
@@ -60,7 +61,8 @@ KINDS = {
 
 @dataclass
 class Source:
-    """What is converted: a complete checkpoint, whatever it was read from, and this command's settings."""
+    """What is converted: a complete checkpoint, whatever it was read from, and this command's
+    settings."""
 
     path: Path
     loaded: Loaded
@@ -131,12 +133,14 @@ def to_native(source: Source, out: Path) -> list[str]:
     )
 
 
-# What --to makes: each writes `out` and returns lines to print. A further format is a function here.
+# What --to makes: each writes `out` and returns lines to print. A further format is a function
+# here.
 TARGETS = {"hf": to_hf, "fairseq": to_fairseq, "native": to_native}
 
 
 def left_out(loaded: Loaded) -> list[str]:
-    """Weights in the file that our model has no place for, such as a fine-tuned head: their names' first two parts."""
+    """Weights in the file that our model has no place for, such as a fine-tuned head: their names'
+    first two parts."""
     if loaded.kind == "ours":
         return []
     known = convert_hf.KNOWN if loaded.kind == "hf" else convert_fairseq.KNOWN
@@ -161,9 +165,11 @@ def beginning(seed: int) -> dict:
 
 
 def complete(loaded: Loaded, cfg: ModelConfig, seed: int, untrained: str, path) -> tuple[dict, str]:
-    """Everything in a checkpoint of ours except its config. untrained: why the optimizer must start anew, or "".
+    """Everything in a checkpoint of ours except its config. untrained: why the optimizer must start
+    anew, or "".
 
-    Returns it and the reason why the optimizer starts anew, if it does. Raises InputError if the weights do not fit.
+    Returns it and the reason why the optimizer starts anew, if it does. Raises InputError if the
+    weights do not fit.
     """
     tokens = loaded.student.get("encoder.embed_tokens.weight")
     if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2 or len(tokens) < len(SPECIAL):

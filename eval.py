@@ -4,11 +4,12 @@
     python eval.py --ckpt FILE --data_path DIR --probe         the hidden words
     python eval.py --ckpt FILE --features TEXT --out F.npy     vectors of lines
 
-FILE may be a checkpoint of this project, one of fairseq's data2vec_text (which is then evaluated as fairseq does), or a
-bare state dict under fairseq's names (its shape comes from flags). Settings come from the checkpoint; flags override
-them. A low loss proves little, since a teacher that answers the same everywhere is easy to predict, and a target may
-follow from its position alone. So the figures of guesses that read no word are printed beside the student's
-(judge/quality.py). For features DIR needs only dict.txt and, where it is not of words, the BPE's files.
+FILE may be a checkpoint of this project, one of fairseq's data2vec_text (which is then evaluated as
+fairseq does), or a bare state dict under fairseq's names (its shape comes from flags). Settings
+come from the checkpoint; flags override them. A low loss proves little, since a teacher that
+answers the same everywhere is easy to predict, and a target may follow from its position alone. So
+the figures of guesses that read no word are printed beside the student's (judge/quality.py). For
+features DIR needs only dict.txt and, where it is not of words, the BPE's files.
 """
 
 import json
@@ -58,7 +59,8 @@ from train import Run
 
 
 def saved_settings(loaded: checkpoint.Loaded, path) -> dict:
-    """The settings a checkpoint brings along; where it runs is a matter of this command, not of its run."""
+    """The settings a checkpoint brings along; where it runs is a matter of this command, not of its
+    run."""
     values = loaded.config
     if loaded.kind == "fairseq":
         fields = {

@@ -15,8 +15,8 @@
 # (default: a folder in the output): with the BPE of DIR's encoder.json, vocab.bpe and dict.txt as fairseq's recipe
 # does, or, if DIR has none of these, with a BPE trained on the text.
 #
-# If python3 has the packages, it is used as it is. Otherwise they are installed into .venv here, and nowhere else:
-# PyTorch's CPU build where there is no NVIDIA device. test/ holds the ModelZoo's names for full, performance and eval.
+# If python3 has the packages, it is used as it is. Otherwise they are installed into .venv here, and nowhere else.
+# test/ holds the ModelZoo's names for full, performance and eval.
 set -euo pipefail
 start=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -81,7 +81,7 @@ folder with wiki.train.raw)"
 
 # ---- find or make the Python that runs it
 trap 'exit 130' INT # pip ends a Ctrl-C with the code of any other failure
-requirements=requirements.txt needed="torch, numpy, tqdm" cpu_index=https://download.pytorch.org/whl/cpu
+requirements=requirements.txt needed="torch, numpy, tqdm"
 if compgen -G "/dev/davinci[0-9]*" >/dev/null; then
     requirements=hardware/requirements.txt needed="$needed, torch_npu"
     for env in "${ASCEND_TOOLKIT_HOME:-/usr/local/Ascend/ascend-toolkit}/set_env.sh" \
@@ -105,22 +105,6 @@ install() { # into .venv, which is ours; pip shows its progress on a terminal
     [ ! -t 1 ] || quiet=--progress-bar=on
     "$python" -m pip install $quiet --disable-pip-version-check "$@"
 }
-install_to_run() {
-    local torch
-    torch=$(grep '^torch==' requirements.txt)
-    # the default package for Linux holds CUDA; torch_npu works beside the CPU build only
-    if [ "$(uname -s)" = Linux ] && { [ $requirements = hardware/requirements.txt ] ||
-        ! { compgen -G "/dev/nvidia[0-9]*" || command -v nvidia-smi; } >/dev/null; }; then
-        echo "installing $torch without CUDA into .venv: 200 MB to download, 1 GB on disk"
-        echo "(no NVIDIA device is found; on a machine that gets one, remove .venv and start again)"
-        install --retries 1 --timeout 15 --index-url $cpu_index "$torch" 2>/dev/null ||
-            echo "$cpu_index does not provide it; taking the default package, which may hold CUDA (5 GB on disk)"
-    else
-        echo "installing $torch into .venv; with CUDA, as for Linux, it takes 5 GB on disk"
-    fi
-    echo "installing $requirements into .venv"
-    install -r $requirements
-}
 need() { # the package $1, pinned in test/requirements.txt, which $2 needs
     ! has "$1" || return 0
     local pinned
@@ -137,7 +121,10 @@ if ! has "$needed"; then
     .venv/bin/python -c "" 2>/dev/null || "$python" -m venv --clear .venv ||
         refuse "$python cannot make a virtual environment (on Debian: install python3-venv)"
     python=$here/.venv/bin/python
-    has "$needed" || install_to_run
+    if ! has "$needed"; then
+        echo "installing $requirements into .venv"
+        install -r $requirements
+    fi
 fi
 
 if [ $mode = test ]; then

@@ -259,10 +259,10 @@ def loop(run: Run, source, validation: Validation | None, saves: Saves, signals:
                 if log_now:
                     health.check_variance(log.write(), run.first_target_var)
 
-            save = is_due(run, turn, done, t.save_interval_updates, t.save_interval)
-            probe = t.probe_interval_updates > 0
-            probe = probe and is_due(run, turn, done, t.probe_interval_updates)
-            validate = is_due(run, turn, done, t.validate_interval_updates, t.validate_interval)
+            now = run, turn, done
+            save = is_due(*now, t.save_interval_updates, t.save_interval)
+            probe = t.probe_interval_updates > 0 and is_due(*now, t.probe_interval_updates)
+            validate = is_due(*now, t.validate_interval_updates, t.validate_interval)
             is_best = False
             if validation and (save or probe or validate):
                 figures = validation(probe)

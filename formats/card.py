@@ -1,7 +1,8 @@
 """The README.md of an exported model, which Hugging Face calls its model card.
 
-It holds what the files tell: settings and counts from the checkpoint, figures from train.jsonl beside it, the corpus
-from the preprocess.log of its data folder. What no file tells, such as the licence, is marked TO FILL IN.
+It holds what the files tell: settings and counts from the checkpoint, figures from train.jsonl
+beside it, the corpus from the preprocess.log of its data folder. What no file tells, such as the
+licence, is marked TO FILL IN.
 """
 
 import contextlib

@@ -1,9 +1,10 @@
-"""A fine-tuned checkpoint as transformers' Data2VecTextForSequenceClassification, a pre-norm one as its
-RobertaPreLayerNormForSequenceClassification.
+"""A fine-tuned checkpoint as transformers' Data2VecTextForSequenceClassification, a pre-norm one as
+its RobertaPreLayerNormForSequenceClassification.
 
     python convert.py --ckpt DIR/checkpoint_best.pt --to hf HF_DIR
 
-transformers.pipeline("text-classification", model=HF_DIR) then gives the names of the classes, from the same logits.
+transformers.pipeline("text-classification", model=HF_DIR) then gives the names of the classes, from
+the same logits.
 """
 
 import json
@@ -20,9 +21,9 @@ import torch
 def add_head(folder: Path, made: dict, path):
     """Turn an encoder's config.json and model.safetensors in `folder` into those of a classifier.
 
-    made: the entry `classifier` of the fine-tuned checkpoint at `path`. The scores of a regression come out in the
-    units of its labels. Raises InputError for a linear probe, which transformers cannot express, and for a head that
-    does not fit.
+    made: the entry `classifier` of the fine-tuned checkpoint at `path`. The scores of a regression
+    come out in the units of its labels. Raises InputError for a linear probe, which transformers
+    cannot express, and for a head that does not fit.
     """
     from safetensors import torch as safetensors  # which convert_hf has just used
 

@@ -1,11 +1,12 @@
-"""fairseq's spellings of our settings: its command lines, its YAML files and the config in its checkpoints.
+"""fairseq's spellings of our settings: its command lines, its YAML files and the config in its
+checkpoints.
 
     train.py --config-dir D --config-name base task.data=DIR --optimization.max_update 5000
 
-GROUPS says where fairseq keeps each setting that we have too. `add_spellings` gives argparse fairseq's names for our
-flags, with a group (`--optimization.max_update`) or without one; `as_flags` turns hydra's words (`group.name=value`)
-into flags. Whatever else fairseq has is accepted at the built-in value, ignored with a message, or refused with the
-name of our flag.
+GROUPS says where fairseq keeps each setting that we have too. `add_spellings` gives argparse
+fairseq's names for our flags, with a group (`--optimization.max_update`) or without one; `as_flags`
+turns hydra's words (`group.name=value`) into flags. Whatever else fairseq has is accepted at the
+built-in value, ignored with a message, or refused with the name of our flag.
 """
 
 import argparse
@@ -97,8 +98,8 @@ IGNORED = {
 }
 HYDRA = re.compile(r"[+]{0,2}(hydra[./].+|run_config)=.*", re.S)  # hydra's own settings
 
-# What we have instead of an option, and the value at which that option changes nothing. At this value it is ignored
-# with a message, at others refused; in a YAML it is always ignored.
+# What we have instead of an option, and the value at which that option changes nothing. At this
+# value it is ignored with a message, at others refused; in a YAML it is always ignored.
 AMP = (False, "the precision is --amp auto|off|fp16|bf16")
 INSTEAD = {
     "checkpoint.finetune_from_model": ("null", "use --init_from FILE"),
@@ -141,7 +142,8 @@ LARGEST = 200_000  # characters of a YAML
 # hydra's null, where it is a value of ours.
 NULL = {"tensorboard_logdir": "", "batch_size": "0", "loss_scale": "0"}
 
-# hydra's word: `group.name=value`, or `+group.name=value` to add it; the value may be quoted once more.
+# hydra's word: `group.name=value`, or `+group.name=value` to add it; the value may be quoted once
+# more.
 WORD = re.compile(r"\+{0,2}([A-Za-z_]\w*(?:\.\w+)*)=(['\"]?)(.*)\2", re.S)
 
 
@@ -169,7 +171,8 @@ ONLY |= {"arch": BUILT_IN_NAMES["model"], "encoder_layerdrop": 0}
 
 
 class Answer(argparse.Action):
-    """A hidden flag, for what fairseq has and we do not: its `dest` is fairseq's name with the group."""
+    """A hidden flag, for what fairseq has and we do not: its `dest` is fairseq's name with the
+    group."""
 
     def __call__(self, parser, namespace, value, option_string=None):
         why = IGNORED.get(self.dest)
@@ -194,7 +197,8 @@ def _same(value, built_in) -> bool:
 
 
 def _check_built_in(name: str, value, built_in):
-    """Raise InputError if the value that is given for fairseq's option `name` is not the built-in one."""
+    """Raise InputError if the value that is given for fairseq's option `name` is not the built-in
+    one."""
     if not _same(value, built_in):
         why = (
             "; for masked language modelling there is --objective mlm"
@@ -207,7 +211,8 @@ def _check_built_in(name: str, value, built_in):
 
 
 def add_spellings(parser):
-    """Let the Parser accept fairseq's names for the flags that it has, and answer fairseq's other flags."""
+    """Let the Parser accept fairseq's names for the flags that it has, and answer fairseq's other
+    flags."""
     for spelling, name in OURS.items():
         if action := parser.flag(f"--{name}"):
             parser.also(action, f"--{spelling}", f"--{spelling.split('.')[-1]}")
@@ -253,7 +258,8 @@ def as_flags(argv: list, parser) -> list:
 
 
 def read_yaml(path: Path, fields: dict, explain: bool) -> dict:
-    """Values of our fields in a fairseq YAML; `explain` prints a line for each entry that is ignored."""
+    """Values of our fields in a fairseq YAML; `explain` prints a line for each entry that is
+    ignored."""
     if not path.is_file():
         raise InputError(f"{path}: no such file (from --config_dir and --config_name)")
     try:
@@ -318,7 +324,8 @@ def read_yaml(path: Path, fields: dict, explain: bool) -> dict:
 
 
 def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
-    """A fairseq config tree -> (values of our `fields` (name -> dataclass field), the other entries by fairseq's name).
+    """A fairseq config tree -> (values of our `fields` (name -> dataclass field), the other entries
+    by fairseq's name).
 
     Raises InputError for a value that cannot be read, or that is not the built-in one.
     """

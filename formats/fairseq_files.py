@@ -1,7 +1,8 @@
-"""Reads the files that torch.save wrote, fairseq's of any age among them, without running code from them.
+"""Reads the files that torch.save wrote, fairseq's of any age among them, without running code from
+them.
 
-Files of older fairseq releases hold objects of its own classes (argparse's Namespace, OmegaConf's containers). Each is
-replaced by an inert object that only keeps its state.
+Files of older fairseq releases hold objects of its own classes (argparse's Namespace, OmegaConf's
+containers). Each is replaced by an inert object that only keeps its state.
 """
 
 import collections
@@ -12,11 +13,12 @@ import torch
 
 
 def load(path, is_archive: bool):
-    """What torch.save wrote at `path`: tensors and plain Python values. Any other object becomes None, except the
-    settings that old fairseq files store as objects. Raises whatever torch raises for a damaged or foreign file.
+    """What torch.save wrote at `path`: tensors and plain Python values. Any other object becomes
+    None, except the settings that old fairseq files store as objects. Raises whatever torch raises
+    for a damaged or foreign file.
 
-    Tensors of an archive are the file itself, mapped: copy what is to be kept. Unmapped, an older torch (such as 2.1)
-    reads beyond a record that is shorter than the pickle says.
+    Tensors of an archive are the file itself, mapped: copy what is to be kept. Unmapped, an older
+    torch (such as 2.1) reads beyond a record that is shorter than the pickle says.
     """
     options = dict(map_location="cpu", mmap=is_archive)
     try:
@@ -28,7 +30,8 @@ def load(path, is_archive: bool):
 
 
 class _Inert:
-    """Replaces an object whose class must not run: keeps the state and ignores everything else a pickle does to it."""
+    """Replaces an object whose class must not run: keeps the state and ignores everything else a
+    pickle does to it."""
 
     state = None
 
@@ -101,8 +104,9 @@ _INERT_PICKLE = types.SimpleNamespace(
 
 
 def _plain(node, seen: dict):
-    """`node` with every inert object replaced: a Namespace and OmegaConf's containers and nodes by what they hold, the
-    others by None. seen: id -> result, so that shared parts stay shared and a cycle ends."""
+    """`node` with every inert object replaced: a Namespace and OmegaConf's containers and nodes by
+    what they hold, the others by None. seen: id -> result, so that shared parts stay shared and a
+    cycle ends."""
     if id(node) in seen:
         return seen[id(node)]
     if isinstance(node, _Inert):

@@ -33,7 +33,8 @@ UNUSED = {
 
 
 def from_reference(state: dict, path="") -> tuple[dict, dict | None]:
-    """fairseq's model state dict -> (student, teacher or None), state dicts under our names. Raises InputError."""
+    """fairseq's model state dict -> (student, teacher or None), state dicts under our names. Raises
+    InputError."""
     teacher = state.get(TEACHER)
     student = {}
     for name, tensor in state.items():
@@ -57,7 +58,8 @@ def to_reference(student: dict, teacher: dict) -> dict:
 
 
 def merge_qkv(state: dict, path) -> dict:
-    """The state dict with each q, k and v matrix joined into one. Raises InputError if one of the three is missing."""
+    """The state dict with each q, k and v matrix joined into one. Raises InputError if one of the
+    three is missing."""
     merged = {}
     for name, tensor in state.items():
         for ours, (q, *rest) in QKV.items():
@@ -91,8 +93,9 @@ def split_qkv(state: dict) -> dict:
 
 
 def parts_of(content: dict, path) -> tuple[str, dict, dict, dict | None]:
-    """What a file of fairseq's holds: ('fairseq' or 'state_dict' for weights alone, groups of its config, student,
-    teacher or None), the weights under our names. Raises InputError if it is no data2vec_text model's."""
+    """What a file of fairseq's holds: ('fairseq' or 'state_dict' for weights alone, groups of its
+    config, student, teacher or None), the weights under our names. Raises InputError if it is no
+    data2vec_text model's."""
     state = content.get("model", content)
     if not isinstance(state, dict) or not any(
         str(k).startswith("encoder.sentence_encoder.") for k in state
@@ -118,15 +121,16 @@ def parts_of(content: dict, path) -> tuple[str, dict, dict, dict | None]:
 
 
 def reference_settings(settings: dict, fields, path) -> dict:
-    """Our settings for a fairseq checkpoint whose config groups are `settings`: its model and data options, and the
-    behaviour of the released code."""
+    """Our settings for a fairseq checkpoint whose config groups are `settings`: its model and data
+    options, and the behaviour of the released code."""
     values, _ = fairseq_config.from_reference(settings, fields, str(path))
     values.pop("data_path", None)  # a path on the machine that trained it
     return {**values, "fairseq_exact": True, **FAIRSEQ_EXACT}
 
 
 def _args_tree(args: dict | None, state: dict) -> dict | None:
-    """The model's settings from the flat `args` of fairseq before 2021, in the form of its later config."""
+    """The model's settings from the flat `args` of fairseq before 2021, in the form of its later
+    config."""
     if not isinstance(args, dict):
         return None
     model = {

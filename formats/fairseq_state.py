@@ -1,4 +1,5 @@
-"""fairseq's checkpoints: one of ours as fairseq would have saved it, and optimizer and position from one of its own.
+"""fairseq's checkpoints: one of ours as fairseq would have saved it, and optimizer and position
+from one of its own.
 
     python convert.py --ckpt CHECKPOINT --to fairseq FILE
     python convert.py --ckpt FAIRSEQ.pt --to native FILE
@@ -16,8 +17,8 @@ from formats.fairseq_names import TEACHER, from_reference, to_reference
 from run.checkpoint import MOMENTS, Loaded, checked_moments
 from train import lr_at
 
-# The groups of fairseq's config, and the settings in them that we write, under its names. Its loader fills in a missing
-# group, but fails on an empty one.
+# The groups of fairseq's config, and the settings in them that we write, under its names. Its
+# loader fills in a missing group, but fails on an empty one.
 OF_A_MACHINE = {"tensorboard_logdir", "distributed_world_size"}
 GROUPS = {
     group: [name for name in names.split() if name not in OF_A_MACHINE]
@@ -25,8 +26,10 @@ GROUPS = {
     if group != "distributed_training"
 } | {"criterion": []}
 TRAINING_GROUPS = ("optimization", "optimizer", "lr_scheduler")
-OURS = "data2vec_text"  # in extra_state of a fairseq file that we wrote: our entries that fairseq has no place for
-KNOWN = r"encoder\.(sentence_encoder|regression_head|lm_head\.\d+|_ema$)"  # names that a conversion takes over
+# in extra_state of a fairseq file that we wrote: our entries that fairseq has no place for
+OURS = "data2vec_text"
+# names that a conversion takes over
+KNOWN = r"encoder\.(sentence_encoder|regression_head|lm_head\.\d+|_ema$)"
 THEIRS = (
     "fairseq"  # in a file of ours made from one of fairseq's: its entries that we have no place for
 )
@@ -51,7 +54,8 @@ def reference_config(flat: dict) -> dict:
     tree["model"]["max_positions"] = flat["tokens_per_sample"]
     tree["model"]["transformer"].update(layernorm_embedding=True, no_scale_embedding=True)
     tree["model"]["transformer"]["encoder"]["learned_pos"] = True
-    # the model has no decoder, but the loader looks up the decoder's defaults, and in the wrong place
+    # the model has no decoder, but the loader looks up the decoder's defaults, and in the wrong
+    # place
     tree["model"]["transformer"]["decoder"] = {
         "input_dim": flat["embed_dim"],
         "output_dim": flat["embed_dim"],
@@ -69,8 +73,8 @@ def optimizer_names(model: dict) -> list[str]:
 
 
 def to_fairseq(content: dict, flat: dict) -> dict:
-    """The content of a checkpoint of ours as fairseq's trainer would have saved it. flat: its settings, including those
-    that this command's flags changed."""
+    """The content of a checkpoint of ours as fairseq's trainer would have saved it. flat: its
+    settings, including those that this command's flags changed."""
     student, progress, states = (
         content["student"],
         content["progress"],
@@ -142,10 +146,12 @@ def to_fairseq(content: dict, flat: dict) -> dict:
 
 
 def from_fairseq(content: dict, template: dict, path) -> dict:
-    """What a fairseq checkpoint holds besides the weights (optimizer, position and so on), as entries of one of ours.
+    """What a fairseq checkpoint holds besides the weights (optimizer, position and so on), as
+    entries of one of ours.
 
-    template: a student's state dict, for its names and shapes. Raises KeyError, TypeError and the like for a file that
-    another optimizer made, and InputError for moments that do not fit the model.
+    template: a student's state dict, for its names and shapes. Raises KeyError, TypeError and the
+    like for a file that another optimizer made, and InputError for moments that do not fit the
+    model.
     """
     extra, last = content["extra_state"], content["last_optimizer_state"]
     states, updates = last["state"], content["optimizer_history"][-1]["num_updates"]
@@ -189,7 +195,8 @@ def from_fairseq(content: dict, template: dict, path) -> dict:
 
 
 def settings_of(loaded: Loaded, path) -> tuple[dict, str]:
-    """The settings in a checkpoint of any kind, and, if those of its training cannot be read, why not."""
+    """The settings in a checkpoint of any kind, and, if those of its training cannot be read, why
+    not."""
     if loaded.kind != "fairseq":
         return loaded.config, ""
     extra = loaded.content.get("extra_state")

@@ -2,9 +2,9 @@
 
     python convert.py --ckpt CHECKPOINT --to hf DIR
 
-Names and settings are those of transformers' Data2VecTextModel, or of a pre-norm model's RobertaPreLayerNormModel; a
-student with a head for words (mlm.py) becomes a ...ForMaskedLM, for the fill-mask pipeline. Weights are copied exactly
-(float16 becomes float32).
+Names and settings are those of transformers' Data2VecTextModel, or of a pre-norm model's
+RobertaPreLayerNormModel; a student with a head for words (mlm.py) becomes a ...ForMaskedLM, for the
+fill-mask pipeline. Weights are copied exactly (float16 becomes float32).
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from text.tokens import find_text_files, read_bpe_files
 import torch
 import torch.nn.functional as F
 
-# Parts of names: on the left fairseq's, after `encoder.sentence_encoder.`, on the right those of transformers, in the
-# order in which they are looked for.
+# Parts of names: on the left fairseq's, after `encoder.sentence_encoder.`, on the right those of
+# transformers, in the order in which they are looked for.
 NAMES = {
     "embed_tokens.": "embeddings.word_embeddings.",
     "embed_positions.": "embeddings.position_embeddings.",
@@ -48,15 +48,18 @@ PRE_NORM = {
     "layer_norm.": "LayerNorm.",
 }
 TOKENS = "embeddings.word_embeddings.weight"
-TOKEN_TYPES = "embeddings.token_type_embeddings.weight"  # BERT's sentences A and B, which only transformers has
+# BERT's sentences A and B, which only transformers has
+TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 ENCODER, NOT_OURS = (
     ("embeddings.", "encoder.layer.", "LayerNorm."),
     (TOKEN_TYPES, "embeddings.position_ids"),
 )
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-SYMBOLS = "dictionary_size"  # our own entry in config.json: how many of the token embeddings the dictionary has
+# our own entry in config.json: how many of the token embeddings the dictionary has
+SYMBOLS = "dictionary_size"
 KNOWN = r"embeddings\.|encoder\.layer\.|LayerNorm\."  # names that a conversion takes over
-# By normalize_before: model_type, the beginning of the models' names, and of all weights' in one with a task's head
+# By normalize_before: model_type, the beginning of the models' names, and of all weights' in one
+# with a task's head
 FAMILIES = {
     False: ("data2vec-text", "Data2VecText", "data2vec_text."),
     True: ("roberta-prelayernorm", "RobertaPreLayerNorm", "roberta_prelayernorm."),
@@ -108,8 +111,8 @@ def is_folder(path: Path) -> bool:
 
 
 def load(folder: Path) -> Loaded:
-    """Read a folder that save_pretrained wrote for a model of FAMILIES, with or without a task's head. Raises
-    InputError."""
+    """Read a folder that save_pretrained wrote for a model of FAMILIES, with or without a task's
+    head. Raises InputError."""
     where = folder / "config.json"
     if not where.is_file():
         raise InputError(f"{folder}: has no config.json, which belongs to a folder of transformers")
@@ -176,7 +179,8 @@ def names_of(pre_norm: bool) -> dict:
 
 
 def _encoder(state: dict, symbols: int | None, pre_norm: bool) -> dict:
-    """Their state dict -> an encoder's under fairseq's names. symbols: how many embeddings the dictionary has."""
+    """Their state dict -> an encoder's under fairseq's names. symbols: how many embeddings the
+    dictionary has."""
     encoder = {}
     for name, tensor in state.items():
         if name.startswith(ENCODER) and name not in NOT_OURS:
@@ -196,8 +200,8 @@ def _encoder(state: dict, symbols: int | None, pre_norm: bool) -> dict:
 
 
 def _word_head(state: dict, symbols: int | None) -> dict:
-    """A WordHead's entries in their state dict, from which they are taken; {} if it has no complete one or if its last
-    matrix is not the token embeddings, which ours always is."""
+    """A WordHead's entries in their state dict, from which they are taken; {} if it has no complete
+    one or if its last matrix is not the token embeddings, which ours always is."""
     names = [
         WORD_HEAD + name
         for name in WordHead(ModelConfig(embed_dim=1, attention_heads=1), 1).state_dict()
@@ -219,10 +223,12 @@ def _word_head(state: dict, symbols: int | None) -> dict:
 def write(
     folder: Path, encoder: dict, cfg: ModelConfig, unknown: int = 0, head: dict | None = None
 ):
-    """Write config.json and model.safetensors of a model of FAMILIES, with a head of its ...ForMaskedLM.
+    """Write config.json and model.safetensors of a model of FAMILIES, with a head of its
+    ...ForMaskedLM.
 
-    encoder: state dict of an Encoder; unknown: how many ids after its own get the embedding of <unk>; head: the entries
-    of a WordHead. Raises InputError for a model that transformers cannot express.
+    encoder: state dict of an Encoder; unknown: how many ids after its own get the embedding of
+    <unk>; head: the entries of a WordHead. Raises InputError for a model that transformers cannot
+    express.
     """
     kind, model, prefix = FAMILIES[cfg.normalize_before]
     if cfg.activation_dropout:
@@ -240,7 +246,8 @@ def write(
         tensors[name] = tensor
     tensors[TOKEN_TYPES] = torch.zeros(1, cfg.embed_dim)
     if head:
-        # a token that the dictionary lacks is never the answer: <unk>, which it is to the model, would count twice
+        # a token that the dictionary lacks is never the answer: <unk>, which it is to the model,
+        # would count twice
         bias = F.pad(head[WORD_HEAD + "bias"], (0, unknown), value=NEVER)
         tensors = {
             **{prefix + name: v for name, v in tensors.items()},
@@ -284,12 +291,13 @@ def find_dictionary(args, data_path: str) -> tuple[Dictionary | None, list]:
 def write_tokenizer(
     folder: Path, dictionary: Dictionary, bpe: list, longest: int, fills_masks: bool
 ) -> int:
-    """Write the files from which AutoTokenizer makes `<s> ... </s>` in this dictionary's ids, at most `longest` tokens.
-    As in training, outer white space is removed first.
+    """Write the files from which AutoTokenizer makes `<s> ... </s>` in this dictionary's ids, at
+    most `longest` tokens. As in training, outer white space is removed first.
 
-    bpe: encoder.json and vocab.bpe, or None twice for words. fills_masks: `<mask>` and the other special tokens may be
-    typed, for the fill-mask pipeline; otherwise they are text like any other, as in training. Returns how many ids the
-    tokenizer has after the dictionary's: those of tokens that are <unk> to the model.
+    bpe: encoder.json and vocab.bpe, or None twice for words. fills_masks: `<mask>` and the other
+    special tokens may be typed, for the fill-mask pipeline; otherwise they are text like any other,
+    as in training. Returns how many ids the tokenizer has after the dictionary's: those of tokens
+    that are <unk> to the model.
     """
     outer = _replace(f"\\A[{SPACES}]+|[{SPACES}]+\\z", "")
     byte_level = dict(add_prefix_space=False, trim_offsets=True)
@@ -310,7 +318,8 @@ def write_tokenizer(
             f"(?<![^{SPACES}])<mask>(?![^{SPACES}])", "<unk>"
         )  # which it is in training
         normalizers = [outer] if fills_masks else [outer, mask]
-    # normalized: they are looked for in the normalized text; else each piece between two of them would be stripped
+    # normalized: they are looked for in the normalized text; else each piece between two of them
+    # would be stripped
     flags = dict(single_word=False, rstrip=False, normalized=True, special=True)
     added = [
         dict(id=dictionary.ids[s], content=s, lstrip=s == "<mask>", **flags)

@@ -1,4 +1,5 @@
-"""What a checkpoint file must be before its content is used: whole, bounded, and of the types that a run writes."""
+"""What a checkpoint file must be before its content is used: whole, bounded, and of the types that
+a run writes."""
 
 import math
 import zipfile
@@ -63,8 +64,9 @@ def is_archive(path: Path) -> bool:
 
 
 def check_archive(path: Path, checksums: bool = True):
-    """Raise InputError unless the records of a zip archive are stored as they are, within the file's size, and fit
-    their checksums. torch checks none of this, and unpacks compressed records of any size."""
+    """Raise InputError unless the records of a zip archive are stored as they are, within the
+    file's size, and fit their checksums. torch checks none of this, and unpacks compressed records
+    of any size."""
     try:
         if not zipfile.is_zipfile(path):
             raise zipfile.BadZipFile("its end is missing")
@@ -85,8 +87,9 @@ def check_archive(path: Path, checksums: bool = True):
 
 
 def _directory_of(path: Path) -> int:
-    """The byte where an archive's directory begins, by the archive's own end. That is where torch reads it; zipfile
-    reads what lies just before the end, so of two directories each would see another one."""
+    """The byte where an archive's directory begins, by the archive's own end. That is where torch
+    reads it; zipfile reads what lies just before the end, so of two directories each would see
+    another one."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 2**16 - 98))  # a comment, and the end in both forms
         begin, tail = file.tell(), file.read()
@@ -100,7 +103,8 @@ def _directory_of(path: Path) -> int:
 
 
 def check_values(content: dict, path):
-    """Raise InputError unless the tree is bounded in size and depth, and its tensors and integers are ordinary ones.
+    """Raise InputError unless the tree is bounded in size and depth, and its tensors and integers
+    are ordinary ones.
 
     A shared part counts each time, because whoever walks the tree visits it each time.
     """
@@ -134,8 +138,8 @@ def check_values(content: dict, path):
 
 
 def is_ordinary(tensor: torch.Tensor) -> bool:
-    """Whether it is dense, strided and on the CPU, with memory for all its elements; a stride of 0 lets one element
-    pass for any number of them, which torch's fused kernels don't check."""
+    """Whether it is dense, strided and on the CPU, with memory for all its elements; a stride of 0
+    lets one element pass for any number of them, which torch's fused kernels don't check."""
     return (
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and (tensor.layout, tensor.device.type) == (torch.strided, "cpu")
@@ -145,7 +149,8 @@ def is_ordinary(tensor: torch.Tensor) -> bool:
 
 
 def check_entries(content: dict, path):
-    """Raise InputError that names the first entry of a checkpoint of ours that is missing or not what it must be."""
+    """Raise InputError that names the first entry of a checkpoint of ours that is missing or not
+    what it must be."""
     for name, form in ENTRIES.items():
         if not fits(content, {name: form}):
             name = name.strip("?")
@@ -171,9 +176,9 @@ def check_entries(content: dict, path):
 
 
 def fits(value, form) -> bool:
-    """Whether the value has the form: a type, a range of integers, a tuple of alternatives, [form] for a list of any
-    length, [form, ...] for one of that length, {type: form} for a dict, or {name: form, ...} for one with at least
-    these entries, of which those with a "?" may be missing."""
+    """Whether the value has the form: a type, a range of integers, a tuple of alternatives, [form]
+    for a list of any length, [form, ...] for one of that length, {type: form} for a dict, or {name:
+    form, ...} for one with at least these entries, of which those with a "?" may be missing."""
     if isinstance(form, dict):
         return isinstance(value, dict) and all(
             all(isinstance(key, name) and fits(inner, part) for key, inner in value.items())

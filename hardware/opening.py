@@ -1,7 +1,7 @@
 """How a device is chosen and opened, and what is said where it cannot be.
 
-config.py sets what torch reads when it is imported, so that torch_npu does not hook itself in: where
-its driver is missing that would fail. It is imported by name below.
+config.py sets what torch reads when it is imported, so that torch_npu does not hook itself in:
+where its driver is missing that would fail. It is imported by name below.
 """
 
 import contextlib

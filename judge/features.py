@@ -1,7 +1,8 @@
-"""Features: raw lines of text to vectors, by `python eval.py --ckpt FILE --features TEXT --out F.npy`.
+"""Features: raw lines of text to vectors, by `python eval.py --ckpt FILE --features TEXT --out
+F.npy`.
 
-Each row is float32: the mean over a line's tokens of the encoder's last hidden states. As in training
-a line begins with `<s>` and ends with `</s>`, and both count as tokens.
+Each row is float32: the mean over a line's tokens of the encoder's last hidden states. As in
+training a line begins with `<s>` and ends with `</s>`, and both count as tokens.
 """
 
 import contextlib

@@ -1,10 +1,12 @@
-"""What counting reaches, without a model: a hidden token is guessed from the tokens on its left and right.
+"""What counting reaches, without a model: a hidden token is guessed from the tokens on its left and
+right.
 
     p(w | left, right)  ~  p(w | left) p(w | right) / p(w)
 
-p(w) is the share of w among the places that are counted, p(w | left) its share after the token `left`, as if STRENGTH
-more tokens with the shares p had come there, and p(w | right) the same before `right`. A neighbour that is hidden too,
-or outside the block, tells nothing. A model that learns from context should come to know more than this.
+p(w) is the share of w among the places that are counted, p(w | left) its share after the token
+`left`, as if STRENGTH more tokens with the shares p had come there, and p(w | right) the same
+before `right`. A neighbour that is hidden too, or outside the block, tells nothing. A model that
+learns from context should come to know more than this.
 """
 
 import functools
@@ -34,7 +36,8 @@ class Neighbours:
     def __init__(
         self, tokens: np.ndarray, labels: np.ndarray, classes: int, dictionary: Dictionary
     ):
-        """tokens: those left and right (2, N) of places that hide the classes `labels` (N,), of `classes` ones."""
+        """tokens: those left and right (2, N) of places that hide the classes `labels` (N,), of
+        `classes` ones."""
         counts = np.bincount(labels, minlength=classes) + 1.0
         self.share, self.hidden, self.sides = counts / counts.sum(), dictionary.mask_id, []
         for neighbour in tokens:
@@ -43,11 +46,13 @@ class Neighbours:
                 np.searchsorted(keys, np.arange(len(dictionary) + 1) * classes),
                 keys % classes,
             )
-            # where a token's row begins, the classes in it, and by how much each is more likely there, before scaling
+            # where a token's row begins, the classes in it, and by how much each is more likely
+            # there, before scaling
             self.sides.append((begins, found, counts / (STRENGTH * self.share[found])))
 
     def answer(self, tokens: np.ndarray, labels: np.ndarray) -> dict:
-        """`hit` (N,) bool and `loss` (N,) float64 in nats at places with the tokens (2, N) beside them."""
+        """`hit` (N,) bool and `loss` (N,) float64 in nats at places with the tokens (2, N) beside
+        them."""
         hit, loss = [], []
         for i in range(0, len(labels), AT_ONCE):
             likely, label = self.share, labels[i : i + AT_ONCE]
@@ -58,7 +63,8 @@ class Neighbours:
         return dict(hit=np.concatenate(hit), loss=np.concatenate(loss))
 
     def factors(self, side: tuple[np.ndarray, ...], tokens: np.ndarray) -> np.ndarray:
-        """By how much each class is more likely beside each of the tokens (N,), up to a factor for each: (N, K)."""
+        """By how much each class is more likely beside each of the tokens (N,), up to a factor for
+        each: (N, K)."""
         begins, classes, more = side
         lengths = np.where(
             (tokens == PAD) | (tokens == self.hidden), 0, begins[tokens + 1] - begins[tokens]
@@ -70,8 +76,8 @@ class Neighbours:
 
 @functools.lru_cache(1)  # a validation comes again with the same masks
 def word_loss(dataset: BlockDataset, train: BlockDataset) -> float | None:
-    """The guess's mean cross-entropy at some places of a split that show `<mask>`, in nats, among all tokens; None if
-    there are none."""
+    """The guess's mean cross-entropy at some places of a split that show `<mask>`, in nats, among
+    all tokens; None if there are none."""
     lists, asked, words, places = dataset.epoch_batches(1), [], [], 0
     for i in np.random.RandomState(0).permutation(len(lists)):
         batch = dataset.batch(lists[i], 1)

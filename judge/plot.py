@@ -2,8 +2,8 @@
 
     python -m judge.plot RUN [RUN ...] --out curves.png
 
-RUN is a --save_dir or a train.jsonl; the run may still be going. A panel of which no run has a figure is left out. The
-suffix of --out chooses the format (png, svg, pdf). Needs matplotlib.
+RUN is a --save_dir or a train.jsonl; the run may still be going. A panel of which no run has a
+figure is left out. The suffix of --out chooses the format (png, svg, pdf). Needs matplotlib.
 """
 
 import json
@@ -57,7 +57,8 @@ STYLES = ("-", "--", ":", "-.")  # for the lines of a panel, in order
 
 
 def read_run(run: str) -> dict:
-    """{key: (updates, values)} of a run's rows. null becomes NaN, which makes a gap; damaged lines are skipped.
+    """{key: (updates, values)} of a run's rows. null becomes NaN, which makes a gap; damaged lines
+    are skipped.
 
     Raises InputError if there is nothing to draw.
     """
@@ -118,7 +119,8 @@ def names_of(runs: list[str]) -> list[str]:
 
 
 def draw(runs: dict, path: Path):
-    """Draw {name: series from `read_run`} into one picture. Raises InputError if the file cannot be written."""
+    """Draw {name: series from `read_run`} into one picture. Raises InputError if the file cannot be
+    written."""
     try:
         import matplotlib
     except ImportError:

@@ -1,23 +1,25 @@
-"""Do the student's features at a masked place tell which word is hidden there? The loss cannot answer this.
+"""Do the student's features at a masked place tell which word is hidden there? The loss cannot
+answer this.
 
     python eval.py --ckpt FILE --data_path DIR --probe [--probe_places 50000] [--json]
 
-The student, frozen and without dropout, reads masked text. From its last hidden state at each `<mask>`, a linear
-softmax classifier predicts the hidden token, one of the 1,000 most frequent in the training split (without special
-tokens). It is fitted on the training split. Accuracy and cross-entropy are measured on the valid split, next to three
-baselines on the same places:
+The student, frozen and without dropout, reads masked text. From its last hidden state at each
+`<mask>`, a linear softmax classifier predicts the hidden token, one of the 1,000 most frequent in
+the training split (without special tokens). It is fitted on the training split. Accuracy and
+cross-entropy are measured on the valid split, next to three baselines on the same places:
 
     most frequent   always the same guess; its cross-entropy is that of the training split's frequencies
     untrained       the same classifier on the same model with its initial weights: what the position reveals, and
                     what a random network passes on of the visible words
     neighbours      no model: at the places of the fit, it counts what is between which tokens (judge/neighbours.py)
 
-How to read the result: a model that has learned nothing about words scores as `untrained` does, however low its loss,
-because part of a target can be predicted from the position alone. The gain of `trained` over `untrained` is what the
-model has learned from context. It is printed in nats per word with its standard error (each block counts as one
-observation); treat a gain below three standard errors as no gain. A model below `neighbours` tells less about a hidden
-word than the two tokens beside it. There is no highest possible score: a masked span hides several words, and no reader
-could name them all.
+How to read the result: a model that has learned nothing about words scores as `untrained` does,
+however low its loss, because part of a target can be predicted from the position alone. The gain of
+`trained` over `untrained` is what the model has learned from context. It is printed in nats per
+word with its standard error (each block counts as one observation); treat a gain below three
+standard errors as no gain. A model below `neighbours` tells less about a hidden word than the two
+tokens beside it. There is no highest possible score: a masked span hides several words, and no
+reader could name them all.
 """
 
 import copy
@@ -41,7 +43,8 @@ LR, BATCH, MOST_EPOCHS, PATIENCE = 1e-3, 512, 50, 3  # for fitting the classifie
 
 
 def frequent_tokens(stream: TokenStream, dictionary) -> np.ndarray:
-    """The class of each token id, (V,) int64: -1 outside the CLASSES most frequent ones. Reads the whole split once."""
+    """The class of each token id, (V,) int64: -1 outside the CLASSES most frequent ones. Reads the
+    whole split once."""
     counts = stream.counts(dictionary).copy()
     counts[: len(SPECIAL)] = 0
     order = np.argsort(-counts, kind="stable")[:CLASSES]
@@ -66,9 +69,11 @@ class Places:
 
 
 def find_places(dataset: BlockDataset, classes: np.ndarray, least: int) -> Places:
-    """At least `least` places, or all that the split has, from batches in random order. Raises InputError if none."""
+    """At least `least` places, or all that the split has, from batches in random order. Raises
+    InputError if none."""
     dataset = copy.copy(dataset)
-    dataset.training = True  # for validation too: shuffled instead of sorted by length, and new masks in each epoch
+    # for validation too: shuffled instead of sorted by length, and new masks in each epoch
+    dataset.training = True
     batches, labels, blocks, count, left_out = [], [], [], 0, 0
     for epoch in range(1, 2 if dataset.cfg.fixed_masks else MASK_EPOCHS + 1):
         for ids in dataset.epoch_batches(epoch):
@@ -106,9 +111,9 @@ def features(student, device: Device, places: Places) -> torch.Tensor:
 def whiten(x: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
     """x (N, C) and the others under the affine map that gives x mean 0 and unit covariance.
 
-    Most variance of hidden states is about things that the classifier does not need, such as the position. Without
-    whitening, early stopping would end the fit before it has used the small useful directions, above all in an
-    untrained model.
+    Most variance of hidden states is about things that the classifier does not need, such as the
+    position. Without whitening, early stopping would end the fit before it has used the small
+    useful directions, above all in an untrained model.
     """
     mean = x.mean(0)
     covariance = ((x - mean).T @ (x - mean) / len(x)).cpu().double()  # accelerators have no float64
@@ -124,10 +129,12 @@ def log_frequencies(labels: np.ndarray, classes: int) -> np.ndarray:
 
 
 class Probe:
-    """Probes a run's student with its current weights, each time on the same places and with the same fit."""
+    """Probes a run's student with its current weights, each time on the same places and with the
+    same fit."""
 
     def __init__(self, run, corpus: Corpus, split: str, places: int):
-        """run: a train.Run. places: how many to fit on, and how many to evaluate on, if there are as many.
+        """run: a train.Run. places: how many to fit on, and how many to evaluate on, if there are
+        as many.
 
         Raises InputError.
         """
@@ -155,7 +162,8 @@ class Probe:
         )  # (N,) True for the places that decide when the fit stops
 
     def ask(self, student) -> dict:
-        """Fit on a student's states, then predict the valid places: `hit` (N,) bool and `loss` (N,) float64 in nats."""
+        """Fit on a student's states, then predict the valid places: `hit` (N,) bool and `loss` (N,)
+        float64 in nats."""
         device = self.run.device
         x, x_valid = whiten(
             *(features(student, device, places) for places in (self.train, self.valid))
@@ -169,9 +177,11 @@ class Probe:
         return dict(hit=torch.cat(hit).numpy(), loss=torch.cat(loss).double().numpy())
 
     def fit(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Softmax regression by Adam on the training places' features x (N, C), starting from the class frequencies.
+        """Softmax regression by Adam on the training places' features x (N, C), starting from the
+        class frequencies.
 
-        Returns weight (C, K) and bias (K,) after the epoch with the lowest loss on the held-out blocks.
+        Returns weight (C, K) and bias (K,) after the epoch with the lowest loss on the held-out
+        blocks.
         """
         device, y = self.run.device, self.run.device.tensor(self.train.labels)
         held, rest = (np.flatnonzero(which) for which in (self.held, ~self.held))
@@ -206,10 +216,12 @@ class Probe:
         return kept
 
     def result(self, untrained: dict, trained: dict) -> dict:
-        """Figures for a report, from what `ask` returned without and with training; adds the constant guess."""
+        """Figures for a report, from what `ask` returned without and with training; adds the
+        constant guess."""
         share = log_frequencies(self.train.labels, self.classes)
         labels, gain = self.valid.labels, untrained["loss"] - trained["loss"]
-        # places of one block share their text, so the standard error is that of clusters, not of single places
+        # places of one block share their text, so the standard error is that of clusters, not of
+        # single places
         sums = np.bincount(np.unique(self.valid.blocks, return_inverse=True)[1], gain - gain.mean())
         guess = dict(hit=labels == share.argmax(), loss=-share[labels])
         return dict(

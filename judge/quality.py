@@ -1,16 +1,18 @@
-"""What the loss cannot tell: figures of a run's predictions and targets beside those of guesses that read no word.
+"""What the loss cannot tell: figures of a run's predictions and targets beside those of guesses
+that read no word.
 
-A target can follow from where it is: position and block alone may explain most of it, so a low loss and a high cosine
-prove little. Three guesses show how much:
+A target can follow from where it is: position and block alone may explain most of it, so a low loss
+and a high cosine prove little. Three guesses show how much:
 
     constant   the mean target
     position   the mean target of each position in the block, from some batches of the training split
     block      the same, plus the mean of what that leaves at the block's other masked places. It reads the targets of
                the block itself, so no encoder could make this guess; it says what the block's signature explains.
 
-Each has a `cosine_`, the last two also `r2_` and `loss_`; R2 is the share of the targets' variance that is explained.
-`gain_position` and `gain_block` are the student's R2 less theirs, `..._error` the standard error (all places of a block
-as one observation); `beyond_block` is the student's share of what the block guess leaves unexplained.
+Each has a `cosine_`, the last two also `r2_` and `loss_`; R2 is the share of the targets' variance
+that is explained. `gain_position` and `gain_block` are the student's R2 less theirs, `..._error`
+the standard error (all places of a block as one observation); `beyond_block` is the student's share
+of what the block guess leaves unexplained.
 """
 
 import math
@@ -37,7 +39,8 @@ GUESSES = ("position", "block")
 
 
 def verdict(figures: dict) -> str:
-    """In words, whether the student beats the guesses that know no word. figures: of `evaluate`, with a train split."""
+    """In words, whether the student beats the guesses that know no word. figures: of `evaluate`,
+    with a train split."""
     words = []
     if "mlm_loss" in figures:
         words = [
@@ -100,11 +103,13 @@ class Guesses:
         sums[width] = sums.sum(0)  # for positions that the batches never masked: the mean over all
         rows = torch.where(sums[:, -1:] > 0, sums, sums[width])
         self.table = rows[:, :-1] / rows[:, -1:].clamp(min=1)  # (width + 1, C)
-        # over all places: squared error and cosine of the student and of each guess, then their loss
+        # over all places: squared error and cosine of the student and of each guess, then their
+        # loss
         self.sums = {
             name: torch.zeros(3, device=device.torch_device) for name in ("student", *GUESSES)
         }
-        # of each guess' squared error less the student's, summed over a block's n places, d: d, d^2, dn, n^2
+        # of each guess' squared error less the student's, summed over a block's n places, d: d,
+        # d^2, dn, n^2
         self.blocks = {name: torch.zeros(4, device=device.torch_device) for name in GUESSES}
 
     def add(self, batch: Batch, prediction: Tensor, target: Tensor):
@@ -166,8 +171,9 @@ def targets_of(run, host: Batch) -> Tensor:
 
 @torch.no_grad()
 def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> dict:
-    """Validation loss per masked place and the figures of `quality`, over all workers, without dropout; with the
-    training split also those of `Guesses`. run: a train.Run. Raises InputError if nothing is masked."""
+    """Validation loss per masked place and the figures of `quality`, over all workers, without
+    dropout; with the training split also those of `Guesses`. run: a train.Run. Raises InputError if
+    nothing is masked."""
     device, cfg = run.device, run.cfg.model
     run.student.eval()
     has_targets = cfg.objective == "data2vec"
@@ -213,7 +219,8 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
 
 
 class WordFigures:
-    """How well the student names hidden words, over all workers, beside the word frequencies of the training split."""
+    """How well the student names hidden words, over all workers, beside the word frequencies of the
+    training split."""
 
     def __init__(self, run, train: BlockDataset | None):
         """Without a training split the frequencies are not known, and left out."""
@@ -232,7 +239,8 @@ class WordFigures:
         self.sums += torch.stack([word_loss(logits, words), hits, unigram, places])
 
     def figures(self) -> dict:
-        """Mean cross-entropy in nats, that of the frequencies, perplexity, accuracy, and the number of places."""
+        """Mean cross-entropy in nats, that of the frequencies, perplexity, accuracy, and the number
+        of places."""
         loss, hits, unigram, places = self.device.all_reduce(self.sums).tolist()
         loss, unigram = loss / max(1, places), unigram / max(1, places)
         known = {} if self.frequency is None else dict(mlm_loss_frequency=unigram)

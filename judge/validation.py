@@ -23,7 +23,8 @@ class Validation:
         return {**figures, **self.ask_probe()} if with_probe else figures
 
     def ask_probe(self) -> dict:
-        """The probe's accuracy, and its gain and that of counts over the model's first weights, in nats a word."""
+        """The probe's accuracy, and its gain and that of counts over the model's first weights, in
+        nats a word."""
         if self.probe is None:
             self.probe = Probe(self.run, self.corpus, self.split, PROBE_PLACES)
             self.untrained = self.probe.ask(self.first_student())

@@ -1,1 +1,2 @@
-"""What a run survives and tells: flags, checkpoints, resume, signals, log. Nothing here decides a number."""
+"""What a run survives and tells: flags, checkpoints, resume, signals, log. Nothing here decides a
+number."""

@@ -1,10 +1,12 @@
 """Checkpoints: one file with everything that a resume needs.
 
-The file is a dict: `format`, `config` (every setting, flat), `dictionary` (size, digest, mask_id), `student` and
-`teacher` (state dicts), `optimizer`, `scaler`, `rng`, `progress` (num_updates, teacher_updates, skipped, epoch, batches
-done in it, world_size, best_loss, data fingerprint) and `log` (the log interval so far). It holds tensors and plain
-Python values only, so torch.load(weights_only=True) reads it. It is the zip archive that torch.save writes. Each record
-has a CRC32, which every load checks. Version 0.1.0 also wrote a digest as the archive's comment; it is ignored.
+The file is a dict: `format`, `config` (every setting, flat), `dictionary` (size, digest, mask_id),
+`student` and `teacher` (state dicts), `optimizer`, `scaler`, `rng`, `progress` (num_updates,
+teacher_updates, skipped, epoch, batches done in it, world_size, best_loss, data fingerprint) and
+`log` (the log interval so far). It holds tensors and plain Python values only, so
+torch.load(weights_only=True) reads it. It is the zip archive that torch.save writes. Each record
+has a CRC32, which every load checks. Version 0.1.0 also wrote a digest as the archive's comment; it
+is ignored.
 """
 
 import contextlib
@@ -15,16 +17,13 @@ import pickle
 import re
 import secrets
 import shutil
-import sys
 import tarfile
-import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from config import InputError
 from formats import fairseq_files, fairseq_names, integrity
-from hardware.device import Device, use_all_cores
 
 import torch
 
@@ -35,7 +34,8 @@ KEPT = re.compile(r"checkpoint_\d+_(\d+)\.pt")  # checkpoint_{epoch}_{updates}.p
 
 @dataclass
 class Loaded:
-    """A checkpoint in memory. kind: 'ours', 'fairseq', 'state_dict' (weights alone) or 'hf' (of transformers)."""
+    """A checkpoint in memory. kind: 'ours', 'fairseq', 'state_dict' (weights alone) or 'hf' (of
+    transformers)."""
 
     kind: str
     config: dict  # our settings, or groups of fairseq's config; empty for weights alone
@@ -47,111 +47,34 @@ class Loaded:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def save(content: dict, path, *also, read=None):
-    """Write the checkpoint to `path`, then copies of it to `also`. A crash at any moment leaves each file old or new.
+def save(content: dict, path, *also):
+    """Write the checkpoint to `path`, then copies of it to `also`.
 
-    read: called as soon as `content` has been read and may change. Raises OSError if a file cannot be written; the
-    files before it are then new, and it and those after it are old.
+    A crash at any moment leaves each file old or new. Raises OSError if a file cannot be written:
+    those before it are then new, and it and those after it are old.
     """
-    write({"format": FORMAT, **content}, path, read)
-    for (
-        copy
-    ) in also:  # neither links nor shared blocks of the disk: damage to one file leaves the others
+    write({"format": FORMAT, **content}, path)
+    for copy in also:  # no links, no shared blocks: damage to one file leaves the others
         with whole(copy) as part:
             shutil.copyfile(path, part)
 
 
-def write(content: dict, path, read=None):
-    """torch.save in one step; `read` as in `save`. Raises OSError."""
+def write(content: dict, path):
+    """torch.save in one step. Raises OSError."""
     with whole(path) as part, open(part, "xb") as file:
         try:
             torch.save(content, file)
         except RuntimeError as e:  # torch's writer turns a full disk into one
             cause = e.__context__
-            raise (
-                cause if isinstance(cause, OSError) else OSError(errno.EIO, str(e).splitlines()[0])
-            ) from None
-        if read:
-            read()
-
-
-class Saver:
-    """Saves in a thread while training continues, one save at a time.
-
-    On a CPU the file is written from the weights themselves during the next update's forward and backward pass, and
-    its step waits until they have been read. Elsewhere training waits for a copy to host memory. That memory is kept
-    for the next save, because allocating it takes several times as long as the copy.
-    """
-
-    def __init__(self, device: Device, adam: torch.optim.Optimizer | None = None):
-        """adam: whose step is the first to change what is saved; None if something else may change it before."""
-        self.device, self._kept, self._thread, self._error = device, {}, None, None
-        self._read = threading.Event()
-        self.copies = adam is None or device.type != "cpu"
-        if not self.copies:
-            adam.register_step_pre_hook(self._wait_until_read)
-
-    def start(self, content: dict, path, *also, keep: int = -1):
-        """Begin to `save`, and to `prune` after it. Call `finish` for the save before first."""
-        content = self._copy(content, ()) if self.copies else content
-        self._read.clear()
-        self.device.synchronize()
-
-        def write():
-            use_all_cores()
-            if (
-                sys.platform == "linux"
-            ):  # where a priority is a thread's own: updates have the cores first
-                with contextlib.suppress(OSError):
-                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
-            try:
-                save(content, path, *also, read=self._read.set)
-                prune(Path(path).parent, keep)
-            except Exception as e:  # `finish` raises it
-                self._error = e
-            finally:
-                self._read.set()
-
-        self._thread = threading.Thread(target=write, name="save")
-        self._thread.start()
-
-    def _wait_until_read(self, *_):
-        if self._thread is not None:
-            self._read.wait()
-
-    def is_busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
-    def finish(self) -> bool:
-        """Wait for the save that was started; returns whether there was one. Raises OSError if it failed."""
-        if self._thread is None:
-            return False
-        self._thread.join()
-        self._thread, error, self._error = None, self._error, None
-        if error:
-            raise error
-        return True
-
-    def _copy(self, value, key: tuple):
-        if isinstance(value, torch.Tensor):
-            buffer = self._kept.get(key)
-            if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
-                buffer = torch.empty(value.shape, dtype=value.dtype)
-                buffer = self._kept[key] = (
-                    buffer if value.device.type == "cpu" else buffer.pin_memory()
-                )
-            return buffer.copy_(value.detach(), non_blocking=True)
-        if isinstance(value, dict):
-            return {k: self._copy(v, (*key, k)) for k, v in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._copy(v, (*key, i)) for i, v in enumerate(value))
-        return value
+            if not isinstance(cause, OSError):
+                cause = OSError(errno.EIO, str(e).splitlines()[0])
+            raise cause from None
 
 
 @contextlib.contextmanager
 def whole(path):
-    """Yields a fresh name next to `path`. The file or folder made there replaces `path` when the block ends, and is
-    removed if the block fails."""
+    """Yields a fresh name next to `path`. The file or folder made there replaces `path` when the
+    block ends, and is removed if the block fails."""
     path = Path(os.path.abspath(path))
     if path.exists() and not (path.is_file() or path.is_dir()):  # /dev/null would become a file
         raise OSError(errno.EEXIST, "is neither a file nor a folder", str(path))
@@ -185,7 +108,8 @@ def write_text(path, text: str):
 
 
 def prune(folder, keep: int):
-    """Remove all but the newest `keep` of checkpoint_{epoch}_{updates}.pt in `folder`; keep < 0 keeps all."""
+    """Remove all but the newest `keep` of checkpoint_{epoch}_{updates}.pt in `folder`; keep < 0
+    keeps all."""
     found = [
         (int(match[1]), path)
         for path in Path(folder).iterdir()
@@ -199,13 +123,15 @@ def prune(folder, keep: int):
 
 
 def candidates(folder) -> list[Path]:
-    """The checkpoints in a save directory in the order in which a resume tries them: checkpoint_last.pt, then from the
-    most updates to the fewest. Modification times do not count, because copies and clocks change them."""
+    """The checkpoints in a save directory in the order in which a resume tries them:
+    checkpoint_last.pt, then from the most updates to the fewest. Modification times do not count,
+    because copies and clocks change them."""
     return sorted(sorted(Path(folder).glob("checkpoint_*.pt")), key=_updates_in, reverse=True)
 
 
 def _updates_in(path: Path) -> float:
-    """How many updates a checkpoint has, by its name or else by its content; infinity for the last, -1 if unknown."""
+    """How many updates a checkpoint has, by its name or else by its content; infinity for the last,
+    -1 if unknown."""
     if path.name == "checkpoint_last.pt":
         return math.inf
     if match := KEPT.fullmatch(path.name):
@@ -225,7 +151,8 @@ def _updates_in(path: Path) -> float:
 
 
 def load(path) -> Loaded:
-    """Read a checkpoint of ours or of fairseq, or a bare state dict under fairseq's names. Raises InputError."""
+    """Read a checkpoint of ours or of fairseq, or a bare state dict under fairseq's names. Raises
+    InputError."""
     path = Path(path)
     content = read(path)
     if "format" in content:
@@ -248,8 +175,9 @@ def load(path) -> Loaded:
 
 
 def read(path) -> dict:
-    """The dict that torch.save wrote at `path`. No code runs from the file, and every tensor is an ordinary one on the
-    CPU, mapped from the file where it is an archive: copy what is to be kept. Raises InputError."""
+    """The dict that torch.save wrote at `path`. No code runs from the file, and every tensor is an
+    ordinary one on the CPU, mapped from the file where it is an archive: copy what is to be kept.
+    Raises InputError."""
     path = Path(path)
     if path.is_dir():
         what = "a folder without a checkpoint; a run's --save_dir holds checkpoint_last.pt"
@@ -303,7 +231,8 @@ def _check_tensor(tensor, shape, what: str, path):
 
 
 def check_fits(state: dict, module: torch.nn.Module, what: str, path):
-    """Raise InputError that names the first missing, unknown or unsuitable entry of a state dict for the module."""
+    """Raise InputError that names the first missing, unknown or unsuitable entry of a state dict
+    for the module."""
     expected = module.state_dict()
     for name, tensor in expected.items():
         if name not in state:
@@ -319,7 +248,8 @@ def check_fits(state: dict, module: torch.nn.Module, what: str, path):
 
 
 def own_state(state: dict, module: torch.nn.Module, what: str, path) -> dict:
-    """The module's entries in a state dict, as float32 in memory of our own. Raises InputError, as `check_fits`."""
+    """The module's entries in a state dict, as float32 in memory of our own. Raises InputError, as
+    `check_fits`."""
     check_fits(state, module, what, path)
     return {name: _own(state[name]) for name in module.state_dict()}
 
@@ -335,10 +265,12 @@ def put(state: dict, module: torch.nn.Module, what: str, path):
 
 
 def checked_moments(state: dict, shapes: list, path) -> dict:
-    """Adam's state of parameters with these shapes, copied into memory of its own: {number: step, exp_avg, exp_avg_sq}.
+    """Adam's state of parameters with these shapes, copied into memory of its own: {number: step,
+    exp_avg, exp_avg_sq}.
 
-    An empty state, of an optimizer that has made no step, stays empty. Raises InputError. torch's fused kernels trust
-    shapes and strides: a moment that is too small would have them write outside of it.
+    An empty state, of an optimizer that has made no step, stays empty. Raises InputError. torch's
+    fused kernels trust shapes and strides: a moment that is too small would have them write outside
+    of it.
     """
     if state and set(state) != set(range(len(shapes))):
         raise InputError(

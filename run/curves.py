@@ -8,10 +8,12 @@ from config import InputError
 
 
 class TensorBoard:
-    """The rows of train.jsonl as TensorBoard curves over updates, under the names that fairseq gives them.
+    """The rows of train.jsonl as TensorBoard curves over updates, under the names that fairseq
+    gives them.
 
-    `{logdir}/train_inner` holds the rows of log intervals and `{logdir}/valid` those of validations, as fairseq's two
-    folders of that name do; its third, `train`, holds means over an epoch, which no row has. By fairseq's name:
+    `{logdir}/train_inner` holds the rows of log intervals and `{logdir}/valid` those of
+    validations, as fairseq's two folders of that name do; its third, `train`, holds means over an
+    epoch, which no row has. By fairseq's name:
 
         train_inner  loss, sample_size, ntokens, nsentences, gnorm, lr, loss_scale, ups, wall   as in the row
                      ema_decay               as in the row; there times 1000, here not
@@ -21,8 +23,8 @@ class TensorBoard:
         valid        loss, best_loss         the row's valid_loss, valid_best_loss
                      target_var, pred_var, cosine, cosine_constant, epoch    no counterpart there
 
-    fairseq's clip, train_wall and gb_free have none here. Its lr is the next update's; ours is the one that was used.
-    A null makes no point, nor does the row of a skipped update.
+    fairseq's clip, train_wall and gb_free have none here. Its lr is the next update's; ours is the
+    one that was used. A null makes no point, nor does the row of a skipped update.
     """
 
     ALSO = dict(ntokens="wpb", nsentences="bsz")
@@ -45,7 +47,8 @@ class TensorBoard:
             raise InputError(f"--tensorboard_logdir {logdir}: not writable")
 
     def open(self, num_updates: int):
-        """Continue after update num_updates: what an earlier run wrote beyond it is no longer shown."""
+        """Continue after update num_updates: what an earlier run wrote beyond it is no longer
+        shown."""
         for name in ("train_inner", "valid"):
             self._writers[name] = self._writer(str(self.logdir / name), purge_step=num_updates + 1)
 

@@ -1,4 +1,5 @@
-"""A second run in the same directory is kept out. A file of its own, since preprocess.py needs no torch."""
+"""A second run in the same directory is kept out. A file of its own, since preprocess.py needs no
+torch."""
 
 import fcntl
 import os
@@ -9,7 +10,8 @@ from config import InputError
 
 
 class Lock:
-    """Keeps a second run out of a directory. The kernel releases the lock with its process, however that ends."""
+    """Keeps a second run out of a directory. The kernel releases the lock with its process, however
+    that ends."""
 
     def __init__(self, folder: Path, flag: str = "--save_dir"):
         self.file = open(folder / ".lock", "a+")

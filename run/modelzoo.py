@@ -2,9 +2,10 @@
 
     python -m run.modelzoo SAVE_DIR OUTPUT DEVICE_ID MODE
 
-SAVE_DIR holds train.jsonl and the seconds that each part of the run took (run_1p_seconds.txt, a line a part); OUTPUT
-holds train_DEVICE_ID.log, and receives data2vec_for_PyTorch_1p.log and train_data2vec_for_PyTorch_1p_loss.txt. In the
-mode performance these two names end in 1p_pref, as the ModelZoo's do.
+SAVE_DIR holds train.jsonl and the seconds that each part of the run took (run_1p_seconds.txt, a
+line a part); OUTPUT holds train_DEVICE_ID.log, and receives data2vec_for_PyTorch_1p.log and
+train_data2vec_for_PyTorch_1p_loss.txt. In the mode performance these two names end in 1p_pref, as
+the ModelZoo's do.
 """
 
 import platform
@@ -20,7 +21,8 @@ from text.files import json_rows
 
 
 def report(save_dir: Path, output: Path, device_id: str, mode: str) -> str:
-    """Write the files; returns the lines to print. Raises InputError if the run has logged no update."""
+    """Write the files; returns the lines to print. Raises InputError if the run has logged no
+    update."""
     rows = json_rows(save_dir / "train.jsonl")
     train = [
         row

@@ -1,4 +1,5 @@
-"""How a run continues: what a checkpoint must hold, which one is taken, and what may not have changed since."""
+"""How a run continues: what a checkpoint must hold, which one is taken, and what may not have
+changed since."""
 
 import dataclasses
 import hashlib
@@ -19,7 +20,8 @@ DIGESTS = dict(
 
 
 def fingerprint_of(corpus: Corpus) -> dict:
-    """What tells the training data apart from other data. Raises InputError for a folder that cannot be read."""
+    """What tells the training data apart from other data. Raises InputError for a folder that
+    cannot be read."""
     dataset, others = corpus.split("train", 1), hashlib.sha256()
     for folder in corpus.folders[
         1:
@@ -75,7 +77,8 @@ def check_dictionary(loaded: checkpoint.Loaded, corpus: Corpus, path):
         )
 
 
-# What a resumed run may not change: the model, and, without --reset_data_position, what decides which batch is next.
+# What a resumed run may not change: the model, and, without --reset_data_position, what decides
+# which batch is next.
 ARCHITECTURE = [f.name for f in dataclasses.fields(ModelConfig) if "dropout" not in f.name]
 POSITION = [
     "sample_break_mode",
@@ -90,7 +93,8 @@ POSITION = [
 
 
 def find_checkpoint(folder: Path, say) -> tuple[Path, checkpoint.Loaded] | None:
-    """The newest checkpoint of a save directory that can be read, if it holds any. Raises InputError if none can."""
+    """The newest checkpoint of a save directory that can be read, if it holds any. Raises
+    InputError if none can."""
     found = checkpoint.candidates(folder)
     if found and found[0].name != "checkpoint_last.pt":
         say(f"warning: {folder} has no checkpoint_last.pt; trying {found[0].name}")
@@ -179,8 +183,8 @@ def resume(
 
 
 def check_agreement(run, corpus: Corpus, fingerprint: dict):
-    """Raise RunError in every worker, with the field's name, unless all of them have the same settings (paths apart),
-    data, dictionary and position."""
+    """Raise RunError in every worker, with the field's name, unless all of them have the same
+    settings (paths apart), data, dictionary and position."""
     paths = ("data_path", "save_dir", "tensorboard_logdir", "init_from")
     fields = {k: v for k, v in run.cfg.flat().items() if k not in paths}
     fields |= dict(fingerprint, dictionary=corpus.dictionary.digest(), num_updates=run.num_updates)
@@ -196,7 +200,8 @@ def check_agreement(run, corpus: Corpus, fingerprint: dict):
 
 
 def init_from(run, corpus: Corpus, loaded: checkpoint.Loaded, path):
-    """Take the weights and the teacher of any readable checkpoint; optimizer and schedule start fresh."""
+    """Take the weights and the teacher of any readable checkpoint; optimizer and schedule start
+    fresh."""
     check_dictionary(loaded, corpus, path)
     weights, shown = dict(loaded.student), printable(str(path))
     for prefix, head in (("regression_head.", "regression head"), ("lm_head.", "head for words")):

@@ -39,8 +39,8 @@ def saved(tmp_path_factory, corpus_dir):
 
 @pytest.fixture
 def random_file(tmp_path, saved, request):
-    """A checkpoint whose every weight is random, student and teacher apart; of a pre-norm model with the parameter
-    True."""
+    """A checkpoint whose every weight is random, student and teacher apart; of a pre-norm model
+    with the parameter True."""
     content = checkpoint.load(saved / "checkpoint_last.pt").content
     size, pre_norm = content["dictionary"]["size"], getattr(request, "param", False)
     models = [random_encoder(seed, size, normalize_before=pre_norm)[0] for seed in (1, 2)]

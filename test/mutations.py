@@ -1,6 +1,8 @@
-"""Damage that knows the structure of a file: one field, record, opcode or value is wrong, and the rest is whole.
+"""Damage that knows the structure of a file: one field, record, opcode or value is wrong, and the
+rest is whole.
 
-`python -m test.soak fuzz` makes such files by the thousand. Each must load or be refused in one line.
+`python -m test.soak fuzz` makes such files by the thousand. Each must load or be refused in one
+line.
 """
 
 import contextlib

@@ -43,7 +43,8 @@ TINY = (
 
 
 def small_corpus(folder: Path) -> Path:
-    """Write 200 sentences of random words, the same for training and validation; returns the folder."""
+    """Write 200 sentences of random words, the same for training and validation; returns the
+    folder."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "valid"):
@@ -61,8 +62,8 @@ def last_update(folder: Path) -> int:
 
 
 def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
-    """Start a run, kill it, check its files, and repeat. After each kill, checkpoint_last.pt must load and be at most
-    two updates older than the log."""
+    """Start a run, kill it, check its files, and repeat. After each kill, checkpoint_last.pt must
+    load and be at most two updates older than the log."""
     corpus, save_dir = corpus or small_corpus(folder / "corpus"), folder / "killed"
     flags = (
         "--max_update 1000000 --save_interval_updates 1 --keep_interval_updates 2 --disable_validation --log_interval 1"
@@ -128,7 +129,8 @@ def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
 
 
 def mutate(raw: bytes, rng: random.Random) -> bytes:
-    """Damage one to three random places: flip a bit, cut, insert, delete, or overwrite with an extreme number."""
+    """Damage one to three random places: flip a bit, cut, insert, delete, or overwrite with an
+    extreme number."""
     raw = bytearray(raw)
     for _ in range(rng.randint(1, 3)):
         at = (
@@ -167,8 +169,8 @@ def mutate(raw: bytes, rng: random.Random) -> bytes:
 
 
 def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0, structured: int = 0) -> dict:
-    """Every damaged file must load or raise a one-line InputError, without allocating much memory. structured: how many
-    of each kind get the damage of test/mutations.py."""
+    """Every damaged file must load or raise a one-line InputError, without allocating much memory.
+    structured: how many of each kind get the damage of test/mutations.py."""
     rng = random.Random(seed)
     source, target = small_corpus(folder / "source"), folder / "mutated"
     shutil.copytree(source, target, dirs_exist_ok=True)
@@ -242,7 +244,8 @@ def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0, structure
 
 
 def memory(updates: int, folder: Path) -> dict:
-    """Resident memory of a run after a tenth of its updates and at its end, with a checkpoint every 100 updates."""
+    """Resident memory of a run after a tenth of its updates and at its end, with a checkpoint every
+    100 updates."""
     corpus = small_corpus(folder / "corpus")
     saves = [
         "--save_dir",

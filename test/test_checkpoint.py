@@ -18,7 +18,6 @@ from config import InputError, RunError
 from formats import fairseq_names
 from run import checkpoint, saves
 from test.helpers import (
-    CPU,
     FEW,
     GOLDEN,
     call,
@@ -277,18 +276,13 @@ def test_a_slow_save_writes_the_weights_of_its_update(corpus_dir, tmp_path, monk
         assert all(torch.equal(moments[i][k], others[i][k]) for i in others for k in others[i])
 
 
-def test_an_old_checkpoint_is_removed_as_soon_as_the_new_one_is_written(tmp_path):
-    saver = checkpoint.Saver(CPU)
-    for number in (1, 2):
-        saver.finish()
+def test_older_checkpoints_than_those_to_keep_are_removed(tmp_path):
+    for number in (1, 2, 10):
         names = ("checkpoint_last.pt", f"checkpoint_1_{number}.pt")
-        saver.start(small_content(number), *(tmp_path / name for name in names), keep=1)
-        while saver.is_busy():
-            time.sleep(0.01)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint_1_2.pt",
-        "checkpoint_last.pt",
-    ]
+        checkpoint.save(small_content(number), *(tmp_path / name for name in names))
+        checkpoint.prune(tmp_path, 1)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoint_1_10.pt", "checkpoint_last.pt"]
 
 
 def test_a_resumed_run_does_not_hold_the_file_that_it_came_from(

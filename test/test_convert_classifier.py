@@ -104,7 +104,8 @@ def test_a_linear_probe_has_no_place_there(place, tmp_path):  # noqa: F811
     assert not (tmp_path / "hf").exists()
 
 
-def test_a_transformers_folder_is_fine_tuned_as_the_checkpoint_it_was_made_from(place, tmp_path):  # noqa: F811
+# noqa: F811
+def test_a_transformers_folder_is_fine_tuned_as_the_checkpoint_it_was_made_from(place, tmp_path):
     call(convert.main, "--ckpt", place / "pretrained.pt", "--to", "hf", tmp_path / "hf")
     losses = []
     for name, ckpt in (("a", place / "pretrained.pt"), ("b", tmp_path / "hf")):

@@ -1,4 +1,5 @@
-"""Damaged, incomplete and hostile files: refused in one line, never run, and a good older file is found.
+"""Damaged, incomplete and hostile files: refused in one line, never run, and a good older file is
+found.
 
 A longer version of the mutations is in test/soak.py.
 """
@@ -179,7 +180,8 @@ def test_loading_never_runs_code_from_a_file(tmp_path):
 
 
 def test_a_small_pickle_cannot_ask_for_much_memory(tmp_path):
-    # LONG_BINPUT stores an object under any number; the unpickler in C allocates a table of that length
+    # LONG_BINPUT stores an object under any number; the unpickler in C allocates a table of that
+    # length
     (tmp_path / "bomb.pt").write_bytes(b"\x80\x02}r\xff\xff\xff\x7f.")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError):

@@ -1,4 +1,5 @@
-"""fairseq's own YAML and old command lines: what is ignored with a message, and what names our option."""
+"""fairseq's own YAML and old command lines: what is ignored with a message, and what names our
+option."""
 
 import importlib.util
 import re

@@ -41,7 +41,8 @@ def model(tmp_path_factory, corpus_dir):
 
 @pytest.fixture(scope="module")
 def text(corpus_dir):
-    """Lines of very different lengths, among them an empty one and an unknown word; and their tokens."""
+    """Lines of very different lengths, among them an empty one and an unknown word; and their
+    tokens."""
     symbols, rng = Dictionary(corpus_dir / "dict.txt").symbols, np.random.default_rng(0)
     rows = [rng.integers(4, 50, n).tolist() for n in [*rng.integers(0, 30, 60), 0, 1, 30, 70]]
     lines = [" ".join(symbols[i] for i in row) for row in rows] + ["nowhere"]

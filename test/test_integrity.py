@@ -332,7 +332,8 @@ def test_a_width_whose_matrices_no_memory_can_hold_is_refused_by_a_conversion(sa
 
 
 def two_directories(harmless: bytes, hidden: bytes) -> bytes:
-    """An archive with two directories of the same size: zipfile finds the first's, torch the second's records."""
+    """An archive with two directories of the same size: zipfile finds the first's, torch the
+    second's records."""
 
     def parts(raw):
         size, at = struct.unpack("<LL", raw[-10:-2])
@@ -396,7 +397,8 @@ def test_a_pickle_sets_no_attribute_and_writes_no_file(tmp_path):
     function, patch = torch._utils._rebuild_tensor_v2, tmp_path / "made"
     slots = text("dump_patches") + b"\x88" + text("__name__") + text(str(patch))
     slots += text("__defaults__") + b"(K\1K\2t"
-    # torch compares an old file's sources with its own, and saves the difference where a class has dump_patches
+    # torch compares an old file's sources with its own, and saves the difference where a class has
+    # dump_patches
     body = b"\x80\2cforeign\nThing\n0ctorch._utils\n_rebuild_tensor_v2\nq\0(N}(" + slots + b"utb0"
     body += b"(" + text("module") + b"h\0" + text("file") + text("another\nsource\n") + b"tQ0}."
     heads = (0x1950A86A20F9469CFC6C, 1001, {})

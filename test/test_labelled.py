@@ -184,7 +184,8 @@ TABLE = "text\tlabel\n"
         ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(text="a,b,c"), "--text a,b,c"),
     ],
 )
-def test_a_table_that_cannot_be_used_is_one_line(name, text, options, message, place, tmp_path):  # noqa: F811
+# noqa: F811
+def test_a_table_that_cannot_be_used_is_one_line(name, text, options, message, place, tmp_path):
     table = tmp_path / name
     if text is not None:
         table.write_text(text)

@@ -101,7 +101,8 @@ def test_whitening_gives_mean_0_and_unit_covariance_and_maps_the_others_alike():
 
 
 class Oracle(torch.nn.Module):
-    """An encoder whose hidden state at a place is an embedding of the source token `shift` places before it."""
+    """An encoder whose hidden state at a place is an embedding of the source token `shift` places
+    before it."""
 
     def __init__(self, width, vocabulary, shift):
         super().__init__()
@@ -203,7 +204,8 @@ def test_the_probe_refuses_a_corpus_that_hides_nothing(tmp_path):
 
 
 def test_the_probe_runs_where_only_the_cpu_has_float64(corpus_dir, monkeypatch):
-    # an NPU has no float64 tensors; the device here is the CPU, so the test records what is moved to it
+    # an NPU has no float64 tensors; the device here is the CPU, so the test records what is moved
+    # to it
     run, _ = make_run(corpus_dir)
     asked, seen = probe.Probe(run, Corpus(run.cfg.data), "valid", 100), []
     plain = Device.tensor

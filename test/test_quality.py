@@ -21,7 +21,8 @@ import torch.nn.functional as F
 
 
 def places(run, dataset):
-    """(position, block, target, prediction) of every masked place of the valid split, or of some training batches."""
+    """(position, block, target, prediction) of every masked place of the valid split, or of some
+    training batches."""
     lists = dataset.epoch_batches(1)[: quality.FIT_BATCHES if dataset.training else None]
     for ids in lists:
         batch = CPU.upload(dataset.batch(ids, 1))

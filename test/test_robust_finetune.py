@@ -71,7 +71,8 @@ def test_a_checkpoint_with_one_wrong_value_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("value", [5, [1.0], None])
-def test_a_folder_of_data_that_is_no_text_is_not_looked_for(value, tuned, tmp_path, place):  # noqa: F811
+# noqa: F811
+def test_a_folder_of_data_that_is_no_text_is_not_looked_for(value, tuned, tmp_path, place):
     path = changed(tuned, tmp_path / "x.pt", ("config", "data_path"), value)
     with pytest.raises(InputError, match="no dict.txt in"):
         finetune.main(flags(place, tmp_path / "out", ckpt=path))
@@ -141,7 +142,8 @@ def test_a_dictionary_and_a_bpe_of_the_users_stay(name, place, tmp_path):  # noq
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_predictions_replace_neither_what_they_read_nor_a_device(tuned, place, tmp_path):  # noqa: F811
+# noqa: F811
+def test_predictions_replace_neither_what_they_read_nor_a_device(tuned, place, tmp_path):
     shutil.copytree(tuned.parent, tmp_path / "tuned")
     best = tmp_path / "tuned" / "checkpoint_best.pt"
     argv = predict(best, tmp_path, place)

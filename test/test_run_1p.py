@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import preprocess
 from config import InputError
 from run import checkpoint
 from run.modelzoo import report
@@ -19,14 +18,13 @@ from text.binarized import TokenFile
 
 import pytest
 
-# A python3 that only notes how it is called. It lacks the packages of LACKS until its own pip has run, its venv is a
-# copy of itself, and it ends a training with 3.
+# A python3 that only notes how it is called. It lacks the packages of LACKS until its own pip has
+# run, its venv is a copy of itself, and it ends a training with 3.
 FAKE = """#!/bin/sh
 echo "${0##*/} $*" >>CALLS
 case "$*" in
 "-c import "*) case "$2" in LACKS) [ -e "$0.installed" ] ;; esac ;;
 "-m venv --clear .venv") rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
-*--index-url*) INDEX ;;
 "-m pip install "*) touch "$0.installed" ;;
 data.py*) mkdir -p "$3" && touch "$3/train.idx" ;;
 train.py*) exit 3 ;;
@@ -35,14 +33,14 @@ esac
 """
 
 
-def fake_python(project: Path, lacks: str = "none", index: str = "true") -> tuple[dict, Path]:
-    """A copy of the project in `project`; the environment with a fake python3, and the file of its calls. index: what
-    the fake pip does where PyTorch's CPU build is asked for."""
+def fake_python(project: Path, lacks: str = "none") -> tuple[dict, Path]:
+    """A copy of the project in `project`; the environment with a fake python3, and the file of its
+    calls."""
     project.mkdir(exist_ok=True)
     env = copy_of_the_project(project)
     python, calls = project / "fake" / "python3", project / "calls"
     python.parent.mkdir()
-    words = {"CALLS": f"'{calls}'", "LACKS": lacks, "INDEX": index, "PYTHON": f"'{sys.executable}'"}
+    words = {"CALLS": f"'{calls}'", "LACKS": lacks, "PYTHON": f"'{sys.executable}'"}
     python.write_text(re.sub("|".join(words), lambda m: words[m[0]], FAKE))
     python.chmod(0o755)
     return {**env, "PATH": f"{python.parent}:{env['PATH']}"}, calls
@@ -198,9 +196,6 @@ def test_seconds_of_a_run_that_starts_over_are_counted_anew(tmp_path):
 
 
 PIP = "python -m pip install --quiet --disable-pip-version-check "
-CPU_BUILD = (
-    f"{PIP}--retries 1 --timeout 15 --index-url https://download.pytorch.org/whl/cpu torch=="
-)
 
 
 def test_missing_packages_go_into_the_projects_own_environment_even_in_a_path_with_a_space(
@@ -215,32 +210,6 @@ def test_missing_packages_go_into_the_projects_own_environment_even_in_a_path_wi
     installed = calls.read_text().count(" -m pip install ")
     assert run_1p(project, env, "full", "--data_path=x").returncode == 3
     assert calls.read_text().count(" -m pip install ") == installed  # the second run finds them
-
-
-@pytest.mark.parametrize(("card", "index"), [(False, "true"), (False, "exit 1"), (True, "true")])
-def test_pytorchs_cpu_build_is_installed_where_there_is_no_nvidia_device(tmp_path, card, index):
-    if list(Path("/dev").glob("nvidia[0-9]*")):
-        pytest.skip("this machine has an NVIDIA device")
-    env, calls = fake_python(tmp_path, lacks="*torch*", index=index)
-    if card:
-        (tmp_path / "fake" / "nvidia-smi").symlink_to("/bin/true")
-    done = run_1p(tmp_path, env, "full", "--data_path=x")
-    assert done.returncode == 3, done.stdout + done.stderr
-    asked = [line for line in calls.read_text().splitlines() if " -m pip install " in line]
-    assert len(asked) == 2 - card and asked[-1] == f"{PIP}-r requirements.txt"
-    assert card or asked[0].startswith(CPU_BUILD)
-    assert ("torch==" in done.stdout and "on disk" in done.stdout) and (
-        "without CUDA" in done.stdout
-    ) != card
-    assert ("whl/cpu does not provide it; taking the default package" in done.stdout) == (
-        index == "exit 1"
-    )
-
-
-def test_ctrl_c_while_pip_works_ends_the_script(tmp_path):
-    env, calls = fake_python(tmp_path, lacks="*torch*", index='kill -INT "$PPID"; exit 1')
-    assert run_1p(tmp_path, env, "full", "--data_path=x").returncode == 130
-    assert CPU_BUILD in calls.read_text() and "-r requirements.txt" not in calls.read_text()
 
 
 def test_an_old_python_and_a_broken_environment_are_noticed(tmp_path):
@@ -412,7 +381,7 @@ def test_a_raw_folder_is_preprocessed_once_then_trained_on(tmp_path):
         result.returncode == 2
         and "words holds only a part of encoder.json, vocab.bpe" in result.stderr
     )
-    for name in preprocess.BPE_FILES:
+    for name in ("encoder.json", "vocab.bpe"):
         (raw_dir / name).write_bytes((folder / name).read_bytes())
     (raw_dir / "wiki.test.raw").unlink()
     result = full("--raw_dir=words", "--data_path=other")

@@ -1,4 +1,5 @@
-"""Several workers: equal to one, resumed, stopped together; and the data position when their number changes."""
+"""Several workers: equal to one, resumed, stopped together; and the data position when their number
+changes."""
 
 import dataclasses
 import os
@@ -116,7 +117,8 @@ def test_one_worker_continues_where_two_were_in_the_epoch(corpus_dir, tmp_path):
     call(train.main, *few(corpus_dir, tmp_path / "one", "--max_update", 6, "--update_freq", 2))
     for a, b in zip(rows_of(tmp_path / "two"), rows_of(tmp_path / "one"), strict=True):
         assert a["sample_size"] == b["sample_size"] and a["num_updates"] == b["num_updates"]
-        # the first part's schedule ended at its own max_update, so the losses agree only until there
+        # the first part's schedule ended at its own max_update, so the losses agree only until
+        # there
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4 if a["num_updates"] <= 3 else 0.1)
     shutil.copytree(
         tmp_path / "one", tmp_path / "odd"
@@ -206,8 +208,8 @@ def test_a_changed_second_folder_and_a_position_beyond_the_epoch_are_refused(cor
 
 
 def run_workers(argvs: list, setup: str = "") -> list:
-    """Runs train.py to its end in one process for each list of arguments, without torchrun; `setup` is code to run
-    before it. Returns (standard error, exit code) of each."""
+    """Runs train.py to its end in one process for each list of arguments, without torchrun; `setup`
+    is code to run before it. Returns (standard error, exit code) of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -276,7 +278,8 @@ def test_workers_whose_clocks_differ_stop_after_the_same_update_with_the_same_ra
 ):
     setup = (
         "from run.guard import Clock\n"
-        "Clock.now = lambda clock: clock.hours + [0.01, 0.125][int(os.environ['RANK'])]\n"  # of an update
+        # of an update
+        "Clock.now = lambda clock: clock.hours + [0.01, 0.125][int(os.environ['RANK'])]\n"
         "update = train.update\n"
         "def tell(run, batches):\n"
         "    done = update(run, batches)\n"
