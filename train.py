@@ -270,7 +270,6 @@ def loop(run: Run, source, validation: Validation | None, saves: Saves, signals:
                 log.validation(figures, run.best_loss, run.num_updates, turn.epoch)
             if save or is_best:
                 saves.save(*saves.names(is_best, done is not None, turn.epoch))
-
             stop, save_now, late = signals.agreed(saves.is_late())
             if save_now or (stop and not run.is_finished()):
                 saves.save_now("as the signal asked")
