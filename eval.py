@@ -27,13 +27,7 @@ def add_flags(parser):
     flag(
         "--probe", action="store_true", help="do its features name hidden words? see judge/probe.py"
     )
-    flag(
-        "--probe_places",
-        type=int,
-        default=50_000,
-        metavar="N",
-        help="masked places to fit it on [50000]",
-    )
+    flag("--probe_places", type=int, default=50_000, metavar="N", help="to fit it on [50000]")
     flag("--json", action="store_true", help="print one JSON object")
     flag("--features", metavar="TEXT", help="a file of raw lines, or - for standard input")
     flag("--out", metavar="F.npy", help="where their features go")
@@ -42,7 +36,8 @@ def add_flags(parser):
 
 
 if __name__ == "__main__":
-    flags.answer_early(PARTS, __doc__, add_flags)  # torch takes seconds to import
+    # torch takes seconds to import
+    flags.answer_early(PARTS, __doc__, add_flags)
 
 
 from config import PARTS, Config, DeviceConfig, InputError, printable
@@ -59,16 +54,16 @@ from train import Run
 
 
 def saved_settings(loaded: checkpoint.Loaded, path) -> dict:
-    """The settings a checkpoint brings along; where it runs is a matter of this command, not of its
-    run."""
+    """The settings that a checkpoint brings along."""
     values = loaded.config
     if loaded.kind == "fairseq":
-        fields = {
-            name: field for part in PARTS for name, field in part.__dataclass_fields__.items()
-        }
+        fields = {}
+        for part in PARTS:
+            fields |= part.__dataclass_fields__
         values = reference_settings(loaded.config, fields, path)
-    where = DeviceConfig.__dataclass_fields__
-    return {k: v for k, v in values.items() if k not in where and k != "init_from"}
+    # where it runs is a matter of this command, not of the checkpoint's run
+    left_out = {*DeviceConfig.__dataclass_fields__, "init_from"}
+    return {name: value for name, value in values.items() if name not in left_out}
 
 
 def table(result: dict) -> str:
@@ -86,14 +81,11 @@ def table(result: dict) -> str:
         f"{'':10}" + "".join(f"{name:>12}" for name in names),
     ]
     for label, figures in rows.items():
-        lines.append(
-            f"{label:10}" + "".join(f"{'' if x is None else format(x, '.4f'):>12}" for x in figures)
-        )
-    lines += ["position, block, constant: guesses that read no word (judge/quality.py)"] * (
-        "r2" in result
-    )
-    lines += [verdict(result)]
-    return "\n".join(lines)
+        cells = ["" if x is None else f"{x:.4f}" for x in figures]
+        lines.append(f"{label:10}" + "".join(f"{cell:>12}" for cell in cells))
+    if "r2" in result:
+        lines.append("position, block, constant: guesses that read no word (judge/quality.py)")
+    return "\n".join([*lines, verdict(result)])
 
 
 def write_features(
@@ -107,9 +99,8 @@ def write_features(
         raise InputError("--untrained and --probe go with an evaluation, not with --features")
     if device.world_size > 1:
         raise InputError("--features runs in one process; give each a part of the text")
-    tokenize = load_tokenizer(
-        corpus.folders[0], corpus.dictionary, args.encoder_json, args.vocab_bpe
-    )
+    bpe = args.encoder_json, args.vocab_bpe
+    tokenize = load_tokenizer(corpus.folders[0], corpus.dictionary, *bpe)
     run = Run(cfg, device, len(corpus.dictionary))
     init_from(run, corpus, loaded, path)
     encoder = run.student.encoder
@@ -122,50 +113,53 @@ def write_features(
     return 0
 
 
+def evaluation(cfg: Config, device, corpus: Corpus, loaded: checkpoint.Loaded, path, args) -> dict:
+    """The figures of a split, for the model before training, too, where they are asked for."""
+    dataset = corpus.split(args.split)
+    run = Run(cfg, device, len(corpus.dictionary))
+    # what the guesses are fitted on
+    train = corpus.split("train") if (corpus.folders[0] / "train.idx").is_file() else None
+    result = dict(ckpt=str(path), split=args.split, amp=device.amp_name)
+    if args.untrained:
+        untrained = evaluate(run, dataset, train)
+    if args.probe:
+        probe = Probe(run, corpus, args.split, args.probe_places)
+        first_weights = probe.ask(run.student)
+
+    init_from(run, corpus, loaded, path)  # from here on the run has the checkpoint's weights
+    result |= evaluate(run, dataset, train)
+    if args.untrained:
+        result["untrained"] = untrained
+    if args.probe:
+        result["probe"] = probe.result(first_weights, probe.ask(run.student))
+    return result
+
+
 def main(argv: list | None = None) -> int:
     parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags)
-    path, given = args.ckpt or parts[-1].init_from, parts[0].data_path
+    data, *_, train = parts
+    path = args.ckpt or train.init_from
     if not path:
         raise InputError("--ckpt is missing: the checkpoint to evaluate")
     loaded = checkpoint.load(path)
-    parts, args = flags.parse(
-        PARTS, __doc__, argv, extra=add_flags, base=saved_settings(loaded, path)
-    )
+    base = saved_settings(loaded, path)
+    parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags, base=base)
     cfg = Config(*parts)
-    missing = next(
-        (folder for folder in cfg.data.data_path.split(":") if not Path(folder).is_dir()), None
-    )
-    if missing and not given:
-        raise InputError(
-            f"{missing}: no such folder; {path} was trained on it: name its place now with --data_path"
-        )
+    for folder in cfg.data.data_path.split(":"):
+        if not Path(folder).is_dir() and not data.data_path:  # not given, but of the checkpoint
+            why = f"{path} was trained on it: name its place now with --data_path"
+            raise InputError(f"{folder}: no such folder; {why}")
     device = open_device(cfg.device)
     try:
         corpus = Corpus(cfg.data)
         if args.features:
             return write_features(cfg, device, corpus, loaded, path, args)
-        dataset = corpus.split(args.split)
-        run = Run(cfg, device, len(corpus.dictionary))
-        has_train = (corpus.folders[0] / "train.idx").is_file()
-        train = corpus.split("train") if has_train else None  # what the guesses are fitted on
-        untrained = {"untrained": evaluate(run, dataset, train)} if args.untrained else {}
-        probe = Probe(run, corpus, args.split, args.probe_places) if args.probe else None
-        first_weights = probe.ask(run.student) if probe else None
-        init_from(run, corpus, loaded, path)
-        result = dict(
-            ckpt=str(path),
-            split=args.split,
-            amp=device.amp_name,
-            **evaluate(run, dataset, train),
-            **untrained,
-        )
-        if probe:
-            result["probe"] = probe.result(first_weights, probe.ask(run.student))
+        result = evaluation(cfg, device, corpus, loaded, path, args)
     finally:
         device.close()
     if device.rank == 0:
         print(json.dumps(result) if args.json else table(result))
-        if probe and not args.json:
+        if args.probe and not args.json:
             print(probe_table(result["probe"], args.split))
     return 0
 
