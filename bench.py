@@ -70,6 +70,7 @@ def endless(run: Run, corpus: Corpus):
 def synthetic(cfg: Config, folder: Path, vocabulary: int) -> Config:
     """Write full blocks of random tokens into `folder`; returns the settings that read them."""
     data = dataclasses.replace(cfg.data, data_path=str(folder), sample_break_mode="none")
+    # eight updates of full batches, read again and again
     blocks = max(1, data.max_tokens // data.tokens_per_sample) * cfg.train.update_freq * 8
     shape = (blocks, data.tokens_per_sample - 1)
     sentences = np.random.default_rng(0).integers(4, vocabulary, shape)
@@ -98,6 +99,7 @@ def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
     device, source = run.device, endless(run, corpus)
     rows, matmuls = [], None
     for i in Bar(range(warmup + updates), device.rank, unit="update"):
+        # the loader's time is part of an update
         batches = []
         seconds = timed(device, lambda: (batches.extend(next(source)), update(run, batches)))
         if i == warmup - 1 or matmuls is None:
@@ -110,6 +112,7 @@ def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
             share = flops / seconds / matmuls.burst(0.1)
             rows.append(Timed(seconds, blocks, tokens, flops, share))
 
+    # train.update names its own parts; the loader's is named here
     def work():
         with record_function("data"):
             batches = next(source)
@@ -211,6 +214,7 @@ class Plain:
         limit = cfg.optim.clip_norm or float("inf")
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit)
 
+        # fairseq's epsilon, as in optim.py
         group = self.adam.param_groups[0]
         group["lr"] = lr_at(self.num_updates, cfg.train)
         self.num_updates += 1
@@ -255,11 +259,13 @@ def compare(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
     pairs = []
     for i in Bar(range(warmup + updates), device.rank, unit="update"):
         batches = next(source)
+        # in turn, so that a machine that slows down slows both
         ours = timed(device, lambda: update(run, batches))
         theirs = timed(device, lambda: plain.update(batches))
         if i >= warmup:
             pairs.append((1e3 * ours, 1e3 * theirs, theirs / ours))
     source.close()
+    # medians, and the range beside them
     ours, theirs, ratios = (sorted(column) for column in zip(*pairs))
     return dict(
         ms=statistics.median(ours),
@@ -305,6 +311,7 @@ def main(argv: list | None = None) -> int:
     parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags)
     if args.updates < 1 or args.warmup < 0 or args.vocabulary < 8:
         raise InputError("--updates and --warmup from 1 and 0 on, --vocabulary at least 8")
+    # without a dataset, random blocks are as good: speed does not depend on the words
     given = parts[0].data_path
     with tempfile.TemporaryDirectory() as folder:  # of the synthetic dataset
         data = dataclasses.replace(parts[0], data_path=given or folder)

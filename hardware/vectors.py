@@ -43,6 +43,7 @@ class LongVectors:
 
     def split_state(self, state: dict) -> dict:
         out, student = {}, self.student
+        # one entry a vector -> one a weight, under the numbers that torch's AdamW would give
         for i, moments in state.items():
             parts = {
                 k: dict(student.split(student.names[i], v))
@@ -89,6 +90,7 @@ class _Vectors:
             for name, part in self.split(names, vector):
                 named[name].data = part
             self.vectors.append(nn.Parameter(vector, requires_grad=named[names[0]].requires_grad))
+        # whoever calls the module gets the weights of the vectors, cast once
         self.inner = _ClassForward(module)
         module.forward = self.forward
 
@@ -125,6 +127,7 @@ class _Stretches:
     def __init__(self, weights: _Vectors, prefix: str = ""):
         self.parts = []
         for names, vector in zip(weights.names, weights.vectors):
+            # neighbours in a vector that are averaged, or copied, together
             begin = 0
             firsts = [name.removeprefix(prefix).split(".")[0] for name in names]
             for _, group in itertools.groupby(zip(firsts, names), lambda pair: pair[0]):

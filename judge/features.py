@@ -127,6 +127,7 @@ def write(encoder: Encoder, device: Device, tokenize, source: str, out: str, cfg
             raise InputError(f"--features {source}: it has no lines")
         write_header(file, lines, width)
 
+    # what the reader should know of the vectors
     if cut:
         longer = f"longer than {cfg.tokens_per_sample} tokens and were cut there"
         print(f"warning: {cut:,} of {lines:,} lines were {longer}", file=sys.stderr)

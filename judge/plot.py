@@ -83,6 +83,7 @@ def drawable(value) -> float:
 
 def names_of(runs: list[str]) -> list[str]:
     """The runs' paths without train.jsonl and without the leading folders that all share."""
+    # so short that a legend has room for it
     paths = [Path(run).parent if Path(run).name == "train.jsonl" else Path(run) for run in runs]
     parts = [path.parts for path in paths]
     shared = 0
@@ -148,7 +149,8 @@ def draw_panel(axis, panel: tuple, runs: list, colours, seen: set):
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     title, unit, keys = panel
-    lines = {}  # of the legend
+    # the legend explains lines; which run has which colour stands above the panels
+    lines = {}
     for series, colour in zip(runs, colours):
         for (key, name), style, own in zip(keys, STYLES, COLOURS):
             marker = "o" if len(series[key][0]) < 6 else ""  # too few to be seen as a line
@@ -157,6 +159,7 @@ def draw_panel(axis, panel: tuple, runs: list, colours, seen: set):
             if key in seen:
                 look["color"] = own if len(runs) == 1 else "0.3"
                 lines[name] = Line2D([], [], **look)
+    # a thousand updates is 1k
     axis.set_title(f"{title} ({unit})" if unit else title)
     axis.grid(color="0.9", linewidth=0.6)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))

@@ -88,6 +88,7 @@ class Log:
         self.bar = self.curves = None
         if tensorboard_logdir and device.rank == 0:
             self.curves = TensorBoard(tensorboard_logdir)
+        # what the model's speed is a share of
         self.peak = 1.0  # FLOP/s
         if device.rank == 0 and not device.asking_is_free:
             self.peak = Matmuls(device).best
@@ -201,6 +202,7 @@ class Log:
         of the last one."""
         last = self.done[-1]
         self.read_skipped()
+        # a skipped update moved nothing, so its loss and gradient count for nothing
         good = [done.step for done, skipped in zip(self.done, self.skipped) if not skipped]
         n, seconds = len(self.done), time.perf_counter() - self.since
         counts = torch.stack([done.step.counts for done in self.done]).sum(0).tolist()
@@ -244,6 +246,7 @@ class Log:
         sums, places = torch.zeros(6, self.width, device=self.device.torch_device), 0
         if self.last_batch is not None and not self.skipped[-1]:
             sums, places = moments(*self.last_batch), len(self.last_batch[0])
+        # one sum over the workers for all figures and the number of places
         count = torch.full((1,), float(places), device=sums.device)
         sums = self.device.all_reduce(torch.cat([sums.flatten(), count]))
         figures = quality(sums[:-1].view(6, -1), int(sums[-1]))
@@ -265,6 +268,7 @@ class Log:
             self.is_torn = True
             number = row["num_updates"]
             self.say(f"warning: {self.path}: {e.strerror}; update {number} is not in it")
+        # for a person: in the bar, or as a line
         if self.curves is not None:
             self.draw(self.curves.row, row)
         if self.bar is not None and None not in (row.get("loss"), row.get("target_var")):
@@ -279,6 +283,7 @@ class Log:
 
     def line_of(self, row: dict) -> str:
         """A row for a person."""
+        # a loss scale of 1 is no loss scaling
         words = [f"update {row['num_updates']}"]
         for name, value in row.items():
             if not HIDDEN.fullmatch(name) and (name, value) != ("loss_scale", 1):
