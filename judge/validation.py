@@ -5,9 +5,8 @@ from judge.probe import Probe
 from judge.quality import evaluate
 from model import Data2VecText
 
-PROBE_PLACES = (
-    10_000  # masked places to fit the probe on, and as many to ask; few, so that it costs seconds
-)
+# masked places to fit the probe on, and as many to ask; few, so that it costs seconds
+PROBE_PLACES = 10_000
 
 
 class Validation:
@@ -15,18 +14,21 @@ class Validation:
 
     def __init__(self, run, corpus: Corpus, split: str = "valid"):
         """run: a train.Run. Raises InputError if the split cannot be read."""
-        self.run, self.corpus, self.split, self.valid = run, corpus, split, corpus.split(split)
+        self.run = run
+        self.corpus = corpus
+        self.valid = corpus.split(split)
         self.probe = self.untrained = None
 
     def __call__(self, with_probe: bool = False) -> dict:
         figures = evaluate(self.run, self.valid, self.corpus.split("train", self.run.epoch))
-        return {**figures, **self.ask_probe()} if with_probe else figures
+        if with_probe:
+            figures |= self.ask_probe()
+        return figures
 
     def ask_probe(self) -> dict:
-        """The probe's accuracy, and its gain and that of counts over the model's first weights, in
-        nats a word."""
+        """The probe's accuracy, and its gain and that of counts over the first weights, in nats."""
         if self.probe is None:
-            self.probe = Probe(self.run, self.corpus, self.split, PROBE_PLACES)
+            self.probe = Probe(self.run, self.corpus, self.valid.split, PROBE_PLACES)
             self.untrained = self.probe.ask(self.first_student())
         result = self.probe.result(self.untrained, self.probe.ask(self.run.student))
         return dict(
