@@ -6,13 +6,13 @@ RUN is a --save_dir or a train.jsonl; the run may still be going. A panel of whi
 figure is left out. The suffix of --out chooses the format (png, svg, pdf). Needs matplotlib.
 """
 
-import json
 import math
 import os
 from pathlib import Path
 
-from config import InputError, printable, read_text
+from config import InputError, printable
 from run import checkpoint, flags
+from text.files import json_rows
 
 # Okabe and Ito's palette for colour-blind readers, without yellow (faint on white) and black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -45,52 +45,43 @@ STYLES = ("-", "--", ":", "-.")  # for the lines of a panel, in order
 
 
 def read_run(run: str) -> dict:
-    """{key: (updates, values)} of a run's rows. null becomes NaN, which makes a gap; damaged lines
-    are skipped.
+    """{key: (updates, values)} of a run's rows; damaged lines are left out.
 
     Raises InputError if there is nothing to draw.
     """
     path = Path(run) / "train.jsonl" if Path(run).is_dir() else Path(run)
-    if not path.exists():
-        what = "RUN is a --save_dir of train.py, or its train.jsonl"
-        raise InputError(f"{path}: no such file; {what}")
-    lines = read_text(path, "replace").splitlines()
+    if not path.is_file():
+        why = "not a file" if path.exists() else "no such file"
+        raise InputError(f"{path}: {why}; RUN is a --save_dir of train.py, or its train.jsonl")
     series = {key: ([], []) for *_, keys in PANELS for key, _ in keys}
-    for line in lines:
-        try:  # a crash or a full disk may have cut it short
-            row = json.loads(line)
-            update = float(row["num_updates"])
-            values = {key: drawable(row[key]) for key in series if key in row}
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue
-        if drawable(update) == update:
-            for key, value in values.items():
-                series[key][0].append(update)
-                series[key][1].append(value)
-    if not any(math.isfinite(value) for _, values in series.values() for value in values):
-        what = f"no row of a log interval or a validation in it yet ({len(lines)} lines)"
-        raise InputError(f"{path}: {what}")
+    for row in json_rows(path):
+        update = drawable(row.get("num_updates"))
+        if not math.isnan(update):
+            for key in series.keys() & row.keys():
+                updates, values = series[key]
+                updates.append(update)
+                values.append(drawable(row[key]))
+    if not any(has_figures(values) for _, values in series.values()):
+        raise InputError(f"{path}: no row of a log interval or a validation in it yet")
     return series
 
 
 def drawable(value) -> float:
-    """NaN for null, and for what matplotlib cannot put on an axis."""
-    if value is None:
-        return math.nan
-    is_in_range = value == 0 or 1e-30 < abs(float(value)) < 1e30
-    return float(value) if is_in_range else math.nan
+    """NaN, which makes a gap, for null and for what matplotlib cannot put on an axis."""
+    is_number = isinstance(value, (int, float)) and (value == 0 or 1e-30 < abs(value) < 1e30)
+    return float(value) if is_number else math.nan
+
+
+def has_figures(values: list[float]) -> bool:
+    return not all(map(math.isnan, values))
 
 
 def names_of(runs: list[str]) -> list[str]:
-    """The runs' paths without train.jsonl and without the leading folders that all share."""
-    # so short that a legend has room for it
-    paths = [Path(run).parent if Path(run).name == "train.jsonl" else Path(run) for run in runs]
-    parts = [path.parts for path in paths]
-    shared = 0
-    while all(shared < len(p) - 1 and p[shared] == parts[0][shared] for p in parts):
-        shared += 1
-    names = [os.path.join(*p[shared:]) if p[shared:] else run for p, run in zip(parts, runs)]
-    return list(map(printable, names))
+    """The runs' folders without the leading ones that all share: a legend has little room."""
+    paths = [Path(os.path.abspath(run)) for run in runs]
+    folders = [path.parent if path.name == "train.jsonl" else path for path in paths]
+    shared = os.path.commonpath([folder.parent for folder in folders])
+    return [printable(os.path.relpath(folder, shared)) for folder in folders]
 
 
 def load_pyplot(path: Path):
@@ -100,7 +91,7 @@ def load_pyplot(path: Path):
     except ImportError:
         why = "judge.plot needs the matplotlib package: pip install matplotlib"
         raise InputError(why) from None
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # needs no screen
     from matplotlib import pyplot
 
     if not path.parent.is_dir():
@@ -120,16 +111,16 @@ def draw(runs: dict, path: Path):
     pyplot = load_pyplot(path)
     seen = set()
     for series in runs.values():
-        seen |= {key for key, (_, values) in series.items() if any(map(math.isfinite, values))}
+        seen |= {key for key, (_, values) in series.items() if has_figures(values)}
     panels = [panel for panel in PANELS if any(key in seen for key, _ in panel[-1])]
     columns = 3 if len(panels) <= 6 or len(panels) == 9 else 4
     rows = -(-len(panels) // columns)
     form = dict(figsize=(3 * columns, 2.4 * rows), dpi=100, layout="constrained", squeeze=False)
     figure, axes = pyplot.subplots(rows, columns, **form)
-    for axis in axes.flat[len(panels) :]:
+    for axis in axes.flat[len(panels) :]:  # the last row may be short
         axis.remove()
 
-    # one run: a colour for each line of a panel; several: a colour for each run
+    # one run: a colour for each line of a panel; several: a colour for each run, however many
     colours = COLOURS
     if len(runs) > len(COLOURS):
         colours = pyplot.cm.viridis([i / len(runs) for i in range(len(runs))])
@@ -156,10 +147,13 @@ def draw_panel(axis, panel: tuple, runs: list, colours, seen: set):
             marker = "o" if len(series[key][0]) < 6 else ""  # too few to be seen as a line
             look = dict(color=own if len(runs) == 1 else colour, linestyle=style, linewidth=1.2)
             axis.plot(*series[key], **look, marker=marker, markersize=3)
-            if key in seen:
+            if key in seen:  # in any of the runs
                 look["color"] = own if len(runs) == 1 else "0.3"
                 lines[name] = Line2D([], [], **look)
-    # a thousand updates is 1k
+    if len(keys) > 1:
+        axis.legend(lines.values(), lines, frameon=False)
+
+    # a thousand updates is 1k; a variance near 0 is what the panel is for
     axis.set_title(f"{title} ({unit})" if unit else title)
     axis.grid(color="0.9", linewidth=0.6)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
@@ -175,8 +169,6 @@ def draw_panel(axis, panel: tuple, runs: list, colours, seen: set):
     if title == "probe's gain":  # so that noise does not fill the panel
         low, high = axis.get_ylim()
         axis.set_ylim(min(low, -0.01), max(high, 0.05))
-    if len(keys) > 1:
-        axis.legend(lines.values(), lines, frameon=False)
 
 
 def draw_names(figure, names: list, colours):
