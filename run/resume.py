@@ -68,13 +68,13 @@ def contents(run, corpus: Corpus, fingerprint: dict) -> dict:
 
 
 def check_dictionary(loaded: checkpoint.Loaded, corpus: Corpus, path):
+    """Raise InputError if a checkpoint was trained with another dictionary."""
     saved = loaded.content.get("dictionary")
     if saved and saved["digest"] != corpus.dictionary.digest():
-        raise InputError(
-            f"{path}: trained with another dictionary ({saved['size']} symbols; {corpus.folders[0] / 'dict.txt'} has"
-            f" {len(corpus.dictionary)})"
-            + (" in another order" if saved["size"] == len(corpus.dictionary) else "")
-        )
+        name, size = corpus.folders[0] / "dict.txt", len(corpus.dictionary)
+        order = " in another order" if saved["size"] == size else ""
+        sizes = f"{saved['size']} symbols; {name} has {size}"
+        raise InputError(f"{path}: trained with another dictionary ({sizes}){order}")
 
 
 # What a resumed run may not change: the model, and, without --reset_data_position, what decides
@@ -93,93 +93,121 @@ POSITION = [
 
 
 def find_checkpoint(folder: Path, say) -> tuple[Path, checkpoint.Loaded] | None:
-    """The newest checkpoint of a save directory that can be read, if it holds any. Raises
-    InputError if none can."""
-    found = checkpoint.candidates(folder)
-    if found and found[0].name != "checkpoint_last.pt":
-        say(f"warning: {folder} has no checkpoint_last.pt; trying {found[0].name}")
-    for path in found:
+    """The newest checkpoint of a save directory that can be read, if it holds any.
+
+    Raises InputError if none can.
+    """
+    paths = checkpoint.candidates(folder)
+    if not paths:
+        return None
+    if paths[0].name != "checkpoint_last.pt":
+        say(f"warning: {folder} has no checkpoint_last.pt; trying {paths[0].name}")
+    for path in paths:
         try:
             return path, checkpoint.load(path)
         except InputError as e:
             say(f"warning: {e}; trying the next older checkpoint")
             failure = e
-    if found:
-        raise InputError(
-            f"none of the {len(found)} checkpoints in {folder} can be read; the last error: {failure}"
-        )
-    return None
+    what = f"none of the {len(paths)} checkpoints in {folder} can be read"
+    raise InputError(f"{what}; the last error: {failure}")
 
 
-def resume(
-    run,
-    corpus: Corpus,
-    fingerprint: dict,
-    path: Path,
-    loaded: checkpoint.Loaded,
-    reset_position: bool,
-    say,
-):
-    """Continue from a checkpoint of this project. Raises InputError if it belongs to another run."""
+RESET = "--reset_data_position to continue from the next epoch"
+# settings whose change between two starts need not be told
+UNTOLD = tuple("data_path init_from device npu_ log_ tensor validate_ save_ keep_ disable_".split())
+
+
+class Changes:
+    """The settings and data of a checkpoint beside those of this command."""
+
+    def __init__(self, saved: dict, now: dict):
+        self.saved, self.now = saved, now
+
+    def among(self, names) -> list:
+        """Those of these names that both have, with different values."""
+        both = [name for name in names if name in self.saved and name in self.now]
+        return [name for name in both if self.saved[name] != self.now[name]]
+
+    def before(self, name: str) -> str:
+        return str(self.saved[name])[:100]  # some value of a damaged file may be long
+
+    def refuse(self, names, path, advice: str):
+        words = [f"{name} was {self.before(name)}, is {self.now[name]}" for name in names]
+        words = [DIGESTS.get(name, text) for name, text in zip(names, words)]
+        raise InputError(f"{path} belongs to another run: {', '.join(words)}; {advice}")
+
+
+def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded, reset_position: bool, say):
+    """Continue from a checkpoint of ours. Raises InputError if it belongs to another run."""
     if loaded.kind != "ours":
-        raise InputError(
-            f"{path}: a fairseq file; start from it with --init_from and another --save_dir"
-        )
+        advice = "start from it with --init_from and another --save_dir"
+        raise InputError(f"{path}: a fairseq file; {advice}")
     check_dictionary(loaded, corpus, path)
-    progress, world_size = loaded.content["progress"], run.device.world_size
-    saved, now = {**loaded.config, **progress["data"]}, {**run.cfg.flat(), **fingerprint}
-
-    def differing(names):
-        return [k for k in names if k in saved and saved[k] != now.get(k)]
-
-    def before(name):  # some value of a damaged file may be long
-        return str(saved[name])[:100]
-
-    def refuse(names, advice):
-        shown = ", ".join(DIGESTS.get(k) or f"{k} was {before(k)}, is {now[k]}" for k in names)
-        raise InputError(f"{path} belongs to another run: {shown}; {advice}")
-
-    if differing(ARCHITECTURE):
-        refuse(
-            differing(ARCHITECTURE), "use the old settings, or --init_from with another --save_dir"
-        )
+    progress = loaded.content["progress"]
+    saved = {**loaded.config, **progress["data"]}
+    changes = Changes(saved, {**run.cfg.flat(), **fingerprint})
+    architecture = changes.among(ARCHITECTURE)
+    if architecture:
+        advice = "use the old settings, or --init_from with another --save_dir"
+        changes.refuse(architecture, path, advice)
     batches = progress["batches"] * progress["world_size"]  # of all workers
-    moved = differing([*POSITION, *fingerprint])
-    if batches % world_size:  # this many workers are never at that batch
-        saved["world_size"], now["world_size"] = progress["world_size"], world_size
-        moved.append("world_size")
-    reset = "--reset_data_position to continue from the next epoch"
-    if moved and not reset_position:
-        refuse(moved, f"use the old settings, or {reset}")
-    has = len(corpus.split("train", progress["epoch"]).batch_ends)
-    if batches and batches >= has + -has % world_size and not reset_position:
-        raise InputError(
-            f"{path} is at batch {batches} of epoch {progress['epoch']}, which has {has}; use {reset}"
-        )
-    unimportant = tuple(
-        "data_path init_from device npu_ log_ tensor validate_ save_ keep_ disable_".split()
-    )
-    other = [k for k in differing(set(loaded.config) - set(moved)) if not k.startswith(unimportant)]
-    if other:
-        shown = ", ".join(f"{k[:100]} {before(k)} -> {now.get(k)}" for k in sorted(other)[:20])
-        say(f"note: changed since the checkpoint: {shown}")
+    moved = what_has_moved(changes, fingerprint, progress, run.device.world_size)
+    if not reset_position:
+        if moved:
+            changes.refuse(moved, path, f"use the old settings, or {RESET}")
+        check_position(run, corpus, path, batches, progress["epoch"])
+    others = changes.among(sorted(set(loaded.config) - set(moved)))
+    others = [name for name in others if not name.startswith(UNTOLD)]
+    if others:
+        words = [f"{k[:100]} {changes.before(k)} -> {changes.now[k]}" for k in others[:20]]
+        say(f"note: changed since the checkpoint: {', '.join(words)}")
+    take(run, loaded, path)
 
+    # where in the data
+    run.epoch, run.batches_done = progress["epoch"], batches // run.device.world_size
+    if reset_position and run.batches_done:
+        run.epoch, run.batches_done = run.epoch + 1, 0
+
+
+def what_has_moved(changes: Changes, fingerprint: dict, progress: dict, world_size: int) -> list:
+    """What differs of that which decides which batch is next."""
+    moved = changes.among([*POSITION, *fingerprint])
+    batches = progress["batches"] * progress["world_size"]
+    if batches % world_size:  # this many workers are never at that batch
+        changes.saved["world_size"] = progress["world_size"]
+        changes.now["world_size"] = world_size
+        moved.append("world_size")
+    return moved
+
+
+def check_position(run, corpus: Corpus, path: Path, batches: int, epoch: int):
+    """Raise InputError if the data do not have this position."""
+    count = len(corpus.split("train", epoch).batch_ends)
+    workers = run.device.world_size
+    if batches and batches >= -(-count // workers) * workers:
+        where = f"{path} is at batch {batches} of epoch {epoch}"
+        raise InputError(f"{where}, which has {count}; use {RESET}")
+
+
+def take(run, loaded: checkpoint.Loaded, path: Path):
+    """Give a run the weights, the optimizer's state and the counts of a checkpoint."""
     run.load(loaded.student, loaded.teacher, path)
     shapes = [p.shape for p in run.student.parameters()]
     moments = checkpoint.checked_moments(loaded.content["optimizer"]["state"], shapes, path)
     run.optimizer.load(moments, loaded.content["scaler"])
     run.device.set_rng_state(loaded.content["rng"])
-    run.num_updates, run.teacher_updates = progress["num_updates"], progress["teacher_updates"]
-    run.optimizer.skipped, run.best_loss = progress["skipped"], progress["best_loss"]
-    run.best_gain, run.first_target_var = map(
-        progress.get, ("best_gain", "first_target_var")
-    )  # 0.1.0 had neither
+
+    progress = loaded.content["progress"]
+    run.num_updates = progress["num_updates"]
+    run.teacher_updates = progress["teacher_updates"]
+    run.optimizer.skipped = progress["skipped"]
+    run.best_loss = progress["best_loss"]
+    # 0.1.0 had neither of these two, 0.2.0 no hours
+    run.best_gain = progress.get("best_gain")
+    run.first_target_var = progress.get("first_target_var")
+    run.clock.restore(progress.get("hours", 0.0))
     if loaded.config.get("best_by") != run.cfg.train.best_by:
         run.best_gain = None  # it may be of another measure
-    run.clock.restore(progress.get("hours", 0.0))  # new in 0.3.0
-    run.epoch, run.batches_done = progress["epoch"], batches // world_size
-    if reset_position and run.batches_done:
-        run.epoch, run.batches_done = run.epoch + 1, 0
 
 
 def check_agreement(run, corpus: Corpus, fingerprint: dict):
@@ -194,8 +222,8 @@ def check_agreement(run, corpus: Corpus, fingerprint: dict):
     for name, most, least in zip(fields, largest, largest[len(digests) :]):
         if most != -least:
             raise RunError(
-                f"worker {run.device.rank}: the workers differ in {name}, here {fields[name]}; all need the same"
-                " command, the same data, and one --save_dir that they share"
+                f"worker {run.device.rank}: the workers differ in {name}, here {fields[name]}; all"
+                " need the same command, the same data, and one --save_dir that they share"
             )
 
 
@@ -228,9 +256,8 @@ def prepare_save_dir(folder: Path, args):
         raise InputError("--overwrite goes with --no_resume: it removes the old run in --save_dir")
     held = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
     if args.no_resume and held and not args.overwrite:
-        raise InputError(
-            f"--no_resume: {folder} holds {held[0]}; add --overwrite to start over there, or choose another --save_dir"
-        )
+        advice = "add --overwrite to start over there, or choose another --save_dir"
+        raise InputError(f"--no_resume: {folder} holds {held[0]}; {advice}")
 
 
 def remove(folder: Path, *patterns: str):
