@@ -92,13 +92,8 @@ def word_loss(dataset: BlockDataset, train: BlockDataset) -> float | None:
         return None
 
     # count in the beginning of the training split
-    parts, room = [], MOST_TOKENS
-    for part in train.stream.checked(train.dictionary):
-        parts.append(part[:room].astype(np.int64))
-        room -= len(parts[-1])
-        if not room:
-            break
-    text = np.concatenate(parts)
+    train.stream.counts(train.dictionary)  # checks every token, once
+    text = train.stream.read(0, min(MOST_TOKENS, train.stream.tokens))
     sides = np.stack([text[:-2], text[2:]])
     counts = Neighbours(sides, text[1:-1], len(train.dictionary), train.dictionary)
     answer = counts.answer(np.concatenate(tokens, axis=1), np.concatenate(words))

@@ -45,9 +45,9 @@ STYLES = ("-", "--", ":", "-.")  # for the lines of a panel, in order
 
 
 def read_run(run: str) -> dict:
-    """{key: (updates, values)} of a run's rows; damaged lines are left out.
+    """{key: (updates, values)} of the figures that a run has; damaged lines are left out.
 
-    Raises InputError if there is nothing to draw.
+    Raises InputError if there are none.
     """
     path = Path(run) / "train.jsonl" if Path(run).is_dir() else Path(run)
     if not path.is_file():
@@ -61,19 +61,16 @@ def read_run(run: str) -> dict:
                 updates, values = series[key]
                 updates.append(update)
                 values.append(drawable(row[key]))
-    if not any(has_figures(values) for _, values in series.values()):
+    drawn = {key: curve for key, curve in series.items() if not all(map(math.isnan, curve[1]))}
+    if not drawn:
         raise InputError(f"{path}: no row of a log interval or a validation in it yet")
-    return series
+    return drawn
 
 
 def drawable(value) -> float:
     """NaN, which makes a gap, for null and for what matplotlib cannot put on an axis."""
     is_number = isinstance(value, (int, float)) and (value == 0 or 1e-30 < abs(value) < 1e30)
     return float(value) if is_number else math.nan
-
-
-def has_figures(values: list[float]) -> bool:
-    return not all(map(math.isnan, values))
 
 
 def names_of(runs: list[str]) -> list[str]:
@@ -109,10 +106,8 @@ def load_pyplot(path: Path):
 def draw(runs: dict, path: Path):
     """Draw {name: series from `read_run`} into one picture. Raises InputError."""
     pyplot = load_pyplot(path)
-    seen = set()
-    for series in runs.values():
-        seen |= {key for key, (_, values) in series.items() if has_figures(values)}
-    panels = [panel for panel in PANELS if any(key in seen for key, _ in panel[-1])]
+    keys = set().union(*runs.values())
+    panels = [panel for panel in PANELS if any(key in keys for key, _ in panel[-1])]
     columns = 3 if len(panels) <= 6 or len(panels) == 9 else 4
     rows = -(-len(panels) // columns)
     form = dict(figsize=(3 * columns, 2.4 * rows), dpi=100, layout="constrained", squeeze=False)
@@ -125,7 +120,7 @@ def draw(runs: dict, path: Path):
     if len(runs) > len(COLOURS):
         colours = pyplot.cm.viridis([i / len(runs) for i in range(len(runs))])
     for i, (axis, panel) in enumerate(zip(axes.flat, panels)):
-        draw_panel(axis, panel, list(runs.values()), colours, seen)
+        draw_panel(axis, panel, list(runs.values()), colours)
         if i + columns >= len(panels):
             axis.set_xlabel("updates")
     draw_names(figure, list(runs), colours)
@@ -134,22 +129,23 @@ def draw(runs: dict, path: Path):
     pyplot.close(figure)
 
 
-def draw_panel(axis, panel: tuple, runs: list, colours, seen: set):
+def draw_panel(axis, panel: tuple, runs: list, colours):
     """One panel, with the lines of all runs."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     title, unit, keys = panel
+    is_alone = len(runs) == 1
     # the legend explains lines; which run has which colour stands above the panels
     lines = {}
-    for series, colour in zip(runs, colours):
-        for (key, name), style, own in zip(keys, STYLES, COLOURS):
-            marker = "o" if len(series[key][0]) < 6 else ""  # too few to be seen as a line
-            look = dict(color=own if len(runs) == 1 else colour, linestyle=style, linewidth=1.2)
-            axis.plot(*series[key], **look, marker=marker, markersize=3)
-            if key in seen:  # in any of the runs
-                look["color"] = own if len(runs) == 1 else "0.3"
-                lines[name] = Line2D([], [], **look)
+    for (key, name), style, own in zip(keys, STYLES, COLOURS):
+        look = dict(linestyle=style, linewidth=1.2)
+        for series, colour in zip(runs, [own] if is_alone else colours):
+            if key in series:
+                updates, values = series[key]
+                marker = "o" if len(updates) < 6 else ""  # too few to be seen as a line
+                axis.plot(updates, values, color=colour, marker=marker, markersize=3, **look)
+                lines[name] = Line2D([], [], color=own if is_alone else "0.3", **look)
     if len(keys) > 1:
         axis.legend(lines.values(), lines, frameon=False)
 
@@ -158,7 +154,7 @@ def draw_panel(axis, panel: tuple, runs: list, colours, seen: set):
     axis.grid(color="0.9", linewidth=0.6)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    last = max(max(updates, default=0) for series in runs for updates, _ in series.values())
+    last = max(max(updates) for series in runs for updates, _ in series.values())
     axis.set_xlim(0, 1.02 * last)
     if title == "variance":
         axis.set_yscale("log", nonpositive="mask")

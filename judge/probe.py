@@ -4,8 +4,8 @@
 
 The student, frozen and without dropout, reads masked text. From its last hidden state at each
 `<mask>`, a linear softmax classifier predicts the hidden token, one of the 1,000 most frequent in
-the training split (without special tokens). It is fitted on the training split. Accuracy and
-cross-entropy are measured on the valid split, next to three baselines on the same places:
+the training split. It is fitted there. Accuracy and cross-entropy are measured on the valid split,
+next to three baselines on the same places:
 
     most frequent   always the same guess; its cross-entropy is that of the training split's
                     frequencies
@@ -14,13 +14,10 @@ cross-entropy are measured on the valid split, next to three baselines on the sa
     neighbours      no model: at the places of the fit, it counts what is between which tokens
                     (judge/neighbours.py)
 
-How to read the result: a model that has learned nothing about words scores as `untrained` does,
-however low its loss, because part of a target can be predicted from the position alone. The gain of
-`trained` over `untrained` is what the model has learned from context. It is printed in nats per
-word with its standard error (each block counts as one observation); treat a gain below three
-standard errors as no gain. A model below `neighbours` tells less about a hidden word than the two
-tokens beside it. There is no highest possible score: a masked span hides several words, and no
-reader could name them all.
+A model that has learned nothing about words scores as `untrained` does, however low its loss. The
+gain over it, in nats per word, is what the model has learned from context; treat a gain below three
+standard errors (each block counts as one observation) as no gain. A model below `neighbours` tells
+less about a hidden word than the two tokens beside it. Nothing can name all words of a masked span.
 """
 
 import copy
@@ -131,12 +128,6 @@ def whiten(x: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
     return [(y - mean) @ matrix for y in (x, *others)]
 
 
-def log_frequencies(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Log of each class's share among the labels, (K,) float64, with one added to each count."""
-    counts = np.bincount(labels, minlength=classes) + 1.0
-    return np.log(counts / counts.sum())
-
-
 class Probe:
     """Asks a student for the hidden words, each time at the same places and with the same fit."""
 
@@ -158,6 +149,7 @@ class Probe:
         self.valid = find_places(corpus.split(split), classes, places)
         counts = Neighbours(self.train.beside(), self.train.labels, self.classes, corpus.dictionary)
         self.counted = counts.answer(self.valid.beside(), self.valid.labels)
+        self.log_share = np.log(counts.share)  # (K,), of each class among the labels of the fit
 
         # a tenth of the blocks decides when the fit stops
         blocks = np.unique(self.train.blocks)
@@ -194,8 +186,7 @@ class Probe:
         y = device.tensor(self.train.labels)
         held = device.tensor(np.flatnonzero(self.held))
         x_held, y_held = x.index_select(0, held), y.index_select(0, held)
-        share = log_frequencies(self.train.labels, self.classes)
-        bias = device.tensor(share.astype(np.float32)).requires_grad_()
+        bias = device.tensor(self.log_share.astype(np.float32)).requires_grad_()
         weight = torch.zeros(x.shape[1], self.classes, device=x.device, requires_grad=True)
         optimizer = torch.optim.Adam([weight, bias], lr=LR)
 
@@ -222,7 +213,6 @@ class Probe:
 
     def result(self, untrained: dict, trained: dict) -> dict:
         """Figures for a report, from what `ask` returned without and with training."""
-        share = log_frequencies(self.train.labels, self.classes)
         labels = self.valid.labels
         gain = untrained["loss"] - trained["loss"]
         # places of one block share their text: the standard error is that of the blocks' sums
@@ -238,7 +228,7 @@ class Probe:
             gain_error=float(np.sqrt(np.square(sums).sum()) / len(labels)),
             gain_neighbours=float((untrained["loss"] - self.counted["loss"]).mean()),
         )
-        guess = dict(hit=labels == share.argmax(), loss=-share[labels])
+        guess = dict(hit=labels == self.log_share.argmax(), loss=-self.log_share[labels])
         answers = dict(trained=trained, untrained=untrained)
         answers |= dict(neighbours=self.counted, most_frequent=guess)
         for name, answer in answers.items():

@@ -20,9 +20,9 @@ of what the block guess leaves unexplained.
 import math
 
 from config import InputError
-from data import Batch, BlockDataset
+from data import Batch, BlockDataset, Corpus
 from judge import neighbours, probe
-from model import data2vec_loss, places_of, teacher_targets, word_loss, words_of
+from model import Data2VecText, data2vec_loss, places_of, teacher_targets, word_loss, words_of
 from run.guard import ALIKE
 from run.log import moments, quality
 from run.progress import Bar
@@ -37,6 +37,8 @@ GUESSES = ("position", "block")
 # a gain of R2 counts if it is above both
 LEAST_GAIN = 0.02
 LEAST_ERRORS = 3  # standard errors
+# masked places to fit the probe on while training, and as many to ask; it costs seconds
+PROBE_PLACES = 10_000
 
 
 @torch.no_grad()
@@ -94,6 +96,45 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
     if not has_targets:
         figures["loss"] = figures["mlm_loss"]
     return figures
+
+
+class Validation:
+    """The measurements of one run. Called, it returns the figures of the student as it is now."""
+
+    def __init__(self, run, corpus: Corpus):
+        """run: a train.Run. Raises InputError if the valid split cannot be read."""
+        self.run = run
+        self.corpus = corpus
+        self.valid = corpus.split("valid")
+        self.probe = self.untrained = None
+
+    def __call__(self, with_probe: bool = False) -> dict:
+        figures = evaluate(self.run, self.valid, self.corpus.split("train", self.run.epoch))
+        if with_probe:
+            figures |= self.ask_probe()
+        return figures
+
+    def ask_probe(self) -> dict:
+        """The probe's accuracy, and its gain and that of counts over the first weights, in nats."""
+        if self.probe is None:
+            self.probe = probe.Probe(self.run, self.corpus, "valid", PROBE_PLACES)
+            self.untrained = self.probe.ask(self.first_student())
+        result = self.probe.result(self.untrained, self.probe.ask(self.run.student))
+        return dict(
+            probe_gain=result["gain"],
+            probe_gain_error=result["gain_error"],
+            probe_gain_neighbours=result["gain_neighbours"],
+            probe_accuracy=result["trained"]["accuracy"],
+        )
+
+    def first_student(self) -> Data2VecText:
+        """The student before its first update; a resumed run no longer has it."""
+        device, cfg = self.run.device, self.run.cfg
+        state = device.rng_state()
+        device.seed(cfg.data.seed)
+        student = Data2VecText(cfg.model, len(self.corpus.dictionary)).to(device.torch_device)
+        device.set_rng_state(state)
+        return student
 
 
 # ------------------------------------------------------------------ guesses of a data2vec's targets

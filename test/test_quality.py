@@ -8,7 +8,6 @@ import train
 from config import DataConfig, GuardConfig
 from data import Corpus
 from judge import neighbours, probe, quality
-from judge.validation import Validation
 from model import data2vec_loss, teacher_targets
 from run import checkpoint
 from run.guard import Health
@@ -141,7 +140,7 @@ def test_the_probe_compares_with_the_weights_before_the_first_update(corpus_dir)
     first = {name: value.clone() for name, value in run.student.state_dict().items()}
     train.update(run, [dataset.batch(dataset.epoch_batches(1)[0], 1)])
     state = torch.get_rng_state()
-    again = Validation(run, Corpus(run.cfg.data)).first_student().state_dict()
+    again = quality.Validation(run, Corpus(run.cfg.data)).first_student().state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert torch.equal(state, torch.get_rng_state())
 
