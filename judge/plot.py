@@ -155,7 +155,7 @@ def draw_panel(axis, panel: tuple, runs: list, colours):
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     last = max(max(updates) for series in runs for updates, _ in series.values())
-    axis.set_xlim(0, 1.02 * last)
+    axis.set_xlim(0, 1.02 * last)  # room for the last marker
     if title == "variance":
         axis.set_yscale("log", nonpositive="mask")
     else:
