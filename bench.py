@@ -43,7 +43,7 @@ from hardware.check import check, print_check
 from hardware.device import Device
 from hardware.flops import Matmuls, timed, update_flops
 from hardware.opening import open_device
-from model import Data2VecText, Encoder, data2vec_loss
+from model import Data2VecText, data2vec_loss
 from run.guard import check_memory
 from run.progress import Bar
 from text.binarized import EOS, PAD, write_dataset
@@ -164,22 +164,21 @@ def print_table(r: dict):
 
 
 class Plain:
-    """train.update in its most direct form.
+    """train.update in its most direct form, with torch's optimizer.
 
     Teacher and student compute every layer at every place, padding included, and targets for every
     place; weights are cast at each use; unscaling, division and clipping are separate passes over
-    the gradients; the optimizer is torch's; the teacher moves parameter by parameter.
+    the gradients.
     """
 
     def __init__(self, run: Run, vocabulary_size: int):
         cfg, device = run.cfg, run.device
         self.run, self.num_updates = run, 0
-        self.student = Data2VecText(cfg.model, vocabulary_size)
+        # run's own may lie in long vectors, and share their weights with them
+        self.student = Data2VecText(cfg.model, vocabulary_size).to(device.torch_device).train()
         self.student.load_state_dict(run.student.state_dict())
-        self.student.to(device.torch_device).train()
-        self.teacher = Encoder(cfg.model, vocabulary_size)
+        self.teacher = ema.make_teacher(self.student.encoder)
         self.teacher.load_state_dict(run.teacher.state_dict())
-        self.teacher.to(device.torch_device).eval().requires_grad_(False)
         rules = dict(betas=cfg.optim.adam_betas, weight_decay=cfg.optim.weight_decay)
         self.adam = torch.optim.AdamW(self.student.parameters(), **rules)
         self.scaler = device.scaler(cfg.train.update_freq)
@@ -209,7 +208,8 @@ class Plain:
         self.scaler.step(self.adam)
         self.scaler.update()
         self.adam.zero_grad()
-        self.move_teacher(ema.decay_at(self.num_updates, cfg.ema))
+        decay = ema.decay_at(self.num_updates, cfg.ema)
+        ema.step(self.teacher, self.student.encoder, decay, cfg.ema)
         return total
 
     def loss_of(self, batch) -> torch.Tensor:
@@ -227,15 +227,6 @@ class Plain:
         x, _ = self.student.encoder(source)
         x = x.flatten(0, 1).index_select(0, masked)  # (M, C)
         return data2vec_loss(self.student.regression_head(x), target, cfg.model)
-
-    @torch.no_grad()
-    def move_teacher(self, decay: float):
-        students = self.student.encoder.parameters()
-        for (name, old), new in zip(self.teacher.named_parameters(), students):
-            if self.run.cfg.ema.ema_transformer_layers_only and "emb" in name.split(".")[0]:
-                old.copy_(new)
-            else:
-                old.mul_(decay).add_(new, alpha=1 - decay)
 
 
 def compare(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:

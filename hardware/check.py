@@ -26,14 +26,13 @@ BOUNDS = {
 
 
 def check(cfg: Config, device: Device, corpus: Corpus, updates: int) -> dict:
-    """Train the same few updates here and on the CPU.
+    """Compare the same updates here and on the CPU.
 
-    Compared are, in the order in which an update makes them, each layer's output, the targets and
-    predictions, the loss, and the gradients from the last layer to the first, all of update 1; then
-    loss and gradient norm of every update, and the weights after the last one.
+    In the order in which an update makes them: each layer's output, the targets and predictions,
+    the loss, and the gradients from the last layer to the first, all of update 1; then loss and
+    gradient norm of every update, and the weights after the last one.
 
-    Returns largest: by kind (what, its difference, its bound); beyond: how many are beyond their
-    bounds; first: the first of them.
+    Returns the largest of each kind (what, its difference, its bound), and what is beyond first.
     """
     # no dropout; a warm-up so short that weights move; no clipping, or one wrong gradient would
     # change all that Adam sees
@@ -134,10 +133,10 @@ def gradients(run: Run) -> dict:
 
 def weights_of(run: Run) -> dict:
     """All of the student's weights in one vector, and all of the teacher's."""
-    networks = {"weights of the student": run.student, "weights of the teacher": run.teacher}
     vectors = {}
-    for name, network in networks.items():
-        vectors[name] = torch.cat([on_host(p).flatten() for p in network.parameters()])
+    for name, network in (("student", run.student), ("teacher", run.teacher)):
+        weights = [on_host(p).flatten() for p in network.parameters()]
+        vectors[f"weights of the {name}"] = torch.cat(weights)
     return vectors
 
 

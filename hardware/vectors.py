@@ -65,8 +65,10 @@ class LongVectors:
 
 
 class _Vectors:
-    """The weights of one module in `vectors`: its parameters become views of them, its `forward`
-    reads them there."""
+    """The weights of one module in `vectors`.
+
+    Its parameters become views of them, and its `forward` reads them there.
+    """
 
     def __init__(self, module: nn.Module, amp: torch.dtype | None):
         self.amp = amp
@@ -122,10 +124,13 @@ class _Stretches:
     """
 
     def __init__(self, weights: _Vectors, prefix: str = ""):
+        def first_part(name: str) -> str:
+            return name.removeprefix(prefix).split(".")[0]
+
         self.parts = []
         for names, vector in zip(weights.names, weights.vectors):
             begin = 0
-            for _, group in itertools.groupby(names, lambda name: first_part(name, prefix)):
+            for _, group in itertools.groupby(names, first_part):
                 group = list(group)
                 end = begin + sum(weights.shapes[name].numel() for name in group)
                 if group[0].startswith(prefix):
@@ -138,7 +143,3 @@ class _Stretches:
 
     def parameters(self):
         return (part for _, part in self.parts)
-
-
-def first_part(name: str, prefix: str) -> str:
-    return name.removeprefix(prefix).split(".")[0]
