@@ -269,16 +269,17 @@ def print_compare(r: dict):
 
 
 def main(argv: list | None = None) -> int:
+    (data, *others), args = flags.parse(PARTS, __doc__, argv, extra=add_flags)
+    if args.updates < 1 or args.warmup < 0 or args.vocabulary < 8:
+        raise InputError("--updates and --warmup from 1 and 0 on, --vocabulary at least 8")
+    # without a dataset, random blocks are as good: speed does not depend on the words
+    is_synthetic = not data.data_path
     with tempfile.TemporaryDirectory() as folder:
-        # without a dataset, random blocks are as good: speed does not depend on the words
-        base = dict(data_path=folder)
-        parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags, base=base)
-        if args.updates < 1 or args.warmup < 0 or args.vocabulary < 8:
-            raise InputError("--updates and --warmup from 1 and 0 on, --vocabulary at least 8")
-        cfg = Config(*parts)
+        if is_synthetic:
+            data = dataclasses.replace(data, data_path=folder)
+        cfg = Config(data, *others)
         device = open_device(cfg.device)
         try:
-            is_synthetic = cfg.data.data_path == folder
             if is_synthetic:
                 check_memory(cfg.model, args.vocabulary, device, copies=5)
                 cfg = synthetic(cfg, args.vocabulary)
