@@ -20,6 +20,7 @@ import preprocess
 import train
 from config import InputError
 from formats import fairseq_names
+from formats.load import load
 from judge import plot
 from run import checkpoint
 from run import describe as dataset
@@ -169,11 +170,12 @@ def test_loading_never_runs_code_from_a_file(tmp_path):
         }
         torch.save(content, tmp_path / f"{name}.pt", **options)
         with pytest.raises(InputError, match="no config"):
-            checkpoint.load(tmp_path / f"{name}.pt")
+            load(tmp_path / f"{name}.pt")
         with open(tmp_path / f"{name}.pkl", "wb") as f:
             pickle.dump(content, f)
-        with pytest.raises(InputError):
-            checkpoint.load(tmp_path / f"{name}.pkl")
+        for reader in (load, checkpoint.load):
+            with pytest.raises(InputError):
+                reader(tmp_path / f"{name}.pkl")
         assert not mark.exists()
         torch.load(tmp_path / f"{name}.pt", weights_only=False)
         assert mark.exists()  # the payload works
@@ -205,7 +207,7 @@ def test_older_fairseq_files_load_without_their_foreign_objects(tmp_path, corpus
     torch.save(content, tmp_path / "old.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "old.pt", weights_only=True)
-    loaded = checkpoint.load(tmp_path / "old.pt")
+    loaded = load(tmp_path / "old.pt")
     theirs = fairseq_names.to_reference(loaded.student, loaded.teacher)
     assert all(torch.equal(theirs[k], v) for k, v in weights.items() if k != "encoder._ema")
     assert loaded.kind == "fairseq" and not isinstance(loaded.content["args"], argparse.Namespace)
