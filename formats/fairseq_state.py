@@ -47,7 +47,7 @@ def reference_config(flat: dict) -> dict:
     for group, names in GROUPS.items():
         node = tree
         for part in group.split("."):
-            node = node.setdefault(part, {"_name": fairseq_config.BUILT_IN_NAMES.get(part)})
+            node = node.setdefault(part, {"_name": fairseq_config.CLASSES.get(part)})
         for name in names:
             node[name] = spelled[name] if name in spelled else flat[name]
     tree["common"]["user_dir"] = "examples/data2vec"
