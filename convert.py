@@ -227,13 +227,15 @@ def left_out(loaded: Loaded) -> list[str]:
     return sorted({".".join(name.split(".")[:2]) for name in names})
 
 
-def check_flags(args, path: Path, out: Path, loaded: Loaded):
-    """Raise InputError for flags that do not go with the checkpoint."""
+def read(args, path: Path) -> Loaded:
+    """The checkpoint. Raises InputError if the flags do not go with it."""
+    loaded = load(path)
     kind = KINDS[loaded.kind]
     if args.source not in (None, kind):
         raise InputError(f"--from {args.source}: {path} is {kind}")
     if args.teacher and not loaded.teacher:
         raise InputError(f"--teacher: {path} has none")
+    return loaded
 
 
 def main(argv: list | None = None) -> int:
@@ -244,11 +246,10 @@ def main(argv: list | None = None) -> int:
     if args.teacher and kind != "hf":
         raise InputError("--teacher goes with --to hf: the other files hold both")
     is_empty = kind == "hf" and out.is_dir() and not any(out.iterdir())
-    if out.exists() and (out.is_file() or out.is_dir()) and not is_empty:
+    if (out.is_file() or out.is_dir()) and not is_empty:
         raise InputError(f"{out} exists; remove it, or choose another name")
 
-    loaded = load(path)
-    check_flags(args, path, out, loaded)
+    loaded = read(args, path)
     settings, untrained = fairseq_state.settings_of(loaded, path)
     with reading(f"{path}: damaged: its config"):
         parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags, base=settings)

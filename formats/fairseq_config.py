@@ -132,11 +132,12 @@ WORD = re.compile(r"\+{0,2}([A-Za-z_]\w*(?:\.\w+)*)=(['\"]?)(.*)\2", re.S)
 LARGEST = 200_000  # characters of a YAML, which PyYAML reads at 40 to 200 kB/s
 
 
-def _spellings(group: str, name: str) -> set[str]:
+def _spellings(group: str, name: str) -> list[str]:
     """`model.transformer.encoder.layers` can be `model.layers`, and is in old checkpoints."""
-    return {f"{group}.{name}", f"{group.split('.')[0]}.{name}"}
+    return list(dict.fromkeys([f"{group}.{name}", f"{group.split('.')[0]}.{name}"]))
 
 
+# Every spelling -> our setting, and every spelling of the others -> its entry in OTHERS.
 OURS = dict(FLAT)
 for group, names in GROUPS.items():
     for name in names.split():
@@ -235,6 +236,7 @@ def read_yaml(path: Path, fields: dict, explain: bool) -> dict:
         raise InputError(f"{path}: not a fairseq config: the top level is not a mapping")
     values, others = from_reference(tree, fields, str(path))
     tensorboard = values.get("tensorboard_logdir")
+    # base.yaml asks for it, and most machines have no such package
     if tensorboard and not importlib.util.find_spec("tensorboard"):
         others["common.tensorboard_logdir"] = values.pop("tensorboard_logdir")
     if explain:
@@ -293,6 +295,7 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
         if value is None or text == "???":  # OmegaConf's 'must be given'
             continue
         if ours in fields:
+            # OmegaConf's link to another entry
             if link := re.fullmatch(r"\$\{([\w.]+)\}", text):
                 _, text = flat.get(link[1], (None, text))
             what = f"{where}: {name}={text[:100]}"

@@ -21,6 +21,7 @@ def load(path, mmap: bool):
     Any other object becomes None, except the settings that old fairseq files store as objects.
     Raises whatever torch raises for a damaged or foreign file.
     """
+    # torch's own reader refuses every class that is not on its list
     try:
         return checkpoint.load_plain(path, mmap)
     except pickle.UnpicklingError:
@@ -50,6 +51,7 @@ class _Inert:
 class _InertUnpickler(pickle._Unpickler):
     """The unpickler written in Python, since one in C has no load_build to override."""
 
+    # what may be called: it makes tensors and dicts
     ALLOWED = {
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
@@ -67,6 +69,7 @@ class _InertUnpickler(pickle._Unpickler):
 
     def find_class(self, module, name):
         allowed = self.ALLOWED.get((module, name))
+        # a class of the same name, since _settings looks at it
         return allowed or type(name.rpartition(".")[2] or "Inert", (_Inert,), {})
 
 
@@ -91,7 +94,7 @@ def _plain(node, seen: dict):
         is_ordered = isinstance(node, collections.OrderedDict)
         seen[id(node)] = copy = collections.OrderedDict() if is_ordered else {}
         for key, value in node.items():
-            if not isinstance(key, _Inert):
+            if not isinstance(key, _Inert):  # which has no hash that means anything
                 copy[key] = _plain(value, seen)
     elif isinstance(node, list):
         seen[id(node)] = copy = []

@@ -38,6 +38,7 @@ def from_reference(state: dict, path="") -> tuple[dict, dict | None]:
     """
     student = {}
     for name, tensor in state.items():
+        # the first releases; lm_head.dense and the like are of another head
         name = re.sub(r"^encoder\.lm_head\.(?=\d)", "encoder.regression_head.", name)
         for ours, theirs in PREFIXES.items():
             if name.startswith(theirs):
@@ -102,8 +103,9 @@ def loaded(content: dict, path) -> Loaded:
     if not isinstance(state, dict) or not any(str(name).startswith(encoder) for name in state):
         raise InputError(f"{path}: neither ours nor one of fairseq's data2vec_text")
     student, teacher = from_reference(state, path)
-    if "model" not in content:
+    if "model" not in content:  # weights alone, whose shape comes from flags
         return Loaded("state_dict", {}, student, teacher, content)
+    # cfg since 2021, args before
     tree = content.get("cfg") or _args_tree(content.get("args"), state)
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
         advice = "save its `model` entry alone and give its shape by flags"
@@ -129,5 +131,6 @@ def _args_tree(args: dict | None, state: dict) -> dict | None:
             model[name.removeprefix("encoder_")] = value
         elif name in ("dropout", "attention_dropout"):
             model[name] = value
+    # fairseq counts positions from its padding id, 1, upwards
     positions = state["encoder.sentence_encoder.embed_positions.weight"]
     return {"model": {**model, "max_source_positions": len(positions) - 2}}

@@ -152,11 +152,13 @@ def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position:
         if architecture:
             advice = "use the old settings, or --init_from with another --save_dir"
             changes.refuse(architecture, path, advice)
+        # what decides which batch is next
         moved = what_has_moved(changes, fingerprint, progress, run.device.world_size)
         if not reset_position:
             if moved:
                 changes.refuse(moved, path, f"use the old settings, or {RESET}")
             check_position(run, corpus, path, batches, progress["epoch"])
+        # what may change is told
         others = changes.among(sorted(set(loaded.config) - set(moved)))
         others = [name for name in others if not name.startswith(UNTOLD)]
         if others:
