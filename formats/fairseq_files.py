@@ -94,7 +94,7 @@ def _plain(node, seen: dict):
         is_ordered = isinstance(node, collections.OrderedDict)
         seen[id(node)] = copy = collections.OrderedDict() if is_ordered else {}
         for key, value in node.items():
-            if not isinstance(key, _Inert):  # which has no hash that means anything
+            if not isinstance(key, _Inert):
                 copy[key] = _plain(value, seen)
     elif isinstance(node, list):
         seen[id(node)] = copy = []

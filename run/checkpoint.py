@@ -266,13 +266,13 @@ def _check_tensor(tensor, shape, what: str, path):
 
 
 def is_ordinary(tensor) -> bool:
-    """Whether it is a tensor of floats, dense and on the CPU, with memory for all its elements.
+    """Whether it is a dense tensor of floats, with memory for all its elements.
 
     A stride of 0 lets one element pass for any number, which torch's fused kernels don't check.
     """
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.dtype not in FLOATS:
         return False
-    if tensor.layout != torch.strided or tensor.is_nested or not tensor.is_cpu:
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
         return False
     return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
