@@ -3,7 +3,7 @@
 import convert
 import train
 from run import checkpoint
-from test.helpers import FEW, call, random_encoder
+from test.helpers import SMALL, call, few, random_encoder
 
 import pytest
 import torch
@@ -15,39 +15,31 @@ WORDS = 60  # in the dictionary of the fixture corpus_dir
 def saved(tmp_path_factory, corpus_dir):
     """A run of four updates, as released, with a checkpoint after two."""
     folder = tmp_path_factory.mktemp("saved")
-    argv = [
-        *FEW,
-        "--fairseq_exact",
-        "--data_path",
-        corpus_dir,
-        "--save_dir",
-        folder,
-        "--max_update",
-        4,
-    ]
-    call(
-        train.main,
-        *argv,
-        "--save_interval_updates",
-        2,
-        "--keep_interval_updates",
-        -1,
-        "--disable_validation",
-    )
+    argv = "--fairseq_exact --max_update 4 --save_interval_updates 2 --keep_interval_updates -1"
+    call(train.main, *few(corpus_dir, folder, *argv.split(), "--disable_validation"))
     return folder
+
+
+def content_of(path) -> dict:
+    return {k: v for k, v in checkpoint.load(path).content.items() if k != "format"}
+
+
+def shape_flags(**more) -> list:
+    """The flags that say what a bare state dict does not."""
+    return [word for name, value in {**SMALL, **more}.items() for word in (f"--{name}", value)]
 
 
 @pytest.fixture
 def random_file(tmp_path, saved, request):
     """A checkpoint whose every weight is random, student and teacher apart; of a pre-norm model
     with the parameter True."""
-    content = checkpoint.load(saved / "checkpoint_last.pt").content
+    content = content_of(saved / "checkpoint_last.pt")
     size, pre_norm = content["dictionary"]["size"], getattr(request, "param", False)
     models = [random_encoder(seed, size, normalize_before=pre_norm)[0] for seed in (1, 2)]
     if pre_norm:  # the moments are those of another model
         content["config"]["normalize_before"], content["optimizer"]["state"] = True, {}
     content.update(student=models[0].state_dict(), teacher=models[1].encoder.state_dict())
-    checkpoint.save({k: v for k, v in content.items() if k != "format"}, tmp_path / "random.pt")
+    checkpoint.save(content, tmp_path / "random.pt")
     return tmp_path / "random.pt", models
 
 

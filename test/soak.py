@@ -1,20 +1,20 @@
 """Stress tests that take minutes. Each prints its figures as one JSON object.
 
-    python -m test.soak kills     SIGKILL a run that saves every update, at random times
-    python -m test.soak fuzz      damaged files must load or give a one-line error
-    python -m test.soak memory    resident memory early in a run and at its end
+    python -m test.soak kills [N]     SIGKILL a run that saves every update, N times at random
+    python -m test.soak fuzz [N]      N damaged files of each kind must load or give one line
+    python -m test.soak memory [N]    resident memory early in a run of N updates and at its end
 
 Run them from the project's root.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import random
 import re
-import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -22,8 +22,6 @@ import time
 from pathlib import Path
 
 import config
-import convert
-import data
 import train
 from config import InputError
 from hardware.device import Device
@@ -128,118 +126,19 @@ def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
     )
 
 
-def mutate(raw: bytes, rng: random.Random) -> bytes:
-    """Damage one to three random places: flip a bit, cut, insert, delete, or overwrite with an
-    extreme number."""
-    raw = bytearray(raw)
-    for _ in range(rng.randint(1, 3)):
-        at = (
-            rng.randrange(len(raw) + 1)
-            if rng.random() < 0.5
-            else rng.randrange(min(len(raw), 80) + 1)
-        )
-        kind = rng.randrange(6)
-        if kind == 0 and at < len(raw):
-            raw[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del raw[at:]
-        elif kind == 2:
-            raw[at:at] = rng.randbytes(rng.randint(1, 16))
-        elif kind == 3:
-            del raw[at : at + rng.randint(1, 16)]
-        else:
-            number = rng.choice(
-                [
-                    0,
-                    1,
-                    -1,
-                    2**31 - 1,
-                    -(2**31),
-                    2**62,
-                    2**63 - 1,
-                    -(2**63),
-                    rng.randrange(2**40),
-                    77,
-                ]
-            )
-            raw[at : at + (8 if kind == 4 else 4)] = struct.pack("<q", number)[
-                : 8 if kind == 4 else 4
-            ]
-    return bytes(raw)
-
-
-def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0, structured: int = 0) -> dict:
-    """Every damaged file must load or raise a one-line InputError, without allocating much memory.
-    structured: how many of each kind get the damage of test/mutations.py."""
-    rng = random.Random(seed)
-    source, target = small_corpus(folder / "source"), folder / "mutated"
-    shutil.copytree(source, target, dirs_exist_ok=True)
-    originals = {
-        name: (source / name).read_bytes() for name in ("train.idx", "train.bin", "dict.txt")
-    }
-    cfg = data.DataConfig(data_path=str(target), tokens_per_sample=32, max_tokens=256)
-
-    def read_all():
-        dataset = data.Corpus(cfg).split("train")
-        for ids in dataset.epoch_batches(1):
-            dataset.batch(ids, 1)
-        dataset.stream.counts(dataset.dictionary)  # checks every token
-
-    read_all()  # so that memory which libraries allocate at first use is not counted
-    of_datasets, of_checkpoints, others = (mutations.Attempts() for _ in range(3))
-    for i in range(datasets):
-        name = rng.choice(["train.idx"] * 3 + ["train.bin", "dict.txt"])
-        (target / name).write_bytes(mutate(originals[name], rng))
-        of_datasets(f"dataset {i} ({name})", read_all)
-        (target / name).write_bytes(originals[name])
-
-    state = {
-        f"encoder.sentence_encoder.layers.0.self_attn.{p}_proj.weight": torch.randn(8, 8)
-        for p in "qkv"
-    }
-    fairseq = {
-        "model": {**state, "encoder._ema": {}},
-        "cfg": {"model": {"layers": 1}},
-        "extra_state": {"loss": 1.0},
-    }
-    checkpoint.save(
-        {**convert.beginning(1), "config": {}, "student": state, "teacher": state},
-        folder / "ours.pt",
-    )
-    torch.save(fairseq, folder / "fairseq.pt")
-    torch.save(fairseq, folder / "old.pt", _use_new_zipfile_serialization=False)
-    files = [(folder / name).read_bytes() for name in ("ours.pt", "fairseq.pt", "old.pt")]
-    checkpoint.load(folder / "ours.pt")
-    for i in range(checkpoints):
-        (folder / "mutated.pt").write_bytes(mutate(files[i % 3], rng))
-        of_checkpoints(f"checkpoint {i}", lambda: checkpoint.load(folder / "mutated.pt"))
-
-    if structured:
-        run = folder / "run"
-        flags = [
-            "--data_path",
-            str(target),
-            "--save_dir",
-            str(run),
-            "--max_update",
-            "3",
-            "--log_interval",
-            "1",
-        ]
-        mutations.Attempts()("a short run", lambda: train.main([*TINY, *flags]))
-        (folder / "structured").mkdir()
-        others = mutations.fuzz(structured, folder / "structured", target, run, seed)
-    all_three = (of_datasets, of_checkpoints, others)
+def fuzz(count: int, folder: Path, seed: int = 0) -> dict:
+    """Damage `count` files of each kind: each must load or raise a one-line InputError."""
+    corpus, save_dir = small_corpus(folder / "corpus"), folder / "run"
+    words = f"--data_path {corpus} --save_dir {save_dir} --max_update 3 --log_interval 1".split()
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main([*TINY, *words])
+    (folder / "files").mkdir()
+    attempts = mutations.fuzz(count, folder / "files", corpus, save_dir, seed)
     return dict(
-        datasets=datasets,
-        dataset_errors=of_datasets.refused,
-        checkpoints=checkpoints,
-        checkpoint_errors=of_checkpoints.refused,
-        structured=others.files,
-        structured_errors=others.refused,
-        other_errors=sum((part.other for part in all_three), []),
-        slowest=max(part.slowest for part in all_three),
-        memory_grown_mib=round(sum(part.grown for part in all_three)),
+        files=attempts.files,
+        refused=attempts.refused,
+        other_errors=attempts.other,
+        slowest=attempts.slowest,
     )
 
 
@@ -287,23 +186,12 @@ def memory(updates: int, folder: Path) -> dict:
 def main():
     parser = flags.Parser(description=__doc__)
     parser.add_argument("what", choices=("kills", "fuzz", "memory"))
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--datasets", type=int, default=20000)
-    parser.add_argument("--checkpoints", type=int, default=5000)
-    parser.add_argument(
-        "--structured", type=int, default=500, help="files of each kind in test/mutations.py"
-    )
-    parser.add_argument("--updates", type=int, default=2000)
+    parser.add_argument("number", type=int, nargs="?", help="of kills, files or updates")
     args = parser.parse_args()
+    # what makes the figures, and how often: kills, damaged files of each kind, updates
+    work, number = {"kills": (kills, 30), "fuzz": (fuzz, 500), "memory": (memory, 2000)}[args.what]
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        result = {
-            "kills": lambda: kills(args.kills, folder),
-            "fuzz": lambda: fuzz(
-                args.datasets, args.checkpoints, folder, structured=args.structured
-            ),
-            "memory": lambda: memory(args.updates, folder),
-        }[args.what]()
+        result = work(args.number or number, Path(folder))
     print(json.dumps(result))
     if result.get("lost") or result.get("other_errors"):
         sys.exit(1)

@@ -1,13 +1,10 @@
 """Checkpoints: names, fairseq's files, what a save leaves, what is kept, what is refused."""
 
-import copy
 import errno
 import json
 import os
 import re
 import shutil
-import threading
-import time
 import weakref
 from pathlib import Path
 
@@ -16,9 +13,9 @@ import eval as evaluation
 import train
 from config import InputError, RunError
 from formats import fairseq_names
-from run import checkpoint, saves
+from formats.load import load
+from run import checkpoint
 from test.helpers import (
-    FEW,
     GOLDEN,
     call,
     few,
@@ -32,15 +29,22 @@ from test.helpers import (
 import pytest
 import torch
 
+FAIRSEQ = GOLDEN / "checkpoint" / "fairseq_doc128.pt"
+SHAPE = """--embed_dim 64 --ffn_embed_dim 256 --layers 4 --attention_heads 4
+--average_top_k_layers 3 --dropout 0 --attention_dropout 0 --tokens_per_sample 128
+--max_tokens 1024 --max_update 2 --log_interval 1 --device cpu --disable_validation""".split()
+
+
+def updates_in(path) -> int:
+    return checkpoint.load(path).content["progress"]["num_updates"]
+
 
 def test_our_names_and_fairseqs_map_one_to_one():
-    student, cfg = random_encoder(1, normalize_before=True)
+    student, _ = random_encoder(1, normalize_before=True)
     teacher = ema.make_teacher(random_encoder(2, normalize_before=True)[0].encoder)
     theirs = fairseq_names.to_reference(student.state_dict(), teacher.state_dict())
-    assert (
-        "encoder.sentence_encoder.layers.1.self_attn.k_proj.bias" in theirs
-        and "encoder.regression_head.2.weight" in theirs
-    )
+    assert "encoder.sentence_encoder.layers.1.self_attn.k_proj.bias" in theirs
+    assert "encoder.regression_head.2.weight" in theirs
     back_student, back_teacher = fairseq_names.from_reference(theirs)
     for back, module in ((back_student, student), (back_teacher, teacher)):
         assert set(back) == set(module.state_dict())
@@ -48,97 +52,54 @@ def test_our_names_and_fairseqs_map_one_to_one():
 
 
 @golden
-def test_every_name_in_fairseqs_file_is_known_and_none_is_made_up():
-    theirs = torch.load(GOLDEN / "checkpoint" / "fairseq_doc128.pt", weights_only=True)["model"]
-    made = fairseq_names.to_reference(*fairseq_names.from_reference(theirs))
-    assert set(made) == set(theirs) and set(made["encoder._ema"]) == set(theirs["encoder._ema"])
-    assert all(torch.equal(made[k], v) for k, v in theirs.items() if k != "encoder._ema")
-    assert all(torch.equal(made["encoder._ema"][k], v) for k, v in theirs["encoder._ema"].items())
-
-
-@golden
 def test_a_fairseq_checkpoint_evaluates_to_its_own_validation_loss(tmp_path):
     recorded = json.loads((GOLDEN / "train" / "doc128" / "config.json").read_text())["final_valid"]
-    file, words = GOLDEN / "checkpoint" / "fairseq_doc128.pt", GOLDEN / "corpora" / "words-bin"
+    words = GOLDEN / "corpora" / "words-bin"
     for flag in ("--ckpt", "--init_from"):
-        result = json.loads(
-            call(evaluation.main, flag, file, "--data_path", words, "--device", "cpu", "--json")
-        )
+        argv = [flag, FAIRSEQ, "--data_path", words, "--device", "cpu", "--json"]
+        result = json.loads(call(evaluation.main, *argv))
         assert result["loss"] == pytest.approx(recorded["loss"], rel=5e-6)
-        assert (result["sample_size"], result["batches"]) == (
-            recorded["sample_size"],
-            recorded["batches"],
-        )
-    argv = ["--init_from", file, "--data_path", words, "--save_dir", tmp_path, "--fairseq_exact"]
-    argv += (
-        "--embed_dim 64 --ffn_embed_dim 256 --layers 4 --attention_heads 4 --average_top_k_layers 3 --dropout 0"
-        " --attention_dropout 0 --tokens_per_sample 128 --max_tokens 1024 --max_update 2 --log_interval 1 --device cpu"
-        " --disable_validation"
-    ).split()
-    call(train.main, *argv)
+        assert all(result[name] == recorded[name] for name in ("sample_size", "batches"))
+    argv = ["--init_from", FAIRSEQ, "--data_path", words, "--save_dir", tmp_path]
+    call(train.main, *argv, "--fairseq_exact", *SHAPE)
     assert rows_of(tmp_path)[0]["loss"] < 2.2  # an untrained model starts at 2.6 here
 
 
-def test_foreign_and_misfitting_checkpoints_are_refused(tmp_path, corpus_dir):
-    good = tmp_path / "run"
-    call(train.main, *FEW, "--max_update", 2, "--data_path", corpus_dir, "--save_dir", good)
-    file = good / "checkpoint_last.pt"
+def test_foreign_and_misfitting_checkpoints_are_refused(saved, tmp_path, corpus_dir):
+    file = saved / "checkpoint_last.pt"
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "cut.pt").write_bytes(file.read_bytes()[:5000])
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
     torch.save([1], tmp_path / "list.pt")
-    for name, message in (
-        ("text", "cannot be read"),
-        ("cut", "damaged: its end is missing"),
-        ("other", "neither"),
-        ("list", "holds a list"),
+    for name, message in dict(
+        text="cannot be read", cut="damaged", other="neither", list="holds a list"
+    ).items():
+        with pytest.raises(InputError, match=f"{name}.pt.* {message}"):
+            load(tmp_path / f"{name}.pt")
+    with pytest.raises(InputError, match="other.pt: not a checkpoint of this project.*--init_from"):
+        checkpoint.load(tmp_path / "other.pt")
+
+    bigger = make_dataset(tmp_path / "bigger", words=80)[0]
+    start = ["--max_update", 5, "--init_from", file]
+    for data, argv, message in (
+        (bigger, [], "another dictionary"),
+        (corpus_dir, ["--embed_dim", 32], r"is \(.*this model's is"),
+        (corpus_dir, ["--layers", 3], "has no encoder.layers.2"),
     ):
         with pytest.raises(InputError, match=message):
-            checkpoint.load(tmp_path / f"{name}.pt")
-    bigger = make_dataset(tmp_path / "bigger", words=80)[0]
-    start = [
-        *FEW,
-        "--max_update",
-        "2",
-        "--save_dir",
-        str(tmp_path / "new"),
-        "--init_from",
-        str(file),
-    ]
-    with pytest.raises(InputError, match="another dictionary"):
-        call(train.main, *start, "--data_path", bigger)
-    with pytest.raises(InputError, match=r"is \(.*this model's is"):
-        call(train.main, *start, "--data_path", corpus_dir, "--embed_dim", "32")
-    with pytest.raises(InputError, match="has no encoder.layers.2"):
-        call(train.main, *start, "--data_path", corpus_dir, "--layers", "3")
+            call(train.main, *few(data, tmp_path / "new", *start, *argv))
     with pytest.raises(InputError, match="layers was 2, is 3"):
-        call(
-            train.main,
-            *FEW,
-            "--max_update",
-            "4",
-            "--save_dir",
-            good,
-            "--data_path",
-            corpus_dir,
-            "--layers",
-            "3",
-        )
+        call(train.main, *few(corpus_dir, saved, "--max_update", 5, "--layers", 3))
     with pytest.raises(InputError, match="another dictionary"):
         call(evaluation.main, "--ckpt", file, "--data_path", bigger)
 
 
 def test_the_newest_kept_checkpoints_are_whole_files_of_their_own_update(tmp_path, corpus_dir):
-    argv = [*FEW, "--max_update", 6, "--data_path", corpus_dir, "--save_dir", tmp_path]
-    call(train.main, *argv, "--save_interval_updates", 2, "--keep_interval_updates", 2)
-    names = sorted(p.name for p in tmp_path.glob("*.pt*"))
-    assert names == [
-        "checkpoint_1_4.pt",
-        "checkpoint_1_6.pt",
-        "checkpoint_best.pt",
-        "checkpoint_last.pt",
-    ]
-    assert checkpoint.load(tmp_path / "checkpoint_1_4.pt").content["progress"]["num_updates"] == 4
+    argv = "--max_update 6 --save_interval_updates 2 --keep_interval_updates 2".split()
+    call(train.main, *few(corpus_dir, tmp_path, *argv))
+    names = sorted(p.stem.removeprefix("checkpoint_") for p in tmp_path.glob("*.pt*"))
+    assert names == ["1_4", "1_6", "best", "last"]
+    assert updates_in(tmp_path / "checkpoint_1_4.pt") == 4
 
 
 class FullDisk:
@@ -169,47 +130,39 @@ def failing_writes(monkeypatch, fails):
 
 def test_a_save_that_fails_loses_nothing_and_is_tried_again(monkeypatch, corpus_dir, tmp_path):
     failing_writes(monkeypatch, lambda number: number in (2, 3))
-    argv = [*FEW, "--data_path", corpus_dir, "--save_dir", tmp_path, "--max_update", 4]
-    printed = call(train.main, *argv, "--save_interval_updates", 1)
+    argv = ["--max_update", 4, "--save_interval_updates", 1]
+    printed = call(train.main, *few(corpus_dir, tmp_path, *argv))
     assert len(re.findall(r"warning: update [23] could not be saved .*No space left", printed)) == 2
-    assert checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"] == 4
+    assert updates_in(tmp_path / "checkpoint_last.pt") == 4
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_final_save_that_fails_is_an_error_and_leaves_the_older_file(
     monkeypatch, corpus_dir, tmp_path
 ):
-    argv = [*FEW, "--data_path", corpus_dir, "--save_dir", tmp_path, "--max_update"]
-    call(train.main, *argv, 2)
+    call(train.main, *few(corpus_dir, tmp_path, "--max_update", 2))
     before = {p.name: p.read_bytes() for p in tmp_path.glob("*.pt")}
     failing_writes(monkeypatch, lambda number: True)
     with pytest.raises(RunError, match="update 3 could not be saved.*No space left"):
-        call(train.main, *argv, 3)
-    assert {
-        p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix in (".pt", ".tmp")
-    } == before
+        call(train.main, *few(corpus_dir, tmp_path, "--max_update", 3))
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.[pt][tm]*")} == before
 
 
 def test_the_last_checkpoint_is_published_before_any_copy_is_begun(monkeypatch, tmp_path):
+    names = [tmp_path / f"checkpoint_{name}.pt" for name in ("last", "best", "1_7")]
     seen = []
 
     def full(source, copy):
-        seen.append(
-            checkpoint.load(tmp_path / "checkpoint_last.pt").content["progress"]["num_updates"]
-        )
+        seen.append(updates_in(names[0]))
         Path(copy).write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    names = [
-        tmp_path / name
-        for name in ("checkpoint_last.pt", "checkpoint_best.pt", "checkpoint_1_7.pt")
-    ]
     checkpoint.save(small_content(3), *names)
     monkeypatch.setattr(shutil, "copyfile", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(small_content(7), *names)
     assert seen == [7] and sorted(tmp_path.iterdir()) == sorted(names)
-    assert [checkpoint.load(n).content["progress"]["num_updates"] for n in names] == [7, 3, 3]
+    assert [updates_in(name) for name in names] == [7, 3, 3]
 
 
 def test_a_users_own_tmp_file_is_neither_removed_nor_written_through(tmp_path):
@@ -223,9 +176,8 @@ def test_a_users_own_tmp_file_is_neither_removed_nor_written_through(tmp_path):
     with checkpoint.whole(tmp_path / "folder") as folder:
         folder.mkdir()
     assert victim.read_text() == "kept"
-    assert set(tmp_path.iterdir()) - before == {
-        tmp_path / name for name in ("file.pt", "text.json", "folder")
-    }
+    names = ("file.pt", "text.json", "folder")
+    assert set(tmp_path.iterdir()) - before == {tmp_path / name for name in names}
 
 
 def test_a_resume_tries_checkpoints_from_the_most_updates_whatever_their_times(tmp_path):
@@ -236,44 +188,6 @@ def test_a_resume_tries_checkpoints_from_the_most_updates_whatever_their_times(t
     (tmp_path / "checkpoint_odd.pt").write_text("not a checkpoint")
     found = [path.stem.removeprefix("checkpoint_") for path in checkpoint.candidates(tmp_path)]
     assert found == ["last", "3_20", "best", "2_10", "1_5", "odd"]
-
-
-@pytest.mark.parametrize("mode", ["", "--fairseq_exact"])
-def test_a_slow_save_writes_the_weights_of_its_update(corpus_dir, tmp_path, monkeypatch, mode):
-    expected, contents, save, loss = [], saves.contents, torch.save, train.data2vec_loss
-    in_next_update = threading.Event()
-
-    def seen(*args):
-        in_next_update.clear()
-        expected.append(copy.deepcopy(contents(*args)))
-        return contents(*args)
-
-    def saving_late(*args):
-        in_next_update.wait(1)
-        time.sleep(0.2)
-        save(*args)
-
-    monkeypatch.setattr(saves, "contents", seen)
-    monkeypatch.setattr(torch, "save", saving_late)
-    monkeypatch.setattr(
-        train, "data2vec_loss", lambda *args: (in_next_update.set(), loss(*args))[1]
-    )
-    argv = (
-        *mode.split(),
-        "--save_interval_updates",
-        1,
-        "--keep_interval_updates",
-        -1,
-        "--disable_validation",
-    )
-    call(train.main, *few(corpus_dir, tmp_path, *argv, "--max_update", 4))
-    assert len(expected) == 4
-    for number, state in enumerate(expected, 1):
-        found = checkpoint.load(tmp_path / f"checkpoint_1_{number}.pt").content
-        for part in ("student", "teacher"):
-            assert all(torch.equal(found[part][k], tensor) for k, tensor in state[part].items())
-        moments, others = found["optimizer"]["state"], state["optimizer"]["state"]
-        assert all(torch.equal(moments[i][k], others[i][k]) for i in others for k in others[i])
 
 
 def test_older_checkpoints_than_those_to_keep_are_removed(tmp_path):

@@ -11,17 +11,16 @@ import config
 import convert
 import train
 from config import InputError
-from formats import fairseq_config, fairseq_names
-from formats import fairseq_state as convert_fairseq
+from formats import fairseq_config, fairseq_names, fairseq_state
 from run import checkpoint
-from test.converting import random_file, run, same, saved  # noqa: F401
+from test.converting import content_of, random_file, run, same, saved, shape_flags  # noqa: F401
 from test.helpers import (
-    FEW,
     GOLDEN,
     SMALL,
     Payload,
     call,
     compare_checkpoints,
+    few,
     golden,
     random_encoder,
 )
@@ -52,57 +51,45 @@ def test_the_way_from_fairseq_and_back_is_exact(tmp_path):
     run(FAIRSEQ, "native", tmp_path / "ours.pt")
     run(tmp_path / "ours.pt", "fairseq", tmp_path / "back.pt")
     a, b = (torch.load(path, weights_only=True) for path in (FAIRSEQ, tmp_path / "back.pt"))
+    for content in (a, b):  # in a state dict order means nothing
+        weights = content["model"]
+        weights |= {f"_ema.{name}": v for name, v in weights.pop("encoder._ema").items()}
+        content["model"] = dict(sorted(weights.items()))
     assert set(a) == set(b)
     for part in a:
-        if part == "model":  # there, order means nothing
-            a[part]["encoder._ema"], b[part]["encoder._ema"] = (
-                {**x[part]["encoder._ema"]} for x in (a, b)
-            )
-            assert set(a[part]) == set(b[part]) and set(a[part]["encoder._ema"]) == set(
-                b[part]["encoder._ema"]
-            )
-            ema = b[part].pop("encoder._ema")
-            assert all(torch.equal(v, ema[k]) for k, v in a[part].pop("encoder._ema").items())
-            assert all(torch.equal(v, b[part][k]) for k, v in a[part].items())
-        else:
-            assert same(a[part], b[part]), part
+        assert same(a[part], b[part]), part
+
+
+def within(part: dict, whole: dict, where: str):
+    """Every entry of a tree is one of the other tree, too."""
+    for key, below in part.items():
+        assert key in whole, (where, key)
+        if isinstance(below, dict) and isinstance(whole[key], dict):
+            within(below, whole[key], f"{where}.{key}")
 
 
 @golden
 def test_what_we_write_for_fairseq_has_the_layout_of_its_own_file(tmp_path, saved):
     run(saved / "checkpoint_last.pt", "fairseq", tmp_path / "made.pt")
     made, own = (torch.load(path, weights_only=True) for path in (tmp_path / "made.pt", FAIRSEQ))
-
-    def keys(tree):
-        return {k: keys(v) if isinstance(v, dict) else None for k, v in tree.items()}
-
-    def within(part, whole, where):
-        for key, below in part.items():
-            assert key in whole, (where, key)
-            if below is not None and whole[key] is not None:
-                within(below, whole[key], f"{where}.{key}")
-
     assert set(made) == set(own)
-    within(keys(made["cfg"]), keys(own["cfg"]), "cfg")
-    for part in ("model", "transformer"):  # what its loader reads has the same types, too
-        a, b = (
-            c["cfg"]["model"] if part == "model" else c["cfg"]["model"]["transformer"]
-            for c in (made, own)
-        )
-        assert all(type(a[k]) is type(b[k]) for k in a if k != "loss_scale"), part
-    few = [k for k in own["model"] if ".layers.2." not in k and ".layers.3." not in k]
-    assert set(made["model"]) == set(few) and type(made["model"]) is type(own["model"])
+    within(made["cfg"], own["cfg"], "cfg")
+    # what its loader reads has the same types, too
+    a, b = made["cfg"]["model"], own["cfg"]["model"]
+    for ours, theirs in ((a, b), (a["transformer"], b["transformer"])):
+        assert all(type(ours[k]) is type(theirs[k]) for k in ours if k != "loss_scale")
+    names = [k for k in own["model"] if ".layers.2." not in k and ".layers.3." not in k]
+    assert set(made["model"]) == set(names) and type(made["model"]) is type(own["model"])
     assert made["optimizer_history"][0].keys() == own["optimizer_history"][0].keys()
     assert set(own["extra_state"]) | {"data2vec_text"} == set(made["extra_state"])
     a, b = made["last_optimizer_state"], own["last_optimizer_state"]
     assert a.keys() == b.keys() and a["param_groups"][0].keys() == b["param_groups"][0].keys()
     assert a["param_groups"][0]["params"] == list(range(len(a["state"]))) == list(a["state"])
-    parameters = [
-        k for k in few if not k.endswith(("version", "_ema"))
-    ]  # in the order of its modules
-    parameters = dict(zip(parameters, a["state"].values(), strict=True))
-    assert all(s["exp_avg"].shape == made["model"][k].shape for k, s in parameters.items())
-    assert all(s["step"] == 4 and type(s["step"]) is int for s in a["state"].values())
+    # in the order of its modules
+    parameters = [k for k in names if not k.endswith(("version", "_ema"))]
+    for name, state in zip(parameters, a["state"].values(), strict=True):
+        assert state["exp_avg"].shape == made["model"][name].shape
+        assert state["step"] == 4 and type(state["step"]) is int
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -114,49 +101,33 @@ def test_a_run_resumes_exactly_through_fairseqs_file(tmp_path, saved, corpus_dir
         content["cfg"]["distributed_training"] = {"distributed_world_size": 1}
         if precision == "fp16":  # one vector for all parameters, in their order
             last = content["last_optimizer_state"]
-            flat = {
-                m: torch.cat([s[m].flatten() for s in last["state"].values()])
-                for m in checkpoint.MOMENTS
-            }
+            states = last["state"].values()
+            flat = {m: torch.cat([s[m].flatten() for s in states]) for m in checkpoint.MOMENTS}
             last["state"], last["loss_scale"] = {0: {"step": 2, **flat}}, 64.0
 
     fairseq_file(saved / "checkpoint_1_2.pt", tmp_path / "theirs.pt", change)
     (tmp_path / "run").mkdir()
     run(tmp_path / "theirs.pt", "native", tmp_path / "run" / "checkpoint_last.pt")
-    few = [
-        *FEW,
-        "--fairseq_exact",
-        "--data_path",
-        corpus_dir,
-        "--save_dir",
-        tmp_path / "run",
-        "--max_update",
-        4,
-    ]
-    assert "at update 2" in call(
-        train.main, *few, "--disable_validation", "--save_interval_updates", 0
-    )
+    argv = few(corpus_dir, tmp_path / "run", "--fairseq_exact", "--disable_validation")
+    said = call(train.main, *argv, "--max_update", 4, "--save_interval_updates", 0)
+    assert "at update 2" in said
     compare_checkpoints(saved / "checkpoint_last.pt", tmp_path / "run" / "checkpoint_last.pt")
 
 
-@pytest.mark.parametrize(
-    "spoil, message",
-    [
-        (
-            lambda states: states[0].update(exp_avg=torch.zeros(3)),
-            "the optimizer's exp_avg of parameter 0 is",
-        ),
-        (
-            lambda states: states[1].update(exp_avg_sq=states[1]["exp_avg_sq"].long()),
-            "not an ordinary tensor",
-        ),
-        (lambda states: states[0].update(step=float("inf")), "OverflowError"),
-        (lambda states: states.pop(2), "KeyError"),
-    ],
-)
-def test_moments_that_do_not_fit_are_left_out_with_the_reason(tmp_path, saved, spoil, message):
+SPOILT = {
+    "exp_avg of parameter 0 is": lambda states: states[0].update(exp_avg=torch.zeros(3)),
+    "not an ordinary tensor": lambda states: states[1].update(
+        exp_avg_sq=states[1]["exp_avg_sq"].long()
+    ),
+    "infinity": lambda states: states[0].update(step=float("inf")),
+    "Adam": lambda states: states.pop(2),
+}
+
+
+@pytest.mark.parametrize("message", SPOILT)
+def test_moments_that_do_not_fit_are_left_out_with_the_reason(tmp_path, saved, message):
     def change(content):
-        spoil(content["last_optimizer_state"]["state"])
+        SPOILT[message](content["last_optimizer_state"]["state"])
 
     fairseq_file(saved / "checkpoint_last.pt", tmp_path / "theirs.pt", change)
     said = run(tmp_path / "theirs.pt", "native", tmp_path / "ours.pt")
@@ -165,19 +136,10 @@ def test_moments_that_do_not_fit_are_left_out_with_the_reason(tmp_path, saved, s
     assert content["optimizer"]["state"] == {} and content["progress"]["num_updates"] == 0
 
 
-def test_entries_of_ours_in_fairseqs_file_are_checked_too(tmp_path, saved):
-    def change(content):
-        content["extra_state"]["data2vec_text"]["log"] = {"updates": 3}
-
-    fairseq_file(saved / "checkpoint_last.pt", tmp_path / "theirs.pt", change)
-    said = run(tmp_path / "theirs.pt", "native", tmp_path / "ours.pt")
-    assert "start anew" in said and "its log is not what a run writes" in said
-
-
 def test_settings_come_back_from_fairseqs_config_tree(saved):
     flat = checkpoint.load(saved / "checkpoint_last.pt").config
     fields = {field.name: field for part in config.PARTS for field in dataclasses.fields(part)}
-    values, _ = fairseq_config.from_reference(convert_fairseq.reference_config(flat), fields, "")
+    values, _ = fairseq_config.from_reference(fairseq_state.reference_config(flat), fields, "")
     differing = {k for k, v in values.items() if flat[k] != v}
     assert not differing and len(values) > 45
 
@@ -211,34 +173,21 @@ def as_omegaconf(value):
 def test_files_of_older_fairseq_releases_are_read_with_their_settings(
     tmp_path, saved, age, monkeypatch
 ):
-    mark = tmp_path / "ran"
-    before = set(sys.modules)
+    mark, before = tmp_path / "ran", set(sys.modules)
 
     def change(content):
-        content["model"] = {
-            k.replace("regression_head", "lm_head"): v for k, v in content["model"].items()
-        }
-        content["model"]["encoder.lm_head.dense.weight"] = torch.ones(2, 2)
+        model = {k.replace("regression_head", "lm_head"): v for k, v in content["model"].items()}
+        content["model"] = {**model, "encoder.lm_head.dense.weight": torch.ones(2, 2)}
         content["extra_state"] = {"best": Payload(mark)}
-        shape = {
-            f"encoder_{k}": SMALL[k]
-            for k in ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")
-        }
-        if age == "args":
-            args = dict(
-                arch="roberta",
-                lr=[1.0],
-                dropout=0.25,
-                attention_dropout=0.0,
-                activation_fn="gelu",
-                encoder_layerdrop=0,
-                **shape,
-            )
-            del content["cfg"]
-            content["args"] = argparse.Namespace(**args)
-        else:
+        if age == "omegaconf":
             content["cfg"]["model"]["transformer"]["dropout"] = 0.25
             content["cfg"] = as_omegaconf(content["cfg"])
+            return
+        names = ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")
+        shape = {f"encoder_{name}": SMALL[name] for name in names}
+        others = dict(lr=[1.0], dropout=0.25, attention_dropout=0.0, activation_fn="gelu")
+        content["args"] = argparse.Namespace(arch="roberta", encoder_layerdrop=0, **others, **shape)
+        del content["cfg"]
 
     fairseq_file(saved / "checkpoint_last.pt", tmp_path / "old.pt", change)
     for name in set(sys.modules) - before:
@@ -248,80 +197,57 @@ def test_files_of_older_fairseq_releases_are_read_with_their_settings(
     more = ["--average_top_k_layers", 2] if age == "args" else []
     said = run(tmp_path / "old.pt", "native", tmp_path / "ours.pt", *more)
     assert "start anew" in said and "not taken over: encoder.lm_head" in said and not mark.exists()
-    loaded, source = (
-        checkpoint.load(tmp_path / "ours.pt"),
-        checkpoint.load(saved / "checkpoint_last.pt"),
-    )
+    loaded = checkpoint.load(tmp_path / "ours.pt")
+    source = checkpoint.load(saved / "checkpoint_last.pt")
     assert same(loaded.student, dict(source.student)) and same(loaded.teacher, dict(source.teacher))
     assert {k: loaded.config[k] for k in SMALL} == {**SMALL, "dropout": 0.25}
 
 
 def test_bare_state_dicts_take_their_shape_from_flags(tmp_path, random_file):
-    path, (student, teacher) = random_file
-    torch.save(
-        fairseq_names.to_reference(student.state_dict(), teacher.encoder.state_dict()),
-        tmp_path / "bare.pt",
-    )
-    shape = [part for k, v in SMALL.items() for part in (f"--{k}", v)]
-    run(tmp_path / "bare.pt", "native", tmp_path / "ours.pt", *shape)
+    _, (student, teacher) = random_file
+    theirs = fairseq_names.to_reference(student.state_dict(), teacher.encoder.state_dict())
+    torch.save(theirs, tmp_path / "bare.pt")
+    run(tmp_path / "bare.pt", "native", tmp_path / "ours.pt", *shape_flags())
     loaded = checkpoint.load(tmp_path / "ours.pt")
-    assert same(loaded.student, dict(student.state_dict())) and same(
-        loaded.teacher, dict(teacher.encoder.state_dict())
-    )
+    assert same(loaded.student, dict(student.state_dict()))
+    assert same(loaded.teacher, dict(teacher.encoder.state_dict()))
     with pytest.raises(InputError, match="the student's encoder has no layers.2"):
-        run(tmp_path / "bare.pt", "native", tmp_path / "other.pt", *shape, "--layers", 3)
-
-
-def test_a_state_dict_of_parameters_is_converted_like_one_of_tensors(tmp_path, random_file):
-    theirs = fairseq_names.to_reference(random_file[1][0].state_dict(), {})
-    kinds = dict(tensors=lambda tensor: tensor, parameters=torch.nn.Parameter)
-    shape = [part for k, v in SMALL.items() for part in (f"--{k}", v)]
-    for name, kind in kinds.items():
-        state = {k: kind(v) for k, v in theirs.items() if k != fairseq_names.TEACHER}
-        torch.save(state, tmp_path / f"{name}.pt")
-        run(tmp_path / f"{name}.pt", "hf", tmp_path / name, *shape)
-        run(tmp_path / f"{name}.pt", "fairseq", tmp_path / f"{name}.fairseq.pt", *shape)
-    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in kinds)
-    assert a == b
+        run(tmp_path / "bare.pt", "native", tmp_path / "other.pt", *shape_flags(layers=3))
+    # parameters instead of tensors
+    state = {k: torch.nn.Parameter(v) for k, v in theirs.items() if k != fairseq_names.TEACHER}
+    torch.save(state, tmp_path / "parameters.pt")
+    for name in ("bare", "parameters"):
+        run(tmp_path / f"{name}.pt", "hf", tmp_path / name, *shape_flags())
+    a, b = (tmp_path / name / "model.safetensors" for name in ("bare", "parameters"))
+    assert a.read_bytes() == b.read_bytes()
 
 
 @pytest.mark.parametrize(
-    "argv, message",
+    "line, message",
     [
-        (
-            ["--to", "hf", "{out}", "--activation_dropout", 0.1],
-            "activation_dropout 0.1: .* has only 0.0",
-        ),
-        (["--to", "hf", "{out}", "--normalize_before"], "has no layer_norm.weight"),
-        (["--to", "native", "{out}", "--teacher"], "--teacher goes with --to hf"),
-        (["--to", "native", "{there}"], "exists; remove it"),
-        (["--to", "tf", "{out}"], "needed: --ckpt"),
-        ([], "needed: --ckpt"),
-        (["--to", "hf", "{out}", "--from", "fairseq"], "--from fairseq: .* is native"),
-        (["--to", "hf", "{out}", "--dict", "{dict}"], "is not the one of"),
-        (["--to", "hf", "{out}", "--dict", "{out}"], "no such file"),
-        (["--to", "hf", "{out}", "--encoder_json", "{dict}"], "no vocab.bpe"),
+        ("--to hf OUT --activation_dropout 0.1", "activation_dropout 0.1: .* has only 0.0"),
+        ("--to hf OUT --normalize_before", "has no layer_norm.weight"),
+        ("--to native OUT --teacher", "--teacher goes with --to hf"),
+        ("--to native DICT", "exists; remove it"),
+        ("--to tf OUT", "needed: --ckpt"),
+        ("", "needed: --ckpt"),
+        ("--to hf OUT --from fairseq", "--from fairseq: .* is native"),
+        ("--to hf OUT --dict DICT", "is not the one of"),
+        ("--to hf OUT --dict OUT", "no such file"),
+        ("--to hf OUT --encoder_json DICT", "no vocab.bpe"),
     ],
 )
-def test_what_cannot_be_converted_is_refused_by_name_and_nothing_is_written(
-    tmp_path, saved, argv, message
-):
+def test_what_cannot_be_converted_is_refused_and_nothing_is_written(tmp_path, saved, line, message):
     (tmp_path / "dict.txt").write_text("a 1\n")
-    names = dict(out=tmp_path / "out", there=tmp_path / "dict.txt", dict=tmp_path / "dict.txt")
-    argv = [str(a).format(**names) for a in argv]
+    names = dict(OUT=tmp_path / "out", DICT=tmp_path / "dict.txt")
+    argv = [names.get(word, word) for word in line.split()]
     with pytest.raises(InputError, match=message):
         call(convert.main, "--ckpt", saved / "checkpoint_last.pt", *argv)
     assert [p.name for p in tmp_path.iterdir()] == ["dict.txt"]
 
 
-def test_a_model_with_a_head_for_words_goes_to_transformers_without_it_and_not_to_fairseq(
-    tmp_path, saved
-):
-    content = {
-        k: v
-        for k, v in checkpoint.load(saved / "checkpoint_last.pt").content.items()
-        if k != "format"
-    }
+def test_a_model_with_a_head_for_words_goes_to_transformers_and_not_to_fairseq(tmp_path, saved):
+    content = content_of(saved / "checkpoint_last.pt")
     model, _ = random_encoder(1, content["dictionary"]["size"], mlm_weight=1.0)
     content.update(student=model.state_dict(), teacher=model.encoder.state_dict())
     content["config"]["mlm_weight"], content["optimizer"]["state"] = 1.0, {}
@@ -329,9 +255,7 @@ def test_a_model_with_a_head_for_words_goes_to_transformers_without_it_and_not_t
     run(tmp_path / "words.pt", "hf", tmp_path / "hf")
     run(tmp_path / "words.pt", "native", tmp_path / "copy.pt")
     assert same(checkpoint.load(tmp_path / "copy.pt").student, dict(model.state_dict()))
-    with pytest.raises(
-        InputError, match="has a head for words, which fairseq's data2vec_text lacks"
-    ):
+    with pytest.raises(InputError, match="has a head for words"):
         run(tmp_path / "words.pt", "fairseq", tmp_path / "theirs.pt")
 
 
@@ -353,17 +277,13 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, saved, kind, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_settings_of_a_wrong_type_in_what_fairseq_keeps_for_us_are_refused_in_one_line(
-    tmp_path, saved
-):
+def test_settings_of_a_wrong_type_in_what_fairseq_keeps_for_us_are_refused(tmp_path, saved):
     run(saved / "checkpoint_last.pt", "fairseq", tmp_path / "theirs.pt")
     content = torch.load(tmp_path / "theirs.pt", weights_only=True)
     for value in (("a", "b"), (None, 1), ([1], [2]), torch.zeros(2)):
-        content["extra_state"][convert_fairseq.OURS]["config"]["adam_betas"] = value
+        content["extra_state"][fairseq_state.OURS]["config"]["adam_betas"] = value
         torch.save(content, tmp_path / "x.pt")
-        with pytest.raises(
-            InputError, match="x.pt: damaged: its config is not what a run writes there"
-        ):
+        with pytest.raises(InputError, match="x.pt: damaged: its config|--adam_betas"):
             run(tmp_path / "x.pt", "native", tmp_path / "out.pt")
     content["extra_state"] = torch.zeros(2)
     torch.save(content, tmp_path / "x.pt")

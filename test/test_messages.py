@@ -40,19 +40,13 @@ def test_a_finished_run_that_is_started_again_says_that_it_is_finished(saved, co
 def test_a_folder_or_another_file_as_checkpoint_is_named_for_what_it_is(
     saved, corpus_dir, tmp_path
 ):
-    hf, best, text = tmp_path / "hf", tmp_path / "best", tmp_path / "README.md"
-    for folder in (hf, best):
-        folder.mkdir()
-    (hf / "config.json").write_text("{}")
+    best, text = tmp_path / "best", tmp_path / "README.md"
+    best.mkdir()
     (best / "checkpoint_best.pt").write_bytes(b"")
     text.write_text("# some text\n")
     for path, message in (
         (saved, f"{saved}: a folder; it holds checkpoint_last.pt: give {saved}/checkpoint_last.pt"),
         (best, "a folder; it holds checkpoint_best.pt: give"),
-        (
-            hf,
-            f"a Hugging Face folder; convert it: python convert.py --from hf --ckpt {hf} --to native",
-        ),
         (corpus_dir, "a folder without a checkpoint"),
         (text, "README.md: cannot be read as a checkpoint: torch.save has not written it"),
         (saved / "train.jsonl", "train.jsonl: cannot be read as a checkpoint: torch.save"),

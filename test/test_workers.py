@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import config
 import data
@@ -130,12 +131,12 @@ def test_one_worker_continues_where_two_were_in_the_epoch(corpus_dir, tmp_path):
     run.cfg = config.Config(*flags.parse(config.PARTS, "", few(corpus_dir, tmp_path / "odd"))[0])
     corpus = data.Corpus(run.cfg.data)
     assert loaded.content["progress"]["batches"] == 12
+    of_run = run, corpus, loaded.content["progress"]["data"]
+    log = SimpleNamespace(say=print, restore=lambda state: None)
     with pytest.raises(InputError, match="world_size was 1, is 5"):
-        resume.resume(
-            run, corpus, loaded.content["progress"]["data"], tmp_path, loaded, False, print
-        )
+        resume.resume(*of_run, (tmp_path, loaded), False, log)
     run.device = dataclasses.replace(CPU, world_size=3)
-    resume.resume(run, corpus, loaded.content["progress"]["data"], tmp_path, loaded, False, print)
+    resume.resume(*of_run, (tmp_path, loaded), False, log)
     assert run.batches_done == 4
 
 
