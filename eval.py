@@ -40,30 +40,17 @@ if __name__ == "__main__":
     flags.answer_early(PARTS, __doc__, add_flags)
 
 
-from config import PARTS, Config, DeviceConfig, InputError, printable
+from config import PARTS, Config, DeviceConfig, InputError, printable, reading
 from data import Corpus
-from formats.fairseq_names import reference_settings
+from formats.load import load
 from hardware.opening import open_device
 from judge.probe import Probe
 from judge.probe import table as probe_table
 from judge.quality import GUESSES, evaluate, verdict
-from run import checkpoint
+from run.checkpoint import Loaded
 from run.resume import init_from
 from text.tokens import load_tokenizer
 from train import Run
-
-
-def saved_settings(loaded: checkpoint.Loaded, path) -> dict:
-    """The settings that a checkpoint brings along."""
-    values = loaded.config
-    if loaded.kind == "fairseq":
-        fields = {}
-        for part in PARTS:
-            fields |= part.__dataclass_fields__
-        values = reference_settings(loaded.config, fields, path)
-    # where it runs is a matter of this command, not of the checkpoint's run
-    left_out = {*DeviceConfig.__dataclass_fields__, "init_from"}
-    return {name: value for name, value in values.items() if name not in left_out}
 
 
 def table(result: dict) -> str:
@@ -88,9 +75,7 @@ def table(result: dict) -> str:
     return "\n".join([*lines, verdict(result)])
 
 
-def write_features(
-    cfg: Config, device, corpus: Corpus, loaded: checkpoint.Loaded, path, args
-) -> int:
+def write_features(cfg: Config, device, corpus: Corpus, loaded: Loaded, path, args) -> int:
     from judge import features
 
     if not args.out:
@@ -113,7 +98,7 @@ def write_features(
     return 0
 
 
-def evaluation(cfg: Config, device, corpus: Corpus, loaded: checkpoint.Loaded, path, args) -> dict:
+def evaluation(cfg: Config, device, corpus: Corpus, loaded: Loaded, path, args) -> dict:
     """The figures of a split, for the model before training, too, where they are asked for."""
     dataset = corpus.split(args.split)
     run = Run(cfg, device, len(corpus.dictionary))
@@ -141,9 +126,12 @@ def main(argv: list | None = None) -> int:
     path = args.ckpt or train.init_from
     if not path:
         raise InputError("--ckpt is missing: the checkpoint to evaluate")
-    loaded = checkpoint.load(path)
-    base = saved_settings(loaded, path)
-    parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags, base=base)
+    loaded = load(path)
+    # where it runs is a matter of this command, not of the checkpoint's run
+    left_out = {*DeviceConfig.__dataclass_fields__, "init_from"}
+    base = {name: value for name, value in loaded.config.items() if name not in left_out}
+    with reading(f"{path}: damaged: its config"):
+        parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags, base=base)
     cfg = Config(*parts)
     for folder in cfg.data.data_path.split(":"):
         if not Path(folder).is_dir() and not data.data_path:  # not given, but of the checkpoint

@@ -33,6 +33,7 @@ if __name__ == "__main__":
 
 import ema
 from data import Batch, Corpus, prefetch
+from formats.load import load
 from hardware.device import Device, use_all_cores
 from hardware.flops import update_flops
 from hardware.opening import check_world_size, open_device
@@ -326,12 +327,10 @@ def start_from(run: Run, corpus: Corpus, fingerprint: dict, log: Log, args) -> P
     t = run.cfg.train
     found = None if args.no_resume else resume.find_checkpoint(Path(t.save_dir), log.say)
     if found:
-        path, loaded = found
-        resume.resume(run, corpus, fingerprint, path, loaded, args.reset_data_position, log.say)
-        log.restore(loaded.content["log"])
-        return path
+        resume.resume(run, corpus, fingerprint, found, args.reset_data_position, log)
+        return found[0]
     if t.init_from:
-        resume.init_from(run, corpus, checkpoint.load(t.init_from), t.init_from)
+        resume.init_from(run, corpus, load(t.init_from), t.init_from)
     return None
 
 

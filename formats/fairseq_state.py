@@ -1,5 +1,4 @@
-"""fairseq's checkpoints: one of ours as fairseq would have saved it, and optimizer and position
-from one of its own.
+"""fairseq's checkpoints: one of ours as fairseq would have saved it, and back.
 
     python convert.py --ckpt CHECKPOINT --to fairseq FILE
     python convert.py --ckpt FAIRSEQ.pt --to native FILE
@@ -7,15 +6,12 @@ from one of its own.
 Both ways keep weights, teacher, optimizer and the position in the data bit for bit.
 """
 
-import dataclasses
 from collections import OrderedDict
 
-from config import PARTS, InputError, TrainConfig
-from eval import saved_settings
-from formats import fairseq_config, integrity
-from formats.fairseq_names import TEACHER, from_reference, to_reference
+from config import InputError
+from formats import fairseq_config
+from formats.fairseq_names import FIELDS, TEACHER, from_reference, to_reference
 from run.checkpoint import MOMENTS, Loaded, checked_moments
-from train import lr_at
 
 # The groups of fairseq's config, and the settings in them that we write, under its names. Its
 # loader fills in a missing group, but fails on an empty one.
@@ -24,15 +20,18 @@ GROUPS = {
     group: [name for name in names.split() if name not in OF_A_MACHINE]
     for group, names in fairseq_config.GROUPS.items()
     if group != "distributed_training"
-} | {"criterion": []}
+}
+GROUPS["criterion"] = []
 TRAINING_GROUPS = ("optimization", "optimizer", "lr_scheduler")
-# in extra_state of a fairseq file that we wrote: our entries that fairseq has no place for
+# What each kind of file keeps of the other: a fairseq file that we wrote has an entry in its
+# extra_state with what fairseq has no place for, and the file of ours made from one of fairseq's.
 OURS = "data2vec_text"
-# names that a conversion takes over
+THEIRS = "fairseq"
+# Names that a conversion takes over.
 KNOWN = r"encoder\.(sentence_encoder|regression_head|lm_head\.\d+|_ema$)"
-THEIRS = (
-    "fairseq"  # in a file of ours made from one of fairseq's: its entries that we have no place for
-)
+
+
+# ------------------------------------------------------------------------------------- to fairseq
 
 
 def reference_config(flat: dict) -> dict:
@@ -49,166 +48,175 @@ def reference_config(flat: dict) -> dict:
         node = tree
         for part in group.split("."):
             node = node.setdefault(part, {"_name": fairseq_config.BUILT_IN_NAMES.get(part)})
-        node.update((name, spelled[name] if name in spelled else flat[name]) for name in names)
+        for name in names:
+            node[name] = spelled[name] if name in spelled else flat[name]
     tree["common"]["user_dir"] = "examples/data2vec"
     tree["model"]["max_positions"] = flat["tokens_per_sample"]
-    tree["model"]["transformer"].update(layernorm_embedding=True, no_scale_embedding=True)
-    tree["model"]["transformer"]["encoder"]["learned_pos"] = True
-    # the model has no decoder, but the loader looks up the decoder's defaults, and in the wrong
-    # place
-    tree["model"]["transformer"]["decoder"] = {
-        "input_dim": flat["embed_dim"],
-        "output_dim": flat["embed_dim"],
-    }
+    transformer = tree["model"]["transformer"]
+    transformer.update(layernorm_embedding=True, no_scale_embedding=True)
+    transformer["encoder"]["learned_pos"] = True
+    # the model has no decoder, but the loader looks up its defaults, and in the wrong place
+    transformer["decoder"] = dict(input_dim=flat["embed_dim"], output_dim=flat["embed_dim"])
     return tree
 
 
 def optimizer_names(model: dict) -> list[str]:
-    """The parameters in a model of fairseq's, in the order in which its optimizer numbers them."""
+    """The parameters of a model of fairseq's, in the order in which its optimizer counts them."""
     names = [k for k in model if k != TEACHER and not k.endswith(".version")]
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-    return sorted(
-        names, key=lambda name: modules.index(name.rpartition(".")[0])
-    )  # a module's weight, then its bias
+    # a module's weight, then its bias
+    return sorted(names, key=lambda name: modules.index(name.rpartition(".")[0]))
 
 
-def to_fairseq(content: dict, flat: dict) -> dict:
-    """The content of a checkpoint of ours as fairseq's trainer would have saved it. flat: its
-    settings, including those that this command's flags changed."""
-    student, progress, states = (
-        content["student"],
-        content["progress"],
-        content["optimizer"]["state"],
+def to_fairseq(content: dict, flat: dict, lr: float) -> dict:
+    """The content of a checkpoint of ours as fairseq's trainer would have saved it.
+
+    flat: its settings, including those that this command's flags changed; lr: of its next update.
+    """
+    names = optimizer_names(to_reference(content["student"], {}))
+    if THEIRS in content and flat == content["config"]:
+        file = dict(content[THEIRS])
+        group = file.pop("param_group")
+    else:
+        file = _new_file(content, flat)
+        group = dict(
+            lr=lr,
+            betas=flat["adam_betas"],
+            eps=flat["adam_eps"],
+            weight_decay=flat["weight_decay"],
+            amsgrad=False,
+            params=list(range(len(names))),
+        )
+    file["model"] = OrderedDict(to_reference(content["student"], content["teacher"]))
+    state = _their_moments(content, names)
+    file["last_optimizer_state"] = dict(state=state, param_groups=[group])
+    if content["scaler"]:
+        file["last_optimizer_state"]["loss_scale"] = content["scaler"]["scale"]
+    return file
+
+
+def _new_file(content: dict, flat: dict) -> dict:
+    """A file of fairseq's without weights and moments, and with our own entries."""
+    progress = content["progress"]
+    history = dict(
+        criterion_name="ModelCriterion",
+        optimizer_name="FairseqAdam",
+        lr_scheduler_state={"best": None},
+        num_updates=progress["num_updates"],
     )
-    names, moments = optimizer_names(to_reference(student, {})), {}
-    for moment in MOMENTS if states else ():
-        moments[moment] = to_reference({k: states[i][moment] for i, k in enumerate(student)}, {})
-    train = TrainConfig(
-        **{field.name: flat[field.name] for field in dataclasses.fields(TrainConfig)}
+    iterator = dict(
+        version=2, epoch=progress["epoch"], iterations_in_epoch=progress["batches"], shuffle=True
     )
-    group = dict(
-        lr=lr_at(progress["num_updates"], train),
-        betas=flat["adam_betas"],
-        eps=flat["adam_eps"],
-        weight_decay=flat["weight_decay"],
-        amsgrad=False,
-        params=list(range(len(names))),
+    elsewhere = ("format", "student", "teacher", "optimizer", THEIRS)
+    ours = {k: v for k, v in content.items() if k not in elsewhere}
+    ours["param_groups"] = content["optimizer"]["param_groups"]
+    extra = dict(
+        metrics=OrderedDict(),
+        previous_training_time=0.0,
+        train_iterator=iterator,
+        val_loss=progress["best_loss"],
+        best=progress["best_loss"],
     )
-    made = dict(
+    return dict(
         args=None,
         cfg=reference_config(flat),
         criterion=None,
-        optimizer_history=[
-            dict(
-                criterion_name="ModelCriterion",
-                optimizer_name="FairseqAdam",
-                lr_scheduler_state={"best": None},
-                num_updates=progress["num_updates"],
-            )
-        ],
+        optimizer_history=[history],
         task_state={},
-        extra_state=dict(
-            metrics=OrderedDict(),
-            previous_training_time=0.0,
-            train_iterator=dict(
-                version=2,
-                epoch=progress["epoch"],
-                iterations_in_epoch=progress["batches"],
-                shuffle=True,
-            ),
-            val_loss=progress["best_loss"],
-            best=progress["best_loss"],
-        ),
+        extra_state={**extra, OURS: ours},
     )
-    if THEIRS in content and flat == content["config"]:
-        made = dict(content[THEIRS])
-        group = made.pop("param_group")
-    else:
-        kept = {
-            k: v
-            for k, v in content.items()
-            if k not in ("format", "student", "teacher", "optimizer", THEIRS)
-        }
-        made["extra_state"][OURS] = {**kept, "param_groups": content["optimizer"]["param_groups"]}
-    step = int(states[0]["step"]) if states else 0
-    made["model"] = OrderedDict(to_reference(student, content["teacher"]))
-    made["last_optimizer_state"] = dict(
-        state={
-            i: {"step": step, **{m: moments[m][k] for m in MOMENTS}}
-            for i, k in enumerate(names)
-            if states
-        },
-        param_groups=[group],
-    )
-    if content["scaler"]:
-        made["last_optimizer_state"]["loss_scale"] = content["scaler"]["scale"]
-    return made
+
+
+def _their_moments(content: dict, names: list) -> dict:
+    """Adam's state under the numbers that fairseq gives to the parameters `names`."""
+    states = content["optimizer"]["state"]
+    if not states:
+        return {}
+    step = int(states[0]["step"])
+    moments = {}
+    for moment in MOMENTS:
+        ours = {name: states[i][moment] for i, name in enumerate(content["student"])}
+        moments[moment] = to_reference(ours, {})
+    return {
+        i: {"step": step, **{moment: moments[moment][name] for moment in MOMENTS}}
+        for i, name in enumerate(names)
+    }
+
+
+# ----------------------------------------------------------------------------------- from fairseq
 
 
 def from_fairseq(content: dict, template: dict, path) -> dict:
-    """What a fairseq checkpoint holds besides the weights (optimizer, position and so on), as
-    entries of one of ours.
+    """What a fairseq checkpoint holds besides the weights, as entries of one of ours.
 
-    template: a student's state dict, for its names and shapes. Raises KeyError, TypeError and the
-    like for a file that another optimizer made, and InputError for moments that do not fit the
-    model.
+    template: a student's state dict, for its names and shapes. Raises InputError for moments that
+    do not fit the model, KeyError and the like for a file that another optimizer made.
     """
-    extra, last = content["extra_state"], content["last_optimizer_state"]
-    states, updates = last["state"], content["optimizer_history"][-1]["num_updates"]
-    model, names, moments = content["model"], optimizer_names(content["model"]), {}
-    for moment in MOMENTS if states else ():
+    extra = content["extra_state"]
+    last = content["last_optimizer_state"]
+    updates = content["optimizer_history"][-1]["num_updates"]
+    state = _our_moments(last["state"], content["model"], template, path)
+    if OURS in extra and extra[OURS]["progress"]["num_updates"] == updates:  # we wrote it
+        ours = dict(extra[OURS])
+        optimizer = {"state": state, "param_groups": ours.pop("param_groups")}
+        return {"optimizer": optimizer, **ours}
+    progress = dict(
+        num_updates=updates,
+        teacher_updates=max(0, updates - 1),  # fairseq's has not followed the last update
+        skipped=updates - int(state[0]["step"]) if state else updates,
+        epoch=extra["train_iterator"]["epoch"],
+        batches=extra["train_iterator"]["iterations_in_epoch"],
+        world_size=content["cfg"]["distributed_training"]["distributed_world_size"],
+        best_loss=extra.get("best"),
+        data={},  # no fingerprint, so a resume accepts the data it finds
+    )
+    entries = dict(
+        optimizer={"state": state, "param_groups": []},
+        scaler={"scale": float(last["loss_scale"])} if "loss_scale" in last else {},
+        progress=progress,
+    )
+    # on the way back fairseq gets its own entries again, unless its moments were one vector
+    if len(last["state"]) == len(optimizer_names(content["model"])):
+        rest = {k: v for k, v in content.items() if k not in ("model", "last_optimizer_state")}
+        entries[THEIRS] = {**rest, "param_group": last["param_groups"][0]}
+    return entries
+
+
+def _our_moments(states: dict, model: dict, template: dict, path) -> dict:
+    """fairseq's Adam state as ours, checked and in memory of its own."""
+    if not states:
+        return {}
+    names = optimizer_names(model)
+    step = int(states[0]["step"])
+    moments = {}
+    for moment in MOMENTS:
         parts = {names[i]: state[moment] for i, state in states.items()}
         if len(parts) == 1:  # fairseq's fp16 optimizer keeps all parameters in one vector
             vectors = states[0][moment].split([model[name].numel() for name in names])
-            parts = {name: vector.view(model[name].shape) for name, vector in zip(names, vectors)}
-        moments[moment], _ = from_reference(parts)
-    step = int(states[0]["step"]) if states else 0
+            parts = {name: part.view(model[name].shape) for name, part in zip(names, vectors)}
+        moments[moment], _ = from_reference(parts, path)
     state = {
-        i: {"step": step, **{m: moments[m][name] for m in MOMENTS}}
+        i: {"step": step, **{moment: moments[moment][name] for moment in MOMENTS}}
         for i, name in enumerate(template)
-        if states
     }
-    state = checked_moments(state, [tensor.shape for tensor in template.values()], path)
-    if OURS in extra and extra[OURS]["progress"]["num_updates"] == updates:
-        kept = dict(extra[OURS])
-        return {"optimizer": {"state": state, "param_groups": kept.pop("param_groups")}, **kept}
-    place = extra["train_iterator"]
-    rest = {k: v for k, v in content.items() if k not in ("model", "last_optimizer_state")}
-    rest["param_group"] = last["param_groups"][0]
-    return dict(
-        optimizer={"state": state, "param_groups": []},
-        scaler={"scale": float(last["loss_scale"])} if "loss_scale" in last else {},
-        progress=dict(
-            num_updates=updates,
-            teacher_updates=max(
-                0, updates - 1
-            ),  # fairseq's teacher has not followed the last update
-            skipped=updates - step,
-            epoch=place["epoch"],
-            batches=place["iterations_in_epoch"],
-            world_size=content["cfg"]["distributed_training"]["distributed_world_size"],
-            best_loss=extra.get("best"),
-            data={},  # no fingerprint, so a resume accepts the data it finds
-        ),
-        **({THEIRS: rest} if len(states) == len(names) else {}),
-    )
+    return checked_moments(state, [tensor.shape for tensor in template.values()], path)
 
 
 def settings_of(loaded: Loaded, path) -> tuple[dict, str]:
-    """The settings in a checkpoint of any kind, and, if those of its training cannot be read, why
-    not."""
+    """The settings in a checkpoint of any kind, and why those of its training are not among them.
+
+    The reason is empty where they are.
+    """
     if loaded.kind != "fairseq":
         return loaded.config, ""
     extra = loaded.content.get("extra_state")
-    kept = extra.get(OURS) if isinstance(extra, dict) else None
-    if isinstance(kept, dict) and "config" in kept:  # we wrote it
-        if not integrity.fits(kept["config"], integrity.ENTRIES["config"]):
-            raise InputError(f"{path}: damaged: its config is not what a run writes there")
-        return dict(kept["config"]), ""
-    values, tree = saved_settings(loaded, path), loaded.content.get("cfg") or {}
-    fields = {field.name: field for part in PARTS for field in dataclasses.fields(part)}
+    ours = extra.get(OURS) if isinstance(extra, dict) else None
+    if isinstance(ours, dict) and "config" in ours:  # we wrote it
+        return dict(ours["config"]), ""
+    values = {k: v for k, v in loaded.config.items() if k != "data_path"}  # on another machine
+    tree = loaded.content.get("cfg") or {}
     training = {group: tree[group] for group in TRAINING_GROUPS if group in tree}
     try:
-        return {**values, **fairseq_config.from_reference(training, fields, str(path))[0]}, ""
+        return {**values, **fairseq_config.from_reference(training, FIELDS, str(path))[0]}, ""
     except InputError as e:
         return values, str(e)

@@ -3,23 +3,24 @@
     python convert.py --ckpt CHECKPOINT --to hf DIR
 
 Names and settings are those of transformers' Data2VecTextModel, or of a pre-norm model's
-RobertaPreLayerNormModel; a student with a head for words (mlm.py) becomes a ...ForMaskedLM, for the
-fill-mask pipeline. Weights are copied exactly (float16 becomes float32).
+RobertaPreLayerNormModel. A student with a head for words becomes a ...ForMaskedLM, a fine-tuned
+checkpoint a ...ForSequenceClassification. Weights are copied exactly (float16 becomes float32).
 """
 
 import dataclasses
 import json
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import DataConfig, InputError, ModelConfig, read_text
-from formats import fairseq_config
+from config import DataConfig, InputError, ModelConfig, read_text, reading
+from formats import fairseq_config, fairseq_files
 from formats.fairseq_names import merge_qkv, split_qkv
-from model import LAYER_NORM_EPS, PAD, WordHead
+from model import LAYER_NORM_EPS, PAD
 from run import checkpoint
 from run.checkpoint import Loaded
 from text.binarized import BOS, EOS, SPECIAL, UNK, Dictionary
-from text.tokens import find_text_files, read_bpe_files
+from text.tokens import read_bpe_files
 
 import torch
 import torch.nn.functional as F
@@ -47,29 +48,12 @@ PRE_NORM = {
     ".final_layer_norm.": ".intermediate.LayerNorm.",
     "layer_norm.": "LayerNorm.",
 }
-TOKENS = "embeddings.word_embeddings.weight"
-# BERT's sentences A and B, which only transformers has
-TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
-ENCODER, NOT_OURS = (
-    ("embeddings.", "encoder.layer.", "LayerNorm."),
-    (TOKEN_TYPES, "embeddings.position_ids"),
-)
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# our own entry in config.json: how many of the token embeddings the dictionary has
-SYMBOLS = "dictionary_size"
-KNOWN = r"embeddings\.|encoder\.layer\.|LayerNorm\."  # names that a conversion takes over
 # By normalize_before: model_type, the beginning of the models' names, and of all weights' in one
-# with a task's head
+# with a task's head.
 FAMILIES = {
     False: ("data2vec-text", "Data2VecText", "data2vec_text."),
     True: ("roberta-prelayernorm", "RobertaPreLayerNorm", "roberta_prelayernorm."),
 }
-WORD_HEAD = "lm_head."  # of its own names, which are ours
-SPACES = "".join(
-    filter(str.isspace, map(chr, range(0x3001)))
-)  # str.strip's; the tokenizers package knows four fewer
-NEVER = -1e4  # a bias that makes a token's probability 0, also in float16
-
 # ModelConfig's field -> name in config.json
 CONFIG = dict(
     layers="num_hidden_layers",
@@ -88,236 +72,257 @@ BUILT_IN = dict(
     eos_token_id=2,
     is_decoder=False,
 )
-DEFAULT_EPS = 1e-12  # transformers' own; its other defaults equal BUILT_IN
+# What transformers takes where config.json says nothing; its epsilon is another.
+DEFAULTS = {**BUILT_IN, "layer_norm_eps": 1e-12}
 
-FILES = dict(
-    dict="dict.txt", encoder_json="encoder.json", vocab_bpe="vocab.bpe"
-)  # flag: name in a data folder
+TOKENS = "embeddings.word_embeddings.weight"
+# BERT's sentences A and B, which only transformers has
+TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
+NOT_OURS = (TOKEN_TYPES, "embeddings.position_ids")
+# names that a conversion takes over
+KNOWN = ("embeddings.", "encoder.layer.", "LayerNorm.")
+WORD_HEAD = [
+    f"lm_head.{name}"
+    for name in ("bias", "dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias")
+]
+# our own entry in config.json: how many of the token embeddings the dictionary has
+SYMBOLS = "dictionary_size"
+SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
+
+
+# ---------------------------------------------------------------------------------------- reading
 
 
 def _safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        raise InputError(
-            "model.safetensors needs the safetensors package: pip install safetensors"
-        ) from None
-    return safetensors
+        why = f"{SAFE} needs the safetensors package: pip install safetensors"
+        raise InputError(why) from None
+    return safetensors.torch
 
 
 def is_folder(path: Path) -> bool:
     """Whether it is a folder of transformers, if only in part."""
-    return any((path / name).is_file() for name in ("config.json", *WEIGHTS))
+    return any((path / name).is_file() for name in ("config.json", SAFE, PICKLED))
 
 
 def load(folder: Path) -> Loaded:
-    """Read a folder that save_pretrained wrote for a model of FAMILIES, with or without a task's
-    head. Raises InputError."""
+    """A folder that save_pretrained wrote for a model of FAMILIES, with or without a task's head.
+
+    Raises InputError.
+    """
     where = folder / "config.json"
     if not where.is_file():
         raise InputError(f"{folder}: has no config.json, which belongs to a folder of transformers")
-    try:
+    with reading(f"{where}: cannot be read as a config of transformers"):
         theirs = json.loads(read_text(where))
-        kind, rows = theirs.get("model_type"), int(theirs.get("max_position_embeddings", 512))
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as e:
-        raise InputError(f"{where}: cannot be read as a config of transformers: {e}") from None
-    pre_norm = {name: key for key, (name, _, _) in FAMILIES.items()}.get(str(kind))
+        settings = _settings(theirs, where)
+    _, name, prefix = FAMILIES[settings["normalize_before"]]
+    with reading(f"{folder}: not the weights of a {name} model"):
+        state = {str(k).removeprefix(prefix): v for k, v in _weights(folder).items()}
+        head = _take_word_head(state, theirs.get(SYMBOLS))
+        encoder = _encoder(state, theirs.get(SYMBOLS), settings["normalize_before"])
+        encoder = merge_qkv(encoder, folder)
+    if head:
+        settings["objective"] = "mlm"
+    student = {**{f"encoder.{k}": v for k, v in encoder.items()}, **head}
+    return Loaded("hf", settings, student, None, state)
+
+
+def _settings(theirs: dict, where: Path) -> dict:
+    """Our settings of a model by its config.json. Raises InputError for one that is not ours."""
+    pre_norm = {name: key for key, (name, _, _) in FAMILIES.items()}.get(theirs.get("model_type"))
     if pre_norm is None:
         known = " and ".join(name for name, _, _ in FAMILIES.values())
-        raise InputError(f"{where}: model_type is {str(kind)[:100]}; only {known} can be converted")
+        kind = str(theirs.get("model_type"))[:100]
+        raise InputError(f"{where}: model_type is {kind}; only {known} can be converted")
     for name, value in BUILT_IN.items():
-        found = theirs.get(name, DEFAULT_EPS if name == "layer_norm_eps" else value)
-        if found != value:
-            raise InputError(f"{where}: {name} is {str(found)[:100]}; our model has only {value}")
-    shape = {
-        ours: theirs[name] for ours, name in CONFIG.items() if name in theirs
-    }  # the other defaults equal ours
-    shape |= dict(max_source_positions=rows - PAD - 1, normalize_before=pre_norm)
+        other = theirs.get(name, DEFAULTS[name])
+        if other != value:
+            raise InputError(f"{where}: {name} is {str(other)[:100]}; our model has only {value}")
+    # the other defaults equal ours
+    shape = {ours: theirs[name] for ours, name in CONFIG.items() if name in theirs}
+    # transformers counts the rows of the table, which has rows below the first position
+    shape["max_source_positions"] = int(theirs.get("max_position_embeddings", 512)) - PAD - 1
+    shape["normalize_before"] = pre_norm
     fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
     settings, _ = fairseq_config.from_reference({"model": shape}, fields, str(where))
     layers = settings.get("layers", ModelConfig.layers)
     settings["average_top_k_layers"] = min(layers, ModelConfig.average_top_k_layers)
-    settings["tokens_per_sample"] = min(
-        settings["max_source_positions"], DataConfig.tokens_per_sample
-    )
+    longest = min(settings["max_source_positions"], DataConfig.tokens_per_sample)
+    return {**settings, "tokens_per_sample": longest}
 
-    path = folder / WEIGHTS[0]
-    if path.is_file():
+
+def _weights(folder: Path) -> dict:
+    """The state dict of a folder."""
+    if (folder / SAFE).is_file():
         package = _safetensors()
-        try:
-            state = package.torch.load_file(path)
-        except (package.SafetensorError, OSError, ValueError, KeyError) as e:
-            raise InputError(
-                f"{path}: not a complete safetensors file: {' '.join(str(e).split())[:200]}"
-            ) from None
-    elif (folder / WEIGHTS[1]).is_file():
-        path = folder / WEIGHTS[1]
-        state = checkpoint.read(path)
-    else:
-        raise InputError(
-            f"{folder}: has neither model.safetensors nor pytorch_model.bin, in one piece each"
-        )
-    state = {
-        str(name).removeprefix(FAMILIES[pre_norm][2]): tensor for name, tensor in state.items()
-    }
-    try:
-        head = _word_head(state, theirs.get(SYMBOLS))
-        encoder = merge_qkv(_encoder(state, theirs.get(SYMBOLS), pre_norm), path)
-    except (TypeError, AttributeError, RuntimeError, IndexError) as e:
-        raise InputError(
-            f"{path}: not the weights of a {FAMILIES[pre_norm][1]} model: {' '.join(str(e).split())[:200]}"
-        ) from None
-    if head:
-        settings["objective"] = "mlm"
-    return Loaded(
-        "hf", settings, {**{f"encoder.{k}": v for k, v in encoder.items()}, **head}, None, state
-    )
+        with reading(f"{folder / SAFE}: not a complete safetensors file"):
+            return package.load_file(folder / SAFE)
+    if (folder / PICKLED).is_file():
+        return checkpoint.read(folder / PICKLED, fairseq_files.load)
+    raise InputError(f"{folder}: has neither {SAFE} nor {PICKLED}, in one piece each")
 
 
-def names_of(pre_norm: bool) -> dict:
+def _names(pre_norm: bool) -> dict:
     return NAMES | (PRE_NORM if pre_norm else POST_NORM)
 
 
 def _encoder(state: dict, symbols: int | None, pre_norm: bool) -> dict:
-    """Their state dict -> an encoder's under fairseq's names. symbols: how many embeddings the
-    dictionary has."""
+    """Their state dict -> an encoder's under fairseq's names.
+
+    symbols: how many embeddings the dictionary has.
+    """
     encoder = {}
     for name, tensor in state.items():
-        if name.startswith(ENCODER) and name not in NOT_OURS:
-            for ours, part in names_of(pre_norm).items():
+        if name.startswith(KNOWN) and name not in NOT_OURS:
+            for ours, part in _names(pre_norm).items():
                 name = name.replace(part, ours)
             encoder[name] = tensor
-    if symbols is not None and "embed_tokens.weight" in encoder:
-        encoder["embed_tokens.weight"] = encoder["embed_tokens.weight"][:symbols]
+    encoder["embed_tokens.weight"] = encoder["embed_tokens.weight"][:symbols]
     types = state.get(TOKEN_TYPES)
-    if types is not None and types[:1].any() and "embed_positions.weight" in encoder:
+    if types is not None and types[:1].any():
         # every token is of the first type and has a position, so the position's row can carry both
         positions = encoder["embed_positions.weight"].float()
-        encoder["embed_positions.weight"] = torch.cat(
-            [positions[: PAD + 1], positions[PAD + 1 :] + types[:1].float()]
-        )
+        shifted = positions[PAD + 1 :] + types[:1].float()
+        encoder["embed_positions.weight"] = torch.cat([positions[: PAD + 1], shifted])
     return encoder
 
 
-def _word_head(state: dict, symbols: int | None) -> dict:
-    """A WordHead's entries in their state dict, from which they are taken; {} if it has no complete
-    one or if its last matrix is not the token embeddings, which ours always is."""
-    names = [
-        WORD_HEAD + name
-        for name in WordHead(ModelConfig(embed_dim=1, attention_heads=1), 1).state_dict()
-    ]
-    tied = {WORD_HEAD + "decoder.weight": TOKENS, WORD_HEAD + "decoder.bias": WORD_HEAD + "bias"}
-    if any(name not in state for name in names):
+def _take_word_head(state: dict, symbols: int | None) -> dict:
+    """Take the entries of a head for words out of their state dict; {} if there is none of ours.
+
+    The last matrix of ours always is the token embeddings.
+    """
+    tied = {"lm_head.decoder.weight": TOKENS, "lm_head.decoder.bias": "lm_head.bias"}
+    if any(name not in state for name in WORD_HEAD):
         return {}
-    if any(
-        name in state and not torch.equal(state[name], state[source])
-        for name, source in tied.items()
-    ):
-        return {}
-    head = {name: state.pop(name) for name in names}
+    for name, source in tied.items():
+        if name in state and not torch.equal(state[name], state[source]):
+            return {}
+    head = {name: state.pop(name) for name in WORD_HEAD}
     for name in tied:
         state.pop(name, None)
-    return {**head, WORD_HEAD + "bias": head[WORD_HEAD + "bias"][:symbols]}
+    return {**head, "lm_head.bias": head["lm_head.bias"][:symbols]}
 
 
-def write(
-    folder: Path, encoder: dict, cfg: ModelConfig, unknown: int = 0, head: dict | None = None
-):
-    """Write config.json and model.safetensors of a model of FAMILIES, with a head of its
-    ...ForMaskedLM.
+# ---------------------------------------------------------------------------------------- writing
+
+
+@dataclass
+class Task:
+    """What a model does in transformers: without a head it gives features."""
+
+    pipeline: str = "feature-extraction"
+    suffix: str = "Model"  # of the class's name
+    head: dict = field(default_factory=dict)  # its weights
+    settings: dict = field(default_factory=dict)  # its part of config.json
+
+
+def fill_mask(head: dict, unknown: int) -> Task:
+    """The task of a head for words. unknown: how many tokens are <unk> to the model."""
+    # such a token is never the answer: <unk> would count twice. e^-10000 is 0, also in float16
+    bias = F.pad(head["lm_head.bias"], (0, unknown), value=-1e4)
+    return Task("fill-mask", "ForMaskedLM", {**head, "lm_head.bias": bias})
+
+
+def classification(entry: dict, width: int, path) -> Task:
+    """The task of a fine-tuned checkpoint, from its entry `classifier`.
+
+    Scores of a regression come out in the units of its labels. Raises InputError for a linear
+    probe, which transformers cannot express, and for a head that does not fit.
+    """
+    if "dense.weight" not in entry["head"]:
+        what = "a linear probe on mean features (--freeze, --pool mean)"
+        raise InputError(f"{path}: {what}; transformers has no model for it")
+    names = entry["labels"] or ["score"]
+    with torch.device("meta"):  # for names and shapes
+        layers = dict(dense=torch.nn.Linear(width, width))
+        layers["out_proj"] = torch.nn.Linear(width, len(names))
+    expected = torch.nn.ModuleDict(layers)
+    head = checkpoint.own_state(entry["head"], expected, "the classification head", path)
+    for name in ("out_proj.weight", "out_proj.bias"):
+        head[name] *= entry["label_scale"]
+    settings = dict(
+        problem_type="single_label_classification" if entry["labels"] else "regression",
+        id2label={str(i): name for i, name in enumerate(names)},
+        label2id={name: i for i, name in enumerate(names)},
+        classifier_dropout=0.0,
+    )
+    head = {f"classifier.{name}": tensor for name, tensor in head.items()}
+    return Task("text-classification", "ForSequenceClassification", head, settings)
+
+
+def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int, task: Task):
+    """Write config.json and model.safetensors of a model of FAMILIES.
 
     encoder: state dict of an Encoder; unknown: how many ids after its own get the embedding of
-    <unk>; head: the entries of a WordHead. Raises InputError for a model that transformers cannot
-    express.
+    <unk>. Raises InputError for a model that transformers cannot express.
     """
     kind, model, prefix = FAMILIES[cfg.normalize_before]
     if cfg.activation_dropout:
-        raise InputError(
-            f"--activation_dropout {cfg.activation_dropout}: transformers' {model} has only 0.0"
-        )
-    tokens, tensors = encoder["embed_tokens.weight"], {}
-    encoder = {
-        **encoder,
-        "embed_tokens.weight": torch.cat([tokens, tokens[UNK].repeat(unknown, 1)]),
-    }
-    for name, tensor in split_qkv(encoder).items():
-        for ours, part in names_of(cfg.normalize_before).items():
+        value = f"--activation_dropout {cfg.activation_dropout}"
+        raise InputError(f"{value}: transformers' {model} has only 0.0")
+    tokens = encoder["embed_tokens.weight"]
+    more = torch.cat([tokens, tokens[UNK].repeat(unknown, 1)])
+    tensors = {}
+    for name, tensor in split_qkv({**encoder, "embed_tokens.weight": more}).items():
+        for ours, part in _names(cfg.normalize_before).items():
             name = name.replace(ours, part)
         tensors[name] = tensor
     tensors[TOKEN_TYPES] = torch.zeros(1, cfg.embed_dim)
-    if head:
-        # a token that the dictionary lacks is never the answer: <unk>, which it is to the model,
-        # would count twice
-        bias = F.pad(head[WORD_HEAD + "bias"], (0, unknown), value=NEVER)
-        tensors = {
-            **{prefix + name: v for name, v in tensors.items()},
-            **head,
-            WORD_HEAD + "bias": bias,
-        }
+    if task.head:
+        tensors = {**{prefix + name: v for name, v in tensors.items()}, **task.head}
     theirs = dict(
-        architectures=[model + ("ForMaskedLM" if head else "Model")],
+        architectures=[model + task.suffix],
         model_type=kind,
-        vocab_size=len(tokens) + unknown,
-        # transformers counts the rows of the table, which has rows below the first position
+        vocab_size=len(more),
         max_position_embeddings=len(encoder["embed_positions.weight"]),
         type_vocab_size=1,
         initializer_range=0.02,
-        **{theirs: getattr(cfg, ours) for ours, theirs in CONFIG.items()},
+        **{name: getattr(cfg, ours) for ours, name in CONFIG.items()},
         **BUILT_IN,
         **{SYMBOLS: len(tokens)},
+        **task.settings,
     )
     (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
     # transformers refuses a file whose metadata do not say 'pt'
-    (folder / "model.safetensors").write_bytes(_safetensors().torch.save(tensors, {"format": "pt"}))
+    (folder / SAFE).write_bytes(_safetensors().save(tensors, {"format": "pt"}))
 
 
-def find_dictionary(args, data_path: str) -> tuple[Dictionary | None, list]:
-    """The dictionary, and the BPE's two files or None twice.
+# -------------------------------------------------------------------------------------- tokenizer
 
-    They are those named by flags, else those in the data folder.
+# str.strip's; the tokenizers package knows four fewer
+SPACES = "".join(filter(str.isspace, map(chr, range(0x3001))))
+BYTE_LEVEL = dict(add_prefix_space=False, trim_offsets=True)
+
+
+def write_tokenizer(folder: Path, dictionary: Dictionary, bpe, longest: int, fills_masks: bool):
+    """Write the files from which AutoTokenizer makes `<s> ... </s>` in this dictionary's ids.
+
+    As in training, outer white space is removed first. bpe: encoder.json and vocab.bpe, or None
+    twice for words; longest: the most tokens of a text; fills_masks: `<mask>` and the other special
+    tokens may be typed, for the fill-mask pipeline; otherwise they are text like any other, as in
+    training. Returns how many ids the tokenizer has after the dictionary's: those of tokens that
+    are <unk> to the model.
     """
-    folder = Path(data_path.split(":")[0]) if data_path else None
-    named = {name: getattr(args, flag) for flag, name in FILES.items()}
-    paths = find_text_files(folder, named)
-    bpe = [paths.get("encoder.json"), paths.get("vocab.bpe")]
-    if "dict.txt" in paths:
-        return Dictionary(paths["dict.txt"]), bpe
-    if bpe[0]:
-        needed = "the dictionary that gives its tokens their ids: --dict or --data_path"
-        raise InputError(f"--encoder_json needs {needed}")
-    return None, bpe
-
-
-def write_tokenizer(
-    folder: Path, dictionary: Dictionary, bpe: list, longest: int, fills_masks: bool
-) -> int:
-    """Write the files from which AutoTokenizer makes `<s> ... </s>` in this dictionary's ids, at
-    most `longest` tokens. As in training, outer white space is removed first.
-
-    bpe: encoder.json and vocab.bpe, or None twice for words. fills_masks: `<mask>` and the other
-    special tokens may be typed, for the fill-mask pipeline; otherwise they are text like any other,
-    as in training. Returns how many ids the tokenizer has after the dictionary's: those of tokens
-    that are <unk> to the model.
-    """
-    outer = _replace(f"\\A[{SPACES}]+|[{SPACES}]+\\z", "")
-    byte_level = dict(add_prefix_space=False, trim_offsets=True)
+    normalizers = [_replace(f"\\A[{SPACES}]+|[{SPACES}]+\\z", "")]
     if bpe[0]:
         model, lacking = _bpe(dictionary, *bpe)
+        cut = decoder = dict(type="ByteLevel", use_regex=True, **BYTE_LEVEL)
         # what slow tokenizers and finetune.py read
-        (folder / "vocab.json").write_text(
-            json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8"
-        )
+        vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
+        (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
         shutil.copyfile(bpe[1], folder / "merges.txt")
-        cut, normalizers = dict(type="ByteLevel", use_regex=True, **byte_level), [outer]
     else:
         model, lacking = {"type": "WordLevel", "vocab": dictionary.ids, "unk_token": "<unk>"}, 0
-        cut = dict(
-            type="Split", pattern={"Regex": f"[{SPACES}]+"}, behavior="Removed", invert=False
-        )
-        mask = _replace(
-            f"(?<![^{SPACES}])<mask>(?![^{SPACES}])", "<unk>"
-        )  # which it is in training
-        normalizers = [outer] if fills_masks else [outer, mask]
+        pattern = {"Regex": f"[{SPACES}]+"}
+        cut = dict(type="Split", pattern=pattern, behavior="Removed", invert=False)
+        decoder = None
+        if not fills_masks:  # the word <mask> is unknown in training
+            word = f"(?<![^{SPACES}])<mask>(?![^{SPACES}])"
+            normalizers.append(_replace(word, "<unk>"))
     # normalized: they are looked for in the normalized text; else each piece between two of them
     # would be stripped
     flags = dict(single_word=False, rstrip=False, normalized=True, special=True)
@@ -325,20 +330,25 @@ def write_tokenizer(
         dict(id=dictionary.ids[s], content=s, lstrip=s == "<mask>", **flags)
         for s in (*SPECIAL, "<mask>")
     ]
-    made = dict(
+    ends = dict(sep=("</s>", EOS), cls=("<s>", BOS))
+    tokenizer = dict(
         version="1.0",
         truncation=None,
         padding=None,
         added_tokens=sorted(added, key=lambda token: token["id"]),
         normalizer=dict(type="Sequence", normalizers=normalizers),
         pre_tokenizer=cut,
-        post_processor=dict(
-            type="RobertaProcessing", sep=("</s>", EOS), cls=("<s>", BOS), **byte_level
-        ),
-        decoder=dict(type="ByteLevel", use_regex=True, **byte_level) if bpe[0] else None,
+        post_processor=dict(type="RobertaProcessing", **ends, **BYTE_LEVEL),
+        decoder=decoder,
         model=model,
     )
-    (folder / "tokenizer.json").write_text(json.dumps(made, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(tokenizer, ensure_ascii=False)
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    _write_tokenizer_config(folder, longest, fills_masks, flags)
+    return lacking
+
+
+def _write_tokenizer_config(folder: Path, longest: int, fills_masks: bool, flags: dict):
     special = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), SPECIAL))
     settings = dict(
         tokenizer_class="PreTrainedTokenizerFast",
@@ -351,10 +361,8 @@ def write_tokenizer(
         model_max_length=longest,
         model_input_names=["input_ids", "attention_mask"],
     )
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
-    )
-    return lacking
+    text = json.dumps(settings, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def _replace(regex: str, content: str) -> dict:

@@ -1,12 +1,10 @@
 """Checkpoints: one file with everything that a resume needs.
 
 The file is a dict: `format`, `config` (every setting, flat), `dictionary` (size, digest, mask_id),
-`student` and `teacher` (state dicts), `optimizer`, `scaler`, `rng`, `progress` (num_updates,
-teacher_updates, skipped, epoch, batches done in it, world_size, best_loss, data fingerprint) and
-`log` (the log interval so far). It holds tensors and plain Python values only, so
-torch.load(weights_only=True) reads it. It is the zip archive that torch.save writes. Each record
-has a CRC32, which every load checks. Version 0.1.0 also wrote a digest as the archive's comment; it
-is ignored.
+`student` and `teacher` (state dicts), `optimizer`, `scaler`, `rng`, `progress` (counts, position in
+the data, best figures, the data's fingerprint) and `log` (the log interval so far). It holds
+tensors and plain Python values only, in the zip archive that torch.save writes. Each record of the
+archive has a CRC32, which every load checks.
 """
 
 import contextlib
@@ -19,42 +17,47 @@ import secrets
 import shutil
 import tarfile
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError
-from formats import fairseq_files, fairseq_names, integrity
+from config import InputError, reading
 
 import torch
 
 FORMAT = "data2vec-text 1"
+ENTRIES = "config dictionary student teacher optimizer scaler rng progress log".split()
+COUNTS = "num_updates teacher_updates skipped epoch batches world_size".split()  # of progress
+FIGURES = "best_loss best_gain first_target_var hours".split()  # of progress; older files lack some
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
-KEPT = re.compile(r"checkpoint_\d+_(\d+)\.pt")  # checkpoint_{epoch}_{updates}.pt
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights may be
+FOREIGN = "weights of other programs are for --init_from"
+COUNTED = re.compile(r"checkpoint_\d+_(\d+)\.pt")  # checkpoint_{epoch}_{updates}.pt
 
 
 @dataclass
 class Loaded:
-    """A checkpoint in memory. kind: 'ours', 'fairseq', 'state_dict' (weights alone) or 'hf' (of
-    transformers)."""
+    """A checkpoint in memory."""
 
-    kind: str
-    config: dict  # our settings, or groups of fairseq's config; empty for weights alone
+    kind: str  # 'ours', 'fairseq', 'state_dict' (weights alone) or 'hf' (of transformers)
+    config: dict  # its settings under our names, as far as it has them
     student: dict  # state dict under our names
     teacher: dict | None
-    content: dict  # the whole file, for a resume
+    content: dict  # the whole file
 
 
-# ---------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------------------- writing
 
 
 def save(content: dict, path, *also):
     """Write the checkpoint to `path`, then copies of it to `also`.
 
-    A crash at any moment leaves each file old or new. Raises OSError if a file cannot be written:
-    those before it are then new, and it and those after it are old.
+    A crash at any moment leaves each file old or new. Raises OSError if a file cannot be written;
+    the files before it are then new, and it and those after it are old.
     """
     write({"format": FORMAT, **content}, path)
-    for copy in also:  # no links, no shared blocks: damage to one file leaves the others
+    # neither links nor shared blocks of the disk: damage to one file leaves the others
+    for copy in also:
         with whole(copy) as part:
             shutil.copyfile(path, part)
 
@@ -65,28 +68,32 @@ def write(content: dict, path):
         try:
             torch.save(content, file)
         except RuntimeError as e:  # torch's writer turns a full disk into one
-            cause = e.__context__
-            if not isinstance(cause, OSError):
-                cause = OSError(errno.EIO, str(e).splitlines()[0])
-            raise cause from None
+            if isinstance(e.__context__, OSError):
+                raise e.__context__ from None
+            raise OSError(errno.EIO, str(e).splitlines()[0]) from None
 
 
 @contextlib.contextmanager
 def whole(path):
-    """Yields a fresh name next to `path`. The file or folder made there replaces `path` when the
-    block ends, and is removed if the block fails."""
+    """Yields a fresh name next to `path`, for a file or a folder.
+
+    What is made there replaces `path` when the block ends, and is removed if the block fails.
+    """
     path = Path(os.path.abspath(path))
     if path.exists() and not (path.is_file() or path.is_dir()):  # /dev/null would become a file
         raise OSError(errno.EEXIST, "is neither a file nor a folder", str(path))
     part = path.with_name(f"{path.stem}.{secrets.token_hex(4)}{path.suffix}.tmp")
     try:
         yield part
-        for written in (*part.iterdir(), part) if part.is_dir() else (part,):
-            _sync(written)
+        for inner in part.iterdir() if part.is_dir() else ():
+            _sync(inner)
+        _sync(part)
         os.replace(part, path)
         _sync(path.parent)  # the rename itself
     except BaseException as e:
-        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+        if part.is_dir():
+            shutil.rmtree(part)
+        part.unlink(missing_ok=True)
         if isinstance(e, OSError) and e.filename in (None, str(part)):
             e.filename = str(path)  # on a full disk Python names no file
         raise
@@ -108,148 +115,181 @@ def write_text(path, text: str):
 
 
 def prune(folder, keep: int):
-    """Remove all but the newest `keep` of checkpoint_{epoch}_{updates}.pt in `folder`; keep < 0
-    keeps all."""
-    found = [
-        (int(match[1]), path)
-        for path in Path(folder).iterdir()
-        if (match := KEPT.fullmatch(path.name))
-    ]
-    for _, path in sorted(found, reverse=True)[keep:] if keep >= 0 else []:
+    """Remove all but the newest `keep` of checkpoint_{epoch}_{updates}.pt; keep < 0 keeps all."""
+    paths = [path for path in Path(folder).iterdir() if COUNTED.fullmatch(path.name)]
+    paths.sort(key=_updates_in, reverse=True)
+    for path in paths[keep:] if keep >= 0 else []:
         path.unlink()
 
 
-# ---------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------- reading
 
 
 def candidates(folder) -> list[Path]:
-    """The checkpoints in a save directory in the order in which a resume tries them:
-    checkpoint_last.pt, then from the most updates to the fewest. Modification times do not count,
-    because copies and clocks change them."""
+    """The checkpoints of a save directory in the order in which a resume tries them.
+
+    That is checkpoint_last.pt, then from the most updates to the fewest. Modification times do not
+    count, because copies and clocks change them.
+    """
     return sorted(sorted(Path(folder).glob("checkpoint_*.pt")), key=_updates_in, reverse=True)
 
 
 def _updates_in(path: Path) -> float:
-    """How many updates a checkpoint has, by its name or else by its content; infinity for the last,
-    -1 if unknown."""
+    """A file's updates by its name or content; infinity for the last, -1 if unknown."""
     if path.name == "checkpoint_last.pt":
         return math.inf
-    if match := KEPT.fullmatch(path.name):
+    if match := COUNTED.fullmatch(path.name):
         return int(match[1])
     try:
-        if not path.is_file():  # a pipe would be waited for
-            return -1
-        integrity.check_archive(path, checksums=False)
-        # mapped, so that no weight is read
-        return int(
-            torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)["progress"][
-                "num_updates"
-            ]
-        )
+        if path.is_file():  # a pipe would be waited for
+            return int(load_plain(path, mmap=True)["progress"]["num_updates"])
     except Exception:  # `load` says what is wrong with it, if its turn comes
-        return -1
+        pass
+    return -1
 
 
 def load(path) -> Loaded:
-    """Read a checkpoint of ours or of fairseq, or a bare state dict under fairseq's names. Raises
-    InputError."""
-    path = Path(path)
+    """Read a checkpoint of this project. Raises InputError for any other file."""
     content = read(path)
-    if "format" in content:
-        if content["format"] != FORMAT:
-            raise InputError(
-                f"{path}: format {str(content['format'])[:100]!r}; this version reads {FORMAT!r}"
-            )
-        if not integrity.is_archive(path):
-            raise InputError(f"{path}: damaged: it is not the archive that this project writes")
-        integrity.check_entries(content, path)
-        return Loaded("ours", content["config"], content["student"], content["teacher"], content)
+    if "format" not in content:
+        raise InputError(f"{path}: not a checkpoint of this project; {FOREIGN}")
+    return ours(content, path)
+
+
+def ours(content: dict, path) -> Loaded:
+    """The content of a file of ours; raises InputError for what a run would stumble over later."""
+    if content["format"] != FORMAT:
+        name = str(content["format"])[:100]
+        raise InputError(f"{path}: format {name!r}; this version reads {FORMAT!r}")
+    for name in ENTRIES:
+        if not isinstance(content.get(name), dict):
+            raise InputError(f"{path}: damaged: its {name} is not a dict")
+    progress = content["progress"]
+    for name in COUNTS:
+        count = progress.get(name)
+        if type(count) is not int or not 0 <= count < 2**62:
+            raise InputError(f"{path}: damaged: its progress has no count {name}")
+    for name in FIGURES:
+        if not isinstance(progress.get(name), (int, float, type(None))):
+            raise InputError(f"{path}: damaged: {name} of its progress is not a number")
+    return Loaded("ours", content["config"], content["student"], content["teacher"], content)
+
+
+def load_plain(path, mmap: bool):
+    """torch.load of tensors and plain Python values; mmap: tensors are the file itself, mapped."""
     try:
-        return Loaded(*fairseq_names.parts_of(content, path), content)
-    except InputError:
-        raise
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as e:
-        raise InputError(
-            f"{path}: not a complete checkpoint: {type(e).__name__} {' '.join(str(e).split())[:200]}"
-        ) from None
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError:  # torch's text is a page of advice
+        raise pickle.UnpicklingError(f"damaged, or with objects of classes; {FOREIGN}") from None
 
 
-def read(path) -> dict:
-    """The dict that torch.save wrote at `path`. No code runs from the file, and every tensor is an
-    ordinary one on the CPU, mapped from the file where it is an archive: copy what is to be kept.
-    Raises InputError."""
+def read(path, load=load_plain) -> dict:
+    """The dict that torch.save wrote at `path`. No code runs from the file. Raises InputError.
+
+    Tensors of an archive are the file itself, mapped: copy what is to be kept. Unmapped, an older
+    torch (such as 2.1) reads beyond a record that is shorter than the pickle says.
+    """
     path = Path(path)
     if path.is_dir():
-        what = "a folder without a checkpoint; a run's --save_dir holds checkpoint_last.pt"
-        if (path / "config.json").is_file():
-            what = f"a Hugging Face folder; convert it: python convert.py --from hf --ckpt {path} --to native FILE.pt"
-        if found := candidates(path):
-            what = f"a folder; it holds {found[0].name}: give {found[0]}"
-        raise InputError(f"{path}: {what}")
+        paths = candidates(path)
+        if paths:
+            raise InputError(f"{path}: a folder; it holds {paths[0].name}: give {paths[0]}")
+        raise InputError(f"{path}: a folder without a checkpoint")
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
-    try:
-        if is_archive := integrity.is_archive(path):
-            integrity.check_archive(path)
-        elif tarfile.is_tarfile(path):  # torch before 2.6 would unpack it
-            raise InputError(f"{path}: cannot be read as a checkpoint: a tar archive")
+    with reading(f"{path}: cannot be read as a checkpoint"):
+        with open(path, "rb") as file:
+            start = file.read(4)
+        # torch before 2.6 would unpack a tar
+        if start[:1] not in (b"P", b"\x80") or tarfile.is_tarfile(path):
+            raise ValueError("torch.save has not written it")
+        is_archive = start == b"PK\3\4"  # the test by which torch decides, too
+        if is_archive:
+            check_archive(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of what becomes an error below
-            content = fairseq_files.load(path, is_archive)
-    except InputError:
-        raise
-    except Exception as e:  # torch raises many kinds for a damaged or foreign file
-        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        first = (
-            "a pickle, but not torch's" if isinstance(e, pickle.UnpicklingError) else first[:200]
-        )
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            if file.read(1) not in (b"P", b"\x80"):  # of a zip, of a pickle
-                first = "torch.save has not written it"
-        raise InputError(f"{path}: cannot be read as a checkpoint: {first}") from None
+            warnings.simplefilter("ignore")  # torch warns of what becomes an error
+            content = load(path, mmap=is_archive)
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    integrity.check_values(content, path)
+    if "format" in content and not is_archive:
+        raise InputError(f"{path}: damaged: not the archive with checksums that a run writes")
     return content
 
 
-# ---------------------------------------------------------------------------------------------- into a model
+def check_archive(path):
+    """Raise InputError unless a zip archive's records are stored, and fit it and their checksums.
+
+    torch checks none of this, and unpacks compressed records of any size.
+    """
+    with reading(f"{path}: damaged"), zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if archive.start_dir != _directory_of(path):
+            raise ValueError("its directory is not where its end says")
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise ValueError("a compressed record, which torch never writes")
+        if sum(record.file_size for record in records) > path.stat().st_size:
+            raise ValueError("records larger than the file")
+        if name := archive.testzip():
+            raise ValueError(f"the record {name} does not fit its checksum")
+
+
+def _directory_of(path: Path) -> int:
+    """The byte where an archive's directory begins, by the archive's own end.
+
+    That is where torch reads it; zipfile reads what lies just before the end, so of two directories
+    each would see another one.
+    """
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**16 - 98))  # a comment, and the end in both forms
+        begin = file.tell()
+        tail = file.read()
+    end = tail.rindex(b"PK\5\6")
+    if tail[end - 20 : end - 16] != b"PK\6\7":
+        return int.from_bytes(tail[end + 16 : end + 20], "little")
+    # the end in 64 bits, and after it a pointer to it
+    larger = end - 76
+    if int.from_bytes(tail[end - 12 : end - 4], "little") != begin + larger:
+        return -1
+    return int.from_bytes(tail[larger + 48 : larger + 56], "little")
+
+
+# ----------------------------------------------------------------------------------- into a model
 
 
 def _check_tensor(tensor, shape, what: str, path):
-    if not (
-        isinstance(tensor, torch.Tensor)
-        and integrity.is_ordinary(tensor)
-        and tensor.dtype in integrity.FLOATS
-    ):
+    """Raise InputError unless it is an ordinary tensor of floats, of this shape."""
+    if not is_ordinary(tensor):
         raise InputError(f"{path}: {what} is not an ordinary tensor of floating-point numbers")
     if tensor.shape != shape:
-        raise InputError(
-            f"{path}: {what} is {tuple(tensor.shape)}, this model's is {tuple(shape)}; another architecture or"
-            " dictionary"
-        )
+        sizes = f"{tuple(tensor.shape)}, this model's is {tuple(shape)}"
+        raise InputError(f"{path}: {what} is {sizes}; another architecture or dictionary")
+
+
+def is_ordinary(tensor) -> bool:
+    """Whether it is a tensor of floats, dense and on the CPU, with memory for all its elements.
+
+    A stride of 0 lets one element pass for any number, which torch's fused kernels don't check.
+    """
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.dtype not in FLOATS:
+        return False
+    if tensor.layout != torch.strided or tensor.is_nested or not tensor.is_cpu:
+        return False
+    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def check_fits(state: dict, module: torch.nn.Module, what: str, path):
-    """Raise InputError that names the first missing, unknown or unsuitable entry of a state dict
-    for the module."""
+    """Raise InputError that names the first entry of a state dict that does not fit the module."""
     expected = module.state_dict()
     for name, tensor in expected.items():
         if name not in state:
-            raise InputError(
-                f"{path}: {what} has no {name}; was it trained with other --layers or another architecture?"
-            )
+            raise InputError(f"{path}: {what} has no {name}; other --layers, or another model?")
         _check_tensor(state[name], tensor.shape, f"{what} {name}", path)
-    extra = sorted(map(str, set(state) - set(expected)))
-    if extra:
-        raise InputError(
-            f"{path}: {what} has {extra[0][:200]}, which this model has not; another architecture"
-        )
+    for name in sorted(map(str, set(state) - set(expected))):
+        raise InputError(f"{path}: {what} has {name[:200]}, which this model has not")
 
 
 def own_state(state: dict, module: torch.nn.Module, what: str, path) -> dict:
-    """The module's entries in a state dict, as float32 in memory of our own. Raises InputError, as
-    `check_fits`."""
+    """The module's entries of a state dict, as float32 in memory of our own."""
     check_fits(state, module, what, path)
     return {name: _own(state[name]) for name in module.state_dict()}
 
@@ -265,32 +305,26 @@ def put(state: dict, module: torch.nn.Module, what: str, path):
 
 
 def checked_moments(state: dict, shapes: list, path) -> dict:
-    """Adam's state of parameters with these shapes, copied into memory of its own: {number: step,
-    exp_avg, exp_avg_sq}.
+    """Adam's state of parameters with these shapes: {number: step, exp_avg, exp_avg_sq}, copied.
 
     An empty state, of an optimizer that has made no step, stays empty. Raises InputError. torch's
     fused kernels trust shapes and strides: a moment that is too small would have them write outside
     of it.
     """
     if state and set(state) != set(range(len(shapes))):
-        raise InputError(
-            f"{path}: the optimizer has {len(state)} parameters, this model has {len(shapes)}"
-        )
+        numbers = f"{len(state)} parameters, this model has {len(shapes)}"
+        raise InputError(f"{path}: the optimizer has {numbers}")
     checked = {}
     for i, shape in enumerate(shapes if state else ()):
-        entry = state[i] if isinstance(state[i], dict) else {}
-        try:
-            step = float(entry.get("step"))
-        except (TypeError, ValueError, OverflowError, RuntimeError):
-            step = math.nan
-        if not 0 <= step < math.inf:
-            raise InputError(
-                f"{path}: the optimizer's step of parameter {i} is not one number >= 0"
-            )
+        with reading(f"{path}: the optimizer's step of parameter {i}"):
+            step = float(state[i]["step"])
+            if not 0 <= step < math.inf:
+                raise ValueError(f"{step} is not a count")
         checked[i] = {"step": torch.tensor(step)}
         for name in MOMENTS:
-            _check_tensor(entry.get(name), shape, f"the optimizer's {name} of parameter {i}", path)
-            checked[i][name] = _own(entry[name])
+            what = f"the optimizer's {name} of parameter {i}"
+            _check_tensor(state[i].get(name), shape, what, path)
+            checked[i][name] = _own(state[i][name])
             if not checked[i][name].isfinite().all():
-                raise InputError(f"{path}: the optimizer's {name} of parameter {i} is not finite")
+                raise InputError(f"{path}: {what} is not finite")
     return checked

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from config import InputError, ModelConfig, RunError, printable
+from config import InputError, ModelConfig, RunError, printable, reading
 from data import Corpus
 from run import checkpoint
 from text.binarized import TokenStream
@@ -137,31 +137,33 @@ class Changes:
         raise InputError(f"{path} belongs to another run: {', '.join(words)}; {advice}")
 
 
-def resume(run, corpus: Corpus, fingerprint: dict, path: Path, loaded, reset_position: bool, say):
-    """Continue from a checkpoint of ours. Raises InputError if it belongs to another run."""
-    if loaded.kind != "ours":
-        advice = "start from it with --init_from and another --save_dir"
-        raise InputError(f"{path}: a fairseq file; {advice}")
-    check_dictionary(loaded, corpus, path)
-    progress = loaded.content["progress"]
-    saved = {**loaded.config, **progress["data"]}
-    changes = Changes(saved, {**run.cfg.flat(), **fingerprint})
-    architecture = changes.among(ARCHITECTURE)
-    if architecture:
-        advice = "use the old settings, or --init_from with another --save_dir"
-        changes.refuse(architecture, path, advice)
-    batches = progress["batches"] * progress["world_size"]  # of all workers
-    moved = what_has_moved(changes, fingerprint, progress, run.device.world_size)
-    if not reset_position:
-        if moved:
-            changes.refuse(moved, path, f"use the old settings, or {RESET}")
-        check_position(run, corpus, path, batches, progress["epoch"])
-    others = changes.among(sorted(set(loaded.config) - set(moved)))
-    others = [name for name in others if not name.startswith(UNTOLD)]
-    if others:
-        words = [f"{k[:100]} {changes.before(k)} -> {changes.now[k]}" for k in others[:20]]
-        say(f"note: changed since the checkpoint: {', '.join(words)}")
-    take(run, loaded, path)
+def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position: bool, log):
+    """Continue from what `find_checkpoint` found.
+
+    log: a run.log.Log. Raises InputError if it belongs to another run or is damaged.
+    """
+    path, loaded = found
+    with reading(f"{path}: damaged"):
+        check_dictionary(loaded, corpus, path)
+        progress = loaded.content["progress"]
+        batches = progress["batches"] * progress["world_size"]  # of all workers
+        changes = Changes({**loaded.config, **progress["data"]}, {**run.cfg.flat(), **fingerprint})
+        architecture = changes.among(ARCHITECTURE)
+        if architecture:
+            advice = "use the old settings, or --init_from with another --save_dir"
+            changes.refuse(architecture, path, advice)
+        moved = what_has_moved(changes, fingerprint, progress, run.device.world_size)
+        if not reset_position:
+            if moved:
+                changes.refuse(moved, path, f"use the old settings, or {RESET}")
+            check_position(run, corpus, path, batches, progress["epoch"])
+        others = changes.among(sorted(set(loaded.config) - set(moved)))
+        others = [name for name in others if not name.startswith(UNTOLD)]
+        if others:
+            words = [f"{k[:100]} {changes.before(k)} -> {changes.now[k]}" for k in others[:20]]
+            log.say(f"note: changed since the checkpoint: {', '.join(words)}")
+        take(run, loaded, path)
+        log.restore(loaded.content["log"])
 
     # where in the data
     run.epoch, run.batches_done = progress["epoch"], batches // run.device.world_size

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import InputError, ModelConfig, check_ranges, printable, read_text, reading
-from formats import fairseq_names, hf, integrity
+from formats.load import load as load_any
 from model import PAD, Encoder, init_weights
 from run import checkpoint
 from tasks import labelled
@@ -19,7 +19,6 @@ from text.tokens import BPE_FILES, TEXT_FILES, Tokenizer, find_text_files, load_
 import torch
 from torch import Tensor
 
-FIELDS = {field.name: field for field in dataclasses.fields(ModelConfig)}
 FAIRSEQ_HEAD = "classification_heads.sentence_classification_head."
 FC1 = "layers.0.fc1.weight"
 
@@ -87,18 +86,13 @@ def load(path, teacher: bool = False, attention_heads: int = 0) -> Pretrained:
     attention_heads: 0 takes the file's. Raises InputError.
     """
     path = Path(path)
-    loaded = hf.load(path) if path.is_dir() else checkpoint.load(path)
+    loaded = load_any(path)
     if teacher and not loaded.teacher:
         raise InputError(f"--teacher: {path} has none")
     weights = loaded.teacher if teacher else stripped(loaded.student, "encoder.")
     settings = loaded.config
     folder = settings.get("data_path")
-    ours = {}
-    if loaded.kind == "ours":
-        ours = loaded.content
-    elif loaded.kind == "fairseq":
-        settings = fairseq_names.reference_settings(loaded.config, FIELDS, path)
-        folder = loaded.config.get("task", {}).get("data")
+    ours = loaded.content if loaded.kind == "ours" else {}
     # of ours, or of fairseq's model with its task sentence_prediction
     entry = ours.get("classifier", {})
     head = entry.get("head", {})
@@ -124,7 +118,7 @@ def stripped(state: dict, prefix: str) -> dict:
 def floats(state: dict, path) -> dict:
     """A state dict in float32 and memory of its own. Raises InputError for what is no float."""
     for name, tensor in state.items():
-        if not (isinstance(tensor, Tensor) and tensor.dtype in integrity.FLOATS):
+        if not (isinstance(tensor, Tensor) and tensor.dtype in checkpoint.FLOATS):
             raise InputError(f"{path}: {name} is not a tensor of floating-point numbers")
     return {k: torch.empty(tensor.shape).copy_(tensor.detach()) for k, tensor in state.items()}
 

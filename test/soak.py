@@ -1,8 +1,8 @@
 """Stress tests that take minutes. Each prints its figures as one JSON object.
 
-    python -m test.soak kills     SIGKILL a run that saves every update, at random times
-    python -m test.soak fuzz      damaged files must load or give a one-line error
-    python -m test.soak memory    resident memory early in a run and at its end
+    python -m test.soak kills [N]     SIGKILL a run that saves every update, N times at random
+    python -m test.soak fuzz [N]      N damaged files of each kind must load or give one line
+    python -m test.soak memory [N]    resident memory early in a run of N updates and at its end
 
 Run them from the project's root.
 """
@@ -13,17 +13,13 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import convert
-import data
 import train
 from config import InputError
 from run import checkpoint, flags
@@ -32,7 +28,6 @@ from text.binarized import EOS, write_dataset
 from text.files import json_rows
 
 import numpy as np
-import torch
 
 HERE = Path(__file__).parent.parent  # the project
 TINY = (
@@ -110,98 +105,20 @@ def updates_in(text: str) -> int:
     return max(map(int, re.findall(r"^update (\d+) \| loss", text, re.M)), default=0)
 
 
-EXTREME = [0, 1, -1, 2**31 - 1, -(2**31), 2**62, 2**63 - 1, -(2**63), 77]
-
-
-def mutate(raw: bytes, rng: random.Random) -> bytes:
-    """Damage one to three random places.
-
-    Flip a bit, cut, insert, delete, or overwrite with an extreme number.
-    """
-    raw = bytearray(raw)
-    for _ in range(rng.randint(1, 3)):
-        # half of the damage is in the header
-        at = rng.randrange(len(raw) + 1)
-        if rng.random() < 0.5:
-            at = rng.randrange(min(len(raw), 80) + 1)
-        kind = rng.choice(("flip", "cut", "insert", "delete", 4, 8))
-        if kind == "flip" and at < len(raw):
-            raw[at] ^= 1 << rng.randrange(8)
-        elif kind == "cut":
-            del raw[at:]
-        elif kind == "insert":
-            raw[at:at] = rng.randbytes(rng.randint(1, 16))
-        elif kind == "delete":
-            del raw[at : at + rng.randint(1, 16)]
-        elif kind != "flip":
-            number = rng.choice([*EXTREME, rng.randrange(2**40)])
-            raw[at : at + kind] = struct.pack("<q", number)[:kind]
-    return bytes(raw)
-
-
-def fuzz(datasets: int, checkpoints: int, folder: Path, seed: int = 0, structured: int = 0) -> dict:
-    """Every damaged file must load or raise a one-line InputError.
-
-    structured: how many files of each kind get the damage of test/mutations.py.
-    """
-    rng = random.Random(seed)
-    source, target = small_corpus(folder / "source"), folder / "mutated"
-    shutil.copytree(source, target, dirs_exist_ok=True)
-    cfg = data.DataConfig(data_path=str(target), tokens_per_sample=32, max_tokens=256)
-
-    def read_all():
-        dataset = data.Corpus(cfg).split("train")
-        for ids in dataset.epoch_batches(1):
-            dataset.batch(ids, 1)
-        dataset.stream.counts(dataset.dictionary)  # checks every token
-
-    read_all()  # so that the time which libraries take at first use is not counted
-    of_datasets, of_checkpoints, others = (mutations.Attempts() for _ in range(3))
-    for i in range(datasets):
-        name = rng.choice(["train.idx"] * 3 + ["train.bin", "dict.txt"])
-        whole = (source / name).read_bytes()
-        (target / name).write_bytes(mutate(whole, rng))
-        of_datasets(f"dataset {i} ({name})", read_all)
-        (target / name).write_bytes(whole)
-
-    files = [path.read_bytes() for path in small_checkpoints(folder)]
-    for i in range(checkpoints):
-        (folder / "mutated.pt").write_bytes(mutate(files[i % 3], rng))
-        of_checkpoints(f"checkpoint {i}", lambda: checkpoint.load(folder / "mutated.pt"))
-
-    if structured:
-        run = folder / "run"
-        argv = [*TINY, "--data_path", str(target), "--save_dir", str(run), "--max_update", "3"]
-        with contextlib.redirect_stdout(io.StringIO()):
-            train.main([*argv, "--log_interval", "1"])
-        (folder / "structured").mkdir()
-        others = mutations.fuzz(structured, folder / "structured", target, run, seed)
-    parts = (of_datasets, of_checkpoints, others)
+def fuzz(count: int, folder: Path, seed: int = 0) -> dict:
+    """Damage `count` files of each kind: each must load or raise a one-line InputError."""
+    corpus, save_dir = small_corpus(folder / "corpus"), folder / "run"
+    words = f"--data_path {corpus} --save_dir {save_dir} --max_update 3 --log_interval 1".split()
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main([*TINY, *words])
+    (folder / "files").mkdir()
+    attempts = mutations.fuzz(count, folder / "files", corpus, save_dir, seed)
     return dict(
-        datasets=datasets,
-        dataset_errors=of_datasets.refused,
-        checkpoints=checkpoints,
-        checkpoint_errors=of_checkpoints.refused,
-        structured=others.files,
-        structured_errors=others.refused,
-        other_errors=sum((part.other for part in parts), []),
-        slowest=max(part.slowest for part in parts),
+        files=attempts.files,
+        refused=attempts.refused,
+        other_errors=attempts.other,
+        slowest=attempts.slowest,
     )
-
-
-def small_checkpoints(folder: Path) -> list[Path]:
-    """One of ours, and two of fairseq's, with the archives of new and of old torch."""
-    attention = "encoder.sentence_encoder.layers.0.self_attn"
-    state = {f"{attention}.{p}_proj.weight": torch.randn(8, 8) for p in "qkv"}
-    ours = {**convert.beginning(1), "config": {}, "student": state, "teacher": state}
-    fairseq = {"model": {**state, "encoder._ema": {}}, "cfg": {"model": {"layers": 1}}}
-    fairseq["extra_state"] = {"loss": 1.0}
-    paths = [folder / name for name in ("ours.pt", "fairseq.pt", "old.pt")]
-    checkpoint.save(ours, paths[0])
-    torch.save(fairseq, paths[1])
-    torch.save(fairseq, paths[2], _use_new_zipfile_serialization=False)
-    checkpoint.load(paths[0])
-    return paths
 
 
 def memory(updates: int, folder: Path) -> dict:
@@ -227,23 +144,17 @@ def memory(updates: int, folder: Path) -> dict:
     return dict(updates=updates, early=round(early), late=round(late), grown_percent=percent)
 
 
+WORK = {"kills": (kills, 30), "fuzz": (fuzz, 500), "memory": (memory, 2000)}
+
+
 def main() -> int:
     parser = flags.Parser(description=__doc__)
-    parser.add_argument("what", choices=("kills", "fuzz", "memory"))
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--datasets", type=int, default=20000)
-    parser.add_argument("--checkpoints", type=int, default=5000)
-    parser.add_argument("--structured", type=int, default=500, help="files of each kind")
-    parser.add_argument("--updates", type=int, default=2000)
+    parser.add_argument("what", choices=WORK)
+    parser.add_argument("number", type=int, nargs="?", help="of kills, files or updates")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if args.what == "kills":
-            figures = kills(args.kills, folder)
-        elif args.what == "fuzz":
-            figures = fuzz(args.datasets, args.checkpoints, folder, structured=args.structured)
-        else:
-            figures = memory(args.updates, folder)
+    work, number = WORK[args.what]
+    with tempfile.TemporaryDirectory() as folder:
+        figures = work(args.number or number, Path(folder))
     print(json.dumps(figures))
     return 1 if figures.get("lost") or figures.get("other_errors") else 0
 

@@ -89,8 +89,8 @@ def test_foreign_and_misfitting_checkpoints_are_refused(tmp_path, corpus_dir):
     torch.save([1], tmp_path / "list.pt")
     for name, message in (
         ("text", "cannot be read"),
-        ("cut", "damaged: its end is missing"),
-        ("other", "neither"),
+        ("cut", "damaged: "),
+        ("other", "not a checkpoint of this project.*--init_from"),
         ("list", "holds a list"),
     ):
         with pytest.raises(InputError, match=message):

@@ -5,7 +5,6 @@ The tests against transformers itself skip where it is not installed: pip instal
 
 import json
 import random
-import re
 import sys
 
 import eval as evaluation
@@ -23,11 +22,9 @@ from test.helpers import (
     call,
     golden,
     hidden_states,
-    preprocess_words,
     random_encoder,
     run_preprocess,
     small_content,
-    small_corpus,
 )
 from text.binarized import BOS, EOS, PAD, UNK, Dictionary, TokenStream
 from text.tokens import load_tokenizer
@@ -251,55 +248,13 @@ def test_tokens_of_the_bpe_that_the_dictionary_lacks_are_unk_to_the_model(
     assert torch.equal(back["encoder.embed_tokens.weight"], student.encoder.embed_tokens.weight)
 
 
-def test_the_model_card_says_what_the_files_tell_and_its_example_runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    preprocess_words(tmp_path / "data", **small_corpus(tmp_path))
-    argv = [
-        *FEW,
-        "--data_path",
-        tmp_path / "data",
-        "--save_dir",
-        tmp_path / "run",
-        "--max_update",
-        4,
-    ]
-    call(train.main, *argv, "--save_interval_updates", 2, "--keep_interval_updates", -1)
-    log = tmp_path / "run" / "train.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    odd = [
-        '{"num_updates": 4, "loss": "x"}',
-        '{"num_updates": null, "loss": 1.0}',
-        "[1]",
-        '{"num_upd',
-        "[" * 100_000,
-    ]
-    log.write_text("\n".join([*map(json.dumps, rows), *odd]))
-    said = run(tmp_path / "run" / "checkpoint_1_2.pt", "hf", tmp_path / "hf")
+def test_the_model_card_says_what_the_checkpoint_tells_and_what_is_to_be_filled_in(tmp_path, saved):
+    said = run(saved / "checkpoint_last.pt", "hf", tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
-    for key, name in (("loss", "loss"), ("valid_loss", "valid_r2")):
-        value = next(row[name] for row in rows if key in row and row["num_updates"] == 2)
-        assert f"| {name} | {value:.4g} | 2 |" in card
-    assert (
-        "the student after 2 updates" in card
-        and "| `embed_dim` | 16 |" in card
-        and "licence" in said
-    )
-    assert re.search(r"^\| train \| train.txt \| 200 \| [\d,]+ \| 0.0% \|$", card, re.M)
+    assert "after 4 updates" in card and "| `embed_dim` | 16 |" in card and "licence" in said
     assert card.count("TO FILL IN") == 3
     yaml = pytest.importorskip("yaml").safe_load(card.split("---")[1])
     assert yaml["pipeline_tag"] == "feature-extraction" and yaml["license"] == "unknown"
-    transformers()
-    monkeypatch.chdir(tmp_path)
-    found = {}
-    exec(re.search(r"```python\n(.*?)```", card, re.S)[1], found)
-    assert found["states"].shape == (1, 6, SMALL["embed_dim"])
-
-    huge = dict(step="train", made_from=dict(text=[]), unk=10**400, tokens=1)
-    odd = '{"step": "train"}\n{"step": [1]}\n' + json.dumps(huge) + "\n"
-    (tmp_path / "data" / "preprocess.log").write_text(odd)
-    run(tmp_path / "run" / "checkpoint_last.pt", "hf", tmp_path / "other", "--teacher")
-    card = (tmp_path / "other" / "README.md").read_text()
-    assert "the teacher after 4 updates" in card and "| train | - | 200 |" in card
 
 
 @pytest.mark.parametrize("kind", ["words", "bpe"])
@@ -455,7 +410,7 @@ def test_a_pickled_float16_model_with_a_head_and_token_types_is_read(tmp_path, r
 
 
 def test_the_folder_of_a_run_is_not_taken_for_one_of_transformers(tmp_path, saved):
-    with pytest.raises(InputError, match="no such checkpoint file|it holds checkpoint_last.pt"):
+    with pytest.raises(InputError, match="it holds checkpoint_last.pt"):
         run(saved, "hf", tmp_path / "hf")
 
 

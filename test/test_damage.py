@@ -1,7 +1,7 @@
-"""Damaged, incomplete and hostile files: refused in one line, never run, and a good older file is
+"""Damaged, incomplete and foreign files: refused in one line, never run, and a good older file is
 found.
 
-A longer version of the mutations is in test/soak.py.
+`python -m test.soak fuzz` damages many more.
 """
 
 import argparse
@@ -10,7 +10,6 @@ import dataclasses
 import os
 import pickle
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import preprocess
 import train
 from config import InputError
 from formats import fairseq_names
+from formats.load import load
 from judge import plot
 from run import checkpoint
 from run import describe as dataset
@@ -29,6 +29,10 @@ from test.helpers import GOLDEN, HERE, Payload, call, few, golden, make_dataset,
 import numpy as np
 import pytest
 import torch
+
+
+def numbers_in(folder) -> list:
+    return [row["num_updates"] for row in rows_of(folder)]
 
 
 def test_resume_falls_back_to_the_next_older_good_file_and_says_so(saved, corpus_dir, tmp_path):
@@ -48,12 +52,7 @@ def test_resume_falls_back_to_the_next_older_good_file_and_says_so(saved, corpus
     printed = call(train.main, *few(corpus_dir, folder, "--max_update", 5))
     assert re.search(r"checkpoint_last\.pt: damaged.*trying the next older", printed)
     assert re.search(r"resuming from .*checkpoint_1_3\.pt at update 3", printed)
-    assert [row["num_updates"] for row in rows_of(folder)] == [1, 2, 3, 4, 5]
-    assert not list(folder.glob("*.tmp"))
-    whole = tmp_path / "whole"
-    shutil.copytree(saved, whole)
-    call(train.main, *few(corpus_dir, whole, "--max_update", 5))
-    assert [row["num_updates"] for row in rows_of(whole)] == [1, 2, 3, 4, 5]
+    assert numbers_in(folder) == [1, 2, 3, 4, 5] and not list(folder.glob("*.tmp"))
 
     for path in folder.glob("*.pt"):
         spoil(path.name, 3)
@@ -65,17 +64,12 @@ def test_resume_falls_back_to_the_next_older_good_file_and_says_so(saved, corpus
 
 def test_rows_of_other_types_do_not_end_a_resume(saved, corpus_dir, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
-    odd = [
-        '{"num_updates": "x"}',
-        '{"num_updates": [1]}',
-        "[" * 100_000,
-        '{"num_updates": %s}' % ("9" * 400),
-        "7",
-    ]
+    odd = ['{"num_updates": "x"}', '{"num_updates": [1]}', "[" * 100_000, "7"]
+    odd.append('{"num_updates": %s}' % ("9" * 400))
     with open(tmp_path / "run" / "train.jsonl", "a") as file:
         file.write("\n".join(odd) + "\n")
     call(train.main, *few(corpus_dir, tmp_path / "run", "--max_update", 5))
-    assert [row["num_updates"] for row in rows_of(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert numbers_in(tmp_path / "run") == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("kind", ["pipe", "endless"])
@@ -90,30 +84,22 @@ def test_pipes_and_devices_in_place_of_files_are_refused_at_once(saved, tmp_path
     put(tmp_path / "run" / "train.jsonl")
     text, odd = tmp_path / "text", put(tmp_path / "odd")
     text.write_text("w1 w2\n")
-    prepare = ["--bpe", "none", "--workers", "1", "--dest", str(tmp_path / "out"), "--train"]
-    for main, argv in (
-        (train.main, few(folder, tmp_path / "run", "--max_update", 5)),
-        (plot.main, [str(odd)]),
-        (preprocess.main, [*prepare, str(odd)]),
-        (preprocess.main, [*prepare, str(text), "--dict", str(odd)]),
-        (preprocess.main, [*prepare, str(text), "--dict", str(put(folder / "dict.txt"))]),
-        (dataset.main, ["--data_path", str(folder)]),
-        (
-            convert.main,
-            [
-                "--ckpt",
-                str(put(tmp_path / "config.json").parent),
-                "--to",
-                "native",
-                str(tmp_path / "x"),
-            ],
-        ),
+    prepare = ["--bpe", "none", "--workers", 1, "--dest", tmp_path / "out", "--train"]
+    hf = put(tmp_path / "config.json").parent
+    for main, *argv in (
+        (train.main, *few(folder, tmp_path / "run", "--max_update", 5)),
+        (plot.main, odd),
+        (preprocess.main, *prepare, odd),
+        (preprocess.main, *prepare, text, "--dict", odd),
+        (preprocess.main, *prepare, text, "--dict", put(folder / "dict.txt")),
+        (dataset.main, "--data_path", folder),
+        (convert.main, "--ckpt", hf, "--to", "native", tmp_path / "x"),
     ):
         with pytest.raises(InputError, match="not a file|a folder without a checkpoint"):
-            main(argv)
+            main([str(word) for word in argv])
 
 
-def test_a_pipe_that_is_named_like_a_checkpoint_is_not_waited_for(saved, corpus_dir, tmp_path):
+def test_a_pipe_that_is_named_like_a_checkpoint_is_not_waited_for(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run")
     os.mkfifo(tmp_path / "run" / "checkpoint_odd.pt")
     assert checkpoint.candidates(tmp_path / "run")[-1].name == "checkpoint_odd.pt"
@@ -131,122 +117,83 @@ def test_whole_files_that_are_incomplete_checkpoints_are_refused(tmp_path):
         {"model": {**same, 7: torch.zeros(1)}, "cfg": cfg},
     ):
         torch.save(content, tmp_path / "x.pt")
-        with pytest.raises(InputError) as error:
-            checkpoint.load(tmp_path / "x.pt")
+        with pytest.raises(InputError, match=r"x\.pt") as error:
+            load(tmp_path / "x.pt")
         assert "\n" not in str(error.value)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")  # zipfile warns of what a mutation asks for
-def test_files_with_one_wrong_field_record_opcode_or_value_load_or_are_refused_in_one_line(
-    tmp_path,
-):
+def test_damaged_files_of_every_kind_load_or_are_refused_in_one_line(tmp_path):
     for package in ("safetensors", "tokenizers", "yaml"):
         pytest.importorskip(package)
-    figures = soak.fuzz(0, 0, tmp_path, seed=1, structured=12)
-    assert (
-        figures["structured"] == 120
-        and figures["other_errors"] == []
-        and figures["structured_errors"] > 60
-    )
-
-
-def test_mutated_datasets_and_checkpoints_load_or_are_refused_in_one_line(tmp_path):
-    figures = soak.fuzz(400, 40, tmp_path, seed=1)
-    assert (
-        figures["datasets"] == 400
-        and figures["checkpoints"] == 40
-        and figures["other_errors"] == []
-    )
-    assert figures["dataset_errors"] > 100 and figures["checkpoint_errors"] > 10
+    figures = soak.fuzz(25, tmp_path, seed=1)
+    assert figures["other_errors"] == []
+    assert figures["files"] == 15 * 25 and figures["refused"] > 200
 
 
 def test_loading_never_runs_code_from_a_file(tmp_path):
     for name, options in (("zip", {}), ("old", {"_use_new_zipfile_serialization": False})):
         mark = tmp_path / f"ran_{name}"
-        content = {
-            "model": {"encoder.sentence_encoder.layernorm_embedding.bias": torch.ones(2)},
-            "args": Payload(mark),
-        }
+        weights = {"encoder.sentence_encoder.layernorm_embedding.bias": torch.ones(2)}
+        content = {"model": weights, "args": Payload(mark)}
         torch.save(content, tmp_path / f"{name}.pt", **options)
-        with pytest.raises(InputError, match="no config"):
-            checkpoint.load(tmp_path / f"{name}.pt")
-        with open(tmp_path / f"{name}.pkl", "wb") as f:
-            pickle.dump(content, f)
-        with pytest.raises(InputError):
-            checkpoint.load(tmp_path / f"{name}.pkl")
+        (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps(content))
+        for reader in (load, checkpoint.load):
+            for file in (f"{name}.pt", f"{name}.pkl"):
+                with pytest.raises(InputError):
+                    reader(tmp_path / file)
         assert not mark.exists()
         torch.load(tmp_path / f"{name}.pt", weights_only=False)
         assert mark.exists()  # the payload works
 
 
-def test_a_small_pickle_cannot_ask_for_much_memory(tmp_path):
-    # LONG_BINPUT stores an object under any number; the unpickler in C allocates a table of that
-    # length
-    (tmp_path / "bomb.pt").write_bytes(b"\x80\x02}r\xff\xff\xff\x7f.")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(InputError):
-        checkpoint.load(tmp_path / "bomb.pt")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
-
-
 @golden
 @pytest.mark.parametrize("zipped", [True, False])
-def test_older_fairseq_files_load_without_their_foreign_objects(tmp_path, corpus_dir, zipped):
+def test_older_fairseq_files_load_without_their_foreign_objects(tmp_path, zipped, monkeypatch):
     content = torch.load(GOLDEN / "checkpoint" / "fairseq_doc128.pt", weights_only=True)
     weights = dict(content["model"])
+    module = {"__module__": __name__}
+    foreign = dataclasses.make_dataclass("DictConfig", ["x"], namespace=module)
+    # pickle looks it up here
+    monkeypatch.setitem(globals(), "DictConfig", foreign)
     content["args"] = argparse.Namespace(arch="roberta", lr=[0.1])
     content["extra_state"]["best"] = np.float64(1.9)
     content["extra_state"]["meters"] = {"loss": np.arange(3.0), "other": collections.Counter("abc")}
-    content["task_state"] = {
-        "what": dataclasses.make_dataclass("DictConfig", ["x"], namespace={"__module__": __name__})
-    }
-    globals()["DictConfig"] = content["task_state"]["what"]  # pickle looks it up here
-    content["task_state"]["what"] = content["task_state"]["what"](1)
+    content["task_state"] = {"what": foreign(1)}
     torch.save(content, tmp_path / "old.pt", _use_new_zipfile_serialization=zipped)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "old.pt", weights_only=True)
-    loaded = checkpoint.load(tmp_path / "old.pt")
+    loaded = load(tmp_path / "old.pt")
     theirs = fairseq_names.to_reference(loaded.student, loaded.teacher)
     assert all(torch.equal(theirs[k], v) for k, v in weights.items() if k != "encoder._ema")
     assert loaded.kind == "fairseq" and not isinstance(loaded.content["args"], argparse.Namespace)
 
 
-def test_odd_characters_break_no_line_and_write_nothing_outside_the_save_directory(
-    tmp_path, capsys
-):
+def test_odd_characters_break_no_line_and_write_nothing_outside_the_save_directory(tmp_path):
     folder, _ = make_dataset(tmp_path / "a\nb \x1b[31mc")
     words = (folder / "dict.txt").read_text().splitlines()
     words[0] = "\x1b[2J\x07../../x 9"
     (folder / "dict.txt").write_text("\n".join(words) + "\n")
     printed = call(dataset.main, "--data_path", folder)
-    assert "\x1b" not in printed and "\x07" not in printed
     where = tmp_path / "o\nut" / "run"
-    printed = call(train.main, *few(folder, where, "--max_update", 1))
-    assert "\x1b" not in printed and all(p.parent == where for p in tmp_path.rglob("*.pt"))
-    result = subprocess.run(
-        [sys.executable, HERE / "data.py", "--data_path", f"{folder}\nx"],
-        capture_output=True,
-        text=True,
-    )
-    assert (
-        result.returncode == 2
-        and len(result.stderr.splitlines()) == 1
-        and "\x1b" not in result.stderr
-    )
+    printed += call(train.main, *few(folder, where, "--max_update", 1))
+    assert "\x1b" not in printed and "\x07" not in printed
+    assert all(path.parent == where for path in tmp_path.rglob("*.pt"))
+    command = [sys.executable, HERE / "data.py", "--data_path", f"{folder}\nx"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1 and "\x1b" not in result.stderr
 
 
 def test_what_a_resume_says_of_a_damaged_file_is_short(saved, corpus_dir, tmp_path):
     content = torch.load(saved / "checkpoint_last.pt", weights_only=True)
     long = {"adam_betas": [0.5] * 100_000} | {f"x{i}" * 99: 1 for i in range(1000)}
-    torch.save(
-        {**content, "config": {**content["config"], **long}}, tmp_path / "checkpoint_last.pt"
-    )
-    assert (
-        len(call(train.main, *few(corpus_dir, tmp_path, "--max_update", 5, "--disable_validation")))
-        < 10_000
-    )
+    changed = {**content, "config": {**content["config"], **long}}
+    torch.save(changed, tmp_path / "checkpoint_last.pt")
+    argv = few(corpus_dir, tmp_path, "--disable_validation", "--max_update", 5)
+    assert len(call(train.main, *argv)) < 10_000
     content["config"]["sample_break_mode"] = "x" * 100_000
     torch.save(content, tmp_path / "checkpoint_last.pt")
     with pytest.raises(InputError, match="sample_break_mode was x{100}, is") as error:
-        train.main(few(corpus_dir, tmp_path, "--max_update", 6))
+        train.main([*argv[:-1], "6"])
     assert len(str(error.value)) < 1000

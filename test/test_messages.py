@@ -37,17 +37,14 @@ def test_a_finished_run_that_is_started_again_names_the_flag_to_raise(saved, cor
 def test_a_folder_or_another_file_as_checkpoint_is_named_for_what_it_is(
     saved, corpus_dir, tmp_path
 ):
-    hf, best = tmp_path / "hf", tmp_path / "best"
-    for folder in (hf, best):
-        folder.mkdir()
-    (hf / "config.json").write_text("{}")
+    best = tmp_path / "best"
+    best.mkdir()
     (best / "checkpoint_best.pt").write_bytes(b"")
     text = tmp_path / "README.md"
     text.write_text("# some text\n")
     for path, fact in (
         (saved, f"give {saved}/checkpoint_last.pt"),
         (best, "give .*checkpoint_best.pt"),
-        (hf, "convert.py --from hf"),
         (corpus_dir, "a folder without a checkpoint"),
         (text, "README.md: .*torch.save has not written it"),
         (saved / "train.jsonl", "train.jsonl: .*torch.save has not written it"),
