@@ -99,7 +99,7 @@ class Log:
         self.is_speed_told = False
         self.reset()
 
-    def open(self, num_updates: int, last_update: float):
+    def open(self, num_updates: int, last_update: int):
         """Open the bar, and drop the rows that a crashed run wrote after its last checkpoint.
 
         They will come again.
@@ -115,7 +115,9 @@ class Log:
 
     def reset(self):
         """Begin a new interval."""
-        self.done, self.skipped, self.last_batch = [], [], None
+        self.done = []
+        self.skipped = []  # whether each of `done` was, as far as that has been read
+        self.last_batch = None
         self.since = time.perf_counter()
 
     def state(self) -> dict:
@@ -167,10 +169,12 @@ class Log:
         return flags
 
     def write(self) -> dict:
-        """One row: means per update over the interval (the loss per masked place), lr and the like
-        of the last one."""
+        """One row: means per update over the interval, the loss per masked place.
+
+        lr and the like are of the last update.
+        """
+        self.read_skipped()  # waits for the device, so the seconds below are the updates'
         last = self.done[-1]
-        self.read_skipped()
         # a skipped update moved nothing, so its loss and gradient count for nothing
         good = [done.step for done, skipped in zip(self.done, self.skipped) if not skipped]
         n, seconds = len(self.done), time.perf_counter() - self.since
@@ -198,10 +202,8 @@ class Log:
             wps=ntokens / seconds,
             wall=time.perf_counter() - self.began,
         )
-        if not self.device.asking_is_free:  # of one accelerator; restored updates have no FLOPs
-            flops = statistics.mean(done.flops for done in self.done if hasattr(done, "flops"))
-            row["tflops"] = flops * row["ups"] / 1e12
-            row["mfu"] = flops * row["ups"] / self.peak
+        if not self.device.asking_is_free:
+            row |= self.speed_of_accelerator(row["ups"])
         if self.clock.max_hours:
             row["hours"] = self.clock.hours
         self.row(row)
@@ -209,6 +211,12 @@ class Log:
         if not self.is_speed_told:
             self.tell_speed(last.number, seconds / n)
         return row
+
+    def speed_of_accelerator(self, ups: float) -> dict:
+        """Of this worker's: TFLOP/s of the model, and their share of what its matmuls reach."""
+        # updates from before a resume have no FLOPs
+        flops = statistics.mean(done.flops for done in self.done if hasattr(done, "flops"))
+        return dict(tflops=flops * ups / 1e12, mfu=flops * ups / self.peak)
 
     def tell_speed(self, number: int, each: float):
         """Say how long the rest of the run takes, if an update takes `each` seconds."""
@@ -237,8 +245,9 @@ class Log:
 
     def row(self, row: dict):
         """Write a row, and show it."""
-        if self.device.rank:
+        if self.device.rank > 0:
             return
+        # JSON has no word for them
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row = {**row, name: None}
@@ -252,7 +261,10 @@ class Log:
             number = row["num_updates"]
             self.say(f"warning: {self.path}: {e.strerror}; update {number} is not in it")
         self.draw("row", row)
-        # for a person: in the bar, or as a line
+        self.show(row)
+
+    def show(self, row: dict):
+        """A row for a person: in the bar, or as a line."""
         if self.bar is not None and None not in (row.get("loss"), row.get("target_var")):
             # more is cut off at 80 columns
             self.bar.set_postfix_str(f"loss {row['loss']:.3f} lr {row['lr']:.1e}")
@@ -264,10 +276,10 @@ class Log:
             self.say(self.line_of(row))
 
     def line_of(self, row: dict) -> str:
-        """A row for a person."""
-        # a loss scale of 1 is no loss scaling
+        """A row's figures, and the time left."""
         words = [f"update {row['num_updates']}"]
         for name, value in row.items():
+            # a loss scale of 1 is no loss scaling
             if HIDDEN.fullmatch(name) or (name, value) == ("loss_scale", 1):
                 continue
             short = f"{value:.4g}" if isinstance(value, float) else value
@@ -284,7 +296,7 @@ class Log:
         self.row(dict(overflow=True, loss_scale=loss_scale, **where))
 
     def validation(self, figures: dict, best_loss: float | None, num_updates: int, epoch: int):
-        """A row for what `quality.evaluate` found."""
+        """A row for the figures of `judge.quality.evaluate`."""
         row = {f"valid_{name}": value for name, value in figures.items()}
         del row["valid_sample_size"], row["valid_batches"]
         row |= dict(valid_best_loss=best_loss, num_updates=num_updates, epoch=epoch)
@@ -299,7 +311,8 @@ class Log:
         self.since += time.perf_counter() - max(begin, self.since)
 
     def say(self, text: str):
-        if self.device.rank:
+        """A line for a person."""
+        if self.device.rank > 0:
             return
         try:
             if self.bar is not None:

@@ -31,6 +31,8 @@ def report(save_dir: Path, output: Path, device_id: str, mode: str) -> str:
     if not train:
         path = save_dir / "train.jsonl"
         raise InputError(f"{path}: no update was logged, so there is nothing to report")
+
+    # what is reported
     losses = [row["loss"] for row in train]
     timed = train[1:] or train  # the first interval includes the start-up
     ups = statistics.median(row["ups"] for row in timed)
@@ -40,6 +42,7 @@ def report(save_dir: Path, output: Path, device_id: str, mode: str) -> str:
     text = read_text(save_dir / "run_1p_seconds.txt", "replace")
     seconds = sum(int(part) for part in re.findall(r"^\d{1,9}$", text, re.M))
 
+    # the ModelZoo's files
     case = "data2vec_for_PyTorch_1p"
     if mode == "performance":
         case += "_pref"
