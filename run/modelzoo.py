@@ -39,6 +39,7 @@ def report(save_dir: Path, output: Path, device_id: str, mode: str) -> str:
     fps = statistics.median(row["fps"] for row in timed)
     valid = [row["valid_best_loss"] for row in rows if has_numbers(row, "valid_best_loss")]
     best = f"{valid[-1]:.4f}" if valid else "-"
+    # a number for each start of the run
     text = read_text(save_dir / "run_1p_seconds.txt", "replace")
     seconds = sum(int(part) for part in re.findall(r"^\d{1,9}$", text, re.M))
 
@@ -59,6 +60,7 @@ def report(save_dir: Path, output: Path, device_id: str, mode: str) -> str:
     lines = [f"{name} = {value}\n" for name, value in facts.items()]
     (output / f"{case}.log").write_text("".join(lines))
 
+    # the row for its table of results
     kind, amp = device_of(read_text(output / f"train_{device_id}.log", "replace"))
     cells = [f"1p-{kind}", "-", f"{fps:.2f}", train[-1].get("epoch"), amp, version("torch"), best]
     # the first three lines are the ModelZoo's own; its images/sec are updates per second

@@ -33,10 +33,12 @@ def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
         updates = min(updates, t.max_epoch * an_epoch)
     log.open(run.num_updates, updates)
 
+    # how it is set up: with this line anyone can start it again
     line = flags_of([getattr(cfg, field.name) for field in dataclasses.fields(cfg)])
     log.say(f"data2vec-text {VERSION}: train.py {line}")
     where = f"{device.world_size} x {device.type} ({device.name}), amp {device.amp_name}"
     log.say(f"{where} | {sum(p.numel() for p in run.weights.parameters):,} parameters")
+    # what it will see
     log.say(what_is_read(cfg, train, updates, updates / an_epoch))
     log.say(what_is_lost(train))
     if source:
