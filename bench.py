@@ -14,9 +14,7 @@ Matmuls run after every update, so that a busy machine slows both.
 import dataclasses
 import json
 import os
-import statistics
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from config import PARTS, Config, InputError
@@ -45,7 +43,7 @@ from hardware.check import check, print_check
 from hardware.device import Device
 from hardware.flops import Matmuls, timed, update_flops
 from hardware.opening import open_device
-from model import Data2VecText, Encoder, data2vec_loss
+from model import Data2VecText, data2vec_loss
 from run.guard import check_memory
 from run.progress import Bar
 from text.binarized import EOS, PAD, write_dataset
@@ -60,16 +58,9 @@ from torch.profiler import ProfilerActivity, record_function
 PARTS_OF_AN_UPDATE = ("data", "teacher", "student", "backward", "optimizer", "ema")
 
 
-def endless(run: Run, corpus: Corpus):
-    """The batches of each update, epoch after epoch."""
-    for turn in turns(run, corpus):
-        yield turn.batches
-        run.epoch += turn.ends_epoch
-
-
-def synthetic(cfg: Config, folder: Path, vocabulary: int) -> Config:
-    """Write full blocks of random tokens into `folder`; returns the settings that read them."""
-    data = dataclasses.replace(cfg.data, data_path=str(folder), sample_break_mode="none")
+def synthetic(cfg: Config, vocabulary: int) -> Config:
+    """Write a dataset of full blocks of random tokens; returns the settings that read it so."""
+    data, folder = cfg.data, Path(cfg.data.data_path)
     # eight updates of full batches, read again and again
     blocks = max(1, data.max_tokens // data.tokens_per_sample) * cfg.train.update_freq * 8
     shape = (blocks, data.tokens_per_sample - 1)
@@ -77,31 +68,33 @@ def synthetic(cfg: Config, folder: Path, vocabulary: int) -> Config:
     sentences[:, -1] = EOS
     write_dataset(folder / "train", sentences, vocabulary)
     (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(vocabulary - 4)))
-    return dataclasses.replace(cfg, data=data)
+    return dataclasses.replace(cfg, data=dataclasses.replace(data, sample_break_mode="none"))
+
+
+def endless(run: Run, corpus: Corpus):
+    """The batches of each update, epoch after epoch."""
+    for turn in turns(run, corpus):
+        yield turn.batches
+        run.epoch += turn.ends_epoch
 
 
 # ---------------------------------------------------------------------------------------- a step
 
 
-@dataclass
-class Timed:
-    """One update."""
-
-    seconds: float
-    blocks: int
-    tokens: int
-    flops: float
-    peak_share: float  # of the speed of the matmuls that follow
-
-
 def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
     """Medians over `updates` updates, and the parts' means over as many more."""
     device, source = run.device, endless(run, corpus)
+    batches = []
+
+    # train.update names its own parts; the loader's is named here
+    def work():
+        with record_function("data"):
+            batches[:] = next(source)
+        update(run, batches)
+
     rows, matmuls = [], None
     for i in Bar(range(warmup + updates), device.rank, unit="update"):
-        # the loader's time is part of an update
-        batches = []
-        seconds = timed(device, lambda: (batches.extend(next(source)), update(run, batches)))
+        seconds = timed(device, work)
         if i == warmup - 1 or matmuls is None:
             peak_memory = device.peak_memory()  # before the matmuls allocate theirs
             matmuls = Matmuls(device)
@@ -109,32 +102,25 @@ def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
             blocks = sum(batch.nsentences for batch in batches)
             tokens = sum(batch.ntokens for batch in batches)
             flops = update_flops(batches, run)
-            share = flops / seconds / matmuls.burst(0.1)
-            rows.append(Timed(seconds, blocks, tokens, flops, share))
-
-    # train.update names its own parts; the loader's is named here
-    def work():
-        with record_function("data"):
-            batches = next(source)
-        update(run, batches)
-
+            rows.append((seconds, blocks, tokens, flops, matmuls.burst(0.1)))
     parts = time_parts(device, work, updates)
     source.close()
-    middle = statistics.median
+
+    seconds, blocks, tokens, flops, peak = np.array(rows).T  # (updates,) each
     return dict(
-        fps=middle(row.blocks / row.seconds for row in rows) * device.world_size,
-        wps=middle(row.tokens / row.seconds for row in rows) * device.world_size,
-        ups=middle(1 / row.seconds for row in rows),
-        ms=1e3 * middle(row.seconds for row in rows),
-        ms_fastest=1e3 * min(row.seconds for row in rows),
-        ms_slowest=1e3 * max(row.seconds for row in rows),
+        fps=np.median(blocks / seconds) * device.world_size,
+        wps=np.median(tokens / seconds) * device.world_size,
+        ups=np.median(1 / seconds),
+        ms=1e3 * np.median(seconds),
+        ms_fastest=1e3 * seconds.min(),
+        ms_slowest=1e3 * seconds.max(),
         ms_parts=parts,
-        model_tflops=middle(row.flops / row.seconds for row in rows) / 1e12,
+        model_tflops=np.median(flops / seconds) / 1e12,
         matmul_peak_tflops=matmuls.best / 1e12,
-        peak_share=middle(row.peak_share for row in rows),
+        peak_share=np.median(flops / seconds / peak),
         peak_memory_bytes=peak_memory,
-        blocks=middle(row.blocks for row in rows),
-        tokens=middle(row.tokens for row in rows),
+        blocks=np.median(blocks),
+        tokens=np.median(tokens),
     )
 
 
@@ -178,22 +164,21 @@ def print_table(r: dict):
 
 
 class Plain:
-    """train.update in its most direct form.
+    """train.update in its most direct form, with torch's optimizer.
 
     Teacher and student compute every layer at every place, padding included, and targets for every
     place; weights are cast at each use; unscaling, division and clipping are separate passes over
-    the gradients; the optimizer is torch's; the teacher moves parameter by parameter.
+    the gradients.
     """
 
     def __init__(self, run: Run, vocabulary_size: int):
         cfg, device = run.cfg, run.device
         self.run, self.num_updates = run, 0
-        self.student = Data2VecText(cfg.model, vocabulary_size)
+        # run's own may lie in long vectors, and share their weights with them
+        self.student = Data2VecText(cfg.model, vocabulary_size).to(device.torch_device).train()
         self.student.load_state_dict(run.student.state_dict())
-        self.student.to(device.torch_device).train()
-        self.teacher = Encoder(cfg.model, vocabulary_size)
+        self.teacher = ema.make_teacher(self.student.encoder)
         self.teacher.load_state_dict(run.teacher.state_dict())
-        self.teacher.to(device.torch_device).eval().requires_grad_(False)
         rules = dict(betas=cfg.optim.adam_betas, weight_decay=cfg.optim.weight_decay)
         self.adam = torch.optim.AdamW(self.student.parameters(), **rules)
         self.scaler = device.scaler(cfg.train.update_freq)
@@ -223,7 +208,8 @@ class Plain:
         self.scaler.step(self.adam)
         self.scaler.update()
         self.adam.zero_grad()
-        self.move_teacher(ema.decay_at(self.num_updates, cfg.ema))
+        decay = ema.decay_at(self.num_updates, cfg.ema)
+        ema.step(self.teacher, self.student.encoder, decay, cfg.ema)
         return total
 
     def loss_of(self, batch) -> torch.Tensor:
@@ -242,15 +228,6 @@ class Plain:
         x = x.flatten(0, 1).index_select(0, masked)  # (M, C)
         return data2vec_loss(self.student.regression_head(x), target, cfg.model)
 
-    @torch.no_grad()
-    def move_teacher(self, decay: float):
-        students = self.student.encoder.parameters()
-        for (name, old), new in zip(self.teacher.named_parameters(), students):
-            if self.run.cfg.ema.ema_transformer_layers_only and "emb" in name.split(".")[0]:
-                old.copy_(new)
-            else:
-                old.mul_(decay).add_(new, alpha=1 - decay)
-
 
 def compare(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
     """Time train.update and `Plain` in turn on the same batches; the ratio is that of each pair."""
@@ -265,15 +242,14 @@ def compare(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
         if i >= warmup:
             pairs.append((1e3 * ours, 1e3 * theirs, theirs / ours))
     source.close()
-    # medians, and the range beside them
-    ours, theirs, ratios = (sorted(column) for column in zip(*pairs))
+    ours, theirs, ratio = np.array(pairs).T  # (updates,) each
     return dict(
-        ms=statistics.median(ours),
-        ms_range=[ours[0], ours[-1]],
-        other_ms=statistics.median(theirs),
-        other_ms_range=[theirs[0], theirs[-1]],
-        ratio=statistics.median(ratios),
-        ratio_range=[ratios[0], ratios[-1]],
+        ms=np.median(ours),
+        ms_range=[ours.min(), ours.max()],
+        other_ms=np.median(theirs),
+        other_ms_range=[theirs.min(), theirs.max()],
+        ratio=np.median(ratio),
+        ratio_range=[ratio.min(), ratio.max()],
         tokens=sum(batch.ntokens for batch in batches),
         blocks=sum(batch.nsentences for batch in batches),
     )
@@ -292,45 +268,31 @@ def print_compare(r: dict):
 # ------------------------------------------------------------------------------------ the program
 
 
-def bench(cfg: Config, device: Device, corpus: Corpus, args) -> dict:
-    """What the flags ask for, printed as a table by the first worker."""
-    if args.check:
-        result = {"check": check(cfg, device, corpus, args.updates)}
-        print_check(result["check"])
-        return result
-    run = Run(cfg, device, len(corpus.dictionary))
-    result = dict(parameters=sum(p.numel() for p in run.student.parameters()))
-    work, show = (compare, print_compare) if args.compare else (measure, print_table)
-    result |= dict(updates=args.updates) | work(run, corpus, args.warmup, args.updates)
-    if device.rank == 0:
-        show(result)
-    return result
-
-
 def main(argv: list | None = None) -> int:
-    parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags)
+    (data, *others), args = flags.parse(PARTS, __doc__, argv, extra=add_flags)
     if args.updates < 1 or args.warmup < 0 or args.vocabulary < 8:
         raise InputError("--updates and --warmup from 1 and 0 on, --vocabulary at least 8")
     # without a dataset, random blocks are as good: speed does not depend on the words
-    given = parts[0].data_path
-    with tempfile.TemporaryDirectory() as folder:  # of the synthetic dataset
-        data = dataclasses.replace(parts[0], data_path=given or folder)
-        cfg = Config(data, *parts[1:])
+    is_synthetic = not data.data_path
+    with tempfile.TemporaryDirectory() as folder:
+        if is_synthetic:
+            data = dataclasses.replace(data, data_path=folder)
+        cfg = Config(data, *others)
         device = open_device(cfg.device)
         try:
-            if not given:
+            if is_synthetic:
                 check_memory(cfg.model, args.vocabulary, device, copies=5)
-                cfg = synthetic(cfg, Path(folder), args.vocabulary)
-            facts = describe(cfg, device, args, given or "synthetic")
-            result = facts | bench(cfg, device, Corpus(cfg.data), args)
+                cfg = synthetic(cfg, args.vocabulary)
+            result = describe(cfg, device, args, is_synthetic)
+            result |= bench(cfg, device, Corpus(cfg.data), args)
         finally:
             device.close()
     if device.rank == 0:
-        print(json.dumps(result))
+        show(result)
     return int(args.check and result["check"]["beyond"] > 0)
 
 
-def describe(cfg: Config, device: Device, args, data: str) -> dict:
+def describe(cfg: Config, device: Device, args, is_synthetic: bool) -> dict:
     """The conditions of the measurement, the first line printed."""
     if device.rank == 0:
         where = f"{device.world_size} x {device.type} ({device.name})"
@@ -346,9 +308,30 @@ def describe(cfg: Config, device: Device, args, data: str) -> dict:
         teacher_input=cfg.data.teacher_input,
         tokens_per_sample=cfg.data.tokens_per_sample,
         max_tokens=cfg.data.max_tokens,
+        updates=args.updates,
         warmup=args.warmup,
-        data=data,
+        data="synthetic" if is_synthetic else cfg.data.data_path,
     )
+
+
+def bench(cfg: Config, device: Device, corpus: Corpus, args) -> dict:
+    """What the flags ask for."""
+    if args.check:
+        return dict(check=check(cfg, device, corpus, args.updates))
+    run = Run(cfg, device, len(corpus.dictionary))
+    work = compare if args.compare else measure
+    figures = work(run, corpus, args.warmup, args.updates)
+    return dict(parameters=sum(p.numel() for p in run.student.parameters())) | figures
+
+
+def show(result: dict):
+    if "check" in result:
+        print_check(result["check"])
+    elif "ratio" in result:
+        print_compare(result)
+    else:
+        print_table(result)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ def add_flags(parser):
     flag = parser.add_argument
     flag("--ckpt", metavar="FILE", help="the checkpoint; --init_from is another name for it")
     flag("--split", default="valid", metavar="NAME", help="of the dataset [valid]")
+    # an evaluation
     flag("--untrained", action="store_true", help="evaluate the same model before training, too")
-    flag(
-        "--probe", action="store_true", help="do its features name hidden words? see judge/probe.py"
-    )
+    flag("--probe", action="store_true", help="do its features name hidden words? (judge/probe.py)")
     flag("--probe_places", type=int, default=50_000, metavar="N", help="to fit it on [50000]")
     flag("--json", action="store_true", help="print one JSON object")
+    # vectors of a text, instead of figures
     flag("--features", metavar="TEXT", help="a file of raw lines, or - for standard input")
     flag("--out", metavar="F.npy", help="where their features go")
     flag("--encoder_json", metavar="FILE", help="the BPE's vocabulary [in --data_path]")
@@ -67,7 +67,7 @@ def table(result: dict) -> str:
         f"{printable(result['ckpt'])}, {result['split']}: {result['sample_size']:,} masked tokens",
         f"{'':10}" + "".join(f"{name:>12}" for name in names),
     ]
-    for label, figures in rows.items():
+    for label, figures in rows.items():  # a guess does not have every figure
         cells = ["" if x is None else f"{x:.4f}" for x in figures]
         lines.append(f"{label:10}" + "".join(f"{cell:>12}" for cell in cells))
     if "r2" in result:
@@ -99,19 +99,22 @@ def write_features(cfg: Config, device, corpus: Corpus, loaded: Loaded, path, ar
 
 
 def evaluation(cfg: Config, device, corpus: Corpus, loaded: Loaded, path, args) -> dict:
-    """The figures of a split, for the model before training, too, where they are asked for."""
+    """The figures of a split; also those of the model before training, if asked for."""
     dataset = corpus.split(args.split)
     run = Run(cfg, device, len(corpus.dictionary))
     # what the guesses are fitted on
     train = corpus.split("train") if (corpus.folders[0] / "train.idx").is_file() else None
     result = dict(ckpt=str(path), split=args.split, amp=device.amp_name)
+
+    # the model before training
     if args.untrained:
         untrained = evaluate(run, dataset, train)
     if args.probe:
         probe = Probe(run, corpus, args.split, args.probe_places)
         first_weights = probe.ask(run.student)
 
-    init_from(run, corpus, loaded, path)  # from here on the run has the checkpoint's weights
+    # and with the checkpoint's weights
+    init_from(run, corpus, loaded, path)
     result |= evaluate(run, dataset, train)
     if args.untrained:
         result["untrained"] = untrained
@@ -127,14 +130,15 @@ def main(argv: list | None = None) -> int:
     if not path:
         raise InputError("--ckpt is missing: the checkpoint to evaluate")
     loaded = load(path)
-    # where it runs is a matter of this command, not of the checkpoint's run
+    # once more, now that the defaults are known; where it runs is this command's matter
     left_out = {*DeviceConfig.__dataclass_fields__, "init_from"}
     base = {name: value for name, value in loaded.config.items() if name not in left_out}
     with reading(f"{path}: damaged: its config"):
         parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags, base=base)
     cfg = Config(*parts)
+    # the folder of the checkpoint's run may be elsewhere by now, or on another machine
     for folder in cfg.data.data_path.split(":"):
-        if not Path(folder).is_dir() and not data.data_path:  # not given, but of the checkpoint
+        if not Path(folder).is_dir() and not data.data_path:
             why = f"{path} was trained on it: name its place now with --data_path"
             raise InputError(f"{folder}: no such folder; {why}")
     device = open_device(cfg.device)

@@ -38,8 +38,7 @@ from hardware.device import Device, use_all_cores
 from hardware.flops import update_flops
 from hardware.opening import check_world_size, open_device
 from hardware.vectors import LongVectors, Separate
-from judge.quality import verdict
-from judge.validation import Validation
+from judge.quality import Validation, verdict
 from model import Data2VecText, data2vec_loss, loss_with_words, places_of, teacher_targets
 from optim import Optimizer, Step
 from run import checkpoint, resume

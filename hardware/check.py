@@ -5,12 +5,13 @@ float32 with torch's own kernels. The only file of this room that stands above t
 """
 
 import dataclasses
+import functools
 
 from config import Config, RunError
 from data import Corpus
 from hardware import kernels
 from hardware.device import CPU, Device
-from train import Run, turns, update
+from train import Run, Update, turns, update
 
 import torch
 
@@ -25,13 +26,13 @@ BOUNDS = {
 
 
 def check(cfg: Config, device: Device, corpus: Corpus, updates: int) -> dict:
-    """Train the same few updates here and on the CPU, there in float32 with torch's own kernels.
+    """Compare the same updates here and on the CPU.
 
-    Compared are, in the order in which an update makes them, each layer's output, the targets and
-    predictions, the loss, and the gradients from the last layer to the first, all of update 1; then
-    loss and gradient norm of every update, and the weights after the last one.
+    In the order in which an update makes them: each layer's output, the targets and predictions,
+    the loss, and the gradients from the last layer to the first, all of update 1; then loss and
+    gradient norm of every update, and the weights after the last one.
 
-    Returns largest: by kind (what, its difference, its bound); first: the first beyond its bound.
+    Returns the largest of each kind (what, its difference, its bound), and what is beyond first.
     """
     # no dropout; a warm-up so short that weights move; no clipping, or one wrong gradient would
     # change all that Adam sees
@@ -46,11 +47,13 @@ def check(cfg: Config, device: Device, corpus: Corpus, updates: int) -> dict:
     with kernels.plain():
         theirs = record(cfg, CPU, corpus, updates)
     ours = record(cfg, device, corpus, updates)
+
     largest, beyond = {}, []
-    for (name, a), (_, b) in zip(ours, theirs, strict=True):
+    for name, a in ours.items():
         first = name.split()[0]
         kind = first if first in BOUNDS[None] else "forward"
         bound = BOUNDS[device.amp][kind]
+        b = theirs[name]
         difference = float((a - b).norm() / b.norm().clamp(min=1e-30))
         # written so that NaN is the largest, and beyond any bound
         if kind not in largest or not difference <= largest[kind][1]:
@@ -58,6 +61,30 @@ def check(cfg: Config, device: Device, corpus: Corpus, updates: int) -> dict:
         if not difference <= bound:
             beyond.append(name)
     return dict(largest=largest, beyond=len(beyond), first=beyond[0] if beyond else None)
+
+
+def record(cfg: Config, device: Device, corpus: Corpus, updates: int) -> dict:
+    """{name: float32 tensor on the host} in the order in which `check` compares them."""
+    run = Run(cfg, device, len(corpus.dictionary))
+    run.load(spread(run.student), spread(run.teacher), "")
+    outputs, start = watch_layers(run), weights_of(run)
+    rows = {}
+    source = turns(run, corpus)
+    for number in range(1, updates + 1):
+        turn = next(source)
+        done = until_it_counts(run, turn.batches)
+        run.epoch += turn.ends_epoch
+        if number == 1:
+            rows |= outputs
+            if not cfg.model.predicts_words:
+                prediction, target = done.last_batch
+                rows |= {"targets": on_host(target), "predictions": on_host(prediction)}
+        rows[f"loss {number}"] = on_host(done.step.loss)
+        if number == 1:
+            rows |= gradients(run)
+        rows[f"norm of the gradients {number}"] = on_host(done.step.gnorm)
+    source.close()
+    return rows | {name: end - start[name] for name, end in weights_of(run).items()}
 
 
 def spread(module: torch.nn.Module) -> dict:
@@ -74,63 +101,47 @@ def spread(module: torch.nn.Module) -> dict:
     return state
 
 
-def on_host(x: torch.Tensor) -> torch.Tensor:
-    return x.detach().to("cpu", torch.float32, copy=True)  # a moment changes with the next update
+def watch_layers(run: Run) -> dict:
+    """{name: a layer's last output}, filled by each update in the order in which it computes."""
+    outputs = {}
+
+    def keep(name, layer, inputs, results):
+        outputs[name] = on_host(results[0])
+
+    for who, encoder in (("teacher", run.teacher), ("student", run.student.encoder)):
+        for i, layer in enumerate(encoder.layers):
+            layer.register_forward_hook(functools.partial(keep, f"{who}'s layer {i}"))
+    return outputs
 
 
-def weights_of(module: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([on_host(p).flatten() for p in module.parameters()])
-
-
-def record(cfg: Config, device: Device, corpus: Corpus, updates: int) -> list:
-    """[(name, float32 tensor on the host), ...] in the order in which `check` compares them."""
-    run = Run(cfg, device, len(corpus.dictionary))
-    run.load(spread(run.student), spread(run.teacher), "")
-    networks = {"student": run.student, "teacher": run.teacher}
-    start = {name: weights_of(network) for name, network in networks.items()}
-    rows, hooks = [], []
-    for who, layers in (("teacher", run.teacher.layers), ("student", run.student.encoder.layers)):
-        for i, layer in enumerate(layers):
-
-            def keep(layer, inputs, outputs, name=f"{who}'s layer {i}"):
-                rows.append((name, on_host(outputs[0])))
-
-            hooks.append(layer.register_forward_hook(keep))
-    source = turns(run, corpus)
-    for number in range(1, updates + 1):
-        turn = next(source)
-        done = until_it_counts(run, turn.batches, rows if number == 1 else None)
-        run.epoch += turn.ends_epoch
-        if number == 1:
-            for hook in hooks:
-                hook.remove()
-            if not cfg.model.predicts_words:
-                prediction, target = done.last_batch
-                rows += [("targets", on_host(target)), ("predictions", on_host(prediction))]
-        rows.append((f"loss {number}", on_host(done.step.loss)))
-        if number == 1:  # Adam's first moment is then the gradient times 1 - its decay
-            state = run.optimizer.state()["state"]
-            names = [name for name, _ in run.student.named_parameters()]
-            moments = [
-                (f"gradient of {n}", on_host(state[i]["exp_avg"])) for i, n in enumerate(names)
-            ]
-            rows += reversed(moments)
-        rows.append((f"norm of the gradients {number}", on_host(done.step.gnorm)))
-    source.close()
-    for name, network in networks.items():
-        rows.append((f"weights of the {name}", weights_of(network) - start[name]))
-    return rows
-
-
-def until_it_counts(run: Run, batches: list, rows: list | None):
+def until_it_counts(run: Run, batches: list) -> Update:
     """train.update, again with half the loss scale where float16 overflowed."""
     for _ in range(40):
-        if rows is not None:
-            rows.clear()
         done = update(run, batches)
         if done is not None:
             return done
     raise RunError("--check: float16 overflows at any loss scale")
+
+
+def gradients(run: Run) -> dict:
+    """Those of update 1, from the last weight to the first."""
+    # Adam's first moment is then the gradient times 1 - its decay
+    state = run.optimizer.state()["state"]
+    names = [name for name, _ in run.student.named_parameters()]
+    return {f"gradient of {names[i]}": on_host(state[i]["exp_avg"]) for i in reversed(state)}
+
+
+def weights_of(run: Run) -> dict:
+    """All of the student's weights in one vector, and all of the teacher's."""
+    vectors = {}
+    for name, network in (("student", run.student), ("teacher", run.teacher)):
+        weights = [on_host(p).flatten() for p in network.parameters()]
+        vectors[f"weights of the {name}"] = torch.cat(weights)
+    return vectors
+
+
+def on_host(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().to("cpu", torch.float32, copy=True)  # a moment changes with the next update
 
 
 def print_check(result: dict):

@@ -1,6 +1,7 @@
 """Where it runs: Ascend NPU, CUDA GPU or CPU; autocast, loss scaling, seeds, memory, and workers.
 
 Decided once, above the loop, by opening.py; outside of this room nobody asks which device it is.
+The two environment variables that torch reads when it is imported are set in config.py.
 """
 
 import contextlib
@@ -21,7 +22,10 @@ from torch.profiler import record_function
 # For one collective; while rank 0 saves, the others wait in one. Longer than HCCL's own two, so
 # that HCCL says what failed: HCCL_EXEC_TIMEOUT's default is 1,836 seconds.
 WORKER_TIMEOUT = timedelta(minutes=35)
-FIRST_LOSS_SCALE, LOWEST_LOSS_SCALE, GROWTH_UPDATES = 128.0, 1e-4, 2**14  # fairseq's
+# of the loss scaler, as in fairseq; it grows after so many updates without an overflow
+FIRST_LOSS_SCALE = 128.0
+LOWEST_LOSS_SCALE = 1e-4
+GROWTH_UPDATES = 2**14
 PROFILE_FROM = 12  # the first update of a start that a profile shows; those before warm up
 # before torch_npu binds threads to some of them
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
@@ -71,27 +75,25 @@ class Device:
         return self.type == "cuda"
 
     @property
-    def adam_form(self) -> dict:
-        """Which form of torch's AdamW: one kernel for all weights, or not.
+    def has_fused_adam(self) -> bool:
+        """Whether torch's AdamW is one kernel for all weights here, which can also skip a step.
 
-        foreach=None: torch has operators for lists of weights. For a CPU it has none, and torch_npu
-        looks for a card.
+        An NPU's ignores the loss scaler; the CPU's is from torch 2.4 on.
         """
+        return self.type == "cuda" or (self.type == "cpu" and VERSION >= (2, 4))
+
+    @property
+    def adam_form(self) -> dict:
+        """Which form of torch's AdamW to make."""
         if self.has_fused_adam:
             return dict(fused=True)
+        # foreach: operators for lists of weights. torch has none for a CPU, torch_npu's need a card
         return dict(foreach=False if self.type == "cpu" else None)
 
     @property
     def wants_long_vectors(self) -> bool:
-        """Whether launching kernels is what costs here, so that weights belong in long vectors
-        (hardware/vectors.py)."""
+        """Whether launching kernels is what costs, so that weights belong in two long vectors."""
         return self.type == "npu"
-
-    @property
-    def has_fused_adam(self) -> bool:
-        """Whether torch's AdamW is one kernel for all weights here, which can also skip a step. An
-        NPU's ignores the loss scaler; the CPU's is from torch 2.4 on."""
-        return self.type == "cuda" or (self.type == "cpu" and VERSION >= (2, 4))
 
     def autocast(self, enabled: bool = True):
         if self.amp is None:
@@ -111,7 +113,8 @@ class Device:
         # agree on what it said.
         needs_flag = enabled and self.is_first_generation
         if needs_flag or not hasattr(torch.amp, "GradScaler"):  # which is from torch 2.3 on
-            return (torch.npu if self.type == "npu" else torch.cuda).amp.GradScaler(**rules)
+            module = torch.npu if self.type == "npu" else torch.cuda
+            return module.amp.GradScaler(**rules)
         return torch.amp.GradScaler(self.type, **rules)
 
     def check_compile(self):
@@ -131,9 +134,11 @@ class Device:
 
     @contextlib.contextmanager
     def profile(self, updates: int, folder):
-        """Yields a function to call after each update. With updates > 0, torch_npu's profiler
-        writes a trace of that many updates into `folder`, from the PROFILE_FROMth on; on an NPU
-        only."""
+        """Yields a function to call after each update.
+
+        With updates > 0, on an NPU, torch_npu's profiler writes a trace of that many updates into
+        `folder`, from the PROFILE_FROMth on.
+        """
         if not updates:
             yield lambda: None
             return
@@ -172,10 +177,6 @@ class Device:
             return self._module.max_memory_allocated()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def reset_peak_memory(self):
-        if self.type != "cpu":
-            self._module.reset_peak_memory_stats()
-
     def rng_state(self) -> dict:
         state = {"cpu": torch.get_rng_state()}
         if self.type != "cpu":
@@ -189,8 +190,9 @@ class Device:
             self._module.set_rng_state(state[self.type])
 
     def pin(self, batch):
-        """The batch with its arrays in one pinned tensor too, so that `upload` only starts one
-        copy. For the loader's thread. torch keeps pinned memory that was used, and takes it again.
+        """The batch with its arrays in one pinned tensor too, so that `upload` starts one copy.
+
+        For the loader's thread. torch keeps pinned memory that was used, and takes it again.
         """
         if self.type == "cpu":
             return batch
@@ -244,8 +246,7 @@ class Device:
         return "out of memory" in str(error) or "can't allocate" in str(error)
 
     def lost_worker(self, error: Exception) -> str:
-        """What to say if a collective failed because another worker is gone or silent; empty for
-        any other error."""
+        """What to say if a collective failed because another worker is gone or silent, or ""."""
         text = str(error)
         if self.world_size == 1 or not re.search(LOST, text):
             return ""
@@ -266,8 +267,7 @@ class Device:
 
 
 def _host_memory(root: str = "/") -> int:
-    """Bytes that this process can have on the host: all of them, or what its container (cgroup) or
-    ulimit -v allows."""
+    """Bytes that this process can have on the host: all, or what cgroup and ulimit -v allow."""
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [pages, resource.getrlimit(resource.RLIMIT_AS)[0]]
     with contextlib.suppress(OSError):
@@ -281,8 +281,9 @@ def _host_memory(root: str = "/") -> int:
 
 
 def use_all_cores():
-    """For a thread of our own, at its start: with CPU_AFFINITY_CONF torch_npu binds the thread that
-    launches kernels to a core, which the threads that it starts inherit."""
+    """For a thread of our own, at its start."""
+    # with CPU_AFFINITY_CONF torch_npu binds the thread that launches kernels, and so those that
+    # it starts, to a core
     if CORES:
         with contextlib.suppress(OSError):  # a container may have taken some away
             os.sched_setaffinity(0, CORES)  # 0: the calling thread

@@ -1,5 +1,4 @@
-"""How many FLOPs an update needs, whatever the code that computes it, and how many a second the
-device can do."""
+"""How many FLOPs an update needs, whatever code computes it, and how many a second are possible."""
 
 import time
 
@@ -14,8 +13,10 @@ SIZES = (256, 512, 1024, 2048, 4096, 8192)  # of the square matrices of `Matmuls
 
 
 def encoder_flops(lengths: np.ndarray, wanted: np.ndarray, cfg: ModelConfig) -> float:
-    """Forward FLOPs of one encoder over blocks of (B,) lengths, its last layer wanted at (B,)
-    places of them; the formula is in `update_flops`."""
+    """Forward FLOPs of one encoder over blocks of (B,) lengths; the formula is in `update_flops`.
+
+    wanted: (B,) at how many places of each its last layer is needed.
+    """
     n, m = lengths.astype(np.float64), wanted.astype(np.float64)
     C, F = cfg.embed_dim, cfg.ffn_embed_dim
 
@@ -60,14 +61,12 @@ def update_flops(batches: list, run) -> float:
 
 
 class Matmuls:
-    """Square matmuls in the type that training uses: the speed that the device can reach.
-
-    Their sizes go by its speed.
-    """
+    """Square matmuls in the type that training uses: the speed that the device can reach."""
 
     def __init__(self, device: Device):
-        self.device, self.best, self.repeat = device, 0.0, 1
-        self.pairs = []  # the two largest sizes
+        self.device = device
+        self.best = 0.0  # FLOP/s
+        self.pairs = []  # of the last two sizes, up to the first that takes long
         form = dict(device=device.torch_device, dtype=device.amp or torch.float32)
         for n in SIZES:
             a, b = torch.randn(2, n, n, **form)

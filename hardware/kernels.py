@@ -1,5 +1,4 @@
-"""GELU, attention, dropout and linear layers in the form that is right and fast on the device where
-the tensor is.
+"""GELU, attention, dropout and linear layers, in the form that is right and fast where a tensor is.
 
 Each equals torch's own function up to rounding (dropout: in distribution); test/test_device.py
 compares them. Under torch.compile, and inside `plain()`, torch's own forms run.
@@ -51,8 +50,8 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear; on a CPU in float32 by oneDNN, which torch uses for bfloat16 alone: a third faster
-    than MKL on an AMD EPYC."""
+    """F.linear; on a CPU in float32 by oneDNN, which torch uses for bfloat16 alone."""
+    # a third faster than MKL on an AMD EPYC
     if _place(x) == "cpu" and x.dtype == torch.float32 and not _autocasts_on_cpu():
         if torch.backends.mkldnn.is_available():
             return _OneDnnLinear.apply(x, weight, bias)
@@ -60,45 +59,46 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """F.dropout; on a CPU from 16 random bits a value, where torch draws 64 and takes five times as
-    long. There p is rounded to a multiple of 1 / 65536."""
+    """F.dropout; on a CPU from 16 random bits a value: torch draws 64, in five times the time."""
     if _place(x) != "cpu":
         return F.dropout(x, p, True)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    dropped = min(round(p * 2**16), 2**16 - 1)
+    dropped = min(round(p * 2**16), 2**16 - 1)  # p in steps of 1 / 65536
     # 1 or 0; compared in place: a bool result is ten times slower
     kept = bits.view(torch.int16)[: x.numel()].ge_(dropped - 2**15)
     return x * kept.view(x.shape).to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 def mask(real: Tensor) -> Tensor:
-    """Where `attention` may look, (B, 1, T, T) bool, for real (B, T) bool, True at text; on a GPU
-    as numbers."""
+    """Where `attention` may look, (B, 1, T, T), for real (B, T) bool, True at text."""
     B, T = real.shape
     # the shape that every device's fused kernel takes
     attend = real[:, None, None, :].expand(B, 1, T, T)
     if real.device.type != "cuda":
-        return attend
+        return attend  # bool
     # without the name of a device, as before torch 2.4, this asks about a GPU
     is_mixed = torch.is_autocast_enabled()
     return as_numbers(attend, _autocast_type("cuda") if is_mixed else torch.float32)
 
 
 def as_numbers(attend: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask (B, 1, T, T) as what is added to the scores: 0, and -inf where it is False. torch
-    would make these numbers in every layer, keep each for the backward pass, and copy rows that do
-    not begin at a multiple of 8."""
+    """A bool mask (B, 1, T, T) as what is added to the scores: 0, and -inf where it is False.
+
+    torch would make these numbers in every layer, keep each for the backward pass, and copy rows
+    that do not begin at a multiple of 8.
+    """
     B, _, T, _ = attend.shape
     rows = torch.zeros(B, 1, T, -(-T // 8) * 8, dtype=dtype, device=attend.device)[..., :T]
     return rows.masked_fill_(~attend, -torch.inf)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, p: float) -> Tensor:
-    """softmax(q k / sqrt(d)) v with dropout p on the weights. q, k, v (B, H, T, D); attend (B, 1,
-    T, T), of `mask`, or None: everywhere. Returns (B, H, T, D)."""
+    """softmax(q k / sqrt(D)) v with dropout p on the weights.
+
+    q, k, v, and the result: (B, H, T, D). attend: (B, 1, T, T), of `mask`, or None: everywhere.
+    """
     place = _place(q)
-    # torch's fused kernel for the CPU takes no dropout, and below float32 it is slower than plain
-    # matmuls
+    # torch's fused kernel for a CPU takes no dropout, and in 16 bits it is slower than matmuls
     on_cpu = place == "cpu" and (p > 0 or q.dtype != torch.float32)
     # a first-generation NPU's kernel upcasts everything to float32
     if on_cpu or (place == "npu" and _is_first_generation(q.device.index)):
@@ -116,7 +116,9 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None, p
     weights = F.softmax(scores, -1)
     if attend is not None:  # a token that may look nowhere gets 0, not NaN
         weights = weights.masked_fill(hidden, 0)
-    return (dropout(weights, p) if p else weights) @ v
+    if p > 0:
+        weights = dropout(weights, p)
+    return weights @ v
 
 
 class _OneDnnLinear(torch.autograd.Function):

@@ -23,15 +23,7 @@ HCCL_CONNECT_TIMEOUT = "1800"  # seconds; its default of 120 ends workers that s
 
 def open_device(cfg: DeviceConfig) -> Device:
     """Choose device and precision; under torchrun, join the other workers. Raises InputError."""
-    kind = cfg.device
-    if kind == "auto":
-        kind = "npu" if _npu_is_there() else "cuda" if torch.cuda.is_available() else "cpu"
-    elif kind == "npu":
-        _import_npu()
-    elif kind == "cuda" and not torch.cuda.is_available():
-        built = torch.version.cuda is not None
-        why = "no GPU or no driver is found" if built else "this torch is built for the CPU only"
-        raise InputError(f"--device cuda: {why}")
+    kind = _choose(cfg.device)
     rank, world_size, local_rank = worker()
     if cfg.deterministic and kind != "cpu":  # a CPU is so by itself
         _make_deterministic()
@@ -44,6 +36,21 @@ def open_device(cfg: DeviceConfig) -> Device:
     if world_size > 1:
         _join_workers(kind, rank, world_size)
     return Device(device, name, _amp_type(cfg.amp, kind, name), rank, world_size)
+
+
+def _choose(kind: str) -> str:
+    """npu, cuda or cpu for --device `kind`, with what it needs imported."""
+    if kind == "auto":
+        if _npu_is_there():
+            return "npu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "npu":
+        _import_npu()
+    if kind == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda is not None
+        why = "no GPU or no driver is found" if built else "this torch is built for the CPU only"
+        raise InputError(f"--device cuda: {why}")
+    return kind
 
 
 def _make_deterministic():
@@ -110,14 +117,10 @@ def check_world_size(asked: int | None, update_freq: int):
 
 
 def _amp_type(amp: str, kind: str, name: str) -> torch.dtype | None:
-    has_bf16 = {
-        "cpu": lambda: True,
-        # is_bf16_supported() counts emulation, unless asked not to, which torch can from 2.5 on
-        "cuda": lambda: torch.version.hip is not None or torch.cuda.get_device_capability()[0] >= 8,
-        "npu": lambda: torch.npu.is_bf16_supported(),
-    }[kind]()
+    has_bf16 = _has_bf16(kind)
     if amp == "auto":
-        amp = "off" if kind == "cpu" else "bf16" if has_bf16 else "fp16"
+        best = "bf16" if has_bf16 else "fp16"
+        amp = "off" if kind == "cpu" else best
     if amp == "bf16" and not has_bf16:
         # autocast would only warn there, and an NPU train in float32
         raise InputError(f"--amp bf16: {name} has no bfloat16; use --amp fp16")
@@ -127,22 +130,29 @@ def _amp_type(amp: str, kind: str, name: str) -> torch.dtype | None:
     return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[amp]
 
 
+def _has_bf16(kind: str) -> bool:
+    if kind == "npu":
+        return torch.npu.is_bf16_supported()
+    if kind == "cuda":
+        # is_bf16_supported() counts emulation, unless asked not to, which torch can from 2.5 on
+        return torch.version.hip is not None or torch.cuda.get_device_capability()[0] >= 8
+    return True
+
+
 def _check_npu(amp: str, name: str, rank: int):
     if name not in FIRST_GENERATION and os.environ.get("INF_NAN_MODE_FORCE_DISABLE") == "1":
         why = f"{name} then saturates, and no overflow would be seen; unset it"
         raise InputError(f"INF_NAN_MODE_FORCE_DISABLE=1: {why}")
     if name in FIRST_GENERATION and amp == "off" and rank == 0:
         print(
-            f"warning: --amp off: {name} may multiply float32 matrices in float16 all the same"
-            " (ACL_PRECISION_MODE), here without loss scaling, and saturates where a gradient"
-            " overflows, so that no check sees it; --amp fp16 is its mode",
+            f"warning: --amp off: {name} may multiply in float16 all the same (ACL_PRECISION_MODE),"
+            " here without loss scaling, and no check sees an overflow; --amp fp16 is its mode",
             file=sys.stderr,
         )
 
 
 def _npu_is_there() -> bool:
-    """Whether --device auto should take an NPU; looks for the driver's device files before it
-    imports anything."""
+    """Whether --device auto should take an NPU; imports nothing where the driver has no files."""
     why = "there is no Ascend card (no /dev/davinci*)"
     if glob.glob("/dev/davinci[0-9]*"):
         try:
@@ -170,15 +180,13 @@ def _import_npu():
         why = f"the driver does not answer ({_first_line(e)}); see npu-smi info"
         raise InputError(f"--device npu: {why}") from None
     if not is_available:
-        visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
-        order = f"; ASCEND_RT_VISIBLE_DEVICES={visible!r} must name some in ascending order"
+        visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "not set")
         raise InputError(
-            "--device npu: torch_npu finds no card; npu-smi info shows what the driver sees (in a"
-            " container, pass /dev/davinci0 and its managers in)"
-            + ("" if visible is None else order)
+            "--device npu: torch_npu finds no card; npu-smi info shows what the driver sees. In a"
+            " container, pass /dev/davinci0 and its managers in. ASCEND_RT_VISIBLE_DEVICES must"
+            f" name cards in ascending order, or be unset: {visible!r}"
         )
-    # kernels compiled ahead of time: the first generation otherwise compiles for every new batch
-    # shape
+    # else the first generation compiles its kernels for every new batch shape
     if hasattr(torch.npu, "set_compile_mode"):  # an emulated device has no compiler
         torch.npu.set_compile_mode(jit_compile=False)
 
@@ -187,14 +195,10 @@ def _why_no_torch_npu(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed; pip install -r hardware/requirements.txt"
     if "Two accelerators" in str(error):
-        return (
-            "torch_npu refuses to load beside a CUDA build of torch; install the CPU build of the"
-            " same version"
-        )
+        return "torch_npu refuses to load beside a CUDA build of torch; install the CPU build"
     return (
-        f"torch_npu cannot be loaded ({_first_line(error)}); install CANN in a version that"
-        " docs/ascend.md names, and source its environment: source"
-        " /usr/local/Ascend/ascend-toolkit/set_env.sh"
+        f"torch_npu cannot be loaded ({_first_line(error)}); install a CANN that docs/ascend.md"
+        " names, and: source /usr/local/Ascend/ascend-toolkit/set_env.sh"
     )
 
 

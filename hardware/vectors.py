@@ -8,7 +8,6 @@ compares them.
 """
 
 import itertools
-import math
 
 import torch
 from torch import nn
@@ -42,36 +41,34 @@ class LongVectors:
         self.averaged = _Stretches(self.teacher), _Stretches(self.student, "encoder.")
 
     def split_state(self, state: dict) -> dict:
-        out, student = {}, self.student
+        student, out = self.student, {}
         # one entry a vector -> one a weight, under the numbers that torch's AdamW would give
         for i, moments in state.items():
-            parts = {
-                k: dict(student.split(student.names[i], v))
-                for k, v in moments.items()
-                if k != "step"
-            }
+            first = student.split(student.names[i], moments["exp_avg"])
+            second = student.split(student.names[i], moments["exp_avg_sq"])
             for name in student.names[i]:
                 step = torch.tensor(float(moments["step"]))
-                out[student.order[name]] = {
-                    "step": step,
-                    **{k: part[name] for k, part in parts.items()},
-                }
+                entry = dict(step=step, exp_avg=first[name], exp_avg_sq=second[name])
+                out[student.order[name]] = entry
         return dict(sorted(out.items()))
 
     def join_state(self, state: dict) -> dict:
-        out, student = {}, self.student
-        for i, names in enumerate(student.names if state else []):
-            parts = [state[student.order[name]] for name in names]
-            out[i] = {
-                k: torch.cat([part[k].flatten() for part in parts]) for k in parts[0] if k != "step"
-            }
-            out[i]["step"] = parts[0]["step"]
+        if not state:  # of an optimizer that has done no step
+            return {}
+        out = {}
+        for i, names in enumerate(self.student.names):
+            parts = [state[self.student.order[name]] for name in names]
+            first = torch.cat([part["exp_avg"].flatten() for part in parts])
+            second = torch.cat([part["exp_avg_sq"].flatten() for part in parts])
+            out[i] = dict(step=parts[0]["step"], exp_avg=first, exp_avg_sq=second)
         return out
 
 
 class _Vectors:
-    """The weights of one module in `vectors`: its parameters become views of them, its `forward`
-    reads them there."""
+    """The weights of one module in `vectors`.
+
+    Its parameters become views of them, and its `forward` reads them there.
+    """
 
     def __init__(self, module: nn.Module, amp: torch.dtype | None):
         self.amp = amp
@@ -87,25 +84,24 @@ class _Vectors:
         self.vectors = []
         for names in self.names:
             vector = torch.cat([named[name].detach().flatten() for name in names])
-            for name, part in self.split(names, vector):
+            for name, part in self.split(names, vector).items():
                 named[name].data = part
             self.vectors.append(nn.Parameter(vector, requires_grad=named[names[0]].requires_grad))
         # whoever calls the module gets the weights of the vectors, cast once
         self.inner = _ClassForward(module)
         module.forward = self.forward
 
-    def split(self, names: list, vector: torch.Tensor) -> list:
-        """A vector -> [(name, its part in the weight's shape), ...]; views."""
-        shapes = [self.shapes[name] for name in names]
-        parts = vector.split([math.prod(shape) for shape in shapes])
-        return [(name, part.view(shape)) for name, part, shape in zip(names, parts, shapes)]
+    def split(self, names: list, vector: torch.Tensor) -> dict:
+        """A vector -> {name: its part in the weight's shape}; views."""
+        parts = vector.split([self.shapes[name].numel() for name in names])
+        return {name: part.view(self.shapes[name]) for name, part in zip(names, parts)}
 
     def forward(self, *inputs, **named):
         linear, rest = self.vectors
         if self.amp is not None:
             linear = linear.to(self.amp)  # one cast here, and one of the gradient
-        parts = self.split(self.names[0], linear) + self.split(self.names[1], rest)
-        weights = {f"module.{name}": part for name, part in parts}
+        parts = self.split(self.names[0], linear) | self.split(self.names[1], rest)
+        weights = {f"module.{name}": part for name, part in parts.items()}
         return functional_call(self.inner, weights, inputs, named)
 
 
@@ -121,18 +117,22 @@ class _ClassForward(nn.Module):
 
 
 class _Stretches:
-    """The vectors, cut where the first part of the weights' names changes; each piece has the name
-    of its first weight. Only weights whose names begin with `prefix`, and without it."""
+    """The vectors, cut where the first part of the weights' names changes, for `ema.step`.
+
+    So what is averaged, or copied, together is one piece, with the name of its first weight. Only
+    weights whose names begin with `prefix`, and without it.
+    """
 
     def __init__(self, weights: _Vectors, prefix: str = ""):
+        def first_part(name: str) -> str:
+            return name.removeprefix(prefix).split(".")[0]
+
         self.parts = []
         for names, vector in zip(weights.names, weights.vectors):
-            # neighbours in a vector that are averaged, or copied, together
             begin = 0
-            firsts = [name.removeprefix(prefix).split(".")[0] for name in names]
-            for _, group in itertools.groupby(zip(firsts, names), lambda pair: pair[0]):
-                group = [name for _, name in group]
-                end = begin + sum(math.prod(weights.shapes[name]) for name in group)
+            for _, group in itertools.groupby(names, first_part):
+                group = list(group)
+                end = begin + sum(weights.shapes[name].numel() for name in group)
                 if group[0].startswith(prefix):
                     name = group[0].removeprefix(prefix)
                     self.parts.append((name, vector.detach()[begin:end]))

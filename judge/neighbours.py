@@ -1,5 +1,4 @@
-"""What counting reaches, without a model: a hidden token is guessed from the tokens on its left and
-right.
+"""What counting reaches, without a model: a hidden token guessed from the two beside it.
 
     p(w | left, right)  ~  p(w | left) p(w | right) / p(w)
 
@@ -12,7 +11,7 @@ learns from context should come to know more than this.
 import functools
 
 from data import Batch, BlockDataset
-from text.binarized import PAD, Dictionary
+from text.binarized import PAD
 from text.masks import ranges
 
 import numpy as np
@@ -24,7 +23,7 @@ AT_ONCE = 64  # places, for the memory's sake
 
 
 def beside(batch: Batch, flat: np.ndarray) -> np.ndarray:
-    """The tokens left and right of the flat places (N,) in (B x T): (2, N), PAD outside the block."""
+    """The tokens left and right of the flat places (N,) in (B x T): (2, N), PAD outside a block."""
     text = np.pad(batch.source, ((0, 0), (1, 1)), constant_values=PAD)
     row, column = np.divmod(flat, batch.source.shape[1])
     return np.stack([text[row, column], text[row, column + 2]])
@@ -33,69 +32,69 @@ def beside(batch: Batch, flat: np.ndarray) -> np.ndarray:
 class Neighbours:
     """Counts of K classes beside each token."""
 
-    def __init__(
-        self, tokens: np.ndarray, labels: np.ndarray, classes: int, dictionary: Dictionary
-    ):
-        """tokens: those left and right (2, N) of places that hide the classes `labels` (N,), of
-        `classes` ones."""
+    def __init__(self, tokens: np.ndarray, labels: np.ndarray, classes: int, dictionary):
+        """tokens: those left and right (2, N) of places that hide the classes `labels` (N,).
+
+        classes: K; dictionary: a text.binarized.Dictionary.
+        """
         counts = np.bincount(labels, minlength=classes) + 1.0
-        self.share, self.hidden, self.sides = counts / counts.sum(), dictionary.mask_id, []
+        self.share = counts / counts.sum()  # (K,)
+        self.tells_nothing = (PAD, dictionary.mask_id)
+        self.sides = []
         for neighbour in tokens:
             keys, counts = np.unique(neighbour * classes + labels, return_counts=True)
-            begins, found = (
-                np.searchsorted(keys, np.arange(len(dictionary) + 1) * classes),
-                keys % classes,
-            )
-            # where a token's row begins, the classes in it, and by how much each is more likely
-            # there, before scaling
-            self.sides.append((begins, found, counts / (STRENGTH * self.share[found])))
+            # where each token's row of classes begins
+            begins = np.searchsorted(keys, np.arange(len(dictionary) + 1) * classes)
+            of_key = keys % classes
+            # how much more likely than elsewhere each class of the row is, before scaling
+            more = counts / (STRENGTH * self.share[of_key])
+            self.sides.append((begins, of_key, more))
 
     def answer(self, tokens: np.ndarray, labels: np.ndarray) -> dict:
-        """`hit` (N,) bool and `loss` (N,) float64 in nats at places with the tokens (2, N) beside
-        them."""
+        """`hit` (N,) bool and `loss` (N,) float64 in nats at places beside the tokens (2, N)."""
         hit, loss = [], []
         for i in range(0, len(labels), AT_ONCE):
-            likely, label = self.share, labels[i : i + AT_ONCE]
+            label = labels[i : i + AT_ONCE]
+            likely = self.share
             for side, neighbours in zip(self.sides, tokens[:, i : i + AT_ONCE]):
-                likely = likely * self.factors(side, neighbours)
+                likely = likely * self.factors(*side, neighbours)  # (N, K)
             hit.append(likely.argmax(1) == label)
             loss.append(np.log(likely.sum(1) / likely[np.arange(len(label)), label]))
         return dict(hit=np.concatenate(hit), loss=np.concatenate(loss))
 
-    def factors(self, side: tuple[np.ndarray, ...], tokens: np.ndarray) -> np.ndarray:
-        """By how much each class is more likely beside each of the tokens (N,), up to a factor for
-        each: (N, K)."""
-        begins, classes, more = side
-        lengths = np.where(
-            (tokens == PAD) | (tokens == self.hidden), 0, begins[tokens + 1] - begins[tokens]
-        )
-        out, where = np.ones((len(tokens), len(self.share))), ranges(begins[tokens], lengths)
-        out[np.repeat(np.arange(len(tokens)), lengths), classes[where]] += more[where]
-        return out
+    def factors(self, begins, classes, more, tokens: np.ndarray) -> np.ndarray:
+        """How much more likely each class is beside each token (N,), up to scale: (N, K)."""
+        lengths = begins[tokens + 1] - begins[tokens]
+        lengths[np.isin(tokens, self.tells_nothing)] = 0
+        entries = ranges(begins[tokens], lengths)
+        row = np.repeat(np.arange(len(tokens)), lengths)
+        factors = np.ones((len(tokens), len(self.share)))
+        factors[row, classes[entries]] += more[entries]
+        return factors
 
 
 @functools.lru_cache(1)  # a validation comes again with the same masks
 def word_loss(dataset: BlockDataset, train: BlockDataset) -> float | None:
-    """The guess's mean cross-entropy at some places of a split that show `<mask>`, in nats, among
-    all tokens; None if there are none."""
-    lists, asked, words, places = dataset.epoch_batches(1), [], [], 0
+    """The guess's mean cross-entropy in nats, among all tokens, at places that show `<mask>`.
+
+    None if the split has no such place.
+    """
+    lists = dataset.epoch_batches(1)
+    tokens, words, places = [], [], 0
     for i in np.random.RandomState(0).permutation(len(lists)):
         batch = dataset.batch(lists[i], 1)
-        asked.append(beside(batch, batch.masked))
+        tokens.append(beside(batch, batch.masked))
         words.append(batch.target.ravel()[batch.target_places])
         places += len(batch.masked)
         if places >= MOST_PLACES:
             break
     if not places:
         return None
-    parts, room = [], MOST_TOKENS
-    for part in train.stream.checked(train.dictionary):
-        parts.append(part[:room].astype(np.int64))
-        room -= len(parts[-1])
-        if not room:
-            break
-    text = np.concatenate(parts)
-    counted = Neighbours(
-        np.stack([text[:-2], text[2:]]), text[1:-1], len(train.dictionary), train.dictionary
-    )
-    return float(counted.answer(np.concatenate(asked, 1), np.concatenate(words))["loss"].mean())
+
+    # count in the beginning of the training split
+    train.stream.counts(train.dictionary)  # checks every token, once
+    text = train.stream.read(0, min(MOST_TOKENS, train.stream.tokens))
+    sides = np.stack([text[:-2], text[2:]])
+    counts = Neighbours(sides, text[1:-1], len(train.dictionary), train.dictionary)
+    answer = counts.answer(np.concatenate(tokens, axis=1), np.concatenate(words))
+    return float(answer["loss"].mean())

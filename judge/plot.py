@@ -6,13 +6,13 @@ RUN is a --save_dir or a train.jsonl; the run may still be going. A panel of whi
 figure is left out. The suffix of --out chooses the format (png, svg, pdf). Needs matplotlib.
 """
 
-import json
 import math
 import os
 from pathlib import Path
 
-from config import InputError, printable, read_text
+from config import InputError, printable
 from run import checkpoint, flags
+from text.files import json_rows
 
 # Okabe and Ito's palette for colour-blind readers, without yellow (faint on white) and black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -45,52 +45,40 @@ STYLES = ("-", "--", ":", "-.")  # for the lines of a panel, in order
 
 
 def read_run(run: str) -> dict:
-    """{key: (updates, values)} of a run's rows. null becomes NaN, which makes a gap; damaged lines
-    are skipped.
+    """{key: (updates, values)} of the figures that a run has; damaged lines are left out.
 
-    Raises InputError if there is nothing to draw.
+    Raises InputError if there are none.
     """
     path = Path(run) / "train.jsonl" if Path(run).is_dir() else Path(run)
-    if not path.exists():
-        what = "RUN is a --save_dir of train.py, or its train.jsonl"
-        raise InputError(f"{path}: no such file; {what}")
-    lines = read_text(path, "replace").splitlines()
+    if not path.is_file():
+        why = "not a file" if path.exists() else "no such file"
+        raise InputError(f"{path}: {why}; RUN is a --save_dir of train.py, or its train.jsonl")
     series = {key: ([], []) for *_, keys in PANELS for key, _ in keys}
-    for line in lines:
-        try:  # a crash or a full disk may have cut it short
-            row = json.loads(line)
-            update = float(row["num_updates"])
-            values = {key: drawable(row[key]) for key in series if key in row}
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue
-        if drawable(update) == update:
-            for key, value in values.items():
-                series[key][0].append(update)
-                series[key][1].append(value)
-    if not any(math.isfinite(value) for _, values in series.values() for value in values):
-        what = f"no row of a log interval or a validation in it yet ({len(lines)} lines)"
-        raise InputError(f"{path}: {what}")
-    return series
+    for row in json_rows(path):
+        update = drawable(row.get("num_updates"))
+        if not math.isnan(update):
+            for key in series.keys() & row.keys():
+                updates, values = series[key]
+                updates.append(update)
+                values.append(drawable(row[key]))
+    drawn = {key: curve for key, curve in series.items() if not all(map(math.isnan, curve[1]))}
+    if not drawn:
+        raise InputError(f"{path}: no row of a log interval or a validation in it yet")
+    return drawn
 
 
 def drawable(value) -> float:
-    """NaN for null, and for what matplotlib cannot put on an axis."""
-    if value is None:
-        return math.nan
-    is_in_range = value == 0 or 1e-30 < abs(float(value)) < 1e30
-    return float(value) if is_in_range else math.nan
+    """NaN, which makes a gap, for null and for what matplotlib cannot put on an axis."""
+    is_number = isinstance(value, (int, float)) and (value == 0 or 1e-30 < abs(value) < 1e30)
+    return float(value) if is_number else math.nan
 
 
 def names_of(runs: list[str]) -> list[str]:
-    """The runs' paths without train.jsonl and without the leading folders that all share."""
-    # so short that a legend has room for it
-    paths = [Path(run).parent if Path(run).name == "train.jsonl" else Path(run) for run in runs]
-    parts = [path.parts for path in paths]
-    shared = 0
-    while all(shared < len(p) - 1 and p[shared] == parts[0][shared] for p in parts):
-        shared += 1
-    names = [os.path.join(*p[shared:]) if p[shared:] else run for p, run in zip(parts, runs)]
-    return list(map(printable, names))
+    """The runs' folders without the leading ones that all share: a legend has little room."""
+    paths = [Path(os.path.abspath(run)) for run in runs]
+    folders = [path.parent if path.name == "train.jsonl" else path for path in paths]
+    shared = os.path.commonpath([folder.parent for folder in folders])
+    return [printable(os.path.relpath(folder, shared)) for folder in folders]
 
 
 def load_pyplot(path: Path):
@@ -100,7 +88,7 @@ def load_pyplot(path: Path):
     except ImportError:
         why = "judge.plot needs the matplotlib package: pip install matplotlib"
         raise InputError(why) from None
-    matplotlib.use("Agg")
+    matplotlib.use("Agg")  # needs no screen
     from matplotlib import pyplot
 
     if not path.parent.is_dir():
@@ -118,23 +106,21 @@ def load_pyplot(path: Path):
 def draw(runs: dict, path: Path):
     """Draw {name: series from `read_run`} into one picture. Raises InputError."""
     pyplot = load_pyplot(path)
-    seen = set()
-    for series in runs.values():
-        seen |= {key for key, (_, values) in series.items() if any(map(math.isfinite, values))}
-    panels = [panel for panel in PANELS if any(key in seen for key, _ in panel[-1])]
+    keys = set().union(*runs.values())
+    panels = [panel for panel in PANELS if any(key in keys for key, _ in panel[-1])]
     columns = 3 if len(panels) <= 6 or len(panels) == 9 else 4
     rows = -(-len(panels) // columns)
     form = dict(figsize=(3 * columns, 2.4 * rows), dpi=100, layout="constrained", squeeze=False)
     figure, axes = pyplot.subplots(rows, columns, **form)
-    for axis in axes.flat[len(panels) :]:
+    for axis in axes.flat[len(panels) :]:  # the last row may be short
         axis.remove()
 
-    # one run: a colour for each line of a panel; several: a colour for each run
+    # one run: a colour for each line of a panel; several: a colour for each run, however many
     colours = COLOURS
     if len(runs) > len(COLOURS):
         colours = pyplot.cm.viridis([i / len(runs) for i in range(len(runs))])
     for i, (axis, panel) in enumerate(zip(axes.flat, panels)):
-        draw_panel(axis, panel, list(runs.values()), colours, seen)
+        draw_panel(axis, panel, list(runs.values()), colours)
         if i + columns >= len(panels):
             axis.set_xlabel("updates")
     draw_names(figure, list(runs), colours)
@@ -143,29 +129,33 @@ def draw(runs: dict, path: Path):
     pyplot.close(figure)
 
 
-def draw_panel(axis, panel: tuple, runs: list, colours, seen: set):
+def draw_panel(axis, panel: tuple, runs: list, colours):
     """One panel, with the lines of all runs."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     title, unit, keys = panel
+    is_alone = len(runs) == 1
     # the legend explains lines; which run has which colour stands above the panels
     lines = {}
-    for series, colour in zip(runs, colours):
-        for (key, name), style, own in zip(keys, STYLES, COLOURS):
-            marker = "o" if len(series[key][0]) < 6 else ""  # too few to be seen as a line
-            look = dict(color=own if len(runs) == 1 else colour, linestyle=style, linewidth=1.2)
-            axis.plot(*series[key], **look, marker=marker, markersize=3)
-            if key in seen:
-                look["color"] = own if len(runs) == 1 else "0.3"
-                lines[name] = Line2D([], [], **look)
-    # a thousand updates is 1k
+    for (key, name), style, own in zip(keys, STYLES, COLOURS):
+        look = dict(linestyle=style, linewidth=1.2)
+        for series, colour in zip(runs, [own] if is_alone else colours):
+            if key in series:
+                updates, values = series[key]
+                marker = "o" if len(updates) < 6 else ""  # too few to be seen as a line
+                axis.plot(updates, values, color=colour, marker=marker, markersize=3, **look)
+                lines[name] = Line2D([], [], color=own if is_alone else "0.3", **look)
+    if len(keys) > 1:
+        axis.legend(lines.values(), lines, frameon=False)
+
+    # a thousand updates is 1k; a variance near 0 is what the panel is for
     axis.set_title(f"{title} ({unit})" if unit else title)
     axis.grid(color="0.9", linewidth=0.6)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    last = max(max(updates, default=0) for series in runs for updates, _ in series.values())
-    axis.set_xlim(0, 1.02 * last)
+    last = max(max(updates) for series in runs for updates, _ in series.values())
+    axis.set_xlim(0, 1.02 * last)  # room for the last marker
     if title == "variance":
         axis.set_yscale("log", nonpositive="mask")
     else:
@@ -175,8 +165,6 @@ def draw_panel(axis, panel: tuple, runs: list, colours, seen: set):
     if title == "probe's gain":  # so that noise does not fill the panel
         low, high = axis.get_ylim()
         axis.set_ylim(min(low, -0.01), max(high, 0.05))
-    if len(keys) > 1:
-        axis.legend(lines.values(), lines, frameon=False)
 
 
 def draw_names(figure, names: list, colours):

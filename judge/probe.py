@@ -1,25 +1,23 @@
-"""Do the student's features at a masked place tell which word is hidden there? The loss cannot
-answer this.
+"""Do the student's features at a masked place tell the word hidden there? The loss cannot answer.
 
     python eval.py --ckpt FILE --data_path DIR --probe [--probe_places 50000] [--json]
 
 The student, frozen and without dropout, reads masked text. From its last hidden state at each
 `<mask>`, a linear softmax classifier predicts the hidden token, one of the 1,000 most frequent in
-the training split (without special tokens). It is fitted on the training split. Accuracy and
-cross-entropy are measured on the valid split, next to three baselines on the same places:
+the training split. It is fitted there. Accuracy and cross-entropy are measured on the valid split,
+next to three baselines on the same places:
 
-    most frequent   always the same guess; its cross-entropy is that of the training split's frequencies
-    untrained       the same classifier on the same model with its initial weights: what the position reveals, and
-                    what a random network passes on of the visible words
-    neighbours      no model: at the places of the fit, it counts what is between which tokens (judge/neighbours.py)
+    most frequent   always the same guess; its cross-entropy is that of the training split's
+                    frequencies
+    untrained       the same classifier on the same model with its initial weights: what the
+                    position reveals, and what a random network passes on of the visible words
+    neighbours      no model: at the places of the fit, it counts what is between which tokens
+                    (judge/neighbours.py)
 
-How to read the result: a model that has learned nothing about words scores as `untrained` does,
-however low its loss, because part of a target can be predicted from the position alone. The gain of
-`trained` over `untrained` is what the model has learned from context. It is printed in nats per
-word with its standard error (each block counts as one observation); treat a gain below three
-standard errors as no gain. A model below `neighbours` tells less about a hidden word than the two
-tokens beside it. There is no highest possible score: a masked span hides several words, and no
-reader could name them all.
+A model that has learned nothing about words scores as `untrained` does, however low its loss. The
+gain over it, in nats per word, is what the model has learned from context; treat a gain below three
+standard errors (each block counts as one observation) as no gain. A model below `neighbours` tells
+less about a hidden word than the two tokens beside it. Nothing can name all words of a masked span.
 """
 
 import copy
@@ -38,13 +36,18 @@ import torch.nn.functional as F
 
 CLASSES = 1000
 MASK_EPOCHS = 5  # a small split is read this many times, each time with the masks of another epoch
-ROWS = ("trained", "untrained", "neighbours", "most_frequent")
-LR, BATCH, MOST_EPOCHS, PATIENCE = 1e-3, 512, 50, 3  # for fitting the classifier
+# for fitting the classifier
+LR = 1e-3
+BATCH = 512  # places
+MOST_EPOCHS = 50
+PATIENCE = 3  # epochs without a lower loss on the held-out blocks, after which the fit stops
 
 
 def frequent_tokens(stream: TokenStream, dictionary) -> np.ndarray:
-    """The class of each token id, (V,) int64: -1 outside the CLASSES most frequent ones. Reads the
-    whole split once."""
+    """The class of each token id, (V,) int64: -1 outside the CLASSES most frequent ones.
+
+    Reads the whole split once.
+    """
     counts = stream.counts(dictionary).copy()
     counts[: len(SPECIAL)] = 0
     order = np.argsort(-counts, kind="stable")[:CLASSES]
@@ -69,13 +72,17 @@ class Places:
 
 
 def find_places(dataset: BlockDataset, classes: np.ndarray, least: int) -> Places:
-    """At least `least` places, or all that the split has, from batches in random order. Raises
-    InputError if none."""
+    """At least `least` places, or all that the split has, from batches in random order.
+
+    Raises InputError if there are none.
+    """
     dataset = copy.copy(dataset)
     # for validation too: shuffled instead of sorted by length, and new masks in each epoch
     dataset.training = True
-    batches, labels, blocks, count, left_out = [], [], [], 0, 0
-    for epoch in range(1, 2 if dataset.cfg.fixed_masks else MASK_EPOCHS + 1):
+    epochs = 1 if dataset.cfg.fixed_masks else MASK_EPOCHS
+    batches, labels, blocks = [], [], []
+    count = left_out = 0
+    for epoch in range(1, epochs + 1):
         for ids in dataset.epoch_batches(epoch):
             if count >= least:
                 break
@@ -85,11 +92,11 @@ def find_places(dataset: BlockDataset, classes: np.ndarray, least: int) -> Place
             batches.append((batch, flat))
             labels.append(label[label >= 0])
             blocks.append(ids[flat // batch.source.shape[1]])
-            count, left_out = count + len(flat), left_out + int((label < 0).sum())
+            count += len(flat)
+            left_out += int((label < 0).sum())
     if not count:
-        raise InputError(
-            f"{dataset.stream.folder}: {dataset.split} hides no token that --probe could ask for"
-        )
+        what = "hides no token that --probe could ask for"
+        raise InputError(f"{dataset.stream.folder}: {dataset.split} {what}")
     return Places(batches, np.concatenate(labels), np.concatenate(blocks), left_out)
 
 
@@ -98,11 +105,10 @@ def features(student, device: Device, places: Places) -> torch.Tensor:
     """The frozen student's last hidden states at the places, (N, C) float32."""
     student.eval()
     parts = []
-    for batch, flat in Bar(places.batches, device.rank, what="probe, reading"):
+    for batch, flat in Bar(places.batches, rank=device.rank, what="probe, reading"):
+        source = device.tensor(batch.source)
         with device.autocast():
-            x, _ = student.encoder(
-                device.tensor(batch.source), batch.source_padded, places=device.tensor(flat)
-            )
+            x, _ = student.encoder(source, batch.source_padded, places=device.tensor(flat))
         parts.append(x.float())
     student.train()
     return torch.cat(parts)
@@ -116,89 +122,81 @@ def whiten(x: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
     useful directions, above all in an untrained model.
     """
     mean = x.mean(0)
-    covariance = ((x - mean).T @ (x - mean) / len(x)).cpu().double()  # accelerators have no float64
-    values, vectors = torch.linalg.eigh(covariance)
+    covariance = (x - mean).T @ (x - mean) / len(x)  # (C, C)
+    values, vectors = torch.linalg.eigh(covariance.cpu().double())  # an NPU has no float64
     matrix = (vectors / values.clamp(min=1e-6 * float(values[-1])).sqrt()).float().to(x.device)
     return [(y - mean) @ matrix for y in (x, *others)]
 
 
-def log_frequencies(labels: np.ndarray, classes: int) -> np.ndarray:
-    """Log of each class's share among the labels, (K,) float64, with one added to each count."""
-    counts = np.bincount(labels, minlength=classes) + 1.0
-    return np.log(counts / counts.sum())
-
-
 class Probe:
-    """Probes a run's student with its current weights, each time on the same places and with the
-    same fit."""
+    """Asks a student for the hidden words, each time at the same places and with the same fit."""
 
     def __init__(self, run, corpus: Corpus, split: str, places: int):
-        """run: a train.Run. places: how many to fit on, and how many to evaluate on, if there are
-        as many.
+        """run: a train.Run. places: how many to fit on and to evaluate on, if there are as many.
 
         Raises InputError.
         """
         if places < 1:
             raise InputError(f"--probe_places {places}: must be at least 1")
         if split == "train":
-            raise InputError(
-                "--probe fits on the train split; --split names the one to evaluate on, such as valid"
-            )
+            what = "--split names the one to evaluate on, such as valid"
+            raise InputError(f"--probe fits on the train split; {what}")
         dataset = corpus.split("train")
         classes = frequent_tokens(dataset.stream, corpus.dictionary)
-        self.run, self.classes = run, int(classes.max()) + 1
-        self.train, self.valid = (
-            find_places(d, classes, places) for d in (dataset, corpus.split(split))
-        )
+        self.run = run
+        self.classes = int(classes.max()) + 1
+        self.train = find_places(dataset, classes, places)
+        self.valid = find_places(corpus.split(split), classes, places)
         counts = Neighbours(self.train.beside(), self.train.labels, self.classes, corpus.dictionary)
         self.counted = counts.answer(self.valid.beside(), self.valid.labels)
+        self.log_share = np.log(counts.share)  # (K,), of each class among the labels of the fit
+
+        # a tenth of the blocks decides when the fit stops
         blocks = np.unique(self.train.blocks)
         if len(blocks) < 2:
             raise InputError(f"{dataset.stream.folder}: train has too few blocks for --probe")
         self.seed = corpus.cfg.seed
-        held = np.random.RandomState(self.seed).permutation(blocks)[: -(-len(blocks) // 10)]
-        self.held = np.isin(
-            self.train.blocks, held
-        )  # (N,) True for the places that decide when the fit stops
+        blocks = np.random.RandomState(self.seed).permutation(blocks)
+        self.held = np.isin(self.train.blocks, blocks[: -(-len(blocks) // 10)])  # (N,) bool
 
     def ask(self, student) -> dict:
-        """Fit on a student's states, then predict the valid places: `hit` (N,) bool and `loss` (N,)
-        float64 in nats."""
+        """Fit on a student's states, then predict the words at the valid places.
+
+        Returns `hit` (N,) bool and `loss` (N,) float64 in nats.
+        """
         device = self.run.device
-        x, x_valid = whiten(
-            *(features(student, device, places) for places in (self.train, self.valid))
-        )
+        x, x_valid = (features(student, device, places) for places in (self.train, self.valid))
+        x, x_valid = whiten(x, x_valid)
         weight, bias = self.fit(x)
-        y, hit, loss = device.tensor(self.valid.labels), [], []
-        for part, label in zip(x_valid.split(8192), y.split(8192)):
+        y = device.tensor(self.valid.labels)
+        hit, loss = [], []
+        for part, label in zip(x_valid.split(8192), y.split(8192)):  # for the memory's sake
             logits = part @ weight + bias
             hit.append((logits.argmax(1) == label).cpu())
             loss.append(F.cross_entropy(logits, label, reduction="none").cpu())
         return dict(hit=torch.cat(hit).numpy(), loss=torch.cat(loss).double().numpy())
 
     def fit(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Softmax regression by Adam on the training places' features x (N, C), starting from the
-        class frequencies.
+        """Softmax regression by Adam on x (N, C) of the training places, from class frequencies on.
 
-        Returns weight (C, K) and bias (K,) after the epoch with the lowest loss on the held-out
+        Returns weight (C, K) and bias (K,) of the epoch with the lowest loss on the held-out
         blocks.
         """
-        device, y = self.run.device, self.run.device.tensor(self.train.labels)
-        held, rest = (np.flatnonzero(which) for which in (self.held, ~self.held))
-        x_held, y_held = (tensor.index_select(0, device.tensor(held)) for tensor in (x, y))
-        bias = device.tensor(
-            log_frequencies(self.train.labels, self.classes).astype(np.float32)
-        ).requires_grad_()
+        device = self.run.device
+        y = device.tensor(self.train.labels)
+        held = device.tensor(np.flatnonzero(self.held))
+        x_held, y_held = x.index_select(0, held), y.index_select(0, held)
+        bias = device.tensor(self.log_share.astype(np.float32)).requires_grad_()
         weight = torch.zeros(x.shape[1], self.classes, device=x.device, requires_grad=True)
-        optimizer, rng = torch.optim.Adam([weight, bias], lr=LR), np.random.RandomState(self.seed)
-        lowest, kept, waited = float("inf"), None, 0
-        for _ in Bar(
-            range(MOST_EPOCHS), self.run.device.rank, what="probe, fitting at most", unit="epoch"
-        ):
-            for part in device.tensor(rng.permutation(rest)).split(BATCH):
-                loss = F.cross_entropy(
-                    x.index_select(0, part) @ weight + bias, y.index_select(0, part)
-                )
+        optimizer = torch.optim.Adam([weight, bias], lr=LR)
+
+        rng = np.random.RandomState(self.seed)
+        lowest, best, waited = float("inf"), None, 0
+        for _ in Bar(range(MOST_EPOCHS), rank=device.rank, what="probe, fitting at most"):
+            order = rng.permutation(np.flatnonzero(~self.held))
+            for part in device.tensor(order).split(BATCH):
+                logits = x.index_select(0, part) @ weight + bias
+                loss = F.cross_entropy(logits, y.index_select(0, part))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -206,25 +204,21 @@ class Probe:
                 loss = float(F.cross_entropy(x_held @ weight + bias, y_held))
             waited += 1
             if loss < lowest:
-                lowest, waited, kept = (
-                    loss,
-                    0,
-                    [tensor.detach().clone() for tensor in (weight, bias)],
-                )
+                lowest = loss
+                waited = 0
+                best = weight.detach().clone(), bias.detach().clone()
             if waited == PATIENCE:
                 break
-        return kept
+        return best
 
     def result(self, untrained: dict, trained: dict) -> dict:
-        """Figures for a report, from what `ask` returned without and with training; adds the
-        constant guess."""
-        share = log_frequencies(self.train.labels, self.classes)
-        labels, gain = self.valid.labels, untrained["loss"] - trained["loss"]
-        # places of one block share their text, so the standard error is that of clusters, not of
-        # single places
-        sums = np.bincount(np.unique(self.valid.blocks, return_inverse=True)[1], gain - gain.mean())
-        guess = dict(hit=labels == share.argmax(), loss=-share[labels])
-        return dict(
+        """Figures for a report, from what `ask` returned without and with training."""
+        labels = self.valid.labels
+        gain = untrained["loss"] - trained["loss"]
+        # places of one block share their text: the standard error is that of the blocks' sums
+        _, block = np.unique(self.valid.blocks, return_inverse=True)
+        sums = np.bincount(block, gain - gain.mean())
+        figures = dict(
             classes=self.classes,
             train_places=len(self.train.labels),
             valid_places=len(labels),
@@ -233,37 +227,37 @@ class Probe:
             gain=float(gain.mean()),
             gain_error=float(np.sqrt(np.square(sums).sum()) / len(labels)),
             gain_neighbours=float((untrained["loss"] - self.counted["loss"]).mean()),
-            **{
-                name: dict(
-                    accuracy=float(answer["hit"].mean()), cross_entropy=float(answer["loss"].mean())
-                )
-                for name, answer in zip(ROWS, (trained, untrained, self.counted, guess))
-            },
         )
+        guess = dict(hit=labels == self.log_share.argmax(), loss=-self.log_share[labels])
+        answers = dict(trained=trained, untrained=untrained)
+        answers |= dict(neighbours=self.counted, most_frequent=guess)
+        for name, answer in answers.items():
+            accuracy, loss = float(answer["hit"].mean()), float(answer["loss"].mean())
+            figures[name] = dict(accuracy=accuracy, cross_entropy=loss)
+        return figures
 
 
 def table(result: dict, split: str) -> str:
     """The figures of `Probe.result` as text."""
     lines = [
-        f"probe: which of the {result['classes']:,} most frequent tokens is hidden?",
-        f"{result['valid_places']:,} masked places of {split}, fitted on {result['train_places']:,} of train;",
-        f"left out, since other tokens are hidden: {result['valid_left_out']:,} and {result['train_left_out']:,}",
-        f"{'':14}{'accuracy':>16}{'cross-entropy (nats)':>24}",
+        "probe: which of the {classes:,} most frequent tokens is hidden?",
+        f"{{valid_places:,}} masked places of {split}, fitted on {{train_places:,}} of train;",
+        "left out, since other tokens are hidden: {valid_left_out:,} and {train_left_out:,}",
     ]
-    for name in ROWS:
-        figures = result[name]
-        lines += [
-            f"{name.replace('_', ' '):14}{figures['accuracy']:16.4f}{figures['cross_entropy']:24.4f}"
-        ]
-    return "\n".join(
-        [*lines, *verdict(result["gain"], result["gain_error"], result["gain_neighbours"])]
-    )
+    lines = [line.format(**result) for line in lines]
+    lines.append(f"{'':14}{'accuracy':>16}{'cross-entropy (nats)':>24}")
+    for name in ("trained", "untrained", "neighbours", "most_frequent"):
+        accuracy, loss = result[name]["accuracy"], result[name]["cross_entropy"]
+        lines.append(f"{name.replace('_', ' '):14}{accuracy:16.4f}{loss:24.4f}")
+    told = verdict(result["gain"], result["gain_error"], result["gain_neighbours"])
+    return "\n".join([*lines, *told])
 
 
 def verdict(gain: float, error: float, counted: float) -> list[str]:
     """In words, whether the features name hidden words, and what counts reach."""
     begin = "words learned" if gain > 3 * error else "NO words learned"
+    more = ", more than that" if counted > gain else ""
     return [
         f"{begin}: {gain:.4f} nats a word above untrained, standard error {error:.4f}",
-        f"counts of the tokens left and right: {counted:.4f} nats{', more than that' * (counted > gain)}",
+        f"counts of the tokens left and right: {counted:.4f} nats{more}",
     ]

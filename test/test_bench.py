@@ -6,12 +6,14 @@ import time
 
 import bench
 import train
+from hardware.flops import update_flops
 from test.helpers import CPU, FEW, call, make_run
 
 import numpy as np
 import pytest
 import torch
 from torch.profiler import record_function
+from torch.utils.flop_counter import FlopCounterMode
 
 FIGURES = ("fps", "wps", "ups", "model_tflops", "matmul_peak_tflops", "peak_memory_bytes")
 SMALL = (*FEW, "--updates", "2", "--warmup", "1", "--vocabulary", "100")
@@ -23,15 +25,13 @@ def json_of(*argv) -> dict:
 
 @pytest.mark.parametrize("teacher_input", ["full", "masked"])
 def test_the_plain_step_trains_as_train_update_does(corpus_dir, teacher_input):
-    run, dataset = make_run(
-        corpus_dir, teacher_input=teacher_input, warmup_updates=1, lr=1e-2, ema_decay=0.9
-    )
+    fast = dict(warmup_updates=1, lr=1e-2, ema_decay=0.9)
+    run, dataset = make_run(corpus_dir, teacher_input=teacher_input, **fast)
     plain = bench.Plain(run, len(dataset.dictionary))
     for ids in dataset.epoch_batches(1)[:4]:
         batch = dataset.batch(ids, 1)
-        assert float(plain.update([batch])) == pytest.approx(
-            float(train.update(run, [batch]).step.loss), rel=1e-4
-        )
+        loss = float(train.update(run, [batch]).step.loss)
+        assert float(plain.update([batch])) == pytest.approx(loss, rel=1e-4)
     for ours, theirs in ((run.student, plain.student), (run.teacher, plain.teacher)):
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
@@ -39,18 +39,13 @@ def test_the_plain_step_trains_as_train_update_does(corpus_dir, teacher_input):
 
 def test_bench_prints_a_table_and_one_line_of_json(corpus_dir):
     for result in (json_of(), json_of("--data_path", corpus_dir)):
-        assert all(result[k] > 0 for k in FIGURES)
-        assert (
-            tuple(result["ms_parts"]) == bench.PARTS_OF_AN_UPDATE and result["ms_parts"]["data"] > 0
-        )
-
-
-def test_bench_compares_steps():
+        assert all(result[name] > 0 for name in FIGURES)
+        assert tuple(result["ms_parts"]) == bench.PARTS_OF_AN_UPDATE
+        assert result["ms_parts"]["data"] > 0
     result = json_of("--compare")
-    low, high = result["ratio_range"]
-    assert 0 < low <= result["ratio"] <= high
-    low, high = result["ms_range"]
-    assert low <= result["ms"] <= high
+    for name in ("ms", "other_ms", "ratio"):
+        low, high = result[f"{name}_range"]
+        assert 0 < low <= result[name] <= high
 
 
 def test_parts_are_timed_by_their_names_and_a_part_without_a_name_is_0():
@@ -62,23 +57,17 @@ def test_parts_are_timed_by_their_names_and_a_part_without_a_name_is_0():
             time.sleep(0.01)
 
     parts = bench.time_parts(CPU, work, 3)
-    assert tuple(parts) == bench.PARTS_OF_AN_UPDATE
     assert parts["teacher"] >= 20 and 10 <= parts["student"] < parts["teacher"]
     assert parts["data"] == parts["backward"] == parts["optimizer"] == parts["ema"] == 0
 
 
 @pytest.mark.parametrize("options", [{}, dict(mlm_weight=1), dict(objective="mlm")])
 def test_the_flop_formula_gives_what_torch_counts(corpus_dir, monkeypatch, options):
-    from torch.utils.flop_counter import FlopCounterMode
-
     run, dataset = make_run(corpus_dir, **options)
     batch = dataset.batch(np.array([int(dataset.lengths.argmax())]), 1)
-    # attention and linear layers as plain matmuls, because torch does not count its fused CPU
-    # kernels
+    # as plain matmuls, because torch does not count its fused CPU kernels
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    with (
-        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-        FlopCounterMode(display=False) as counter,
-    ):
+    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with plain, FlopCounterMode(display=False) as counter:
         train.update(run, [batch])
-    assert bench.update_flops([batch], run) == counter.get_total_flops()
+    assert update_flops([batch], run) == counter.get_total_flops()

@@ -9,14 +9,15 @@ from data import Corpus
 from judge import quality
 from model import data2vec_loss, teacher_targets
 from run import checkpoint
-from test.helpers import CPU, FEW, call, make_run, rows_of
+from test.helpers import CPU, call, few, make_run, rows_of
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-BASELINE = "--objective mlm --mask_multiple_length 1 --mask_prob 0.3 --random_token_prob 0.1 --leave_unmasked_prob 0.1"
+BASELINE = dict(objective="mlm", mask_multiple_length=1, mask_prob=0.3)
+BASELINE |= dict(random_token_prob=0.1, leave_unmasked_prob=0.1)
 
 
 def logits_by_formula(student, x):
@@ -28,42 +29,36 @@ def logits_by_formula(student, x):
 
 
 def test_the_loss_is_the_cross_entropy_at_all_chosen_places(corpus_dir):
-    options = dict(word.split() for word in BASELINE.removeprefix("--").split(" --"))
-    run, dataset = make_run(corpus_dir, **options)
+    run, dataset = make_run(corpus_dir, **BASELINE)
     assert run.student.regression_head is None
     for ids in dataset.epoch_batches(1)[:3]:
         batch = dataset.batch(ids, 1)
         tokens, source, hidden = dataset.mask(ids, 1)
-        assert np.array_equal(batch.chosen, np.flatnonzero(hidden)) and len(batch.chosen) > len(
-            batch.masked
-        )
+        assert np.array_equal(batch.chosen, np.flatnonzero(hidden))
+        assert len(batch.chosen) > len(batch.masked)
         with torch.no_grad():
             x, _ = run.student.encoder(torch.from_numpy(source))
             logits = logits_by_formula(run.student, x.flatten(0, 1)[batch.chosen])
         words = torch.from_numpy(tokens.ravel()[batch.chosen])
         expected = float(F.cross_entropy(logits, words, reduction="sum"))
-        done = train.update(run, [batch])
-        assert float(done.step.loss) == pytest.approx(expected, rel=1e-5) and int(
-            done.step.counts[0]
-        ) == len(words)
+        step = train.update(run, [batch]).step
+        assert float(step.loss) == pytest.approx(expected, rel=1e-5)
+        assert int(step.counts[0]) == len(words)
     assert run.student.lm_head.bias.abs().max() > 0
 
 
 def test_beside_data2vec_it_adds_its_weight_times_the_loss_at_the_mask_places(corpus_dir):
     run, dataset = make_run(corpus_dir, mlm_weight=0.5)
-    batch = dataset.batch(dataset.epoch_batches(1)[0], 1)
-    here = CPU.upload(batch)
-    target = teacher_targets(run.teacher, here, run.cfg.model)
-    prediction, logits = run.student(here.source, here.masked)
-    words = here.target.flatten()[here.target_places]
-    expected = data2vec_loss(prediction, target, run.cfg.model) + 0.5 * F.cross_entropy(
-        logits, words, reduction="sum"
-    )
-    done = train.update(run, [batch])
-    assert (
-        float(done.step.loss) == pytest.approx(expected.item(), rel=1e-6)
-        and int(done.step.counts[0]) == batch.sample_size
-    )
+    host = dataset.batch(dataset.epoch_batches(1)[0], 1)
+    batch = CPU.upload(host)
+    target = teacher_targets(run.teacher, batch, run.cfg.model)
+    prediction, logits = run.student(batch.source, batch.masked)
+    words = batch.target.flatten()[batch.target_places]
+    expected = data2vec_loss(prediction, target, run.cfg.model)
+    expected += 0.5 * F.cross_entropy(logits, words, reduction="sum")
+    step = train.update(run, [host]).step
+    assert float(step.loss) == pytest.approx(expected.item(), rel=1e-6)
+    assert int(step.counts[0]) == host.sample_size
 
 
 def test_it_is_evaluated_beside_the_word_frequencies(corpus_dir):
@@ -82,81 +77,36 @@ def test_it_is_evaluated_beside_the_word_frequencies(corpus_dir):
     assert figures["mlm_perplexity"] == pytest.approx(math.exp(figures["mlm_loss"]))
 
 
-@pytest.mark.parametrize("flags", [BASELINE.split(), ["--mlm_weight", "1"]])
-def test_such_a_run_trains_validates_and_serves_eval(tmp_path, corpus_dir, flags, capsys):
-    call(
-        train.main,
-        *FEW,
-        "--data_path",
-        corpus_dir,
-        "--save_dir",
-        tmp_path,
-        "--max_update",
-        6,
-        *flags,
-    )
-    last = tmp_path / "checkpoint_last.pt"
+@pytest.mark.parametrize("options", [BASELINE, dict(mlm_weight=1)])
+def test_such_a_run_trains_validates_and_serves_eval(tmp_path, corpus_dir, options, capsys):
+    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
+    call(train.main, *few(corpus_dir, tmp_path, "--max_update", 6, *flags))
+    argv = ["--ckpt", tmp_path / "checkpoint_last.pt", "--untrained", "--probe"]
+    result = json.loads(call(evaluation.main, *argv, "--probe_places", 50, "--json"))
     row = rows_of(tmp_path, "valid_mlm_loss")[-1]
-    assert 0 < row["valid_mlm_loss"] and row["valid_loss"] > 0
-    result = json.loads(
-        call(
-            evaluation.main,
-            "--ckpt",
-            last,
-            "--untrained",
-            "--probe",
-            "--probe_places",
-            50,
-            "--json",
-        )
-    )
-    assert (
-        result["mlm_loss"] == pytest.approx(row["valid_mlm_loss"], rel=1e-5) and "probe" in result
-    )
-    printed = call(evaluation.main, "--ckpt", last)
-    assert "words: " in printed and "frequencies" in printed
+    assert result["mlm_loss"] == pytest.approx(row["valid_mlm_loss"], rel=1e-5)
+    assert row["valid_loss"] > 0 and "probe" in result and "mlm_loss" in result["untrained"]
+    assert "frequencies" in call(evaluation.main, *argv[:2])
     assert "warning" not in capsys.readouterr().err
 
 
 def test_a_run_begins_with_the_encoder_of_another_objective_and_says_which_heads_differ(
     tmp_path, corpus_dir, capsys
 ):
-    few = [
-        *FEW,
-        "--data_path",
-        corpus_dir,
-        "--max_update",
-        1,
-        "--lr",
-        0,
-        "--weight_decay",
-        0,
-        "--save_dir",
-    ]
-    call(train.main, *few, tmp_path / "words", "--objective", "mlm")
-    call(
-        train.main,
-        *few,
-        tmp_path / "plain",
-        "--init_from",
-        tmp_path / "words" / "checkpoint_last.pt",
-    )
-    said = capsys.readouterr().err
-    assert "no regression head; it starts" in said and "the head for words in" in said
-    call(
-        train.main,
-        *few,
-        tmp_path / "both",
-        "--init_from",
-        tmp_path / "plain" / "checkpoint_last.pt",
-        "--mlm_weight",
-        1,
-    )
-    said = capsys.readouterr().err
-    assert "no head for words; it starts" in said and "regression head" not in said
-    words, both = (
-        checkpoint.load(tmp_path / name / "checkpoint_last.pt").student
-        for name in ("words", "both")
-    )
-    encoder = [name for name in words if name.startswith("encoder.")]
-    assert all(torch.equal(words[name], both[name]) for name in encoder) and "lm_head.bias" in both
+    still = "--max_update 1 --lr 0 --weight_decay 0".split()
+
+    def start(name, *argv) -> str:
+        call(train.main, *few(corpus_dir, tmp_path / name, *still, *argv))
+        return capsys.readouterr().err
+
+    words, plain = (tmp_path / name / "checkpoint_last.pt" for name in ("words", "plain"))
+    start("words", "--objective", "mlm")
+    said = start("plain", "--init_from", words)
+    assert "no regression head" in said and "the head for words in" in said
+    said = start("both", "--init_from", plain, "--mlm_weight", 1)
+    assert "no head for words" in said and "regression head" not in said
+    words, both = (checkpoint.load(tmp_path / n / "checkpoint_last.pt") for n in ("words", "both"))
+    for name, value in words.student.items():
+        if name.startswith("encoder."):
+            assert torch.equal(value, both.student[name]), name
+    assert "lm_head.bias" in both.student
