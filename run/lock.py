@@ -1,5 +1,4 @@
-"""A second run in the same directory is kept out. A file of its own, since preprocess.py needs no
-torch."""
+"""A second run in the same folder is kept out. No torch here: preprocess.py needs none."""
 
 import fcntl
 import os
@@ -10,8 +9,7 @@ from config import InputError
 
 
 class Lock:
-    """Keeps a second run out of a directory. The kernel releases the lock with its process, however
-    that ends."""
+    """Keeps a second run out of a folder. The kernel ends the lock with its process."""
 
     def __init__(self, folder: Path, flag: str = "--save_dir"):
         self.file = open(folder / ".lock", "a+")
@@ -21,11 +19,11 @@ class Lock:
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"
             self.file.close()
-            raise InputError(
-                f"{flag} {folder} is in use by {holder}; choose another, or wait for its end"
-            ) from None
+            advice = "choose another, or wait for its end"
+            raise InputError(f"{flag} {folder} is in use by {holder}; {advice}") from None
         except OSError:  # a file system without locks: better to run than to refuse
             return
+        # for the line above
         self.file.truncate(0)
         self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self.file.flush()

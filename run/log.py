@@ -29,7 +29,6 @@ HIDDEN = re.compile(
     "num_updates|sample_size|nsentences|ntokens|wall|hours|cosine_constant"
     "|valid_(r2|loss|gain|beyond)_.*"
 )
-KNOWN = 20, 10  # updates, or seconds, after which the speed of a run is known
 VARIANCES = ("target_var", "pred_var", "cosine", "cosine_constant")
 
 
@@ -84,7 +83,8 @@ class Log:
 
         Raises InputError if TensorBoard curves are asked for and cannot be written.
         """
-        self.device, self.path, self.clock, self.width = device, path, clock, width
+        self.device, self.path, self.width = device, path, width
+        self.clock = clock or Clock(device, 0.0)
         self.bar = self.curves = None
         if tensorboard_logdir and device.rank == 0:
             self.curves = TensorBoard(tensorboard_logdir)
@@ -95,11 +95,11 @@ class Log:
         self.began = time.perf_counter()
         self.is_torn = False  # whether the last row was written in part
         self.advice = "; if more follow, lower --lr or raise --warmup_updates"
-        self.last_update = math.inf
-        self.speed = None  # the update and the time from which the speed is told, until it is
+        self.last_update = 0
+        self.is_speed_told = False
         self.reset()
 
-    def open(self, num_updates: int, last_update: float):
+    def open(self, num_updates: int, last_update: int):
         """Open the bar, and drop the rows that a crashed run wrote after its last checkpoint.
 
         They will come again.
@@ -108,45 +108,41 @@ class Log:
             rows = read_text(self.path, "replace").splitlines()
             rows = [row for row in rows if updates_of(row) <= num_updates]
             write_text(self.path, "".join(row + "\n" for row in rows))
-        if self.curves is not None:
-            self.draw(self.curves.open, num_updates)
+        self.draw("open", num_updates)
         self.last_update = last_update
-        self.speed = num_updates, None
         if self.device.rank == 0 and num_updates < last_update and sys.stderr.isatty():
             self.bar = Bar(total=last_update, initial=num_updates, unit="update", leave=True)
 
     def reset(self):
         """Begin a new interval."""
-        self.done, self.skipped, self.last_batch = [], [], None
+        self.done = []
+        self.skipped = []  # whether each of `done` was, as far as that has been read
+        self.last_batch = None
         self.since = time.perf_counter()
 
     def state(self) -> dict:
         """The interval so far, as plain values; all its flags must have been read."""
-        # stacked first: one wait for the device, not one an update
-        columns = {}
-        for key in ("loss", "gnorm", "counts"):
-            values = [getattr(done.step, key) for done in self.done]
-            columns[key] = torch.stack(values).tolist() if values else []
-        updates = []
-        for i, done in enumerate(self.done):
-            figures = {key: column[i] for key, column in columns.items()}
-            updates.append(dict(number=done.number, **figures))
+        updates = [dict(number=done.number) for done in self.done]
+        for name in ("loss", "gnorm", "counts"):
+            tensors = [getattr(done.step, name) for done in self.done]
+            # stacked first: one wait for the device, not one an update
+            values = torch.stack(tensors).tolist() if tensors else []
+            for update, value in zip(updates, values):
+                update[name] = value
         seconds = time.perf_counter() - self.since
         return dict(updates=updates, skipped=list(self.skipped), seconds=seconds)
 
     def restore(self, state: dict):
         """Continue in the middle of an interval: its row will be that of an uninterrupted run."""
-        where = self.device.torch_device
+        device = self.device.torch_device
+        # a lone worker counts on the host
+        devices = dict(loss=device, gnorm=device, counts="cpu")
+        if self.device.world_size > 1:
+            devices["counts"] = device
         for values in state["updates"]:
-            step = SimpleNamespace(
-                loss=torch.tensor(values["loss"], device=where),
-                gnorm=torch.tensor(values["gnorm"], device=where),
-                # a lone worker counts on the host
-                counts=torch.tensor(
-                    values["counts"], device=where if self.device.world_size > 1 else "cpu"
-                ),
-            )
-            self.done.append(SimpleNamespace(number=values["number"], step=step))
+            tensors = {name: torch.tensor(values[name], device=to) for name, to in devices.items()}
+            done = SimpleNamespace(number=values["number"], step=SimpleNamespace(**tensors))
+            self.done.append(done)
         self.skipped = list(state["skipped"])
         self.since = time.perf_counter() - state["seconds"]
 
@@ -157,31 +153,6 @@ class Log:
         self.done.append(done)
         if self.bar is not None:
             self.bar.update()
-        if self.speed is not None and self.device.asking_is_free:  # else it may just have begun
-            self.tell_speed(done.number)
-
-    def tell_speed(self, number: int):
-        """Say how long the rest of the run takes, once its first updates have shown their speed."""
-        first, began = self.speed
-        if began is None:  # the very first update has more to do than the others
-            self.speed = number, time.perf_counter()
-            return
-        count, seconds = number - first, time.perf_counter() - began
-        if count < 2 or (count < KNOWN[0] and seconds < KNOWN[1]):
-            return
-        self.speed = None
-        if number >= self.last_update:
-            return
-        each = seconds / count
-        left = self.left(number, each)
-        flag = "max_update" if left == (self.last_update - number) * each else "max_hours"
-        speed = f"{left / each:,.0f} updates at {each:.2g} s"
-        self.say(f"{speed}: {duration(left)} on {self.device.words}; see --{flag}")
-
-    def left(self, number: int, each: float) -> float:
-        """Seconds to the end of the run after this update, if an update takes `each`."""
-        by_clock = self.clock.left if self.clock is not None else math.inf
-        return min((self.last_update - number) * each, by_clock)
 
     def read_skipped(self) -> list[bool]:
         """Whether each update since the last call was skipped; waits for the device.
@@ -198,10 +169,12 @@ class Log:
         return flags
 
     def write(self) -> dict:
-        """One row: means per update over the interval (the loss per masked place), lr and the like
-        of the last one."""
+        """One row: means per update over the interval, the loss per masked place.
+
+        lr and the like are of the last update.
+        """
+        self.read_skipped()  # waits for the device, so the seconds below are the updates'
         last = self.done[-1]
-        self.read_skipped()
         # a skipped update moved nothing, so its loss and gradient count for nothing
         good = [done.step for done, skipped in zip(self.done, self.skipped) if not skipped]
         n, seconds = len(self.done), time.perf_counter() - self.since
@@ -209,9 +182,9 @@ class Log:
         sample_size, nsentences, ntokens = counts
         loss = gnorm = None
         if good:
-            places = sum(torch.stack([step.counts[0] for step in good]).tolist())
-            loss = sum(torch.stack([step.loss for step in good]).tolist()) / max(1, places)
-            gnorm = sum(torch.stack([step.gnorm for step in good]).tolist()) / len(good)
+            places = total([step.counts[0] for step in good])
+            loss = total([step.loss for step in good]) / max(1, places)
+            gnorm = total([step.gnorm for step in good]) / len(good)
         row = dict(
             loss=loss,
             sample_size=sample_size / n,
@@ -229,17 +202,35 @@ class Log:
             wps=ntokens / seconds,
             wall=time.perf_counter() - self.began,
         )
-        if not self.device.asking_is_free:  # of one accelerator; restored updates have no FLOPs
-            flops = statistics.mean(done.flops for done in self.done if hasattr(done, "flops"))
-            row["tflops"] = flops * row["ups"] / 1e12
-            row["mfu"] = flops * row["ups"] / self.peak
-        if self.clock is not None and self.clock.left < math.inf:
+        if not self.device.asking_is_free:
+            row |= self.speed_of_accelerator(row["ups"])
+        if self.clock.max_hours:
             row["hours"] = self.clock.hours
         self.row(row)
         self.reset()
-        if self.speed is not None:  # the figures above have waited for the device
-            self.tell_speed(last.number)
+        if not self.is_speed_told:
+            self.tell_speed(last.number, seconds / n)
         return row
+
+    def speed_of_accelerator(self, ups: float) -> dict:
+        """Of this worker's: TFLOP/s of the model, and their share of what its matmuls reach."""
+        # updates from before a resume have no FLOPs
+        flops = statistics.mean(done.flops for done in self.done if hasattr(done, "flops"))
+        return dict(tflops=flops * ups / 1e12, mfu=flops * ups / self.peak)
+
+    def tell_speed(self, number: int, each: float):
+        """Say how long the rest of the run takes, if an update takes `each` seconds."""
+        self.is_speed_told = True
+        left = self.left(number, each)
+        if left <= 0:
+            return
+        flag = "max_hours" if left == self.clock.left else "max_update"
+        speed = f"{left / each:,.0f} updates at {each:.2g} s"
+        self.say(f"{speed}: {duration(left)} on {self.device.words}; see --{flag}")
+
+    def left(self, number: int, each: float) -> float:
+        """Seconds to the end of the run after this update, if an update takes `each`."""
+        return min((self.last_update - number) * each, self.clock.left)
 
     def variances(self) -> dict:
         """`quality` of the last batch, over all workers; None where there is no place."""
@@ -254,8 +245,9 @@ class Log:
 
     def row(self, row: dict):
         """Write a row, and show it."""
-        if self.device.rank:
+        if self.device.rank > 0:
             return
+        # JSON has no word for them
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row = {**row, name: None}
@@ -268,9 +260,11 @@ class Log:
             self.is_torn = True
             number = row["num_updates"]
             self.say(f"warning: {self.path}: {e.strerror}; update {number} is not in it")
-        # for a person: in the bar, or as a line
-        if self.curves is not None:
-            self.draw(self.curves.row, row)
+        self.draw("row", row)
+        self.show(row)
+
+    def show(self, row: dict):
+        """A row for a person: in the bar, or as a line."""
         if self.bar is not None and None not in (row.get("loss"), row.get("target_var")):
             # more is cut off at 80 columns
             self.bar.set_postfix_str(f"loss {row['loss']:.3f} lr {row['lr']:.1e}")
@@ -282,14 +276,14 @@ class Log:
             self.say(self.line_of(row))
 
     def line_of(self, row: dict) -> str:
-        """A row for a person."""
-        # a loss scale of 1 is no loss scaling
+        """A row's figures, and the time left."""
         words = [f"update {row['num_updates']}"]
         for name, value in row.items():
-            if not HIDDEN.fullmatch(name) and (name, value) != ("loss_scale", 1):
-                words.append(
-                    f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                )
+            # a loss scale of 1 is no loss scaling
+            if HIDDEN.fullmatch(name) or (name, value) == ("loss_scale", 1):
+                continue
+            short = f"{value:.4g}" if isinstance(value, float) else value
+            words.append(f"{name} {short}")
         left = self.left(row["num_updates"], 1 / row["ups"]) if "ups" in row else 0
         if left > 0:
             words.append(f"{duration(left)} left")
@@ -302,7 +296,7 @@ class Log:
         self.row(dict(overflow=True, loss_scale=loss_scale, **where))
 
     def validation(self, figures: dict, best_loss: float | None, num_updates: int, epoch: int):
-        """A row for what `quality.evaluate` found."""
+        """A row for the figures of `judge.quality.evaluate`."""
         row = {f"valid_{name}": value for name, value in figures.items()}
         del row["valid_sample_size"], row["valid_batches"]
         row |= dict(valid_best_loss=best_loss, num_updates=num_updates, epoch=epoch)
@@ -313,14 +307,12 @@ class Log:
         """What happens inside counts as no training time."""
         begin = time.perf_counter()
         yield
-        now = time.perf_counter()
-        self.since += now - max(begin, self.since)
-        if self.speed is not None and self.speed[1] is not None:
-            first, began = self.speed
-            self.speed = first, began + now - max(begin, began)
+        # an interval that began inside pauses only from there on
+        self.since += time.perf_counter() - max(begin, self.since)
 
     def say(self, text: str):
-        if self.device.rank:
+        """A line for a person."""
+        if self.device.rank > 0:
             return
         try:
             if self.bar is not None:
@@ -333,17 +325,23 @@ class Log:
     def close(self):
         if self.bar is not None:
             self.bar.close()
-        if self.curves is not None:
-            self.draw(self.curves.close)
+        self.draw("close")
 
-    def draw(self, work, *args):
-        """Do a work of the curves; an error in it, such as a full disk, ends them, not the run."""
+    def draw(self, what: str, *args):
+        """Tell the curves; an error there, such as a full disk, ends them and not the run."""
+        if self.curves is None:
+            return
         try:
-            work(*args)
+            getattr(self.curves, what)(*args)
         except OSError as e:
             why = f"{e.strerror or e}; no more curves until the next start"
             self.say(f"warning: {self.curves.logdir}: {why}")
             self.curves = None
+
+
+def total(tensors: list) -> float:
+    """The sum of scalars; one wait for the device, not one for each."""
+    return sum(torch.stack(tensors).tolist())
 
 
 def updates_of(row: str) -> float:

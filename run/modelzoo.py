@@ -21,54 +21,69 @@ from text.files import json_rows
 
 
 def report(save_dir: Path, output: Path, device_id: str, mode: str) -> str:
-    """Write the files; returns the lines to print. Raises InputError if the run has logged no
-    update."""
-    rows = json_rows(save_dir / "train.jsonl")
-    train = [
-        row
-        for row in rows
-        if all(isinstance(row.get(key), float) for key in ("loss", "ups", "fps"))
-    ]
-    if not train:
-        raise InputError(
-            f"{save_dir / 'train.jsonl'}: no update was logged, so there is nothing to report"
-        )
-    best = [row["valid_best_loss"] for row in rows if isinstance(row.get("valid_best_loss"), float)]
-    best = f"{best[-1]:.4f}" if best else "-"
-    timed = train[1:] or train  # the first interval includes the start-up
-    ups, fps = (statistics.median(row[key] for row in timed) for key in ("ups", "fps"))
-    seconds = sum(
-        map(
-            int,
-            re.findall(r"^\d{1,9}$", read_text(save_dir / "run_1p_seconds.txt", "replace"), re.M),
-        )
-    )
-    log = read_text(output / f"train_{device_id}.log", "replace")
-    kind, amp = (re.findall(r"^\d+ x (\w+) .*, amp (\w+) \|", log, re.M) or [("-", "-")])[
-        -1
-    ]  # the last part's
+    """Write the files; returns the lines to print.
 
-    case = "data2vec_for_PyTorch_1p" + "_pref" * (mode == "performance")
-    (output / f"train_{case}_loss.txt").write_text("".join(f"{row['loss']}\n" for row in train))
-    (output / f"{case}.log").write_text(
-        f"Network = data2vec_for_PyTorch\nRankSize = 1\nDeviceType = {platform.machine()}\nCaseName = {case}\n"
-        f"ActualUPS = {ups}\nActualFPS = {fps}\nE2ETrainingTime = {seconds}\n"
-    )
-    return "\n".join(
-        [
-            # the first three lines are the ModelZoo's own; its images/sec are updates per second
-            f"Final Performance images/sec : {ups:.4f}",
-            f"Final Valid Best Loss: {best}",
-            f"E2E Training Duration sec : {seconds}",
-            f"UPS (updates/s) : {ups:.4f}",
-            f"FPS (blocks/s) : {fps:.2f}",
-            f"Loss, first and last logged : {train[0]['loss']:.4f} -> {train[-1]['loss']:.4f}",
-            "",
-            "| Name | wer | FPS | Epochs | AMP_Type | Torch_Version | Valid_Loss |",
-            "| --- | --- | --- | --- | --- | --- | --- |",
-            f"| 1p-{kind} | - | {fps:.2f} | {train[-1].get('epoch')} | {amp} | {version('torch')} | {best} |",
-        ]
-    )
+    Raises InputError if the run has logged no update.
+    """
+    # a full disk may have cut rows, and someone may have edited them
+    rows = json_rows(save_dir / "train.jsonl")
+    train = [row for row in rows if has_numbers(row, "loss", "ups", "fps")]
+    if not train:
+        path = save_dir / "train.jsonl"
+        raise InputError(f"{path}: no update was logged, so there is nothing to report")
+
+    # what is reported
+    losses = [row["loss"] for row in train]
+    timed = train[1:] or train  # the first interval includes the start-up
+    ups = statistics.median(row["ups"] for row in timed)
+    fps = statistics.median(row["fps"] for row in timed)
+    valid = [row["valid_best_loss"] for row in rows if has_numbers(row, "valid_best_loss")]
+    best = f"{valid[-1]:.4f}" if valid else "-"
+    # a number for each start of the run
+    text = read_text(save_dir / "run_1p_seconds.txt", "replace")
+    seconds = sum(int(part) for part in re.findall(r"^\d{1,9}$", text, re.M))
+
+    # the ModelZoo's files
+    case = "data2vec_for_PyTorch_1p"
+    if mode == "performance":
+        case += "_pref"
+    (output / f"train_{case}_loss.txt").write_text("".join(f"{loss}\n" for loss in losses))
+    facts = {
+        "Network": "data2vec_for_PyTorch",
+        "RankSize": 1,
+        "DeviceType": platform.machine(),
+        "CaseName": case,
+        "ActualUPS": ups,
+        "ActualFPS": fps,
+        "E2ETrainingTime": seconds,
+    }
+    lines = [f"{name} = {value}\n" for name, value in facts.items()]
+    (output / f"{case}.log").write_text("".join(lines))
+
+    # the row for its table of results
+    kind, amp = device_of(read_text(output / f"train_{device_id}.log", "replace"))
+    cells = [f"1p-{kind}", "-", f"{fps:.2f}", train[-1].get("epoch"), amp, version("torch"), best]
+    # the first three lines are the ModelZoo's own; its images/sec are updates per second
+    return f"""Final Performance images/sec : {ups:.4f}
+Final Valid Best Loss: {best}
+E2E Training Duration sec : {seconds}
+UPS (updates/s) : {ups:.4f}
+FPS (blocks/s) : {fps:.2f}
+Loss, first and last logged : {losses[0]:.4f} -> {losses[-1]:.4f}
+
+| Name | wer | FPS | Epochs | AMP_Type | Torch_Version | Valid_Loss |
+| --- | --- | --- | --- | --- | --- | --- |
+| {" | ".join(map(str, cells))} |"""
+
+
+def has_numbers(row: dict, *names: str) -> bool:
+    return all(isinstance(row.get(name), float) for name in names)
+
+
+def device_of(log: str) -> tuple[str, str]:
+    """Kind and precision of the log's last start."""
+    starts = re.findall(r"^\d+ x (\w+) .*, amp (\w+) \|", log, re.M)
+    return starts[-1] if starts else ("-", "-")
 
 
 def main(argv: list | None = None) -> int:

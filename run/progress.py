@@ -9,7 +9,7 @@ FORMAT = "{desc}{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}, {rate_fmt}{po
 
 
 def Bar(iterable=None, rank: int = 0, what: str = "", leave: bool = False, **options) -> tqdm:
-    """tqdm's bar. rank: only the first worker's shows. leave: whether it stays when it is closed."""
+    """tqdm's bar. rank: only the first worker's shows. leave: whether it stays when closed."""
     desc = f"{what}: " if what else ""
     is_hidden = rank > 0 or not sys.stderr.isatty()
     form = dict(bar_format=FORMAT, dynamic_ncols=True, file=sys.stderr)

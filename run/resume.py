@@ -1,5 +1,4 @@
-"""How a run continues: what a checkpoint must hold, which one is taken, and what may not have
-changed since."""
+"""How a run continues: what a checkpoint holds, which is taken, what may not have changed."""
 
 import dataclasses
 import hashlib
@@ -12,20 +11,34 @@ from data import Corpus
 from run import checkpoint
 from text.binarized import TokenStream
 
-# What a changed digest of a fingerprint means.
+# What a resumed run may not change: the model, and, without --reset_data_position, what decides
+# which batch is next: these settings, the data, the number of workers.
+ARCHITECTURE = [f.name for f in dataclasses.fields(ModelConfig) if "dropout" not in f.name]
+POSITION = (
+    "sample_break_mode tokens_per_sample long_sentences max_tokens batch_size seed"
+    " required_batch_size_multiple drop_remainder"
+).split()
+# settings whose change between two starts need not be told
+UNTOLD = tuple("data_path init_from device npu_ log_ tensor validate_ save_ keep_ disable_".split())
+# what a changed digest of a fingerprint means
 DIGESTS = dict(
     dataset="the first folder of --data_path has changed",
     other_folders="a further folder of --data_path has changed",
 )
+RESET = "--reset_data_position to continue from the next epoch"
+
+
+# ------------------------------------------------------------------------- what a checkpoint holds
 
 
 def fingerprint_of(corpus: Corpus) -> dict:
-    """What tells the training data apart from other data. Raises InputError for a folder that
-    cannot be read."""
+    """What tells the training data apart from other data.
+
+    Raises InputError for a folder that cannot be read.
+    """
     dataset, others = corpus.split("train", 1), hashlib.sha256()
-    for folder in corpus.folders[
-        1:
-    ]:  # they are read epochs later; what is wrong with them shows now
+    # the other folders are read epochs later; what is wrong with them shows now
+    for folder in corpus.folders[1:]:
         others.update(TokenStream(folder, "train").digest().encode())
     return dict(
         folders=len(corpus.folders),
@@ -67,29 +80,7 @@ def contents(run, corpus: Corpus, fingerprint: dict) -> dict:
     )
 
 
-def check_dictionary(loaded: checkpoint.Loaded, corpus: Corpus, path):
-    """Raise InputError if a checkpoint was trained with another dictionary."""
-    saved = loaded.content.get("dictionary")
-    if saved and saved["digest"] != corpus.dictionary.digest():
-        name, size = corpus.folders[0] / "dict.txt", len(corpus.dictionary)
-        order = " in another order" if saved["size"] == size else ""
-        sizes = f"{saved['size']} symbols; {name} has {size}"
-        raise InputError(f"{path}: trained with another dictionary ({sizes}){order}")
-
-
-# What a resumed run may not change: the model, and, without --reset_data_position, what decides
-# which batch is next.
-ARCHITECTURE = [f.name for f in dataclasses.fields(ModelConfig) if "dropout" not in f.name]
-POSITION = [
-    "sample_break_mode",
-    "tokens_per_sample",
-    "long_sentences",
-    "max_tokens",
-    "batch_size",
-    "seed",
-    "required_batch_size_multiple",
-    "drop_remainder",
-]
+# ------------------------------------------------------------------------------ where a run begins
 
 
 def find_checkpoint(folder: Path, say) -> tuple[Path, checkpoint.Loaded] | None:
@@ -112,76 +103,68 @@ def find_checkpoint(folder: Path, say) -> tuple[Path, checkpoint.Loaded] | None:
     raise InputError(f"{what}; the last error: {failure}")
 
 
-RESET = "--reset_data_position to continue from the next epoch"
-# settings whose change between two starts need not be told
-UNTOLD = tuple("data_path init_from device npu_ log_ tensor validate_ save_ keep_ disable_".split())
-
-
-class Changes:
-    """The settings and data of a checkpoint beside those of this command."""
-
-    def __init__(self, saved: dict, now: dict):
-        self.saved, self.now = saved, now
-
-    def among(self, names) -> list:
-        """Those of these names that both have, with different values."""
-        both = [name for name in names if name in self.saved and name in self.now]
-        return [name for name in both if self.saved[name] != self.now[name]]
-
-    def before(self, name: str) -> str:
-        return str(self.saved[name])[:100]  # some value of a damaged file may be long
-
-    def refuse(self, names, path, advice: str):
-        words = [f"{name} was {self.before(name)}, is {self.now[name]}" for name in names]
-        words = [DIGESTS.get(name, text) for name, text in zip(names, words)]
-        raise InputError(f"{path} belongs to another run: {', '.join(words)}; {advice}")
-
-
 def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position: bool, log):
     """Continue from what `find_checkpoint` found.
 
     log: a run.log.Log. Raises InputError if it belongs to another run or is damaged.
     """
     path, loaded = found
+    workers = run.device.world_size
     with reading(f"{path}: damaged"):
         check_dictionary(loaded, corpus, path)
         progress = loaded.content["progress"]
         batches = progress["batches"] * progress["world_size"]  # of all workers
-        changes = Changes({**loaded.config, **progress["data"]}, {**run.cfg.flat(), **fingerprint})
-        architecture = changes.among(ARCHITECTURE)
+        changed = changes({**loaded.config, **progress["data"]}, {**run.cfg.flat(), **fingerprint})
+        if batches % workers:  # this many workers are never at that batch
+            changed["world_size"] = progress["world_size"], workers
+        architecture = [name for name in ARCHITECTURE if name in changed]
         if architecture:
             advice = "use the old settings, or --init_from with another --save_dir"
-            changes.refuse(architecture, path, advice)
-        # what decides which batch is next
-        moved = what_has_moved(changes, fingerprint, progress, run.device.world_size)
+            raise InputError(refusal(path, changed, architecture, advice))
+
+        # where in the data
+        moved = [name for name in (*POSITION, *fingerprint, "world_size") if name in changed]
         if not reset_position:
             if moved:
-                changes.refuse(moved, path, f"use the old settings, or {RESET}")
+                advice = f"use the old settings, or {RESET}"
+                raise InputError(refusal(path, changed, moved, advice))
             check_position(run, corpus, path, batches, progress["epoch"])
-        # what may change is told
-        others = changes.among(sorted(set(loaded.config) - set(moved)))
-        others = [name for name in others if not name.startswith(UNTOLD)]
+        others = sorted(set(changed) - set(moved))
+        others = [name for name in others if not name.startswith(UNTOLD)][:20]
         if others:
-            words = [f"{k[:100]} {changes.before(k)} -> {changes.now[k]}" for k in others[:20]]
+            words = ["{} {} -> {}".format(name[:100], *changed[name]) for name in others]
             log.say(f"note: changed since the checkpoint: {', '.join(words)}")
+
         take(run, loaded, path)
+        run.epoch, run.batches_done = progress["epoch"], batches // workers
         log.restore(loaded.content["log"])
-
-    # where in the data
-    run.epoch, run.batches_done = progress["epoch"], batches // run.device.world_size
     if reset_position and run.batches_done:
-        run.epoch, run.batches_done = run.epoch + 1, 0
+        run.epoch += 1
+        run.batches_done = 0
 
 
-def what_has_moved(changes: Changes, fingerprint: dict, progress: dict, world_size: int) -> list:
-    """What differs of that which decides which batch is next."""
-    moved = changes.among([*POSITION, *fingerprint])
-    batches = progress["batches"] * progress["world_size"]
-    if batches % world_size:  # this many workers are never at that batch
-        changes.saved["world_size"] = progress["world_size"]
-        changes.now["world_size"] = world_size
-        moved.append("world_size")
-    return moved
+def changes(saved: dict, now: dict) -> dict:
+    """{name: (value then, value now)} of what both have, with different values."""
+    both = [name for name in saved if name in now]
+    # some value of a damaged file may be long
+    return {k: (str(saved[k])[:100], now[k]) for k in both if saved[k] != now[k]}
+
+
+def refusal(path: Path, changed: dict, names: list, advice: str) -> str:
+    words = []
+    for name in names:
+        words.append(DIGESTS.get(name) or "{} was {}, is {}".format(name, *changed[name]))
+    return f"{path} belongs to another run: {', '.join(words)}; {advice}"
+
+
+def check_dictionary(loaded: checkpoint.Loaded, corpus: Corpus, path):
+    """Raise InputError if a checkpoint was trained with another dictionary."""
+    saved = loaded.content.get("dictionary")
+    if saved and saved["digest"] != corpus.dictionary.digest():
+        name, size = corpus.folders[0] / "dict.txt", len(corpus.dictionary)
+        order = " in another order" if saved["size"] == size else ""
+        sizes = f"{saved['size']} symbols; {name} has {size}"
+        raise InputError(f"{path}: trained with another dictionary ({sizes}){order}")
 
 
 def check_position(run, corpus: Corpus, path: Path, batches: int, epoch: int):
@@ -215,15 +198,19 @@ def take(run, loaded: checkpoint.Loaded, path: Path):
 
 
 def check_agreement(run, corpus: Corpus, fingerprint: dict):
-    """Raise RunError in every worker, with the field's name, unless all of them have the same
-    settings (paths apart), data, dictionary and position."""
+    """Raise RunError in every worker, with the field's name, where the workers differ.
+
+    They need the same settings (paths apart), data, dictionary and position.
+    """
     paths = ("data_path", "save_dir", "tensorboard_logdir", "init_from")
-    fields = {k: v for k, v in run.cfg.flat().items() if k not in paths}
+    fields = {name: value for name, value in run.cfg.flat().items() if name not in paths}
     fields |= dict(fingerprint, dictionary=corpus.dictionary.digest(), num_updates=run.num_updates)
     fields |= dict(epoch=run.epoch, batches_done=run.batches_done)
-    digests = [int(hashlib.sha256(repr(v).encode()).hexdigest()[:15], 16) for v in fields.values()]
-    largest = run.device.agree([*digests, *(-d for d in digests)])
-    for name, most, least in zip(fields, largest, largest[len(digests) :]):
+    digests = [hashlib.sha256(repr(value).encode()).hexdigest() for value in fields.values()]
+    # as numbers, of which workers can take the largest, and the smallest by its negative
+    numbers = [int(digest[:15], 16) for digest in digests]
+    largest = run.device.agree([*numbers, *(-number for number in numbers)])
+    for name, most, least in zip(fields, largest, largest[len(numbers) :]):
         if most != -least:
             raise RunError(
                 f"worker {run.device.rank}: the workers differ in {name}, here {fields[name]}; all"
@@ -232,36 +219,41 @@ def check_agreement(run, corpus: Corpus, fingerprint: dict):
 
 
 def init_from(run, corpus: Corpus, loaded: checkpoint.Loaded, path):
-    """Take the weights and the teacher of any readable checkpoint; optimizer and schedule start
-    fresh."""
+    """Take the weights and the teacher of any checkpoint; optimizer and schedule start fresh."""
     check_dictionary(loaded, corpus, path)
-    weights, shown = dict(loaded.student), printable(str(path))
+    weights, ours = dict(loaded.student), run.student.state_dict()
+    # a head that is missing starts at random, and one that is not used is left out
     for prefix, head in (("regression_head.", "regression head"), ("lm_head.", "head for words")):
-        ours = {k: v for k, v in run.student.state_dict().items() if k.startswith(prefix)}
-        found = [k for k in weights if k.startswith(prefix)]
-        if ours and not found:
-            print(f"warning: {shown} has no {head}; it starts from random weights", file=sys.stderr)
-            weights.update(ours)
-        if found and not ours:
-            print(f"warning: the {head} in {shown} is not used by this objective", file=sys.stderr)
-            weights = {k: v for k, v in weights.items() if k not in found}
+        wanted = {name: value for name, value in ours.items() if name.startswith(prefix)}
+        held = [name for name in weights if name.startswith(prefix)]
+        warning = ""
+        if wanted and not held:
+            warning = f"{path} has no {head}; it starts from random weights"
+            weights.update(wanted)
+        elif held and not wanted:
+            warning = f"the {head} in {path} is not used by this objective"
+            for name in held:
+                del weights[name]
+        if warning:
+            print(f"warning: {printable(warning)}", file=sys.stderr)
     run.load(weights, loaded.teacher, path)
 
 
+# --------------------------------------------------------------------------------- the run's folder
+
+
 def prepare_save_dir(folder: Path, args):
-    """Make the directory and check that a fresh start in it loses nothing. Raises InputError."""
-    try:
+    """Make the folder and check that a fresh start in it loses nothing. Raises InputError."""
+    with reading(f"--save_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--save_dir {folder}: {e.strerror}") from None
     if not os.access(folder, os.W_OK):
         raise InputError(f"--save_dir {folder}: not writable")
     if args.overwrite and not args.no_resume:
         raise InputError("--overwrite goes with --no_resume: it removes the old run in --save_dir")
-    held = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
-    if args.no_resume and held and not args.overwrite:
+    names = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
+    if args.no_resume and names and not args.overwrite:
         advice = "add --overwrite to start over there, or choose another --save_dir"
-        raise InputError(f"--no_resume: {folder} holds {held[0]}; {advice}")
+        raise InputError(f"--no_resume: {folder} holds {names[0]}; {advice}")
 
 
 def remove(folder: Path, *patterns: str):

@@ -1,7 +1,6 @@
 """What a run says at its start: how it is set up, where it begins, and what it will see."""
 
 import dataclasses
-import math
 from pathlib import Path
 
 from config import VERSION
@@ -29,22 +28,22 @@ def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
     """
     device, cfg, t = run.device, run.cfg, run.cfg.train
     an_epoch = -(-len(train.batch_ends) // (device.world_size * t.update_freq))  # updates
-    updates = min(t.max_update, t.max_epoch * an_epoch or math.inf)
+    updates = t.max_update
+    if t.max_epoch:
+        updates = min(updates, t.max_epoch * an_epoch)
     log.open(run.num_updates, updates)
+
+    # how it is set up: with this line anyone can start it again
     line = flags_of([getattr(cfg, field.name) for field in dataclasses.fields(cfg)])
     log.say(f"data2vec-text {VERSION}: train.py {line}")
     where = f"{device.world_size} x {device.type} ({device.name}), amp {device.amp_name}"
     log.say(f"{where} | {sum(p.numel() for p in run.weights.parameters):,} parameters")
+    # what it will see
     log.say(what_is_read(cfg, train, updates, updates / an_epoch))
     log.say(what_is_lost(train))
-    if source and run.is_finished():
-        flag = "max_update" if run.num_updates >= t.max_update else "max_epoch"
-        flag = "max_hours" if run.clock.left <= 0 else flag
-        advice = f"to train on, raise --{flag} {getattr(t, flag)}"
-        log.say(f"finished: {source} is at update {run.num_updates}; {advice}")
-    elif source:
-        used = f", after {duration(3600 * run.clock.hours)}" if t.max_hours else ""
-        log.say(f"resuming from {source} at update {run.num_updates}, epoch {run.epoch}{used}")
+    if source:
+        log.say(where_it_is(run, source))
+    # what may not be meant so
     if t.warmup_updates >= t.max_update:
         rest = f"the last of {t.max_update} updates"
         log.say(f"note: the learning rate is still warming up at {rest}")
@@ -52,12 +51,27 @@ def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
         log.say(f"note: {text}")
 
 
+def where_it_is(run, source: Path) -> str:
+    """Where the run goes on, or which flag has ended it."""
+    t = run.cfg.train
+    if not run.is_finished():
+        used = f", after {duration(3600 * run.clock.hours)}" if t.max_hours else ""
+        return f"resuming from {source} at update {run.num_updates}, epoch {run.epoch}{used}"
+    flag = "max_epoch"
+    if run.num_updates >= t.max_update:
+        flag = "max_update"
+    if run.clock.left <= 0:
+        flag = "max_hours"
+    advice = f"to train on, raise --{flag} {getattr(t, flag)}"
+    return f"finished: {source} is at update {run.num_updates}; {advice}"
+
+
 def what_is_read(cfg, train: BlockDataset, updates: int, epochs: float) -> str:
     """Blocks and padding of an epoch, and how often the run reads the text."""
     passes = epochs / len(cfg.data.data_path.split(":"))
-    read = f"{100 * passes:.2g}% of the text"
-    if passes >= 0.995:
-        read = f"the text {passes:,.1f} times" if passes < 10 else f"the text {passes:,.0f} times"
+    read = f"the text {passes:,.1f} times"
+    if passes < 0.995:
+        read = f"{100 * passes:.2g}% of the text"
     blocks = f"{len(train.lengths):,} blocks and {padding(train):.1%} padding"
     batches = f"{len(train.batch_ends):,} batches an epoch"
     return f"{blocks} in {batches}; {updates:,} updates read {read}"

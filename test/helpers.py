@@ -65,6 +65,11 @@ def rows_of(folder, key="loss") -> list:
     return [row for row in rows if key in row]
 
 
+def progress_of(folder, name: str = "checkpoint_last.pt") -> dict:
+    """How far a checkpoint is."""
+    return checkpoint.load(Path(folder) / name).content["progress"]
+
+
 def speed_aside(rows: list) -> list:
     """Log rows without the figures that differ from run to run."""
     speed = ("fps", "ups", "wps", "wall")

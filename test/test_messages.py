@@ -1,4 +1,4 @@
-"""What a program says when it cannot go on, or need not: one line with the cause and what to do."""
+"""What a program says when it cannot go on, or need not: one line with the cause."""
 
 import contextlib
 import errno
@@ -11,7 +11,8 @@ import sys
 import eval as evaluation
 import train
 from config import InputError
-from run import checkpoint, flags, log
+from run import checkpoint, flags
+from run.log import Log
 from test.helpers import CPU, FEW, HERE, call, few, rows_of, wait_for
 from text import demo
 
@@ -21,69 +22,59 @@ import torch
 CKPT = ["--device", "cpu", "--ckpt"]
 
 
-def test_a_finished_run_that_is_started_again_says_that_it_is_finished(saved, corpus_dir):
+def test_a_finished_run_that_is_started_again_names_the_flag_to_raise(saved, corpus_dir):
     before = (saved / "train.jsonl").read_text()
     printed = call(train.main, *few(corpus_dir, saved, "--max_update", 4))
-    assert (
-        f"finished: {saved / 'checkpoint_last.pt'} is at update 4; to train on, raise --max_update 4"
-        in printed
+    assert re.search(
+        "^finished: .*checkpoint_last.pt is at update 4; .* --max_update 4$", printed, re.M
     )
-    printed = call(
-        train.main, *few(corpus_dir, saved, "--max_update", 4000, "--max_epoch", 1, "--layers", 2)
-    )
-    assert "finished: " not in printed and "resuming from" in printed
-    again = call(train.main, *few(corpus_dir, saved, "--max_update", 4000, "--max_epoch", 1))
-    assert "to train on, raise --max_epoch 1" in again
+    more = few(corpus_dir, saved, "--max_update", 4000, "--max_epoch", 1)
+    assert "resuming from" in call(train.main, *more)
+    assert "--max_epoch 1" in call(train.main, *more).partition("finished: ")[2]
     assert (saved / "train.jsonl").read_text().startswith(before)
 
 
 def test_a_folder_or_another_file_as_checkpoint_is_named_for_what_it_is(
     saved, corpus_dir, tmp_path
 ):
-    best, text = tmp_path / "best", tmp_path / "README.md"
+    best = tmp_path / "best"
     best.mkdir()
     (best / "checkpoint_best.pt").write_bytes(b"")
+    text = tmp_path / "README.md"
     text.write_text("# some text\n")
-    for path, message in (
-        (saved, f"{saved}: a folder; it holds checkpoint_last.pt: give {saved}/checkpoint_last.pt"),
-        (best, "a folder; it holds checkpoint_best.pt: give"),
+    for path, fact in (
+        (saved, f"give {saved}/checkpoint_last.pt"),
+        (best, "give .*checkpoint_best.pt"),
         (corpus_dir, "a folder without a checkpoint"),
-        (text, "README.md: cannot be read as a checkpoint: torch.save has not written it"),
-        (saved / "train.jsonl", "train.jsonl: cannot be read as a checkpoint: torch.save"),
+        (text, "README.md: .*torch.save has not written it"),
+        (saved / "train.jsonl", "train.jsonl: .*torch.save has not written it"),
         (tmp_path / "none.pt", "none.pt: no such checkpoint file"),
     ):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=fact):
             evaluation.main([*CKPT, str(path)])
-        with pytest.raises(InputError, match=message):
-            call(
-                train.main,
-                *few(corpus_dir, tmp_path / "run", "--max_update", 1, "--init_from", path),
-            )
+        with pytest.raises(InputError, match=fact):
+            train.main(few(corpus_dir, tmp_path / "run", "--max_update", 1, "--init_from", path))
 
 
 def test_a_data_path_from_the_checkpoint_is_named_as_such(saved, corpus_dir, tmp_path):
     moved = checkpoint.load(saved / "checkpoint_last.pt").content
     moved["config"]["data_path"] = "gone/demo-bin"
-    torch.save(moved, tmp_path / "moved.pt")
-    with pytest.raises(
-        InputError, match="gone/demo-bin: no such folder; .*moved.pt was trained on it.*--data_path"
-    ):
-        evaluation.main([*CKPT, str(tmp_path / "moved.pt")])
+    path = tmp_path / "moved.pt"
+    torch.save(moved, path)
+    with pytest.raises(InputError, match="gone/demo-bin: .*moved.pt was trained on it"):
+        evaluation.main([*CKPT, str(path)])
     with pytest.raises(InputError, match=r"none: no such folder \(--data_path\)"):
-        evaluation.main([*CKPT, str(tmp_path / "moved.pt"), "--data_path", str(tmp_path / "none")])
-    assert "valid" in call(evaluation.main, *CKPT, tmp_path / "moved.pt", "--data_path", corpus_dir)
+        evaluation.main([*CKPT, str(path), "--data_path", str(tmp_path / "none")])
+    assert "valid" in call(evaluation.main, *CKPT, path, "--data_path", corpus_dir)
 
 
-def test_a_skipped_update_says_why_and_what_to_do(tmp_path, capsys):
-    told = log.Log(CPU, tmp_path / "train.jsonl")
-    told.row(dict(skipped=True, num_updates=7, epoch=1, blocks=[1, 2]))
-    told.row(dict(skipped=True, num_updates=8, epoch=1, blocks=[3]))
-    assert capsys.readouterr().out.splitlines() == [
-        "update 7: skipped, since its loss or gradient is not finite; if more follow, lower --lr or raise"
-        " --warmup_updates",
-        "update 8: skipped, since its loss or gradient is not finite",
-    ]
-    assert [row["blocks"] for row in rows_of(tmp_path, "skipped")] == [[1, 2], [3]]
+def test_the_first_skipped_update_says_what_to_do(tmp_path, capsys):
+    log = Log(CPU, tmp_path / "train.jsonl")
+    for number in (7, 8):
+        log.row(dict(skipped=True, num_updates=number, epoch=1, blocks=[number]))
+    first, second = capsys.readouterr().out.splitlines()
+    assert "lower --lr" in first and "not finite" in second and "--lr" not in second
+    assert [row["blocks"] for row in rows_of(tmp_path, "skipped")] == [[7], [8]]
 
 
 def ended(capsys, main) -> tuple[int, str]:
@@ -93,28 +84,43 @@ def ended(capsys, main) -> tuple[int, str]:
     return end.value.code, capsys.readouterr().err
 
 
-def test_ctrl_c_ends_a_program_with_one_line_and_130(capsys, monkeypatch):
+def test_an_interruption_and_a_full_disk_are_one_line_with_the_file(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["folder/eval.py"])
 
-    def interrupted():
+    def interrupted(*_):
         raise KeyboardInterrupt
 
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    def writes():
+        with checkpoint.whole(tmp_path / "f.npy") as part:
+            part.write_text("half")
+            full()
+
     assert ended(capsys, interrupted) == (130, "eval.py: interrupted\n")
+    assert ended(capsys, writes) == (1, f"eval.py: stopped: {tmp_path}/f.npy: full\n")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(demo, "_write_demo", full)
+    text = f"eval.py: stopped: {tmp_path}/demo: full\n"
+    assert ended(capsys, lambda: demo.make_demo(tmp_path / "demo")) == (1, text)
+    code, text = ended(capsys, lambda: open(tmp_path / "none" / "file", "w"))
+    assert code == 2 and "none/file: No such file" in text and text.count("\n") == 1
 
 
 @pytest.mark.parametrize("where", ["in torch", "in the work"])
 def test_ctrl_c_ends_a_benchmark_with_one_line(tmp_path, where):
-    argv = [*FEW, "--updates", "100000", "--vocabulary", "100"]
+    command = [sys.executable, "-u", HERE / "bench.py", *FEW, "--updates", "100000"]
     env = dict(os.environ)
     if where == "in torch":
-        (tmp_path / "torch.py").write_text(
-            "import time\nprint('device', flush=True)\ntime.sleep(60)\n"
-        )
+        slow = "import time\nprint('device', flush=True)\ntime.sleep(60)\n"
+        (tmp_path / "torch.py").write_text(slow)
         env["PYTHONPATH"] = str(tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-u", HERE / "bench.py", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=env, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a background job, such as a test's, ignores it
+    heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    process = subprocess.Popen([*command, "--vocabulary", "100"], env=env, **streams, **heard)
+    errors = ""
     try:
         wait_for(process, "device")
         for _ in range(20):  # a library that is being imported may catch the first
@@ -125,25 +131,3 @@ def test_ctrl_c_ends_a_benchmark_with_one_line(tmp_path, where):
     finally:
         process.kill()
     assert process.returncode == 130 and errors.strip() == "bench.py: interrupted"
-
-
-def test_a_full_disk_is_named_with_the_file(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["eval.py"])
-
-    def writes():
-        with checkpoint.whole(tmp_path / "f.npy") as part:
-            part.write_text("half")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    code, text = ended(capsys, writes)
-    assert code == 1 and re.fullmatch("eval.py: stopped: .*/f.npy: No space left on device\n", text)
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(
-        demo, "_write_demo", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full"))
-    )
-    code, text = ended(capsys, lambda: demo.make_demo(tmp_path / "demo"))
-    assert code == 1 and re.fullmatch("eval.py: stopped: .*/demo: full\n", text)
-    code, text = ended(capsys, lambda: open(tmp_path / "none" / "file", "w"))
-    assert code == 2 and re.fullmatch(
-        "eval.py: error: .*none/file: No such file or directory\n", text
-    )
