@@ -242,6 +242,7 @@ def compare(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
         if i >= warmup:
             pairs.append((1e3 * ours, 1e3 * theirs, theirs / ours))
     source.close()
+    # the range beside the median: these machines are shared
     ours, theirs, ratio = np.array(pairs).T  # (updates,) each
     return dict(
         ms=np.median(ours),

@@ -32,7 +32,7 @@ DEVICE_TYPE = re.compile(r"""\b(\w+\.)?(type|kind) (==|!=|in|not in) [("']*(cpu|
 
 
 def files() -> list[Path]:
-    """Every file that git knows, relative to the project; in a copy without git, all that is there."""
+    """Every file that git knows, relative to the project; without git, every .py file."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     if listing.returncode:

@@ -12,7 +12,7 @@ import train
 from config import InputError
 from formats import fairseq_names, hf
 from run import checkpoint
-from test.converting import WORDS, both_norms, random_file, run, same, saved, shape_flags  # noqa: F401
+from test.converting import WORDS, both_norms, random_file, run, same, saved, shape_flags  # noqa
 from test.helpers import (
     GOLDEN,
     SMALL,

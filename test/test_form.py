@@ -9,19 +9,19 @@ import pytest
 
 # None may grow. A number that has shrunk is written down here, and on to the goal after it.
 LIMITS = {
-    "product lines": 11_773,  # 8,200
-    "test lines": 10_600,  # 6,500
-    "lines that decide a number": 1225,  # 1,150
-    "files of over 60 lines of code with under 8": 16,  # 0
-    "lines over 100 columns": 126,  # 0
-    "longest file": 533,  # 400
-    "longest function": 91,  # 50
+    "product lines": 11_415,  # 8,200
+    "test lines": 9_080,  # 6,500
+    "lines that decide a number": 1222,  # 1,150
+    "files of over 60 lines of code with under 8": 0,
+    "lines over 100 columns": 0,
+    "longest file": 402,  # 400
+    "longest function": 54,  # 50
     "loop": 44,
     "update": 30,
     "README": 150,
     "docs": 1200,
     "entries at the top": 25,
-    "imports that climb": 6,  # 0
+    "imports that climb": 0,
     "files in a circle": 0,
 }
 
