@@ -1,12 +1,18 @@
 """The corpus and the tasks of the study are made from the package's file as its docstring says."""
 
+import collections
 import csv
+import random
 import io
+import json
 import os
 import zipfile
 
 from config import InputError
+from tasks import table, word_order
 from text import reviews
+
+from test.helpers import call
 
 import pytest
 
@@ -77,3 +83,66 @@ def test_someones_file_in_the_folder_is_not_replaced_and_a_second_start_changes_
     with pytest.raises(InputError, match="train.txt is not what this writes"):
         make(tmp_path, source)
     assert (tmp_path / "out" / "train.txt").read_text() == "mine"
+
+
+def test_of_words_and_characters_two_neighbours_are_swapped_and_nothing_else():
+    cases = {
+        "one has to see it , really": ("has one to", "one to has see", "has see to it"),
+        "it's  good-ish , or 7 so bad": ("good-ish  it's , or", "or 7 bad so"),
+        "我们喜欢这个电影。": ("们我喜", "影电。"),
+        "a a a a a a": (),  # a swap would not be seen
+        "too short , it is": (),
+    }
+    for sentence, parts in cases.items():
+        swapped = {word_order.swap(sentence, random.Random(seed)) for seed in range(200)}
+        if not parts:
+            assert swapped == {None}
+            continue
+        for part in parts:
+            assert any(part in text for text in swapped), part
+        assert all(collections.Counter(text) == collections.Counter(sentence) for text in swapped)
+        assert all(text != sentence for text in swapped)
+    comma = {word_order.swap("one has to , see it", random.Random(seed)) for seed in range(200)}
+    assert not any("see , to" in text for text in comma)
+
+
+def test_the_task_of_word_order_is_balanced_repeatable_and_uses_a_sentence_once(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"one has to see number x{i * 'y'} twice\n" for i in range(60)) * 2)
+    for name in ("a", "b"):
+        call(word_order.main, "--text", str(text), "--dest", str(tmp_path / name), "--rows", "52")
+    texts = []
+    for split, size in (("train", 36), ("valid", 4), ("test", 12)):
+        table_of_split = (tmp_path / "a" / f"{split}.tsv").read_text()
+        assert table_of_split == (tmp_path / "b" / f"{split}.tsv").read_text()
+        rows = [line.split("\t") for line in table_of_split.splitlines()[1:]]
+        assert len(rows) == size
+        texts += rows
+    assert collections.Counter(label for _, label in texts) == {"original": 26, "swapped": 26}
+    originals = {"".join(sorted(sentence)) for sentence, _ in texts}
+    assert len(originals) == 52
+    text.write_text("one has to see it\n")
+    with pytest.raises(InputError, match="1 sentences of 5 to 30 words are too few"):
+        word_order.main(["--text", str(text), "--dest", str(tmp_path / "c")])
+
+
+def test_the_table_takes_the_rate_that_is_best_on_valid_and_pairs_the_seeds(tmp_path):
+    def run(lr, seed, untrained, valid, test):
+        figures = dict(valid=dict(accuracy=valid), test=dict(accuracy=test))
+        return dict(name="", lr=lr, seed=seed, untrained=untrained, **figures)
+
+    runs = [run(1e-3, 1, False, 0.7, 0.72), run(1e-3, 2, False, 0.7, 0.74)]
+    runs += [run(1e-2, 1, False, 0.6, 0.99), run(1e-2, 2, False, 0.6, 0.99)]
+    runs += [run(1e-3, 1, True, 0.5, 0.50), run(1e-3, 2, True, 0.5, 0.53)]
+    bag = dict(strength=1, valid=dict(accuracy=0.5), test=dict(accuracy=0.512))
+    (tmp_path / "order").mkdir()
+    content = dict(metric="accuracy", best="", runs=runs, bag=bag)
+    (tmp_path / "order" / "results.json").write_text(json.dumps(content))
+    row = table.row_of(str(tmp_path / "order"))
+    # of pretrained 72 and 74, of untrained 50 and 53; paired 22 and 21
+    told = ("order", "accuracy, test", "51.2", "51.5 +- 2.1", "73.0 +- 1.4", "21.5 +- 0.5")
+    assert row == told
+    assert "51.2" in call(table.main, str(tmp_path / "order"))
+    (tmp_path / "order" / "results.json").write_text("{}")
+    with pytest.raises(InputError, match="results.json: not the results"):
+        table.row_of(str(tmp_path / "order"))

