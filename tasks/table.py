@@ -13,7 +13,7 @@ import math
 import statistics
 from pathlib import Path
 
-from config import InputError, printable, read_text, reading
+from config import printable, read_text, reading
 from run import flags
 
 COLUMNS = ("task", "scored by", "a bag of tokens", "untrained", "pretrained", "difference")

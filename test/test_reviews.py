@@ -2,17 +2,16 @@
 
 import collections
 import csv
-import random
 import io
 import json
 import os
+import random
 import zipfile
 
 from config import InputError
 from tasks import table, word_order
-from text import reviews
-
 from test.helpers import call
+from text import reviews
 
 import pytest
 
