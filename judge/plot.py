@@ -42,6 +42,7 @@ PANELS = (
     ("throughput", "tokens/s", (("wps", ""),)),
 )
 STYLES = ("-", "--", ":", "-.")  # for the lines of a panel, in order
+COLUMNS = 4
 
 
 def read_run(run: str) -> dict:
@@ -81,104 +82,73 @@ def names_of(runs: list[str]) -> list[str]:
     return [printable(os.path.relpath(folder, shared)) for folder in folders]
 
 
-def load_pyplot(path: Path):
-    """matplotlib's pyplot, if it can write `path`. Raises InputError."""
+def draw(runs: dict, path: Path):
+    """Draw {name: series from `read_run`} into one picture. Raises InputError."""
     try:
-        import matplotlib
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure  # draws into a file, whatever screen there is
     except ImportError:
         why = "judge.plot needs the matplotlib package: pip install matplotlib"
         raise InputError(why) from None
-    matplotlib.use("Agg")  # needs no screen
-    from matplotlib import pyplot
-
-    if not path.parent.is_dir():
-        raise InputError(f"--out {path}: {path.parent}: no such folder")
-    known = pyplot.gcf().canvas.get_supported_filetypes().keys() - {"pgf"}  # which needs LaTeX
-    pyplot.close()
-    if path.suffix[1:].lower() not in known:
-        names = ", ".join(sorted(known))
-        raise InputError(f"--out {path}: the suffix chooses the format; use one of {names}")
-    small = {"font.size": 8, "axes.titlesize": 9}
-    pyplot.rcParams.update({**small, "axes.spines.top": False, "axes.spines.right": False})
-    return pyplot
-
-
-def draw(runs: dict, path: Path):
-    """Draw {name: series from `read_run`} into one picture. Raises InputError."""
-    pyplot = load_pyplot(path)
     keys = set().union(*runs.values())
     panels = [panel for panel in PANELS if any(key in keys for key, _ in panel[-1])]
-    columns = 3 if len(panels) <= 6 or len(panels) == 9 else 4
-    rows = -(-len(panels) // columns)
-    form = dict(figsize=(3 * columns, 2.4 * rows), dpi=100, layout="constrained", squeeze=False)
-    figure, axes = pyplot.subplots(rows, columns, **form)
-    for axis in axes.flat[len(panels) :]:  # the last row may be short
-        axis.remove()
+    rows = -(-len(panels) // COLUMNS)
+    with rc_context({"font.size": 8, "axes.titlesize": 9}):
+        figure = Figure(figsize=(3 * COLUMNS, 2.4 * rows), dpi=100, layout="constrained")
+        for place, panel in enumerate(panels, 1):
+            draw_panel(figure.add_subplot(rows, COLUMNS, place), panel, list(runs.values()))
+        # which run is which: by colour if there are several
+        if len(runs) == 1:
+            figure.suptitle(*runs, parse_math=False)  # a $ in a name is a $
+        else:
+            lines = [figure.axes[0].plot([], [], color=colour(i))[0] for i in range(len(runs))]
+            place = dict(loc="outside upper center", ncols=4, frameon=False)
+            for text in figure.legend(lines, runs, **place).get_texts():
+                text.set_parse_math(False)
+        known = figure.canvas.get_supported_filetypes()
+        form = path.suffix[1:].lower()
+        if form not in known:
+            names = ", ".join(sorted(known))
+            raise InputError(f"--out {path}: the suffix chooses the format; use one of {names}")
+        if not path.parent.is_dir():
+            raise InputError(f"--out {path}: {path.parent}: no such folder")
+        with checkpoint.whole(path) as part:
+            figure.savefig(part, format=form)
 
-    # one run: a colour for each line of a panel; several: a colour for each run, however many
-    colours = COLOURS
-    if len(runs) > len(COLOURS):
-        colours = pyplot.cm.viridis([i / len(runs) for i in range(len(runs))])
-    for i, (axis, panel) in enumerate(zip(axes.flat, panels)):
-        draw_panel(axis, panel, list(runs.values()), colours)
-        if i + columns >= len(panels):
-            axis.set_xlabel("updates")
-    draw_names(figure, list(runs), colours)
-    with checkpoint.whole(path) as part:
-        figure.savefig(part, format=path.suffix[1:].lower())
-    pyplot.close(figure)
+
+def colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
 
 
-def draw_panel(axis, panel: tuple, runs: list, colours):
-    """One panel, with the lines of all runs."""
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
+def draw_panel(axis, panel: tuple, runs: list):
+    """One panel: a style for each figure; a colour for each run, or for each figure of one run."""
     title, unit, keys = panel
-    is_alone = len(runs) == 1
-    # the legend explains lines; which run has which colour stands above the panels
     lines = {}
-    for (key, name), style, own in zip(keys, STYLES, COLOURS):
-        look = dict(linestyle=style, linewidth=1.2)
-        for series, colour in zip(runs, [own] if is_alone else colours):
-            if key in series:
-                updates, values = series[key]
-                marker = "o" if len(updates) < 6 else ""  # too few to be seen as a line
-                axis.plot(updates, values, color=colour, marker=marker, markersize=3, **look)
-                lines[name] = Line2D([], [], color=own if is_alone else "0.3", **look)
+    for number, (key, name) in enumerate(keys):
+        for run, series in enumerate(runs):
+            if key not in series:
+                continue
+            updates, values = series[key]
+            look = dict(linestyle=STYLES[number], linewidth=1.2, markersize=3)
+            look["color"] = colour(run if len(runs) > 1 else number)
+            look["marker"] = "o" if len(updates) < 6 else ""  # too few to be seen as a line
+            (lines[name],) = axis.plot(updates, values, **look)
     if len(keys) > 1:
-        axis.legend(lines.values(), lines, frameon=False)
-
-    # a thousand updates is 1k; a variance near 0 is what the panel is for
+        legend = axis.legend(lines.values(), lines, frameon=False)
+        if len(runs) > 1:  # there colours are the runs'
+            for line in legend.get_lines():
+                line.set_color("0.3")
     axis.set_title(f"{title} ({unit})" if unit else title)
+    axis.set_xlabel("updates")
     axis.grid(color="0.9", linewidth=0.6)
-    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-    last = max(max(updates) for series in runs for updates, _ in series.values())
-    axis.set_xlim(0, 1.02 * last)  # room for the last marker
+    axis.locator_params(axis="x", nbins=5)
     if title == "variance":
         axis.set_yscale("log", nonpositive="mask")
     else:
-        axis.yaxis.set_major_formatter(EngFormatter(sep="") if title == "throughput" else "{x:g}")
-    if title == "throughput":
-        axis.set_ylim(bottom=0)
+        axis.ticklabel_format(useOffset=False)
     if title == "probe's gain":  # so that noise does not fill the panel
         low, high = axis.get_ylim()
         axis.set_ylim(min(low, -0.01), max(high, 0.05))
-
-
-def draw_names(figure, names: list, colours):
-    """Which run is which; a $ in a name is a $."""
-    from matplotlib.lines import Line2D
-
-    if len(names) == 1:
-        figure.suptitle(*names, parse_math=False)
-        return
-    handles = [Line2D([], [], color=colour, linewidth=2) for colour in colours[: len(names)]]
-    form = dict(loc="outside upper center", ncols=min(4, len(names)), frameon=False)
-    legend = figure.legend(handles, names, **form)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
 
 
 def main(argv: list | None = None) -> int:

@@ -328,6 +328,5 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(finished, tmp_path, monkeyp
         refused(finished, "pip install matplotlib")
     pytest.importorskip("matplotlib")
     refused(finished, "x.doc: .*png", "x.doc")
-    refused(finished, "x.pgf", "x.pgf")
     refused(finished, "no: no such folder", "no/x.png")
     assert not list(tmp_path.glob("x.*"))
