@@ -204,8 +204,10 @@ train=$!
 tail -c +$((seen + 1)) -s 0.2 -f --pid=$train "$log" &
 # A terminal's Ctrl-C reaches train.py by itself; a signal to this script alone is passed on.
 trap : INT
-trap 'kill -TERM $train' TERM
-trap 'kill -USR1 $train' USR1
+for name in TERM HUP USR1; do
+    # shellcheck disable=SC2064
+    trap "kill -$name $train" $name
+done
 code=0
 wait $train || code=$?
 while kill -0 $train 2>/dev/null; do # wait returns at every signal
@@ -213,7 +215,7 @@ while kill -0 $train 2>/dev/null; do # wait returns at every signal
     wait $train || code=$?
 done
 wait
-trap - INT TERM USR1
+trap - INT TERM HUP USR1
 if [ -e "$save_dir/train.jsonl" ]; then
     # after 2 nothing was trained, so nothing was replaced
     [[ $starts_over = no || $code -eq 2 ]] || rm -f "$parts"

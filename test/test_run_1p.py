@@ -125,13 +125,14 @@ def test_exit_codes_files_and_a_rerun_that_keeps_log_and_time(tmp_path, corpus_d
     assert checked.returncode == 0 and "output/3/full/checkpoint_last.pt" in checked.stdout
 
 
-def test_signals_are_passed_on_and_the_run_saves(corpus_dir, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_passed_on_and_the_run_saves(corpus_dir, tmp_path, number):
     env, folder = copy_of_the_project(tmp_path), tmp_path / "run"
     command = ["bash", tmp_path / "run_1p.sh", "full"]
     command += few(corpus_dir, folder, "--max_update", 100000)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
-    terminate_after(process, "update 3 ")
-    assert process.returncode == 128 + signal.SIGTERM
+    terminate_after(process, "update 3 ", number)
+    assert process.returncode == 128 + number
     assert progress_of(folder)["num_updates"] >= 3
     assert (folder / "run_1p_seconds.txt").read_text().split()
 
