@@ -310,6 +310,9 @@ def program(main):
     """
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # a terminal may have no character for a text, a class or a path
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     try:
         leave(main())
     except BrokenPipeError:  # `... | head`

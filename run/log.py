@@ -320,7 +320,7 @@ class Log:
             else:
                 print(printable(text), flush=True)
         except OSError:  # the reader is gone, as `| tee` is after Ctrl-C
-            sys.stdout = Path(os.devnull).open("w")
+            sys.stdout = Path(os.devnull).open("w", errors="replace")
 
     def close(self):
         if self.bar is not None:
