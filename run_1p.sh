@@ -18,6 +18,7 @@
 #
 # If python3 has the packages, it is used as it is. Otherwise they are installed into .venv here,
 # and nowhere else. test/ holds the ModelZoo's names for full, performance and eval.
+[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # sh run_1p.sh
 set -euo pipefail
 start=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -46,6 +47,7 @@ absolute() { # a relative path, or some joined by ':', starts at the caller's fo
     local part parts out=()
     IFS=: read -ra parts <<<"$1"
     for part in "${parts[@]}"; do
+        [[ $part != "~" && $part != "~/"* ]] || part=$HOME${part:1} # as in --save_dir=~/run
         [[ $part == /* ]] || part=$start/$part
         out+=("$part")
     done
@@ -65,7 +67,7 @@ while [ $# -gt 0 ]; do
         shift
         ;;
     -h | --help)
-        sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$here/run_1p.sh"
+        sed -n '2,/^\[/{/^#/s/^# \{0,1\}//p}' "$here/run_1p.sh"
         exit
         ;;
     *) flags+=("$1") ;;

@@ -240,11 +240,6 @@ class Device:
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
         return values.tolist()
 
-    def is_out_of_memory(self, error: Exception) -> bool:
-        if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-            return True
-        return "out of memory" in str(error) or "can't allocate" in str(error)
-
     def lost_worker(self, error: Exception) -> str:
         """What to say if a collective failed because another worker is gone or silent, or ""."""
         text = str(error)

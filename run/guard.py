@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-from config import GuardConfig, InputError, ModelConfig, RunError
+from config import GuardConfig, InputError, ModelConfig, RunError, is_out_of_memory
 from hardware.device import LOWEST_LOSS_SCALE, Device
 
 ALIKE = 0.9  # always guessing the mean target has a higher cosine: half a collapse
@@ -205,7 +205,7 @@ def explained_out_of_memory(device: Device, batches: list, number: int):
     try:
         yield
     except (RuntimeError, MemoryError) as e:
-        if not device.is_out_of_memory(e):
+        if not is_out_of_memory(e):
             raise
         # the shape says more than the device's message, which names one allocation
         shapes = ", ".join(f"{b.source.shape[0]} x {b.source.shape[1]}" for b in batches)

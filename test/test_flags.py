@@ -1,6 +1,7 @@
 """The command line: flags, presets, help, fairseq's spellings; one line for each mistake."""
 
 import dataclasses
+import os
 import re
 import shlex
 import subprocess
@@ -157,6 +158,13 @@ def without_torch(tmp_path):
     [
         ("train.py --max_updates 5", "did you mean --max_update?"),
         ("train.py --learning_rate 1e-3", "did you mean --lr?"),
+        ("train.py --max_steps 5", "did you mean --max_update?"),
+        ("train.py --resume", "no option of that name here ("),
+        ("eval.py --pretrained x", "no option of that name here ("),
+        ("bench.py --decoder_layers 1", "no option of that name here ("),
+        ("finetune.py --head_layers 2", "no option of that name here ("),
+        ("preprocess.py --destdir x --dest x --bpe none", "did you mean --dest?"),
+        ("preprocess.py --vocab 9 --dest x --bpe none", "no option of that name here ("),
         ("train.py --lr abc", "'abc' is not a number"),
         ("train.py --config_name smal", "choose from base, npu_1p, tiny, small"),
         ("train.py --fp16", "--amp auto|off|fp16|bf16"),
@@ -229,10 +237,37 @@ def test_notes_on_ignored_options_are_printed_once(without_torch):
     assert result.returncode == 99 and not result.stderr
 
 
-def test_an_old_python_is_refused_in_one_line():
-    command = [sys.executable, "-c", "import sys; sys.version_info = (3, 9, 18); import config"]
+@pytest.mark.parametrize(
+    "change, needed",
+    [("version_info = (3, 9, 18)", "Python 3.10"), ("modules['fcntl'] = None", "Linux or macOS")],
+)
+def test_another_python_or_system_is_refused_in_one_line(change, needed):
+    command = [sys.executable, "-c", f"import sys; sys.{change}; import config"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    assert result.returncode == 1 and result.stderr.startswith("Python 3.10 or newer is needed")
+    assert result.returncode == 1 and result.stderr.startswith(needed)
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--local-rank=1", "--local_rank=1", "--local-rank=-1"])
+@pytest.mark.parametrize("parts", [train.PARTS, finetune.PARTS])
+def test_the_rank_that_torchs_older_launcher_gives_counts_unless_torchrun_gave_one(
+    monkeypatch, flag, parts
+):
+    monkeypatch.setenv("LOCAL_RANK", "3")  # restored after the test
+    for before, rank in (("3", "3"), (None, "0" if "-1" in flag[12:] else "1")):
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        _, args = flags.parse(parts, "", [flag])
+        assert os.environ["LOCAL_RANK"] == rank and not vars(args)
+
+
+def test_every_path_may_begin_with_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = settings("--save_dir=~/run", "--data_path", "~/a:~/b:c~", "checkpoint.save_dir=x~")
+    assert (given["save_dir"], given["data_path"]) == ("x~", "/home/me/a:/home/me/b:c~")
+    assert settings("--save_dir=~/run")["save_dir"] == "/home/me/run"
+    args = preprocess.parse(["--dest=~/d", "--bpe=none", "--train", "~/t", "u", "--dict=~"])
+    assert (args.dest, args.dict, args.train) == ("/home/me/d", "/home/me", ["/home/me/t", "u"])
 
 
 @pytest.mark.parametrize("name", ["train.py --data_path x", "eval.py", "finetune.py"])
@@ -318,9 +353,10 @@ def test_what_cannot_be_taken_is_answered_in_one_line(line, answer):
 
 
 def test_ignored_options_are_named(capsys):
-    settings("common.user_dir=x", "--ddp-backend", "c10d")
+    settings("common.user_dir=x", "--ddp-backend", "c10d", "--min-loss-scale", "1")
     printed = capsys.readouterr().err.splitlines()
-    assert [line.split("=")[0] for line in printed] == ["--common.user_dir", "--ddp-backend"]
+    names = ["--common.user_dir", "--ddp-backend", "--min-loss-scale"]
+    assert [line.split("=")[0] for line in printed] == names
 
 
 def test_the_world_size_of_an_old_command_line_must_be_torchruns(corpus_dir):

@@ -14,14 +14,7 @@ import train
 from config import GuardConfig, InputError, RunError
 from run import checkpoint, guard, saves
 from test import soak
-from test.helpers import (
-    CPU,
-    call,
-    few,
-    make_run,
-    progress_of,
-    rows_of,
-)
+from test.helpers import CPU, call, few, make_run, progress_of, rows_of
 
 import numpy as np
 import pytest

@@ -63,11 +63,12 @@ class Project:
         return [line for line in self.log.read_text().splitlines() if word in line]
 
 
-def run_1p(folder: Path, env: dict, *argv, cwd=HERE):
-    command = ["bash", folder / "run_1p.sh", *map(str, argv)]
+def run_1p(folder: Path, env: dict, *argv, cwd=HERE, shell="bash"):
+    command = [shell, folder / "run_1p.sh", *map(str, argv)]
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd)
 
 
+@pytest.mark.parametrize("shell", ["bash", "sh"])
 @pytest.mark.parametrize(
     ("device_id", "argv", "fact"),
     [
@@ -78,8 +79,8 @@ def run_1p(folder: Path, env: dict, *argv, cwd=HERE):
         (".", [], "ASCEND_DEVICE_ID '.'"),
     ],
 )
-def test_bad_requests_are_refused_in_one_line(device_id, argv, fact):
-    result = run_1p(HERE, {**os.environ, "ASCEND_DEVICE_ID": device_id}, *argv)
+def test_bad_requests_are_refused_in_one_line(shell, device_id, argv, fact):
+    result = run_1p(HERE, {**os.environ, "ASCEND_DEVICE_ID": device_id}, *argv, shell=shell)
     assert result.returncode == 2 and fact in result.stderr and result.stderr.count("\n") == 1
 
 
@@ -169,6 +170,7 @@ def test_learn_makes_its_corpus_unless_it_is_there_or_given(tmp_path):
         (project.output / "reviews-bin" / "train.idx").touch()
 
 
+@pytest.mark.parametrize("shell", ["bash", "sh"])
 @pytest.mark.parametrize(
     ("mode", "begin"),
     [
@@ -177,15 +179,15 @@ def test_learn_makes_its_corpus_unless_it_is_there_or_given(tmp_path):
         ("eval", "python3 eval.py --device cpu "),
     ],
 )
-def test_the_modelzoos_scripts_start_the_modes(tmp_path, mode, begin):
+def test_the_modelzoos_scripts_start_the_modes(tmp_path, shell, mode, begin):
     project = Project(tmp_path)
     (tmp_path / "test").mkdir(exist_ok=True)
     script = shutil.copy(HERE / "test" / f"train_{mode}_1p.sh", tmp_path / "test")
-    command = ["bash", script, "--data_path=x y", "--checkpoint_path=a.pt"]
-    subprocess.run(command, env=project.env, cwd=tmp_path)
+    command = [shell, script, "--data_path=x y", "--checkpoint_path=~/a.pt", "--save_dir", "~"]
+    subprocess.run(command, env={**project.env, "HOME": "/home/me"}, cwd=tmp_path)
     last = project.calls(".py")[-1]
     assert last.startswith(begin)
-    assert f"--data_path {tmp_path}/x y" in last and f"{tmp_path}/a.pt" in last
+    assert f"--data_path {tmp_path}/x y" in last and " /home/me/a.pt" in last
 
 
 def test_seconds_of_a_run_that_starts_over_are_counted_anew(tmp_path):
