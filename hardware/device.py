@@ -52,12 +52,6 @@ class Device:
         return {None: "off", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.amp]
 
     @property
-    def words(self) -> str:
-        """For a person."""
-        name = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}[self.type]
-        return f"this {name}" if self.world_size == 1 else f"these {self.world_size} {name}s"
-
-    @property
     def _module(self):
         return getattr(torch, self.type)  # torch.npu, torch.cuda, torch.cpu
 

@@ -20,7 +20,7 @@ import re
 import shlex
 import signal
 import sys
-import textwrap
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 import config
@@ -67,28 +67,11 @@ GONE = {
 # ------------------------------------------------------------------------------------- the parser
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Fills paragraphs to the width; an indented line, a command, breaks where it is too long."""
-
-    def _fill_text(self, text, width, indent):
-        lines = []
-        for line in re.sub(r"(?<=\S)\n(?=\S)", " ", text).splitlines():
-            start = re.match(" *", line)[0]
-            if start and len(line) > width:  # a command and, after some spaces, what it does
-                line = re.sub(r"(?<=\S) {2,}", f"\n{start}    ", line)
-            more = f"{start}    " if start else ""
-            for part in line.splitlines() or [""]:
-                wrapped = textwrap.wrap(part, width, subsequent_indent=more, break_on_hyphens=False)
-                lines += wrapped or [""]
-        return "\n".join(indent + line for line in lines)
-
-
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are InputErrors; each flag --a_b is --a-b, too."""
 
     def __init__(self, **options):
-        options.setdefault("formatter_class", lambda prog: Formatter(prog, max_help_position=30))
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter, **options)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's takes -1e-3 for a flag
         self.add_argument("--version", action="version", version=f"data2vec-text {config.VERSION}")
 

@@ -8,17 +8,14 @@ import subprocess
 import sys
 
 import config
-import convert
 import finetune
 import preprocess
 import train
 from config import DataConfig, DeviceConfig, InputError
 from formats import fairseq_config
 from hardware.opening import open_device
-from judge import plot
 from run import flags
 from test.helpers import FEW, HERE, call, program
-from text import reviews
 
 import pytest
 
@@ -150,7 +147,7 @@ def test_a_broken_worker_environment_is_one_line(monkeypatch, variables):
 def without_torch(tmp_path):
     """Runs a program where importing torch ends it with code 99."""
     (tmp_path / "torch.py").write_text("raise SystemExit(99)")
-    return lambda name, *argv: program(name, *argv, PYTHONPATH=tmp_path, COLUMNS="80")
+    return lambda name, *argv: program(name, *argv, PYTHONPATH=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -158,13 +155,6 @@ def without_torch(tmp_path):
     [
         ("train.py --max_updates 5", "did you mean --max_update?"),
         ("train.py --learning_rate 1e-3", "did you mean --lr?"),
-        ("train.py --max_steps 5", "did you mean --max_update?"),
-        ("train.py --resume", "no option of that name here ("),
-        ("eval.py --pretrained x", "no option of that name here ("),
-        ("bench.py --decoder_layers 1", "no option of that name here ("),
-        ("finetune.py --head_layers 2", "no option of that name here ("),
-        ("preprocess.py --destdir x --dest x --bpe none", "did you mean --dest?"),
-        ("preprocess.py --vocab 9 --dest x --bpe none", "no option of that name here ("),
         ("train.py --lr abc", "'abc' is not a number"),
         ("train.py --config_name smal", "choose from base, npu_1p, tiny, small"),
         ("train.py --fp16", "--amp auto|off|fp16|bf16"),
@@ -178,7 +168,7 @@ def without_torch(tmp_path):
         ("finetune.py --dicct x", "did you mean --dict?"),
         ("finetune.py --num_classes 3", "since 0.4.0"),
         ("convert.py --dicct x", "did you mean --dict?"),
-        ("preprocess.py --dicct x --dest x --bpe none", "did you mean --dict?"),
+        ("preprocess.py --destdir x --dest x --bpe none", "did you mean --dest?"),
         ("data.py --data_path x --seed x", "'x' is not a number"),
     ],
 )
@@ -190,41 +180,19 @@ def test_a_mistake_is_answered_in_one_line_before_torch_is_imported(without_torc
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "bench", "finetune", "convert", "preprocess"])
-def test_help_is_answered_before_torch_is_imported_and_fits_80_columns(without_torch, name):
-    for flag in ("--help", "--help_all")[: 1 if name == "preprocess" else 2]:
-        result = without_torch(f"{name}.py", flag)
-        assert result.returncode == 0 and not result.stderr
-        assert result.stdout.startswith(f"usage: {name}.py")
-        assert max(map(len, result.stdout.splitlines())) < 80
-
-
-@pytest.mark.parametrize("module", [convert, finetune, plot, preprocess, reviews])
-def test_the_help_of_every_program_fits_80_columns(module, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit, match="^0$"):
-        module.main(["--help"])
-    assert max(map(len, capsys.readouterr().out.splitlines())) < 80
+def test_help_is_answered_before_torch_is_imported(without_torch, name):
+    result = without_torch(f"{name}.py", "--help")
+    assert result.returncode == 0 and not result.stderr
+    assert result.stdout.startswith(f"usage: {name}.py")
 
 
 def test_help_shows_the_programs_flags_then_groups_then_presets(without_torch):
     text = without_torch("train.py", "--help").stdout
     at = 0
     for part in (
-        "\noptions:",
-        "--no_resume",
-        "--fairseq_exact",
-        "\ndata:",
-        "--data_path",
-        "\nmodel:",
-        "--layers",
-        "\nteacher:",
-        "\ndevice:",
-        "--amp",
-        "\ntraining:",
-        "--lr",
-        "\npresets",
-        "tiny: tokens_per_sample=128",
-    ):
+        "options: --no_resume --fairseq_exact data: --data_path model: --layers teacher: device:"
+        " --amp training: --lr presets tiny:"
+    ).split():
         at = text.index(part, at)
     everything = without_torch("train.py", "--help_all").stdout
     assert all(f"--{name}" in everything for name in fields())
@@ -344,6 +312,10 @@ def test_old_command_lines_work_as_they_are(line, expected):
         ("ema.ema_decay=0.5", "ema.ema_decay: no option .*did you mean --ema_decay"),
         ("--optimization.lr x", "argument --lr: 'x' is not a number"),
         ("generation.beam=5", "generation.beam: no option of that name here"),
+        ("--max_steps 5", "did you mean --max_update"),
+        ("--resume", r"here \("),  # not --no_resume
+        ("--pretrained x", r"here \("),  # not --untrained
+        ("--decoder_layers 1", r"here \("),  # not --head_layers
         (".", r"\.: no option .*--data_path"),
     ],
 )

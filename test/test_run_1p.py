@@ -306,27 +306,6 @@ def test_the_extras_name_the_packages_that_the_requirements_pin():
     assert npu <= pins["hardware"]
 
 
-def test_each_reason_to_skip_is_printed_once_with_the_packages_that_would_help(tmp_path):
-    env = copy_of_the_project(tmp_path)
-    pins = "pytest==9.2.0\nno-such-package==1.2  # the reason\n"
-    (tmp_path / "test/requirements.txt").write_text(pins)
-    (tmp_path / "test" / "test_few.py").write_text(
-        "import pytest\n"
-        "@pytest.mark.parametrize('i', range(3))\n"
-        "def test_card(i): pytest.skip('no card')\n"
-        "def test_package(): pytest.importorskip('no_such_package.part')\n"
-    )
-    done = run_1p(tmp_path, env, "test", "test/test_few.py", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    for line in (
-        "3 skipped: no card",
-        "1 skipped: needs the package no_such_package",
-        "to run more of them: pip install no-such-package==1.2",
-    ):
-        assert lines.count(line) == 1
-
-
 # -------------------------------------------------------------------------------------- the report
 
 
