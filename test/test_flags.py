@@ -158,14 +158,11 @@ def without_torch(tmp_path):
         ("train.py --lr abc", "'abc' is not a number"),
         ("train.py --config_name smal", "choose from base, npu_1p, tiny, small"),
         ("train.py --fp16", "--amp auto|off|fp16|bf16"),
-        ("train.py --schedule_by hours", "since 0.4.0; schedules go by updates"),
         ("train.py", "--data_path is missing"),
         ("train.py --data_path x --layers 2", "there are only 2 layers"),
         ("train.py --data_path x --tokens_per_sample 600", "--max_source_positions 512"),
         ("eval.py --amp bf-16", "choose from auto, off"),
         ("eval.py --layer 3", "since 0.4.0; --features gives the last layer's"),
-        ("bench.py --sweep", "since 0.4.0"),
-        ("finetune.py --dicct x", "did you mean --dict?"),
         ("finetune.py --num_classes 3", "since 0.4.0"),
         ("convert.py --dicct x", "did you mean --dict?"),
         ("preprocess.py --destdir x --dest x --bpe none", "did you mean --dest?"),
@@ -238,9 +235,8 @@ def test_every_path_may_begin_with_a_tilde(monkeypatch):
     assert (args.dest, args.dict, args.train) == ("/home/me/d", "/home/me", ["/home/me/t", "u"])
 
 
-@pytest.mark.parametrize("name", ["train.py --data_path x", "eval.py", "finetune.py"])
-def test_a_missing_package_is_named_in_one_line(name):
-    command = [sys.executable, "-S", *name.split()]
+def test_a_missing_package_is_named_in_one_line():
+    command = [sys.executable, "-S", "train.py", "--data_path", "x"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "has no numpy: pip install -r requirements.txt" in result.stderr
@@ -298,16 +294,12 @@ def test_old_command_lines_work_as_they_are(line, expected):
         ("common.fp16=true", "common.fp16: .*--amp"),
         ("--restore-file x.pt", "--restore-file: .*--init_from"),
         ("checkpoint.reset_optimizer=true", "reset_optimizer: .*--init_from"),
-        ("checkpoint.reset_dataloader=true", "--reset_data_position"),
-        ("checkpoint.keep_last_epochs=3", "--keep_interval_updates"),
         ("--arch roberta_base", "only --arch=data2vec_text is built in"),
         ("optimizer=sgd", "only --optimizer=adam is built in"),
         ("--layerdrop 0.1", "--layerdrop=0.1 is not supported"),
-        ("model.layerdrop=x", "model.layerdrop=x is not supported"),
         ("model.transformer.decoder.layers=3", "model.transformer.decoder.layers"),
         ("--task.shorten_method=truncate", "shorten_method"),
         ("dataset.max_tokens=null", "max_tokens=null: give a value"),
-        ("--max-updates 5", "did you mean --max_update[?]"),
         ("--optimization.max_updates=5", "did you mean --max_update[?]"),
         ("ema.ema_decay=0.5", "ema.ema_decay: no option .*did you mean --ema_decay"),
         ("--optimization.lr x", "argument --lr: 'x' is not a number"),
@@ -390,8 +382,6 @@ LONG = "[" + "1, " * 500 + "1]"
         ("a: &a {b: *a}\n", "line [123]: an alias"),
         ("a: " + "[" * 100_000, "not YAML"),
         ("a: " + "9" * 5000 + "\n", "not YAML"),
-        ("a: 0x" + "f" * 5000 + "\n", "not a fairseq config"),
-        ("a: !!bool foo\n", "not YAML"),
         ("optimization: {lr: 1e999}\n", "lr inf: must be a finite number"),
         ("checkpoint: {save_dir: 'a\ud800'}\n".encode("utf-8", "surrogatepass"), "not UTF-8"),
         ('checkpoint: {save_dir: "a\\0"}\n', "holds a character that no path"),

@@ -1,7 +1,5 @@
 """--max_hours: a run that ends by the clock, and its resume."""
 
-import time
-
 import train
 from run.guard import Clock
 from test.helpers import call, compare_checkpoints, few, make_run, rows_of, speed_aside
@@ -53,22 +51,6 @@ def test_an_interrupted_run_continues_with_the_hours_that_it_had_used(
     assert "at update 4, epoch 1, after 30 minutes" in text
     compare_checkpoints(whole / "checkpoint_last.pt", parts / "checkpoint_last.pt")
     assert speed_aside(rows_of(whole)) == speed_aside(rows_of(parts))
-
-
-def test_a_run_ends_after_its_seconds_on_a_real_clock_and_more_hours_continue_it(
-    corpus_dir, tmp_path
-):
-    argv = few(corpus_dir, tmp_path, "--disable_validation")
-    began = time.monotonic()
-    call(train.main, *argv, "--max_hours", 1 / 3600)
-    assert 1 <= time.monotonic() - began < 30
-    rows = rows_of(tmp_path)
-    assert rows[-1]["hours"] >= 1 / 3600 and all(row["hours"] < 1 / 3600 for row in rows[:-1])
-    text = call(train.main, *argv, "--max_hours", 1 / 3600)
-    assert "to train on, raise --max_hours" in text and len(rows_of(tmp_path)) == len(rows)
-    call(train.main, *argv, "--max_hours", 1.5 / 3600)
-    more = rows_of(tmp_path)[len(rows) :]
-    assert more and more[0]["hours"] > rows[-1]["hours"] and more[-1]["hours"] >= 1.5 / 3600
 
 
 def test_a_worker_that_is_lost_while_the_clocks_are_compared_leaves_the_weights_as_they_were(

@@ -1,61 +1,12 @@
 """What a person sees who waits: bars on a terminal, lines elsewhere, how long it will take."""
 
-import fcntl
-import os
-import pty
 import re
-import struct
-import subprocess
-import sys
-import termios
 
 import config
-import eval as evaluation
 import train
-from test.helpers import HERE, call, few, make_run
+from test.helpers import call, few, make_run
 
 import pytest
-
-NUMBER = r"[\d,.]+(e-\d\d)?"
-
-
-def on_a_terminal(*command) -> list[str]:
-    """What the command draws on a terminal of 80 columns, drawing by drawing."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    words = [str(word) for word in command]
-    process = subprocess.Popen(words, stdout=theirs, stderr=theirs, stdin=theirs)
-    os.close(theirs)
-    seen = b""
-    try:
-        while part := os.read(ours, 65536):
-            seen += part
-    except OSError:  # its end, on Linux
-        pass
-    assert process.wait(60) == 0, seen.decode()
-    return re.split(r"[\r\n]+|\x1b\[\w", seen.decode())
-
-
-def test_on_80_columns_every_bar_fits_with_its_numbers_whole(corpus_dir, tmp_path):
-    argv = "--max_update 12 --probe_interval_updates 6 --lr 0.00012345".split()
-    drawn = on_a_terminal(sys.executable, HERE / "train.py", *few(corpus_dir, tmp_path, *argv))
-    bars = [text for text in drawn if "|" in text and "<" in text]
-    assert max(map(len, bars)) <= 80
-    last = [text for text in bars if text.startswith("12/12 |")][-1]
-    speed = rf"\d+:\d\d<\d+:\d\d, +{NUMBER}(update/s|s/update)"
-    assert re.search(rf"\| {speed}, loss \d+\.\d{{3}} lr \d\.\de-\d\d$", last)
-    names = {text.partition(":")[0] for text in bars if not text[0].isdigit()}
-    assert {"valid", "position guess", "probe, reading", "probe, fitting at most"} <= names
-
-
-def test_without_a_terminal_there_is_no_bar_and_no_table_is_wider_than_79_columns(
-    corpus_dir, tmp_path, capfd
-):
-    call(train.main, *few(corpus_dir, tmp_path, "--max_update", 2))
-    ckpt = ["--ckpt", tmp_path / "checkpoint_last.pt", "--device", "cpu"]
-    text = call(evaluation.main, *ckpt, "--probe", "--untrained")
-    assert capfd.readouterr().err == ""
-    assert max(map(len, text.splitlines()[1:])) <= 79  # the first has the path
 
 
 @pytest.mark.parametrize(
