@@ -8,6 +8,7 @@ them into a command line.
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import operator
 import os
@@ -18,6 +19,8 @@ from pathlib import Path
 
 if sys.version_info < (3, 10):
     sys.exit(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}")
+if not importlib.util.find_spec("fcntl"):
+    sys.exit("Linux or macOS is needed; on Windows, use its Linux (WSL)")
 
 VERSION = "0.4.0"  # docs/changelog.md begins with it
 
@@ -57,18 +60,25 @@ def read_text(path, errors: str = "strict", encoding: str = "utf-8") -> str:
         raise InputError(f"{path}: {e.strerror}") from None
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is Python's MemoryError or one of torch's kinds, some a plain RuntimeError."""
+    known = re.search("can(not|'t) allocate|out of memory", str(error), re.I)
+    return isinstance(error, MemoryError) or known is not None
+
+
 @contextlib.contextmanager
 def reading(what: str):
     """The door of every file: whatever reading it raises becomes one InputError after `what`.
 
     `what` begins with the file's name. torch, zipfile, json and the decompressors raise dozens of
-    kinds of errors for damaged files.
+    kinds of errors for damaged files. Memory that runs out is no fault of the file, and stays an
+    error of its own: a resume must not take an older checkpoint for it.
     """
     try:
         yield
-    except (InputError, RunError):
-        raise
     except Exception as e:
+        if isinstance(e, (InputError, RunError)) or is_out_of_memory(e):
+            raise
         why = str(getattr(e, "strerror", None) or e).strip() or type(e).__name__
         raise InputError(f"{what}: {why.splitlines()[0][:200]}") from None
 

@@ -37,7 +37,7 @@ from hardware.opening import open_device, worker
 from hardware.vectors import Separate
 from optim import Optimizer
 from run import checkpoint
-from run.guard import check_memory
+from run.guard import Signals, check_memory
 from run.lock import Lock
 from tasks import baselines, batches, predict, pretrained, report
 from tasks.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum, state_of
@@ -247,12 +247,12 @@ class Outlet:
         return is_best
 
 
-def tuning_loop(tuning: Tuning, task: Task, outlet: Outlet):
-    """Fine-tune to the end, with a validation after each epoch and after the last update."""
+def tuning_loop(tuning: Tuning, task: Task, outlet: Outlet, signals: Signals):
+    """Fine-tune to the end or a signal, with a validation after each epoch and the last update."""
     end, patience = tuning.end, tuning.cfg.patience
     waited = epoch = 0  # waited: validations since the best one
     bar = tqdm(total=end, desc=outlet.name, unit=" updates", disable=None, file=sys.stderr)
-    while tuning.num_updates < end and not 0 < patience <= waited:
+    while tuning.num_updates < end and not signals.stop and not 0 < patience <= waited:
         epoch += 1
         for groups in tuning.updates_of(epoch):
             row = tuning_step(tuning, groups)
@@ -262,7 +262,7 @@ def tuning_loop(tuning: Tuning, task: Task, outlet: Outlet):
             outlet.write(row | dict(epoch=epoch))
             bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
             bar.update()
-            if tuning.num_updates >= end:
+            if tuning.num_updates >= end or signals.stop:
                 break
 
         # the epoch, or the run, is over
@@ -274,7 +274,7 @@ def tuning_loop(tuning: Tuning, task: Task, outlet: Outlet):
     bar.close()
 
 
-def fine_tune(task: Task, job: Job, folder: Path) -> Result:
+def fine_tune(task: Task, job: Job, folder: Path, signals: Signals) -> Result:
     """One fine-tuning, which writes into `folder`."""
     folder.mkdir(exist_ok=True)
     outlet = Outlet(task, job, folder)
@@ -283,10 +283,10 @@ def fine_tune(task: Task, job: Job, folder: Path) -> Result:
         for decay, figures in baselines.probes(model.eval(), task.device, task.data, task.cfg):
             outlet.validation(figures, model, f"weight decay {decay:g}", decay=decay)
     else:
-        tuning_loop(Tuning(task, job, model), task, outlet)
+        tuning_loop(Tuning(task, job, model), task, outlet, signals)
     outlet.log.close()
     # the test split is scored once, by the best checkpoint
-    if task.data.test:
+    if task.data.test and not signals.stop:
         model.load_state_dict(state_of(checkpoint.load(outlet.path)))
         outlet.best |= validate(task, model, {"test": task.data.test})
     return Result(job, outlet.path, outlet.best)
@@ -330,10 +330,13 @@ def finetune(cfg: FinetuneConfig, device: Device) -> int:
 
         # fine-tune
         results = []
-        for job in jobs:
-            place = folder if len(jobs) == 1 else folder / job.folder
-            results.append(fine_tune(task, job, place))
-            report.keep_best(results, task.metric)
+        with Signals(device) as signals:
+            for job in jobs:
+                place = folder if len(jobs) == 1 else folder / job.folder
+                results.append(fine_tune(task, job, place, signals))
+                report.keep_best(results, task.metric)
+                if signals.stop:
+                    return 128 + signals.stop
         # report
         report.finish(results, bag, task.metric, folder)
     finally:

@@ -19,6 +19,7 @@
 #
 # If python3 has the packages, it is used as it is. Otherwise they are installed into .venv here,
 # and nowhere else. test/ holds the ModelZoo's names for full, performance and eval.
+[ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # sh run_1p.sh
 set -euo pipefail
 start=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -47,6 +48,7 @@ absolute() { # a relative path, or some joined by ':', starts at the caller's fo
     local part parts out=()
     IFS=: read -ra parts <<<"$1"
     for part in "${parts[@]}"; do
+        [[ $part != "~" && $part != "~/"* ]] || part=$HOME${part:1} # as in --save_dir=~/run
         [[ $part == /* ]] || part=$start/$part
         out+=("$part")
     done
@@ -66,7 +68,7 @@ while [ $# -gt 0 ]; do
         shift
         ;;
     -h | --help)
-        sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$here/run_1p.sh"
+        sed -n '2,/^\[/{/^#/s/^# \{0,1\}//p}' "$here/run_1p.sh"
         exit
         ;;
     *) flags+=("$1") ;;
@@ -208,8 +210,10 @@ train=$!
 tail -c +$((seen + 1)) -s 0.2 -f --pid=$train "$log" &
 # A terminal's Ctrl-C reaches train.py by itself; a signal to this script alone is passed on.
 trap : INT
-trap 'kill -TERM $train' TERM
-trap 'kill -USR1 $train' USR1
+for name in TERM HUP USR1; do
+    # shellcheck disable=SC2064
+    trap "kill -$name $train" $name
+done
 code=0
 wait $train || code=$?
 while kill -0 $train 2>/dev/null; do # wait returns at every signal
@@ -217,7 +221,7 @@ while kill -0 $train 2>/dev/null; do # wait returns at every signal
     wait $train || code=$?
 done
 wait
-trap - INT TERM USR1
+trap - INT TERM HUP USR1
 if [ -e "$save_dir/train.jsonl" ]; then
     # after 2 nothing was trained, so nothing was replaced
     [[ $starts_over = no || $code -eq 2 ]] || rm -f "$parts"

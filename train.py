@@ -35,7 +35,6 @@ import ema
 from data import Batch, Corpus, prefetch
 from formats.load import load
 from hardware.device import Device, use_all_cores
-from hardware.flops import update_flops
 from hardware.opening import check_world_size, open_device
 from hardware.vectors import LongVectors, Separate
 from judge.quality import Validation, verdict
@@ -133,7 +132,6 @@ class Update:
     last_batch: tuple | None  # (prediction, target) of the last batch; the log clears it
     lr: float
     ema_decay: float  # of the step that made this update's teacher
-    flops: float  # of this worker
 
 
 def update(run: Run, batches: list[Batch]) -> Update | None:
@@ -160,7 +158,6 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
         last_batch=last_batch,
         lr=lr,
         ema_decay=decay,
-        flops=update_flops(batches, run),
     )
 
 

@@ -79,6 +79,10 @@ OTHERS = {
         "amp bf16 fp16 memory_efficient_fp16": (False, "the precision is --amp auto|off|fp16|bf16"),
         "cpu": (False, "use --device cpu"),
         "fp16_init_scale": (128, "the loss scale begins at 128 and finds its own way"),
+        "fp16_scale_tolerance fp16_scale_window min_loss_scale threshold_loss_scale": (
+            ANY,
+            "the loss scale finds its own way",
+        ),
         "log_format wandb_project": (ANY, "see train.jsonl in --save_dir, or --tensorboard_logdir"),
         "user_dir": (ANY, "no code is loaded from there"),
     },
@@ -95,6 +99,7 @@ OTHERS = {
     },
     "distributed_training": {
         "ddp_backend find_unused_parameters": (ANY, "gradients are summed in one way only"),
+        "device_id": (ANY, "torchrun gives each worker its card"),
         "distributed_init_method distributed_no_spawn": (ANY, "torchrun connects the workers"),
         "distributed_port nprocs_per_node": (ANY, "torchrun starts the workers"),
     },

@@ -52,12 +52,6 @@ class Device:
         return {None: "off", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.amp]
 
     @property
-    def words(self) -> str:
-        """For a person."""
-        name = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}[self.type]
-        return f"this {name}" if self.world_size == 1 else f"these {self.world_size} {name}s"
-
-    @property
     def _module(self):
         return getattr(torch, self.type)  # torch.npu, torch.cuda, torch.cpu
 
@@ -239,11 +233,6 @@ class Device:
         values = torch.tensor(values)
         torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
         return values.tolist()
-
-    def is_out_of_memory(self, error: Exception) -> bool:
-        if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-            return True
-        return "out of memory" in str(error) or "can't allocate" in str(error)
 
     def lost_worker(self, error: Exception) -> str:
         """What to say if a collective failed because another worker is gone or silent, or ""."""

@@ -223,34 +223,12 @@ def check_archive(path):
     """
     with reading(f"{path}: damaged"), zipfile.ZipFile(path) as archive:
         records = archive.infolist()
-        if archive.start_dir != _directory_of(path):
-            raise ValueError("its directory is not where its end says")
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise ValueError("a compressed record, which torch never writes")
         if sum(record.file_size for record in records) > path.stat().st_size:
             raise ValueError("records larger than the file")
         if name := archive.testzip():
             raise ValueError(f"the record {name} does not fit its checksum")
-
-
-def _directory_of(path: Path) -> int:
-    """The byte where an archive's directory begins, by the archive's own end.
-
-    That is where torch reads it; zipfile reads what lies just before the end, so of two directories
-    each would see another one.
-    """
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 2**16 - 98))  # a comment, and the end in both forms
-        begin = file.tell()
-        tail = file.read()
-    end = tail.rindex(b"PK\5\6")
-    if tail[end - 20 : end - 16] != b"PK\6\7":
-        return int.from_bytes(tail[end + 16 : end + 20], "little")
-    # the end in 64 bits, and after it a pointer to it
-    larger = end - 76
-    if int.from_bytes(tail[end - 12 : end - 4], "little") != begin + larger:
-        return -1
-    return int.from_bytes(tail[larger + 48 : larger + 56], "little")
 
 
 # ----------------------------------------------------------------------------------- into a model

@@ -20,7 +20,7 @@ import re
 import shlex
 import signal
 import sys
-import textwrap
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 import config
@@ -34,6 +34,11 @@ OFTEN = (
     "data_path tokens_per_sample max_tokens layers embed_dim ema_decay device amp lr"
     " warmup_updates max_update max_hours update_freq save_dir"
 ).split()
+# What others call a flag of ours, where the names are not alike; the last five are fairseq's.
+MEANT = dict(learning_rate="lr", max_steps="max_update", warmup_steps="warmup_updates")
+MEANT |= dict(num_layers="layers", trainpref="train", validpref="valid", testpref="test")
+MEANT |= dict(destdir="dest", srcdict="dict")
+OPPOSITES = ("--no_", "--un")
 # Options that a program had until 0.3.0, and what to do instead.
 GONE = {
     "train.py": {
@@ -62,28 +67,11 @@ GONE = {
 # ------------------------------------------------------------------------------------- the parser
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Fills paragraphs to the width; an indented line, a command, breaks where it is too long."""
-
-    def _fill_text(self, text, width, indent):
-        lines = []
-        for line in re.sub(r"(?<=\S)\n(?=\S)", " ", text).splitlines():
-            start = re.match(" *", line)[0]
-            if start and len(line) > width:  # a command and, after some spaces, what it does
-                line = re.sub(r"(?<=\S) {2,}", f"\n{start}    ", line)
-            more = f"{start}    " if start else ""
-            for part in line.splitlines() or [""]:
-                wrapped = textwrap.wrap(part, width, subsequent_indent=more, break_on_hyphens=False)
-                lines += wrapped or [""]
-        return "\n".join(indent + line for line in lines)
-
-
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are InputErrors; each flag --a_b is --a-b, too."""
 
     def __init__(self, **options):
-        options.setdefault("formatter_class", lambda prog: Formatter(prog, max_help_position=30))
-        super().__init__(allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter, **options)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's takes -1e-3 for a flag
         self.add_argument("--version", action="version", version=f"data2vec-text {config.VERSION}")
 
@@ -110,6 +98,10 @@ class Parser(argparse.ArgumentParser):
             flags = [word for word in unknown if word.startswith("-")]
             word = (flags or unknown)[0].partition("=")[0]
             self.error(f"{word}: no option of that name here{self.hint(word)}")
+        # a shell leaves the ~ of --save_dir=~/run as it is
+        for name, value in vars(arguments).items():
+            at = [at_home(part) for part in value] if isinstance(value, list) else at_home(value)
+            setattr(arguments, name, at)
         return arguments
 
     def hint(self, word: str) -> str:
@@ -124,15 +116,21 @@ class Parser(argparse.ArgumentParser):
             for action in self._actions
             if not isinstance(action, fairseq_config.Answer)
             for name in action.option_strings
+            # --no_resume is the opposite of --resume, and --untrained of --pretrained
+            if name.startswith(OPPOSITES) == f"--{asked}".startswith(OPPOSITES)
         ]
-        initials = "".join(part[:1] for part in asked.split("_"))  # --learning_rate is --lr
-        near = difflib.get_close_matches(asked, names, 1, 0.7)
-        if initials in names and not near:
-            near = [initials]
+        near = difflib.get_close_matches(MEANT.get(asked, asked), names, 1, 0.77)
         return f"; did you mean --{near[0]}?" if near else ""
 
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def at_home(value):
+    """A path, or some joined by ':', with ~ as the user's folder."""
+    if not isinstance(value, str) or "~" not in value:
+        return value
+    return ":".join(os.path.expanduser(part) for part in value.split(":"))
 
 
 def make_parser(configs: list, doc: str, extra, everything: bool) -> Parser:
@@ -144,6 +142,7 @@ def make_parser(configs: list, doc: str, extra, everything: bool) -> Parser:
     parser.add_argument("--config_name", metavar="NAME", help="a preset, or a YAML's name")
     parser.add_argument("--config_dir", metavar="DIR", help="the folder of fairseq's YAML")
     switch = dict(nargs="?", const=True, type=config.boolean, metavar="yes|no")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--fairseq_exact", help="the released code bug for bug", **switch)
     # a group of --help for each class of settings
     titles = {kind: title_of(kind) for kind in configs}
@@ -244,6 +243,10 @@ def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: d
     # every flag has the default None: not given
     given = vars(parser.parse_args(fairseq_config.as_flags(argv, parser)))
     exact = given.pop("fairseq_exact")
+    # torchrun says it in the environment, python -m torch.distributed.launch here, too
+    local_rank = given.pop("local_rank")
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(max(0, local_rank)))
     # from the weakest source to the strongest
     values = starting_values(given.pop("config_dir"), given.pop("config_name"), fields)
     values.update(base or {})
@@ -310,6 +313,9 @@ def program(main):
     """
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # a terminal may have no character for a text, a class or a path
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     try:
         leave(main())
     except BrokenPipeError:  # `... | head`
@@ -321,14 +327,18 @@ def program(main):
         end(2, f"error: {e}")
     except RunError as e:
         end(1, f"stopped: {e}")
-    except (MemoryError, RuntimeError) as e:  # torch's own kind for a CPU is a plain RuntimeError
-        known = re.search("can't allocate memory|out of memory", str(e))
-        if not known and not isinstance(e, MemoryError):
+    except (MemoryError, RuntimeError) as e:
+        if not config.is_out_of_memory(e):
             raise
         end(1, f"stopped: out of memory: {str(e)[:300]}")
     except OSError as e:
         text = f"{e.filename}: {e.strerror or e}" if e.filename else f"{e.strerror or e}"
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # no mistake in the command
+        if e.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EIO,
+            errno.ENOMEM,
+        ):  # no mistake in the command
             end(1, f"stopped: {text}")
         end(2, f"error: {text}")
 

@@ -6,33 +6,34 @@ import os
 import signal
 import time
 
-from config import GuardConfig, InputError, ModelConfig, RunError
+from config import GuardConfig, InputError, ModelConfig, RunError, is_out_of_memory
 from hardware.device import LOWEST_LOSS_SCALE, Device
 
 ALIKE = 0.9  # always guessing the mean target has a higher cosine: half a collapse
 HALF_COLLAPSE = 3  # the variance of the targets fell to a third: a warning
+ECHO = 1.0  # seconds in which the same signal again is the same one
 UNHEALTHY_INTERVALS = 10  # log intervals in a row with a collapsed variance: the run stops
 
 
 class Signals:
-    """While in use: SIGTERM and SIGINT ask the run to stop after the current update, a second one
-    ends it at once; SIGUSR1 asks for a checkpoint.
+    """While in use: SIGTERM, SIGINT and SIGHUP (of a terminal that closes) ask the run to stop
+    after the current update, a second one ends it at once; SIGUSR1 asks for a checkpoint.
 
-    Under torchrun, repeats of a signal within a second are ignored: a scheduler's signal reaches a
-    worker twice, once directly and once from torchrun.
+    A SIGHUP that was ignored at the start, as under nohup, stays so.
     """
 
     def __init__(self, device: Device):
         self.device = device
-        self.echo = 1.0 if device.world_size > 1 else 0.0  # seconds
         self.stop = 0  # the signal's number, or 0
         self.save = 0
         self.stopped_at = 0.0
 
     def __enter__(self):
         # restored at the end, for whoever calls train() from a program of their own
-        handlers = {signal.SIGTERM: self._stop, signal.SIGINT: self._stop}
+        handlers = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self._stop)
         handlers[signal.SIGUSR1] = self._save
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            del handlers[signal.SIGHUP]
         self.before = {number: signal.signal(number, to) for number, to in handlers.items()}
         return self
 
@@ -48,18 +49,20 @@ class Signals:
         return stop, save, late
 
     def _stop(self, number, _):
-        if self.stop == number and time.monotonic() < self.stopped_at + self.echo:
+        # one signal may arrive twice: from a scheduler or a terminal, and from torchrun or
+        # run_1p.sh, which pass it on; a person who presses Ctrl-C twice means it
+        is_passed_on = number != signal.SIGINT or self.device.world_size > 1
+        is_recent = time.monotonic() < self.stopped_at + ECHO
+        if self.stop == number and is_passed_on and is_recent:
             return
         if self.stop:
             os._exit(128 + number)
         self.stop = number
         self.stopped_at = time.monotonic()
-        text = (
-            f"\n{signal.Signals(number).name}: finishing this update, then saving; again: exit at"
-        )
-        os.write(
-            2, f"{text} once\n".encode()
-        )  # not print: a signal may arrive in the middle of one
+        name = signal.Signals(number).name
+        text = f"\n{name}: finishing this update, then saving; again: exit at once\n"
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, text.encode())  # not print: a signal may arrive in the middle of one
 
     def _save(self, *_):
         self.save = 1
@@ -202,7 +205,7 @@ def explained_out_of_memory(device: Device, batches: list, number: int):
     try:
         yield
     except (RuntimeError, MemoryError) as e:
-        if not device.is_out_of_memory(e):
+        if not is_out_of_memory(e):
             raise
         # the shape says more than the device's message, which names one allocation
         shapes = ", ".join(f"{b.source.shape[0]} x {b.source.shape[1]}" for b in batches)

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,6 @@ from types import SimpleNamespace
 
 from config import printable, read_text
 from hardware.device import Device
-from hardware.flops import Matmuls
 from run.checkpoint import write_text
 from run.curves import TensorBoard
 from run.guard import Clock
@@ -88,15 +86,10 @@ class Log:
         self.bar = self.curves = None
         if tensorboard_logdir and device.rank == 0:
             self.curves = TensorBoard(tensorboard_logdir)
-        # what the model's speed is a share of
-        self.peak = 1.0  # FLOP/s
-        if device.rank == 0 and not device.asking_is_free:
-            self.peak = Matmuls(device).best
         self.began = time.perf_counter()
         self.is_torn = False  # whether the last row was written in part
         self.advice = "; if more follow, lower --lr or raise --warmup_updates"
         self.last_update = 0
-        self.is_speed_told = False
         self.reset()
 
     def open(self, num_updates: int, last_update: int):
@@ -202,31 +195,11 @@ class Log:
             wps=ntokens / seconds,
             wall=time.perf_counter() - self.began,
         )
-        if not self.device.asking_is_free:
-            row |= self.speed_of_accelerator(row["ups"])
         if self.clock.max_hours:
             row["hours"] = self.clock.hours
         self.row(row)
         self.reset()
-        if not self.is_speed_told:
-            self.tell_speed(last.number, seconds / n)
         return row
-
-    def speed_of_accelerator(self, ups: float) -> dict:
-        """Of this worker's: TFLOP/s of the model, and their share of what its matmuls reach."""
-        # updates from before a resume have no FLOPs
-        flops = statistics.mean(done.flops for done in self.done if hasattr(done, "flops"))
-        return dict(tflops=flops * ups / 1e12, mfu=flops * ups / self.peak)
-
-    def tell_speed(self, number: int, each: float):
-        """Say how long the rest of the run takes, if an update takes `each` seconds."""
-        self.is_speed_told = True
-        left = self.left(number, each)
-        if left <= 0:
-            return
-        flag = "max_hours" if left == self.clock.left else "max_update"
-        speed = f"{left / each:,.0f} updates at {each:.2g} s"
-        self.say(f"{speed}: {duration(left)} on {self.device.words}; see --{flag}")
 
     def left(self, number: int, each: float) -> float:
         """Seconds to the end of the run after this update, if an update takes `each`."""
@@ -320,7 +293,7 @@ class Log:
             else:
                 print(printable(text), flush=True)
         except OSError:  # the reader is gone, as `| tee` is after Ctrl-C
-            sys.stdout = Path(os.devnull).open("w")
+            sys.stdout = Path(os.devnull).open("w", errors="replace")
 
     def close(self):
         if self.bar is not None:

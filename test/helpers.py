@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -253,10 +254,10 @@ def wait_for(process, text: str):
     raise AssertionError(f"ended before {text!r}")
 
 
-def terminate_after(process, text: str):
+def terminate_after(process, text: str, number=signal.SIGTERM):
     try:
         wait_for(process, text)
-        process.terminate()
+        process.send_signal(number)
         process.communicate(timeout=60)
     finally:
         process.kill()

@@ -49,7 +49,7 @@ class Attempts:
         self.files, self.refused, self.other, self.slowest = 0, 0, [], (0.0, "")
 
     def __call__(self, what: str, read):
-        begin, printed = time.perf_counter(), io.StringIO()
+        begin, printed = time.process_time(), io.StringIO()
         self.files += 1
         try:
             with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -62,7 +62,7 @@ class Attempts:
             self.other.append(f"{what}: {type(e).__name__}: {e}"[:300])
         if "\x1b" in printed.getvalue():
             self.other.append(f"{what}: printed an escape sequence")
-        seconds = time.perf_counter() - begin
+        seconds = time.process_time() - begin
         self.slowest = max(self.slowest, (round(seconds, 3), what))
         if seconds > 20:
             self.other.append(f"{what}: took {seconds:.0f} s")

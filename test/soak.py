@@ -13,9 +13,6 @@ import json
 import os
 import random
 import re
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,29 +21,9 @@ import train
 from config import InputError
 from run import checkpoint, flags
 from test import mutations
-from text.binarized import EOS, write_dataset
-from text.files import json_rows
+from test.helpers import few, make_dataset, rows_of, start_training
 
-import numpy as np
-
-HERE = Path(__file__).parent.parent  # the project
-TINY = (
-    "--config_name tiny --device cpu --layers 2 --embed_dim 16 --ffn_embed_dim 32"
-    " --attention_heads 2 --average_top_k_layers 2 --tokens_per_sample 32 --max_tokens 256"
-    " --max_source_positions 64 --validate_interval_updates 0 --min_target_var 0 --min_pred_var 0"
-).split()
-
-
-def small_corpus(folder: Path) -> Path:
-    """200 sentences of random words in a folder, the same for training and validation."""
-    rng = np.random.default_rng(0)
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "valid"):
-        sentences = [[*rng.integers(4, 60, rng.integers(1, 40)), EOS] for _ in range(200)]
-        sentences[5::6] = [[EOS]] * len(sentences[5::6])
-        write_dataset(folder / split, sentences, 60)
-    (folder / "dict.txt").write_text("".join(f"w{i} 1\n" for i in range(56)))
-    return folder
+NO_GUARD = "--min_target_var=0 --min_pred_var=0".split()
 
 
 def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
@@ -54,16 +31,14 @@ def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
 
     After each kill, checkpoint_last.pt must load and be at most one update older than the log.
     """
-    corpus, save_dir = corpus or small_corpus(folder / "corpus"), folder / "killed"
-    flags = "--save_interval_updates 1 --keep_interval_updates 2 --disable_validation"
-    command = [sys.executable, HERE / "train.py", *TINY, *flags.split(), "--log_interval", "1"]
-    command += ["--max_update", "1000000", "--data_path", corpus, "--save_dir", save_dir]
+    corpus, save_dir = corpus or make_dataset(folder / "corpus")[0], folder / "killed"
+    argv = few(corpus, save_dir, "--max_update", 10**6, "--disable_validation", *NO_GUARD)
+    argv += "--save_interval_updates 1 --keep_interval_updates 2".split()
     rng = random.Random(0)
     lost = mid_save = reached = 0
     repeated = []
     for i in range(count):
-        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        process = subprocess.Popen(command, **streams)
+        process = start_training(*argv)
         for line in process.stdout:
             if updates_in(line) >= reached + 3:
                 break
@@ -74,22 +49,20 @@ def kills(count: int, folder: Path, corpus: Path | None = None) -> dict:
             while not list(save_dir.glob("*.tmp")) and time.monotonic() < deadline:
                 pass
         time.sleep(rng.random() * (0.002 if i % 2 else 0.05))
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         logged = updates_in(line + process.stdout.read())
         process.wait()
 
         mid_save += bool(list(save_dir.glob("*.tmp")))
         try:
             loaded = checkpoint.load(save_dir / "checkpoint_last.pt")
-        except InputError as e:
+        except InputError:
             lost += 1
-            print(f"kill {i}: {e}", file=sys.stderr)
             continue
         reached = loaded.content["progress"]["num_updates"]
         repeated.append(logged - reached)
         lost += repeated[-1] > 1  # an update is logged before it is saved
-    rows = json_rows(save_dir / "train.jsonl")
-    numbers = [row["num_updates"] for row in rows]
+    numbers = [row["num_updates"] for row in rows_of(save_dir)]
     return dict(
         kills=count,
         lost=lost,
@@ -107,24 +80,19 @@ def updates_in(text: str) -> int:
 
 def fuzz(count: int, folder: Path, seed: int = 0) -> dict:
     """Damage `count` files of each kind: each must load or raise a one-line InputError."""
-    corpus, save_dir = small_corpus(folder / "corpus"), folder / "run"
-    words = f"--data_path {corpus} --save_dir {save_dir} --max_update 3 --log_interval 1".split()
+    corpus, save_dir = make_dataset(folder / "corpus")[0], folder / "run"
     with contextlib.redirect_stdout(io.StringIO()):
-        train.main([*TINY, *words])
+        train.main(few(corpus, save_dir, "--max_update", 3))
     (folder / "files").mkdir()
     attempts = mutations.fuzz(count, folder / "files", corpus, save_dir, seed)
-    return dict(
-        files=attempts.files,
-        refused=attempts.refused,
-        other_errors=attempts.other,
-        slowest=attempts.slowest,
-    )
+    names = ("files", "refused", "other", "slowest")
+    return {name: getattr(attempts, name) for name in names}
 
 
 def memory(updates: int, folder: Path) -> dict:
     """Resident MiB of a run after a tenth of its updates and at its end, with many checkpoints."""
-    argv = [*TINY, "--data_path", small_corpus(folder / "corpus"), "--save_dir", folder / "run"]
-    argv += ["--max_update", updates, "--save_interval_updates", 100, "--log_interval", 50]
+    corpus, often = make_dataset(folder / "corpus")[0], ["--save_interval_updates", 100]
+    argv = few(corpus, folder / "run", "--max_update", updates, *often, *NO_GUARD)
     seen, update = {}, train.update
 
     def watched(run, batches):
@@ -136,7 +104,7 @@ def memory(updates: int, folder: Path) -> dict:
     train.update = watched
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            train.main([str(word) for word in argv])
+            train.main(argv)
     finally:
         train.update = update
     early, late = seen.values()
@@ -156,7 +124,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         figures = work(args.number or number, Path(folder))
     print(json.dumps(figures))
-    return 1 if figures.get("lost") or figures.get("other_errors") else 0
+    return 1 if figures.get("lost") or figures.get("other") else 0
 
 
 if __name__ == "__main__":

@@ -190,15 +190,6 @@ def test_a_resume_tries_checkpoints_from_the_most_updates_whatever_their_times(t
     assert found == ["last", "3_20", "best", "2_10", "1_5", "odd"]
 
 
-def test_older_checkpoints_than_those_to_keep_are_removed(tmp_path):
-    for number in (1, 2, 10):
-        names = ("checkpoint_last.pt", f"checkpoint_1_{number}.pt")
-        checkpoint.save(small_content(number), *(tmp_path / name for name in names))
-        checkpoint.prune(tmp_path, 1)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["checkpoint_1_10.pt", "checkpoint_last.pt"]
-
-
 def test_a_resumed_run_does_not_hold_the_file_that_it_came_from(
     saved, corpus_dir, tmp_path, monkeypatch
 ):

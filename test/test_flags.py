@@ -1,23 +1,21 @@
 """The command line: flags, presets, help, fairseq's spellings; one line for each mistake."""
 
 import dataclasses
+import os
 import re
 import shlex
 import subprocess
 import sys
 
 import config
-import convert
 import finetune
 import preprocess
 import train
 from config import DataConfig, DeviceConfig, InputError
 from formats import fairseq_config
 from hardware.opening import open_device
-from judge import plot
 from run import flags
 from test.helpers import FEW, HERE, call, program
-from text import reviews
 
 import pytest
 
@@ -149,7 +147,7 @@ def test_a_broken_worker_environment_is_one_line(monkeypatch, variables):
 def without_torch(tmp_path):
     """Runs a program where importing torch ends it with code 99."""
     (tmp_path / "torch.py").write_text("raise SystemExit(99)")
-    return lambda name, *argv: program(name, *argv, PYTHONPATH=tmp_path, COLUMNS="80")
+    return lambda name, *argv: program(name, *argv, PYTHONPATH=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -160,17 +158,14 @@ def without_torch(tmp_path):
         ("train.py --lr abc", "'abc' is not a number"),
         ("train.py --config_name smal", "choose from base, npu_1p, tiny, small"),
         ("train.py --fp16", "--amp auto|off|fp16|bf16"),
-        ("train.py --schedule_by hours", "since 0.4.0; schedules go by updates"),
         ("train.py", "--data_path is missing"),
         ("train.py --data_path x --layers 2", "there are only 2 layers"),
         ("train.py --data_path x --tokens_per_sample 600", "--max_source_positions 512"),
         ("eval.py --amp bf-16", "choose from auto, off"),
         ("eval.py --layer 3", "since 0.4.0; --features gives the last layer's"),
-        ("bench.py --sweep", "since 0.4.0"),
-        ("finetune.py --dicct x", "did you mean --dict?"),
         ("finetune.py --num_classes 3", "since 0.4.0"),
         ("convert.py --dicct x", "did you mean --dict?"),
-        ("preprocess.py --dicct x --dest x --bpe none", "did you mean --dict?"),
+        ("preprocess.py --destdir x --dest x --bpe none", "did you mean --dest?"),
         ("data.py --data_path x --seed x", "'x' is not a number"),
     ],
 )
@@ -182,41 +177,19 @@ def test_a_mistake_is_answered_in_one_line_before_torch_is_imported(without_torc
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "bench", "finetune", "convert", "preprocess"])
-def test_help_is_answered_before_torch_is_imported_and_fits_80_columns(without_torch, name):
-    for flag in ("--help", "--help_all")[: 1 if name == "preprocess" else 2]:
-        result = without_torch(f"{name}.py", flag)
-        assert result.returncode == 0 and not result.stderr
-        assert result.stdout.startswith(f"usage: {name}.py")
-        assert max(map(len, result.stdout.splitlines())) < 80
-
-
-@pytest.mark.parametrize("module", [convert, finetune, plot, preprocess, reviews])
-def test_the_help_of_every_program_fits_80_columns(module, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit, match="^0$"):
-        module.main(["--help"])
-    assert max(map(len, capsys.readouterr().out.splitlines())) < 80
+def test_help_is_answered_before_torch_is_imported(without_torch, name):
+    result = without_torch(f"{name}.py", "--help")
+    assert result.returncode == 0 and not result.stderr
+    assert result.stdout.startswith(f"usage: {name}.py")
 
 
 def test_help_shows_the_programs_flags_then_groups_then_presets(without_torch):
     text = without_torch("train.py", "--help").stdout
     at = 0
     for part in (
-        "\noptions:",
-        "--no_resume",
-        "--fairseq_exact",
-        "\ndata:",
-        "--data_path",
-        "\nmodel:",
-        "--layers",
-        "\nteacher:",
-        "\ndevice:",
-        "--amp",
-        "\ntraining:",
-        "--lr",
-        "\npresets",
-        "tiny: tokens_per_sample=128",
-    ):
+        "options: --no_resume --fairseq_exact data: --data_path model: --layers teacher: device:"
+        " --amp training: --lr presets tiny:"
+    ).split():
         at = text.index(part, at)
     everything = without_torch("train.py", "--help_all").stdout
     assert all(f"--{name}" in everything for name in fields())
@@ -229,15 +202,41 @@ def test_notes_on_ignored_options_are_printed_once(without_torch):
     assert result.returncode == 99 and not result.stderr
 
 
-def test_an_old_python_is_refused_in_one_line():
-    command = [sys.executable, "-c", "import sys; sys.version_info = (3, 9, 18); import config"]
+@pytest.mark.parametrize(
+    "change, needed",
+    [("version_info = (3, 9, 18)", "Python 3.10"), ("modules['fcntl'] = None", "Linux or macOS")],
+)
+def test_another_python_or_system_is_refused_in_one_line(change, needed):
+    command = [sys.executable, "-c", f"import sys; sys.{change}; import config"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    assert result.returncode == 1 and result.stderr.startswith("Python 3.10 or newer is needed")
+    assert result.returncode == 1 and result.stderr.startswith(needed)
+    assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["train.py --data_path x", "eval.py", "finetune.py"])
-def test_a_missing_package_is_named_in_one_line(name):
-    command = [sys.executable, "-S", *name.split()]
+@pytest.mark.parametrize("flag", ["--local-rank=1", "--local_rank=1", "--local-rank=-1"])
+@pytest.mark.parametrize("parts", [train.PARTS, finetune.PARTS])
+def test_the_rank_that_torchs_older_launcher_gives_counts_unless_torchrun_gave_one(
+    monkeypatch, flag, parts
+):
+    monkeypatch.setenv("LOCAL_RANK", "3")  # restored after the test
+    for before, rank in (("3", "3"), (None, "0" if "-1" in flag[12:] else "1")):
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        _, args = flags.parse(parts, "", [flag])
+        assert os.environ["LOCAL_RANK"] == rank and not vars(args)
+
+
+def test_every_path_may_begin_with_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = settings("--save_dir=~/run", "--data_path", "~/a:~/b:c~", "checkpoint.save_dir=x~")
+    assert (given["save_dir"], given["data_path"]) == ("x~", "/home/me/a:/home/me/b:c~")
+    assert settings("--save_dir=~/run")["save_dir"] == "/home/me/run"
+    args = preprocess.parse(["--dest=~/d", "--bpe=none", "--train", "~/t", "u", "--dict=~"])
+    assert (args.dest, args.dict, args.train) == ("/home/me/d", "/home/me", ["/home/me/t", "u"])
+
+
+def test_a_missing_package_is_named_in_one_line():
+    command = [sys.executable, "-S", "train.py", "--data_path", "x"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "has no numpy: pip install -r requirements.txt" in result.stderr
@@ -295,20 +294,20 @@ def test_old_command_lines_work_as_they_are(line, expected):
         ("common.fp16=true", "common.fp16: .*--amp"),
         ("--restore-file x.pt", "--restore-file: .*--init_from"),
         ("checkpoint.reset_optimizer=true", "reset_optimizer: .*--init_from"),
-        ("checkpoint.reset_dataloader=true", "--reset_data_position"),
-        ("checkpoint.keep_last_epochs=3", "--keep_interval_updates"),
         ("--arch roberta_base", "only --arch=data2vec_text is built in"),
         ("optimizer=sgd", "only --optimizer=adam is built in"),
         ("--layerdrop 0.1", "--layerdrop=0.1 is not supported"),
-        ("model.layerdrop=x", "model.layerdrop=x is not supported"),
         ("model.transformer.decoder.layers=3", "model.transformer.decoder.layers"),
         ("--task.shorten_method=truncate", "shorten_method"),
         ("dataset.max_tokens=null", "max_tokens=null: give a value"),
-        ("--max-updates 5", "did you mean --max_update[?]"),
         ("--optimization.max_updates=5", "did you mean --max_update[?]"),
         ("ema.ema_decay=0.5", "ema.ema_decay: no option .*did you mean --ema_decay"),
         ("--optimization.lr x", "argument --lr: 'x' is not a number"),
         ("generation.beam=5", "generation.beam: no option of that name here"),
+        ("--max_steps 5", "did you mean --max_update"),
+        ("--resume", r"here \("),  # not --no_resume
+        ("--pretrained x", r"here \("),  # not --untrained
+        ("--decoder_layers 1", r"here \("),  # not --head_layers
         (".", r"\.: no option .*--data_path"),
     ],
 )
@@ -318,9 +317,10 @@ def test_what_cannot_be_taken_is_answered_in_one_line(line, answer):
 
 
 def test_ignored_options_are_named(capsys):
-    settings("common.user_dir=x", "--ddp-backend", "c10d")
+    settings("common.user_dir=x", "--ddp-backend", "c10d", "--min-loss-scale", "1")
     printed = capsys.readouterr().err.splitlines()
-    assert [line.split("=")[0] for line in printed] == ["--common.user_dir", "--ddp-backend"]
+    names = ["--common.user_dir", "--ddp-backend", "--min-loss-scale"]
+    assert [line.split("=")[0] for line in printed] == names
 
 
 def test_the_world_size_of_an_old_command_line_must_be_torchruns(corpus_dir):
@@ -382,8 +382,6 @@ LONG = "[" + "1, " * 500 + "1]"
         ("a: &a {b: *a}\n", "line [123]: an alias"),
         ("a: " + "[" * 100_000, "not YAML"),
         ("a: " + "9" * 5000 + "\n", "not YAML"),
-        ("a: 0x" + "f" * 5000 + "\n", "not a fairseq config"),
-        ("a: !!bool foo\n", "not YAML"),
         ("optimization: {lr: 1e999}\n", "lr inf: must be a finite number"),
         ("checkpoint: {save_dir: 'a\ud800'}\n".encode("utf-8", "surrogatepass"), "not UTF-8"),
         ('checkpoint: {save_dir: "a\\0"}\n', "holds a character that no path"),

@@ -138,19 +138,16 @@ def test_the_probe_is_deterministic_and_its_untrained_model_is_the_start_of_trai
         assert f"{result[name]['cross_entropy']:.4f}" in text
 
 
-@pytest.mark.parametrize(
-    "split, places, message", [("valid", 0, "--probe_places 0"), ("train", 9, "--split")]
-)
-def test_the_probe_refuses_what_it_cannot_do(corpus_dir, split, places, message):
-    run, _ = make_run(corpus_dir)
-    with pytest.raises(InputError, match=message):
-        probe.Probe(run, Corpus(run.cfg.data), split, places)
-
-
-def test_the_probe_refuses_a_corpus_that_hides_nothing(tmp_path):
-    run, _ = make_run(make_dataset(tmp_path, [[UNK] * 20 + [EOS]] * 9)[0])
-    with pytest.raises(InputError, match="train hides no token"):
-        probe.Probe(run, Corpus(run.cfg.data), "valid", 100)
+def test_the_probe_refuses_what_it_cannot_do(corpus_dir, tmp_path):
+    hides_nothing = make_dataset(tmp_path, [[UNK] * 20 + [EOS]] * 9)[0]
+    for folder, split, places, message in (
+        (corpus_dir, "valid", 0, "--probe_places 0"),
+        (corpus_dir, "train", 9, "--split"),
+        (hides_nothing, "valid", 100, "train hides no token"),
+    ):
+        run, _ = make_run(folder)
+        with pytest.raises(InputError, match=message):
+            probe.Probe(run, Corpus(run.cfg.data), split, places)
 
 
 def test_the_probe_moves_no_float64_to_a_device(corpus_dir, monkeypatch):
@@ -295,20 +292,16 @@ def test_a_picture_shows_every_run_and_the_panels_that_any_run_has(finished, tmp
     assert head.startswith(b"\x89PNG") and int.from_bytes(head[16:20], "big") == 1200
 
 
-def test_odd_rows_names_and_links_do_not_spoil_a_picture(tmp_path, capsys):
+def test_odd_rows_and_names_do_not_spoil_a_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     odd = ["1e308", "-1e308", "1e999", "9" * 400, "9" * 5000, "[" * 100_000, '"5"', "true"]
     row = '{{"loss": {0}, "lr": {0}, "wps": {0}, "target_var": {0}, "num_updates": {1}}}'
     rows = [row.format(value, update) for value in odd for update in (1, value)]
     runs = [write_rows(tmp_path / name, *rows) for name in ("$\\frac{$ \x1b[2J_\n", "_b")]
-    (tmp_path / "mine").write_text("mine")
-    for name in ("x.svg", "x\x1b[2J.pdf"):
-        (tmp_path / f"{name}.tmp").symlink_to(tmp_path / "mine")
-        for count in (1, 2):
-            call(plot.main, *runs[:count], "--out", tmp_path / name)
-        assert (tmp_path / name).stat().st_size > 1000
-    assert "\\frac{$ \\x1b[2J_\\n" in (tmp_path / "x.svg").read_text()
-    assert (tmp_path / "mine").read_text() == "mine"
+    out = tmp_path / "x\x1b[2J.svg"
+    for count in (1, 2):
+        call(plot.main, *runs[:count], "--out", out)
+    assert "\\frac{$ \\x1b[2J_\\n" in out.read_text()
     assert "\x1b" not in capsys.readouterr().out
 
 

@@ -2,16 +2,21 @@
 
 import contextlib
 import errno
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
 
+import convert
 import eval as evaluation
+import finetune
+import preprocess
 import train
 from config import InputError
-from run import checkpoint, flags
+from judge import plot
+from run import checkpoint, describe, flags
 from run.log import Log
 from test.helpers import CPU, FEW, HERE, call, few, rows_of, wait_for
 from text import demo
@@ -82,6 +87,40 @@ def ended(capsys, main) -> tuple[int, str]:
     with pytest.raises(SystemExit) as end:
         flags.program(main)
     return end.value.code, capsys.readouterr().err
+
+
+def test_output_that_is_not_utf_8_gets_escapes_and_ends_no_program(tmp_path, monkeypatch):
+    folder = tmp_path / "文"
+    folder.mkdir()
+    for split, count in (("train", 60), ("valid", 20)):
+        rows = [f"文 字{i % 7} b{i % 3}\t{'好坏'[i % 2]}\n" for i in range(count)]
+        (folder / f"{split}.tsv").write_text("text\tlabel\n" + "".join(rows), encoding="utf-8")
+    (folder / "lines").write_text("文 字1\n", encoding="utf-8")
+    run, tuned = folder / "run", folder / "tuned"
+    texts = [f"--{split}={folder}/{split}.tsv" for split in ("train", "valid")]
+    last, best = run / "checkpoint_last.pt", tuned / "checkpoint_best.pt"
+    tuning = ["--text=text", "--label=label", "--max_epoch=1", "--device=cpu", *texts]
+    for module, *argv in (
+        (preprocess, *texts, "--dest", folder, "--bpe=none"),
+        (describe, "--data_path", folder),
+        (train, *few(folder, run, "--max_update", 2)),
+        (evaluation, *CKPT, last),
+        (finetune, "--ckpt", last, "--save_dir", tuned, *tuning),
+        (finetune, *CKPT, best, "--predict", folder / "lines"),
+        (convert, "--ckpt", last, "--to", "fairseq", folder / "x.pt"),
+        (plot, run, "--out", folder / "x.svg"),
+    ):
+        if module is plot:
+            pytest.importorskip("matplotlib")
+        streams = [io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict") for _ in range(2)]
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
+            patch.setattr(sys, "stdout", streams[0])
+            patch.setattr(sys, "stderr", streams[1])
+            flags.program(module.main)
+        out, errors = (stream.buffer.getvalue() for stream in streams if not stream.flush())
+        assert end.value.code == 0, (argv, errors)
+        assert b"\\u" in out, (argv, out)
 
 
 def test_an_interruption_and_a_full_disk_are_one_line_with_the_file(capsys, monkeypatch, tmp_path):

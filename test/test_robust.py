@@ -1,4 +1,4 @@
-"""Nothing is lost: kills, full disks, signals, numbers that are not finite.
+"""Nothing is lost: kills, full disks, numbers that are not finite.
 
 The long versions are in test/soak.py.
 """
@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import os
 import shutil
-import signal
 import threading
 import types
 
@@ -15,18 +14,7 @@ import train
 from config import GuardConfig, InputError, RunError
 from run import checkpoint, guard, saves
 from test import soak
-from test.helpers import (
-    CPU,
-    call,
-    compare_checkpoints,
-    few,
-    make_run,
-    progress_of,
-    rows_of,
-    speed_aside,
-    start_training,
-    wait_for,
-)
+from test.helpers import CPU, call, few, make_run, progress_of, rows_of
 
 import numpy as np
 import pytest
@@ -77,65 +65,6 @@ def test_a_killed_run_always_leaves_a_checkpoint_that_loads(corpus_dir, tmp_path
     figures = soak.kills(3, tmp_path, corpus_dir)
     assert figures["kills"] == 3 and figures["lost"] == 0
     assert figures["most_updates_repeated"] <= 1  # the one that was being saved
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_update_and_saves_and_the_run_continues_bit_for_bit(
-    monkeypatch, corpus_dir, tmp_path, number
-):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    argv = ["--max_update", 30, "--dropout", 0.1]
-    call(train.main, *few(corpus_dir, whole, *argv))
-    before_updates(monkeypatch, lambda n: n in (3, 21) and os.kill(os.getpid(), number))
-    before = signal.getsignal(number)
-    for update in (3, 21):
-        assert train.main(few(corpus_dir, parts, *argv)) == 128 + number
-        assert progress_of(parts)["num_updates"] == update
-        assert signal.getsignal(number) is before
-    assert train.main(few(corpus_dir, parts, *argv)) == 0
-    compare_checkpoints(whole / "checkpoint_last.pt", parts / "checkpoint_last.pt")
-    assert speed_aside(rows_of(whole)) == speed_aside(rows_of(parts))
-
-
-def test_sigusr1_saves_and_the_run_continues(monkeypatch, corpus_dir, tmp_path, saves_seen):
-    before_updates(monkeypatch, lambda n: n == 2 and os.kill(os.getpid(), signal.SIGUSR1))
-    assert train.main(few(corpus_dir, tmp_path, "--max_update", 4)) == 0
-    assert [update for update, _ in saves_seen] == [2, 4]
-
-
-def test_the_echo_of_a_signal_under_torchrun_is_ignored_and_one_workers_counts_for_all(monkeypatch):
-    device = dataclasses.replace(CPU, world_size=2)
-    with guard.Signals(device) as signals:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-        other = [0, 0, 1]  # another worker's clock asks for a save
-        most = lambda self, values: [max(pair) for pair in zip(values, other)]  # noqa: E731
-        monkeypatch.setattr(type(device), "agree", most)
-        assert signals.agreed() == (signal.SIGTERM, 0, 1)
-
-
-def test_a_run_continues_when_nobody_reads_its_output(corpus_dir, tmp_path):
-    process = start_training(*few(corpus_dir, tmp_path, "--max_update", 60))
-    wait_for(process, "update 2 ")
-    process.stdout.close()
-    assert process.wait(60) == 0 and progress_of(tmp_path)["num_updates"] == 60
-
-
-def test_a_second_signal_ends_at_once_and_a_second_run_is_refused(corpus_dir, tmp_path):
-    process = start_training(*few(corpus_dir, tmp_path, "--max_update", 100000))
-    try:
-        wait_for(process, "update 2 ")
-        with pytest.raises(InputError, match=rf"in use by process {process.pid} on"):
-            train.main(few(corpus_dir, tmp_path, "--max_update", 1))
-        # both signals arrive while it cannot act on the first
-        for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
-            os.kill(process.pid, number)
-        assert process.wait(20) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
-    finally:
-        process.kill()
-        process.stdout.close()
-    # the lock ended with its process
-    call(train.main, *few(corpus_dir, tmp_path, "--max_update", 1, "--no_resume", "--overwrite"))
 
 
 def test_the_clock_saves_the_last_checkpoint_alone(monkeypatch, corpus_dir, tmp_path, saves_seen):
@@ -237,14 +166,6 @@ def test_too_many_skipped_updates_in_a_row_save_and_stop(monkeypatch, corpus_dir
     with pytest.raises(RunError, match="--max_skipped 5.*saved update 8"):
         train.main(few(corpus_dir, tmp_path, *argv))
     assert progress_of(tmp_path)["num_updates"] == 8
-
-
-def test_an_exploding_run_stops_and_keeps_the_last_good_checkpoint(corpus_dir, tmp_path):
-    argv = "--max_update 300 --lr 1e36 --warmup_updates 0 --max_skipped 3 --clip_norm 0"
-    with pytest.raises(RunError, match="the last checkpoint stays|saved update"):
-        train.main(few(corpus_dir, tmp_path, *argv.split(), "--save_interval_updates", 1))
-    good = checkpoint.load(tmp_path / "checkpoint_last.pt")
-    assert all(t.isfinite().all() for t in good.student.values())
 
 
 def test_a_collapse_warns_and_after_ten_intervals_stops_with_a_checkpoint(

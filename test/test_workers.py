@@ -4,6 +4,7 @@ changes."""
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -75,13 +76,14 @@ def test_an_error_in_one_worker_ends_all_within_seconds(corpus_dir, tmp_path):
     assert re.search(r"^train\.py: error: .*token id 999", result.stderr, re.M)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_sigterm_to_torchrun_stops_all_workers_at_the_same_update_with_a_checkpoint(
-    corpus_dir, tmp_path
+    corpus_dir, tmp_path, number
 ):
     command = torchrun_command(2, *few(corpus_dir, tmp_path, "--max_update", 100000))
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **streams)
-    terminate_after(process, "update 3 ")
+    terminate_after(process, "update 3 ", number)
     assert progress_of(tmp_path)["num_updates"] == rows_of(tmp_path)[-1]["num_updates"] >= 3
 
 

@@ -1,2 +1,2 @@
 #!/usr/bin/env bash
-exec bash "$(dirname "${BASH_SOURCE[0]}")/../run_1p.sh" eval "$@"
+exec bash "$(dirname "$0")/../run_1p.sh" eval "$@"
