@@ -35,6 +35,26 @@ FOREIGN = "weights of other programs are for --init_from"
 COUNTED = re.compile(r"checkpoint_\d+_(\d+)\.pt")  # checkpoint_{epoch}_{updates}.pt
 
 
+def _rebuild_npu_tensor(storage, offset, size, stride, requires_grad, hooks, *layout):
+    """A tensor that torch_npu's pickles call so, by torch's function; its layout on an NPU is left.
+
+    The storage holds the plain values, as on the host.
+    """
+    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)
+
+
+class Format(int):
+    """torch_npu's name of such a layout."""
+
+
+# Pickles know both by these names. torch before 2.4 has no list of what else may be loaded.
+_rebuild_npu_tensor.__module__ = "torch_npu.utils.storage"
+Format.__module__ = "torch_npu.npu._format"
+NPU = [_rebuild_npu_tensor, Format]
+if hasattr(torch.serialization, "add_safe_globals"):
+    torch.serialization.add_safe_globals(NPU)
+
+
 @dataclass
 class Loaded:
     """A checkpoint in memory."""
@@ -179,8 +199,10 @@ def load_plain(path, mmap: bool):
     """torch.load of tensors and plain Python values; mmap: tensors are the file itself, mapped."""
     try:
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError:  # torch's text is a page of advice
-        raise pickle.UnpicklingError(f"damaged, or with objects of classes; {FOREIGN}") from None
+    except pickle.UnpicklingError as e:  # torch's text is a page of advice
+        name = re.search(r"GLOBAL (\S+)", str(e))
+        what = f"holds a {name[1][:100]}, which is not loaded" if name else "damaged"
+        raise pickle.UnpicklingError(f"{what}; {FOREIGN}") from None
 
 
 def read(path, load=load_plain) -> dict:
@@ -259,7 +281,9 @@ def _directory_of(path: Path) -> int:
 def _check_tensor(tensor, shape, what: str, path):
     """Raise InputError unless it is an ordinary tensor of floats, of this shape."""
     if not is_ordinary(tensor):
-        raise InputError(f"{path}: {what} is not an ordinary tensor of floating-point numbers")
+        kind = f" but a {type(tensor).__name__}" if not isinstance(tensor, torch.Tensor) else ""
+        what += f" is not an ordinary tensor of floating-point numbers{kind}"
+        raise InputError(f"{path}: {what}")
     if tensor.shape != shape:
         sizes = f"{tuple(tensor.shape)}, this model's is {tuple(shape)}"
         raise InputError(f"{path}: {what} is {sizes}; another architecture or dictionary")

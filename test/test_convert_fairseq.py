@@ -12,8 +12,17 @@ import convert
 import train
 from config import InputError
 from formats import fairseq_config, fairseq_names, fairseq_state
+from formats.load import load
 from run import checkpoint
-from test.converting import content_of, random_file, run, same, saved, shape_flags  # noqa: F401
+from test.converting import (  # noqa: F401
+    content_of,
+    random_file,
+    run,
+    same,
+    save_of_npu,
+    saved,
+    shape_flags,
+)
 from test.helpers import (
     GOLDEN,
     SMALL,
@@ -201,6 +210,50 @@ def test_files_of_older_fairseq_releases_are_read_with_their_settings(
     source = checkpoint.load(saved / "checkpoint_last.pt")
     assert same(loaded.student, dict(source.student)) and same(loaded.teacher, dict(source.teacher))
     assert {k: loaded.config[k] for k in SMALL} == {**SMALL, "dropout": 0.25}
+
+
+@pytest.mark.parametrize("layout", [2, True, "ND"])
+@pytest.mark.parametrize("kind", ["native", "fairseq", "old", "hf"])
+def test_files_with_tensors_of_an_npu_are_what_they_are_on_the_host(
+    tmp_path, saved, kind, layout, monkeypatch
+):
+    source = tmp_path / "source"
+    run(saved / "checkpoint_last.pt", "fairseq" if kind == "old" else kind, source)
+    expected = load(source)
+    content, path = expected.content, tmp_path / "x.pt"
+    if kind == "hf":
+        (source / "model.safetensors").unlink()
+        path = source / "pytorch_model.bin"
+    if kind == "old":
+        content["args"] = argparse.Namespace()
+    save_of_npu(content, path, layout, monkeypatch)
+    source = source if kind == "hf" else path
+    for _ in ("with torch_npu", "without it"):
+        assert same(load(source).student, expected.student)
+        if kind == "native":
+            assert same(checkpoint.load(path).content["optimizer"], content["optimizer"])
+        monkeypatch.undo()
+
+
+WEIGHT = "encoder.sentence_encoder.layers.0.{}.weight"
+
+
+@pytest.mark.parametrize(
+    "place", ["", "model", "cfg", WEIGHT.format("fc1"), WEIGHT.format("self_attn.k_proj")]
+)
+def test_an_object_without_which_a_file_cannot_be_read_is_named_by_its_class(
+    tmp_path, saved, place
+):
+    def change(content):
+        (content["model"] if "." in place else content)[place] = Payload(tmp_path / "ran")
+
+    fairseq_file(saved / "checkpoint_last.pt", tmp_path / "x.pt", change)
+    if not place:  # the file is the object
+        torch.save(Payload(tmp_path / "ran"), tmp_path / "x.pt")
+    for read in (load, checkpoint.load):  # os.system is called
+        with pytest.raises(InputError, match=r"x\.pt: .*system\b"):
+            read(tmp_path / "x.pt")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_bare_state_dicts_take_their_shape_from_flags(tmp_path, random_file):
