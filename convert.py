@@ -37,7 +37,7 @@ if __name__ == "__main__":
 
 
 from config import PARTS, InputError, ModelConfig, printable, reading
-from formats import card, fairseq_state, hf
+from formats import card, fairseq_state, hf, hf_tokenizer
 from formats.load import load
 from model import Data2VecText
 from run import checkpoint
@@ -81,7 +81,7 @@ def to_hf(source: Source, out: Path) -> list[str]:
         unknown = 0
         if has_tokenizer:
             longest = source.flat["tokens_per_sample"]
-            unknown = hf.write_tokenizer(folder, dictionary, source.bpe, longest, bool(head))
+            unknown = hf_tokenizer.write(folder, dictionary, source.bpe, longest, bool(head))
         task = hf.Task()
         if "classifier" in content:  # of finetune.py
             with reading(f"{source.path}: damaged: its classifier"):

@@ -9,7 +9,6 @@ checkpoint a ...ForSequenceClassification. Weights are copied exactly (float16 b
 
 import dataclasses
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +18,7 @@ from formats.fairseq_names import merge_qkv, split_qkv
 from model import LAYER_NORM_EPS, PAD
 from run import checkpoint
 from run.checkpoint import Loaded
-from text.binarized import BOS, EOS, SPECIAL, UNK, Dictionary
-from text.tokens import read_bpe_files
+from text.binarized import UNK
 
 import torch
 import torch.nn.functional as F
@@ -289,93 +287,3 @@ def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int, task: Tas
     (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
     # transformers refuses a file whose metadata do not say 'pt'
     (folder / SAFE).write_bytes(_safetensors().save(tensors, {"format": "pt"}))
-
-
-# -------------------------------------------------------------------------------------- tokenizer
-
-# str.strip's; the tokenizers package knows four fewer
-SPACES = "".join(filter(str.isspace, map(chr, range(0x3001))))
-BYTE_LEVEL = dict(add_prefix_space=False, trim_offsets=True)
-
-
-def write_tokenizer(folder: Path, dictionary: Dictionary, bpe, longest: int, fills_masks: bool):
-    """Write the files from which AutoTokenizer makes `<s> ... </s>` in this dictionary's ids.
-
-    As in training, outer white space is removed first. bpe: encoder.json and vocab.bpe, or None
-    twice for words; longest: the most tokens of a text; fills_masks: `<mask>` and the other special
-    tokens may be typed, for the fill-mask pipeline; otherwise they are text like any other, as in
-    training. Returns how many ids the tokenizer has after the dictionary's: those of tokens that
-    are <unk> to the model.
-    """
-    normalizers = [_replace(f"\\A[{SPACES}]+|[{SPACES}]+\\z", "")]
-    if bpe[0]:
-        model, lacking = _bpe(dictionary, *bpe)
-        cut = decoder = dict(type="ByteLevel", use_regex=True, **BYTE_LEVEL)
-        # what slow tokenizers and finetune.py read
-        vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
-        (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
-        shutil.copyfile(bpe[1], folder / "merges.txt")
-    else:
-        model, lacking = {"type": "WordLevel", "vocab": dictionary.ids, "unk_token": "<unk>"}, 0
-        pattern = {"Regex": f"[{SPACES}]+"}
-        cut = dict(type="Split", pattern=pattern, behavior="Removed", invert=False)
-        decoder = None
-        if not fills_masks:  # the word <mask> is unknown in training
-            word = f"(?<![^{SPACES}])<mask>(?![^{SPACES}])"
-            normalizers.append(_replace(word, "<unk>"))
-    # normalized: they are looked for in the normalized text; else each piece between two of them
-    # would be stripped
-    flags = dict(single_word=False, rstrip=False, normalized=True, special=True)
-    added = [
-        dict(id=dictionary.ids[s], content=s, lstrip=s == "<mask>", **flags)
-        for s in (*SPECIAL, "<mask>")
-    ]
-    ends = dict(sep=("</s>", EOS), cls=("<s>", BOS))
-    tokenizer = dict(
-        version="1.0",
-        truncation=None,
-        padding=None,
-        added_tokens=sorted(added, key=lambda token: token["id"]),
-        normalizer=dict(type="Sequence", normalizers=normalizers),
-        pre_tokenizer=cut,
-        post_processor=dict(type="RobertaProcessing", **ends, **BYTE_LEVEL),
-        decoder=decoder,
-        model=model,
-    )
-    text = json.dumps(tokenizer, ensure_ascii=False)
-    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    _write_tokenizer_config(folder, longest, fills_masks, flags)
-    return lacking
-
-
-def _write_tokenizer_config(folder: Path, longest: int, fills_masks: bool, flags: dict):
-    special = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), SPECIAL))
-    settings = dict(
-        tokenizer_class="PreTrainedTokenizerFast",
-        **special,
-        cls_token=special["bos_token"],
-        sep_token=special["eos_token"],
-        # lstrip: without it transformers 5 makes a token of the blank before <mask>
-        mask_token={"__type": "AddedToken", "content": "<mask>", **flags, "lstrip": True},
-        split_special_tokens=not fills_masks,
-        model_max_length=longest,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-    text = json.dumps(settings, indent=2) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-
-
-def _replace(regex: str, content: str) -> dict:
-    return dict(type="Replace", pattern={"Regex": regex}, content=content)
-
-
-def _bpe(dictionary: Dictionary, encoder_json: Path, vocab_bpe: Path) -> tuple[dict, int]:
-    """The BPE for tokenizer.json, and how many of its tokens the dictionary lacks."""
-    vocab, merges = read_bpe_files(encoder_json, vocab_bpe)
-    tokens = {str(number): token for token, number in vocab.items()}
-    vocabulary = {tokens.get(symbol, symbol): i for symbol, i in dictionary.ids.items()}
-    # fairseq turns a token that its dictionary lacks into <unk>; here each gets an id of its own
-    lacking = [token for token in tokens.values() if token not in vocabulary]
-    vocabulary.update((token, i) for i, token in enumerate(lacking, len(dictionary)))
-    rows = [" ".join(merge) for merge in merges]
-    return dict(type="BPE", vocab=vocabulary, merges=rows), len(lacking)

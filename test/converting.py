@@ -2,6 +2,7 @@
 
 import collections
 import enum
+import json
 import sys
 import types
 
@@ -9,6 +10,7 @@ import convert
 import train
 from run import checkpoint
 from test.helpers import SMALL, call, few, random_encoder
+from text.binarized import Dictionary
 
 import pytest
 import torch
@@ -51,6 +53,17 @@ def random_file(tmp_path, saved, request):
 both_norms = pytest.mark.parametrize(
     "random_file", [False, True], indirect=True, ids=["post-norm", "pre-norm"]
 )
+
+
+def write_bpe(folder) -> Dictionary:
+    """Write encoder.json, vocab.bpe, and a dict.txt that lacks three of the BPE's tokens."""
+    alphabet = sorted(pytest.importorskip("tokenizers").pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, "th", "the", "\u0120the"]
+    (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "vocab.bpe").write_text("#version: 0.2\nt h\nth e\n\u0120 the\n")
+    known = [i for i, token in enumerate(tokens) if token not in ("th", "q", "z")]
+    (folder / "dict.txt").write_text("".join(f"{i} 1\n" for i in reversed(known)))
+    return Dictionary(folder / "dict.txt")
 
 
 def run(source, kind, out, *argv):

@@ -10,9 +10,9 @@ import sys
 import eval as evaluation
 import train
 from config import InputError
-from formats import fairseq_names, hf
+from formats import fairseq_names, hf_tokenizer
 from run import checkpoint
-from test.converting import WORDS, both_norms, random_file, run, same, saved, shape_flags  # noqa
+from test.converting import WORDS, both_norms, random_file, run, same, saved, shape_flags, write_bpe  # noqa
 from test.helpers import (
     GOLDEN,
     SMALL,
@@ -76,7 +76,7 @@ def test_transformers_tokenizer_gives_fairseqs_ids_for_byte_level_bpe(
     lines = (GOLDEN / "corpora" / "raw" / "wiki.valid.raw").read_text("utf-8").split("\n")
     rows = TokenStream(folder, "valid")
     bpe_files = [bpe / "encoder.json", bpe / "vocab.bpe"]
-    hf.write_tokenizer(tmp_path, dictionary, bpe_files, 512, fills_masks)
+    hf_tokenizer.write(tmp_path, dictionary, bpe_files, 512, fills_masks)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     checked = 0
     for i in range(900):
@@ -148,17 +148,6 @@ def test_transformers_tokenizer_gives_the_dictionarys_ids_for_words(
     assert tokenizer.mask_token_id == len(symbols) - 1
     pair = [symbols[5], symbols[5] + " " + symbols[6]]
     assert tokenizer(pair, padding=True)["input_ids"][0][-1] == PAD
-
-
-def write_bpe(folder) -> Dictionary:
-    """Write encoder.json, vocab.bpe, and a dict.txt that lacks three of the BPE's tokens."""
-    alphabet = sorted(pytest.importorskip("tokenizers").pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, "th", "the", "\u0120the"]
-    (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "vocab.bpe").write_text("#version: 0.2\nt h\nth e\n\u0120 the\n")
-    known = [i for i, token in enumerate(tokens) if token not in ("th", "q", "z")]
-    (folder / "dict.txt").write_text("".join(f"{i} 1\n" for i in reversed(known)))
-    return Dictionary(folder / "dict.txt")
 
 
 def test_tokens_of_the_bpe_that_the_dictionary_lacks_are_unk_to_the_model(tmp_path, transformers):
