@@ -42,7 +42,7 @@ from formats.load import load
 from model import Data2VecText
 from run import checkpoint
 from run.checkpoint import Loaded
-from text.binarized import SPECIAL, Dictionary
+from text.binarized import SPECIAL, UNK, Dictionary
 from text.tokens import find_text_files
 from train import lr_at
 
@@ -224,7 +224,15 @@ def left_out(loaded: Loaded) -> list[str]:
         names = [name for name in names if not name.startswith(hf.KNOWN)]
     else:
         names = [name for name in names if not re.match(fairseq_state.KNOWN, name)]
-    return sorted({".".join(name.split(".")[:2]) for name in names})
+    names = sorted({".".join(name.split(".")[:2]) for name in names})
+    if loaded.kind == "hf":
+        # our own rows after the dictionary's are copies of that of <unk>
+        rows = loaded.content[hf.TOKENS]
+        size = len(loaded.student["encoder.embed_tokens.weight"])
+        more = (rows[size:] != rows[UNK]).any(1).sum()
+        if more:
+            names.append(f"{more} tokens that were added in transformers")
+    return names
 
 
 def read(args, path: Path) -> Loaded:

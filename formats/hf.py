@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import DataConfig, InputError, ModelConfig, read_text, reading
+from config import DataConfig, InputError, ModelConfig, read_text, reading, refuse_pointer
 from formats import fairseq_config, fairseq_files
 from formats.fairseq_names import merge_qkv, split_qkv
 from model import LAYER_NORM_EPS, PAD
@@ -157,6 +157,7 @@ def _weights(folder: Path) -> dict:
     if (folder / SAFE).is_file():
         package = _safetensors()
         with reading(f"{folder / SAFE}: not a complete safetensors file"):
+            refuse_pointer(folder / SAFE)
             return package.load_file(folder / SAFE)
     if (folder / PICKLED).is_file():
         return checkpoint.read(folder / PICKLED, fairseq_files.load)

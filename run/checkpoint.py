@@ -21,7 +21,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError, reading
+from config import InputError, reading, refuse_pointer
 
 import torch
 
@@ -220,6 +220,7 @@ def read(path, load=load_plain) -> dict:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
     with reading(f"{path}: cannot be read as a checkpoint"):
+        refuse_pointer(path)
         with open(path, "rb") as file:
             start = file.read(4)
         # torch before 2.6 would unpack a tar

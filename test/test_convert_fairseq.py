@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import pickle
 import sys
 import types
@@ -10,7 +11,8 @@ from pathlib import Path
 import config
 import convert
 import train
-from config import InputError
+from config import DataConfig, InputError
+from data import Corpus
 from formats import fairseq_config, fairseq_names, fairseq_state
 from formats.load import load
 from run import checkpoint
@@ -31,6 +33,7 @@ from test.helpers import (
     compare_checkpoints,
     few,
     golden,
+    make_dataset,
     random_encoder,
 )
 
@@ -350,3 +353,18 @@ def test_of_many_entries_that_are_not_taken_over_some_are_named(tmp_path, saved)
     torch.save(content, tmp_path / "x.pt")
     said = run(tmp_path / "x.pt", "native", tmp_path / "out.pt")
     assert said.count("not taken over: encoder.x") == 50 and said.splitlines()[-1] == "nor 950 more"
+
+
+HF = ("config.json", "model.safetensors", "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("name", [*HF, "x.pt", "dict.txt", "train.bin", "train.idx"])
+def test_a_pointer_of_git_lfs_in_place_of_a_file_is_named(tmp_path, name):
+    folder, _ = make_dataset(tmp_path)
+    config = dict(model_type="data2vec-text", layer_norm_eps=1e-5)
+    (folder / "config.json").write_text(json.dumps(config))
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 130\n"
+    (folder / name).write_text(pointer)
+    with pytest.raises(InputError, match=f"{name}: a pointer of Git LFS.* git lfs pull"):
+        Corpus(DataConfig(data_path=str(folder))).split("train")
+        load(folder if name in HF else folder / name)

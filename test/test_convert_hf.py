@@ -166,8 +166,12 @@ def test_tokens_of_the_bpe_that_the_dictionary_lacks_are_unk_to_the_model(tmp_pa
     with torch.no_grad():
         expected, _ = student.encoder(torch.tensor([[BOS, *ours]]))
         assert torch.allclose(model(ids).last_hidden_state, expected, atol=1e-5)
-    run(tmp_path / "hf", "native", tmp_path / "back.pt")
+    assert "not taken" not in run(tmp_path / "hf", "native", tmp_path / "back.pt")
     back = checkpoint.load(tmp_path / "back.pt").student
+    model.resize_token_embeddings(len(tokenizer) + 2)
+    model.save_pretrained(tmp_path / "hf")
+    said = run(tmp_path / "hf", "native", tmp_path / "again.pt")
+    assert "not taken over: 2 tokens that were added in transformers" in said
     assert torch.equal(back["encoder.embed_tokens.weight"], student.encoder.embed_tokens.weight)
 
 
