@@ -5,6 +5,7 @@ containers). Each is replaced by an inert object that only keeps its state.
 """
 
 import collections
+import operator
 import pickle
 import types
 
@@ -110,7 +111,9 @@ def _plain(node, seen: dict, keep: bool):
         seen[id(node)] = copy = []
         copy.extend(_plain(value, seen, keep) for value in node)
     elif isinstance(node, tuple):
-        seen[id(node)] = tuple(_plain(value, seen, keep) for value in node)
+        parts = tuple(_plain(value, seen, keep) for value in node)
+        # torch.save writes an object once, however often it occurs
+        seen[id(node)] = node if all(map(operator.is_, parts, node)) else parts
     else:
         return None if isinstance(node, type) else node
     return seen[id(node)]
