@@ -31,18 +31,28 @@ FIELDS = {field.name: field for part in PARTS for field in dataclasses.fields(pa
 # ------------------------------------------------------------------------------------------ names
 
 
+def our_name(name: str) -> str | None:
+    """Our name of a weight in fairseq's model, of a student's; None if our model lacks it."""
+    # the first releases; lm_head.dense and the like are of another head
+    name = re.sub(r"^encoder\.lm_head\.(?=\d)", "encoder.regression_head.", name)
+    for ours, theirs in PREFIXES.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return None
+
+
+def is_known(name: str) -> bool:
+    """Whether an entry of fairseq's model is taken over."""
+    return name == TEACHER or our_name(name) is not None
+
+
 def from_reference(state: dict, path="") -> tuple[dict, dict | None]:
     """fairseq's model state dict -> (student, teacher or None) under our names.
 
     Raises InputError.
     """
-    student = {}
-    for name, tensor in state.items():
-        # the first releases; lm_head.dense and the like are of another head
-        name = re.sub(r"^encoder\.lm_head\.(?=\d)", "encoder.regression_head.", name)
-        for ours, theirs in PREFIXES.items():
-            if name.startswith(theirs):
-                student[ours + name.removeprefix(theirs)] = tensor
+    student = {our_name(name): tensor for name, tensor in state.items()}
+    student.pop(None, None)
     teacher = state.get(TEACHER)
     if teacher is not None:
         teacher = merge_qkv(dict(teacher), path)

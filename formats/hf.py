@@ -22,10 +22,11 @@ from text.binarized import UNK
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 # Parts of names: on the left fairseq's, after `encoder.sentence_encoder.`, on the right those of
-# transformers, in the order in which they are looked for.
-NAMES = {
+# transformers, in the order in which they are looked for; by normalize_before.
+COMMON = {
     "embed_tokens.": "embeddings.word_embeddings.",
     "embed_positions.": "embeddings.position_embeddings.",
     "layernorm_embedding.": "embeddings.LayerNorm.",
@@ -37,15 +38,16 @@ NAMES = {
     ".fc1.": ".intermediate.dense.",
     ".fc2.": ".output.dense.",
 }
-POST_NORM = {
+POST_NORM = COMMON | {
     ".self_attn_layer_norm.": ".attention.output.LayerNorm.",
     ".final_layer_norm.": ".output.LayerNorm.",
 }
-PRE_NORM = {
+PRE_NORM = COMMON | {
     ".self_attn_layer_norm.": ".attention.LayerNorm.",
     ".final_layer_norm.": ".intermediate.LayerNorm.",
     "layer_norm.": "LayerNorm.",
 }
+NAMES = {False: POST_NORM, True: PRE_NORM}
 # By normalize_before: model_type, the beginning of the models' names, and of all weights' in one
 # with a task's head.
 FAMILIES = {
@@ -77,8 +79,6 @@ TOKENS = "embeddings.word_embeddings.weight"
 # BERT's sentences A and B, which only transformers has
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 NOT_OURS = (TOKEN_TYPES, "embeddings.position_ids")
-# names that a conversion takes over
-KNOWN = ("embeddings.", "encoder.layer.", "LayerNorm.")
 WORD_HEAD = [
     f"lm_head.{name}"
     for name in ("bias", "dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias")
@@ -98,6 +98,11 @@ def _safetensors():
         why = f"{SAFE} needs the safetensors package: pip install safetensors"
         raise InputError(why) from None
     return safetensors.torch
+
+
+def is_known(name: str) -> bool:
+    """Whether a weight, named without the model's prefix, is taken over."""
+    return name.startswith(("embeddings.", "encoder.layer.", "LayerNorm."))
 
 
 def is_folder(path: Path) -> bool:
@@ -164,10 +169,6 @@ def _weights(folder: Path) -> dict:
     raise InputError(f"{folder}: has neither {SAFE} nor {PICKLED}, in one piece each")
 
 
-def _names(pre_norm: bool) -> dict:
-    return NAMES | (PRE_NORM if pre_norm else POST_NORM)
-
-
 def _encoder(state: dict, symbols: int | None, pre_norm: bool) -> dict:
     """Their state dict -> an encoder's under fairseq's names.
 
@@ -175,8 +176,8 @@ def _encoder(state: dict, symbols: int | None, pre_norm: bool) -> dict:
     """
     encoder = {}
     for name, tensor in state.items():
-        if name.startswith(KNOWN) and name not in NOT_OURS:
-            for ours, part in _names(pre_norm).items():
+        if is_known(name) and name not in NOT_OURS:
+            for ours, part in NAMES[pre_norm].items():
                 name = name.replace(part, ours)
             encoder[name] = tensor
     encoder["embed_tokens.weight"] = encoder["embed_tokens.weight"][:symbols]
@@ -236,10 +237,9 @@ def classification(entry: dict, width: int, path) -> Task:
         what = "a linear probe on mean features (--freeze, --pool mean)"
         raise InputError(f"{path}: {what}; transformers has no model for it")
     names = entry["labels"] or ["score"]
+    sizes = dict(dense=width, out_proj=len(names))
     with torch.device("meta"):  # for names and shapes
-        layers = dict(dense=torch.nn.Linear(width, width))
-        layers["out_proj"] = torch.nn.Linear(width, len(names))
-    expected = torch.nn.ModuleDict(layers)
+        expected = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
     head = checkpoint.own_state(entry["head"], expected, "the classification head", path)
     for name in ("out_proj.weight", "out_proj.bias"):
         head[name] *= entry["label_scale"]
@@ -267,7 +267,7 @@ def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int, task: Tas
     more = torch.cat([tokens, tokens[UNK].repeat(unknown, 1)])
     tensors = {}
     for name, tensor in split_qkv({**encoder, "embed_tokens.weight": more}).items():
-        for ours, part in _names(cfg.normalize_before).items():
+        for ours, part in NAMES[cfg.normalize_before].items():
             name = name.replace(ours, part)
         tensors[name] = tensor
     tensors[TOKEN_TYPES] = torch.zeros(1, cfg.embed_dim)
