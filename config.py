@@ -47,12 +47,21 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def refuse_pointer(path):
+    """Raise InputError if a file is the few lines that a clone without Git LFS has in its place."""
+    with open(path, "rb") as file:
+        if file.read(24).startswith(b"version https://git-lfs"):
+            what = "a pointer of Git LFS, not the file itself; get it with: git lfs pull"
+            raise InputError(f"{path}: {what}")
+
+
 def read_text(path, errors: str = "strict", encoding: str = "utf-8") -> str:
     """The text of an ordinary file; a pipe or a device could be endless. Raises InputError."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
+        refuse_pointer(path)
         return path.read_text(encoding=encoding, errors=errors)
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: not UTF-8 at byte {e.start}") from None

@@ -5,15 +5,13 @@
     python convert.py --ckpt FAIRSEQ.pt --to native FILE     for our train.py and eval.py
     python convert.py --ckpt HF_DIR --from hf --to native FILE
 
-CHECKPOINT is one of our files, one of fairseq's (of any age, also with lm_head), a bare state dict
-under fairseq's names (give the model's shape by flags), or a folder of transformers
-(`model.safetensors` or `pytorch_model.bin`). The kind is detected; --from only checks it. No code
-in a file is run; weights are copied bit for bit (float16 to float32). Between this project and
-fairseq the optimizer and the position in the data are kept, so either can resume the other's run.
-Existing files are never overwritten.
+CHECKPOINT is one of our files, one of fairseq's of any age, a bare state dict under fairseq's names
+(give the model's shape by flags), or a folder of transformers. The kind is detected; --from only
+checks it. Weights are copied bit for bit (float16 to float32). Between this project and fairseq the
+optimizer and the position in the data are kept, so either can resume the other's run. Existing
+files are never overwritten.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,19 +35,18 @@ if __name__ == "__main__":
 
 
 from config import PARTS, InputError, ModelConfig, printable, reading
-from formats import card, fairseq_state, hf
+from formats import card, fairseq_names, fairseq_state, hf, hf_tokenizer
 from formats.load import load
 from model import Data2VecText
 from run import checkpoint
 from run.checkpoint import Loaded
-from text.binarized import SPECIAL, Dictionary
+from text.binarized import SPECIAL, UNK, Dictionary
 from text.tokens import find_text_files
 from train import lr_at
 
 import torch
 
 KINDS = dict(ours="native", fairseq="fairseq", state_dict="fairseq", hf="hf")  # of --from
-MOST_LEFT = 50  # of the entries that are not taken over, how many are named
 
 
 @dataclass
@@ -81,7 +78,7 @@ def to_hf(source: Source, out: Path) -> list[str]:
         unknown = 0
         if has_tokenizer:
             longest = source.flat["tokens_per_sample"]
-            unknown = hf.write_tokenizer(folder, dictionary, source.bpe, longest, bool(head))
+            unknown = hf_tokenizer.write(folder, dictionary, source.bpe, longest, bool(head))
         task = hf.Task()
         if "classifier" in content:  # of finetune.py
             with reading(f"{source.path}: damaged: its classifier"):
@@ -101,12 +98,10 @@ def to_hf(source: Source, out: Path) -> list[str]:
 
 
 def to_fairseq(source: Source, out: Path) -> list[str]:
-    heads = {name.split(".")[0] for name in source.content["student"]}
-    if "regression_head" not in heads:
-        what = "has no regression head, which fairseq's data2vec_text needs"
-        raise InputError(f"{source.path} {what}")
-    if "lm_head" in heads:
-        raise InputError(f"{source.path} has a head for words, which fairseq's data2vec_text lacks")
+    heads = {name.split(".")[0] for name in source.content["student"]} - {"encoder"}
+    if heads != {"regression_head"}:
+        what = "a regression head and no head for words"
+        raise InputError(f"{source.path}: fairseq's data2vec_text needs {what}")
     lr = lr_at(source.content["progress"]["num_updates"], source.parts[-1])
     content = {"config": None, **source.content}
     checkpoint.write(fairseq_state.to_fairseq(content, source.flat, lr), out)
@@ -119,8 +114,9 @@ def to_native(source: Source, out: Path) -> list[str]:
         names = dict(digest=dictionary.digest(), mask_id=dictionary.mask_id)
         content["dictionary"] = dict(size=len(dictionary), **names)
     checkpoint.save(content, out)
-    why = source.untrained
-    return [f"optimizer and data position start anew ({why})"] if why else []
+    if source.untrained:
+        return [f"optimizer and data position start anew ({source.untrained})"]
+    return []
 
 
 # Each writes `out` and returns lines to print. A further format is a function here.
@@ -219,23 +215,17 @@ def left_out(loaded: Loaded) -> list[str]:
     """Names, to their second part, of weights that our model has no place for, such as a head."""
     if loaded.kind == "ours":
         return []
-    names = map(str, loaded.content.get("model", loaded.content))
+    is_known = hf.is_known if loaded.kind == "hf" else fairseq_names.is_known
+    state = loaded.content.get("model", loaded.content)
+    others = [name for name in map(str, state) if not is_known(name)]
+    names = sorted({".".join(name.split(".")[:2]) for name in others})
     if loaded.kind == "hf":
-        names = [name for name in names if not name.startswith(hf.KNOWN)]
-    else:
-        names = [name for name in names if not re.match(fairseq_state.KNOWN, name)]
-    return sorted({".".join(name.split(".")[:2]) for name in names})
-
-
-def read(args, path: Path) -> Loaded:
-    """The checkpoint. Raises InputError if the flags do not go with it."""
-    loaded = load(path)
-    kind = KINDS[loaded.kind]
-    if args.source not in (None, kind):
-        raise InputError(f"--from {args.source}: {path} is {kind}")
-    if args.teacher and not loaded.teacher:
-        raise InputError(f"--teacher: {path} has none")
-    return loaded
+        # our own rows after the dictionary's are copies of that of <unk>
+        rows = state[hf.TOKENS]
+        size = len(loaded.student["encoder.embed_tokens.weight"])
+        more = int((rows[size:] != rows[UNK]).any(1).sum())
+        names += [f"{more} tokens that were added in transformers"] if more else []
+    return names
 
 
 def main(argv: list | None = None) -> int:
@@ -249,7 +239,11 @@ def main(argv: list | None = None) -> int:
     if (out.is_file() or out.is_dir()) and not is_empty:
         raise InputError(f"{out} exists; remove it, or choose another name")
 
-    loaded = read(args, path)
+    loaded = load(path)
+    if args.source not in (None, KINDS[loaded.kind]):
+        raise InputError(f"--from {args.source}: {path} is {KINDS[loaded.kind]}")
+    if args.teacher and not loaded.teacher:
+        raise InputError(f"--teacher: {path} has none")
     settings, untrained = fairseq_state.settings_of(loaded, path)
     with reading(f"{path}: damaged: its config"):
         parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags, base=settings)
@@ -262,12 +256,9 @@ def main(argv: list | None = None) -> int:
 
     out.parent.mkdir(parents=True, exist_ok=True)
     source = Source(path, content, flat, parts, dictionary, bpe, args.teacher, untrained or why)
-    notes, left = TARGETS[kind](source, out), left_out(loaded)
-    notes += [f"not taken over: {name[:100]}" for name in left[:MOST_LEFT]]
-    if len(left) > MOST_LEFT:
-        notes.append(f"nor {len(left) - MOST_LEFT:,} more")
-    for line in (f"{out}: {kind}, from {path}", *notes):
-        print(printable(line))
+    notes = [f"{out}: {kind}, from {path}", *TARGETS[kind](source, out)]
+    notes += [f"not taken over: {name[:100]}" for name in left_out(loaded)]
+    print(*map(printable, notes), sep="\n")
     return 0
 
 

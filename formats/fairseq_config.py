@@ -134,7 +134,6 @@ NULL = {"tensorboard_logdir": "", "batch_size": "0", "loss_scale": "0"}
 HYDRA = re.compile(r"[+]{0,2}(hydra[./].+|run_config)=.*", re.S)  # hydra's own settings
 # hydra's word: `group.name=value`, or `+group.name=value` to add it; the value may be quoted twice
 WORD = re.compile(r"\+{0,2}([A-Za-z_]\w*(?:\.\w+)*)=(['\"]?)(.*)\2", re.S)
-LARGEST = 200_000  # characters of a YAML, which PyYAML reads at 40 to 200 kB/s
 
 
 def _spellings(group: str, name: str) -> list[str]:
@@ -236,10 +235,7 @@ def read_yaml(path: Path, fields: dict, explain: bool) -> dict:
     """Values of our fields in a fairseq YAML; explain: print a line for each ignored entry."""
     if not path.is_file():
         raise InputError(f"{path}: no such file (from --config_dir and --config_name)")
-    tree = _tree_of(path)
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: not a fairseq config: the top level is not a mapping")
-    values, others = from_reference(tree, fields, str(path))
+    values, others = from_reference(_tree_of(path), fields, str(path))
     tensorboard = values.get("tensorboard_logdir")
     # base.yaml asks for it, and most machines have no such package
     if tensorboard and not importlib.util.find_spec("tensorboard"):
@@ -254,7 +250,7 @@ def read_yaml(path: Path, fields: dict, explain: bool) -> dict:
     return values
 
 
-def _tree_of(path: Path):
+def _tree_of(path: Path) -> dict:
     """What a YAML holds. Raises InputError."""
     try:
         import yaml
@@ -262,15 +258,16 @@ def _tree_of(path: Path):
         why = "reading a YAML config needs the PyYAML package: pip install pyyaml"
         raise InputError(why) from None
     text = read_text(path)
-    if len(text) > LARGEST:
-        raise InputError(f"{path}: over {LARGEST:,} characters, which no fairseq config has")
     with reading(f"{path}: not YAML"):
         for event in yaml.parse(text):
             # a few can stand for a billion values, or for one that holds itself
             if isinstance(event, yaml.AliasEvent):
                 where = f"{path}, line {event.start_mark.line + 1}"
                 raise InputError(f"{where}: an alias (*NAME), which no fairseq config needs")
-        return yaml.safe_load(text) or {}
+        tree = yaml.safe_load(text) or {}
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: not a fairseq config: the top level is not a mapping")
+    return tree
 
 
 def _why_ignored(name: str, text: str, update_freq: int) -> str:

@@ -13,7 +13,7 @@ import dataclasses
 import re
 
 from config import FAIRSEQ_EXACT, PARTS, InputError
-from formats import fairseq_config
+from formats import fairseq_config, fairseq_files
 from run.checkpoint import Loaded
 
 import torch
@@ -31,18 +31,28 @@ FIELDS = {field.name: field for part in PARTS for field in dataclasses.fields(pa
 # ------------------------------------------------------------------------------------------ names
 
 
+def our_name(name: str) -> str | None:
+    """Our name of a weight in fairseq's model, of a student's; None if our model lacks it."""
+    # the first releases; lm_head.dense and the like are of another head
+    name = re.sub(r"^encoder\.lm_head\.(?=\d)", "encoder.regression_head.", name)
+    for ours, theirs in PREFIXES.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return None
+
+
+def is_known(name: str) -> bool:
+    """Whether an entry of fairseq's model is taken over."""
+    return name == TEACHER or our_name(name) is not None
+
+
 def from_reference(state: dict, path="") -> tuple[dict, dict | None]:
     """fairseq's model state dict -> (student, teacher or None) under our names.
 
     Raises InputError.
     """
-    student = {}
-    for name, tensor in state.items():
-        # the first releases; lm_head.dense and the like are of another head
-        name = re.sub(r"^encoder\.lm_head\.(?=\d)", "encoder.regression_head.", name)
-        for ours, theirs in PREFIXES.items():
-            if name.startswith(theirs):
-                student[ours + name.removeprefix(theirs)] = tensor
+    student = {our_name(name): tensor for name, tensor in state.items()}
+    student.pop(None, None)
     teacher = state.get(TEACHER)
     if teacher is not None:
         teacher = merge_qkv(dict(teacher), path)
@@ -66,7 +76,7 @@ def merge_qkv(state: dict, path) -> dict:
     for name, tensor in state.items():
         if Q in name:
             parts = [tensor, state.get(name.replace(Q, K)), state.get(name.replace(Q, V))]
-            if not all(isinstance(part, torch.Tensor) for part in parts):
+            if any(part is None for part in parts):
                 raise InputError(f"{path}: {name} has no k_proj or v_proj beside it")
             merged[name.replace(Q, OURS)] = torch.cat(parts)
             continue
@@ -101,15 +111,19 @@ def loaded(content: dict, path) -> Loaded:
     state = content.get("model", content)
     encoder = "encoder.sentence_encoder."
     if not isinstance(state, dict) or not any(str(name).startswith(encoder) for name in state):
-        raise InputError(f"{path}: neither ours nor one of fairseq's data2vec_text")
+        what = "neither ours nor one of fairseq's data2vec_text"
+        if isinstance(state, fairseq_files.Inert):
+            what = f"its model is a {type(state).__name__}, which is not loaded, not a state dict"
+        raise InputError(f"{path}: {what}")
     student, teacher = from_reference(state, path)
     if "model" not in content:  # weights alone, whose shape comes from flags
         return Loaded("state_dict", {}, student, teacher, content)
     # cfg since 2021, args before
     tree = content.get("cfg") or _args_tree(content.get("args"), state)
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+        kind = "no config" if tree is None else f"a config that is a {type(tree).__name__}"
         advice = "save its `model` entry alone and give its shape by flags"
-        raise InputError(f"{path}: has weights but no config; {advice}")
+        raise InputError(f"{path}: has weights but {kind}; {advice}")
     return Loaded("fairseq", settings(tree, path), student, teacher, content)
 
 

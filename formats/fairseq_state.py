@@ -27,8 +27,6 @@ TRAINING_GROUPS = ("optimization", "optimizer", "lr_scheduler")
 # extra_state with what fairseq has no place for, and the file of ours made from one of fairseq's.
 OURS = "data2vec_text"
 THEIRS = "fairseq"
-# Names that a conversion takes over.
-KNOWN = r"encoder\.(sentence_encoder|regression_head|lm_head\.\d+|_ema$)"
 
 
 # ------------------------------------------------------------------------------------- to fairseq

@@ -9,25 +9,24 @@ checkpoint a ...ForSequenceClassification. Weights are copied exactly (float16 b
 
 import dataclasses
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import DataConfig, InputError, ModelConfig, read_text, reading
+from config import DataConfig, InputError, ModelConfig, read_text, reading, refuse_pointer
 from formats import fairseq_config, fairseq_files
 from formats.fairseq_names import merge_qkv, split_qkv
 from model import LAYER_NORM_EPS, PAD
 from run import checkpoint
 from run.checkpoint import Loaded
-from text.binarized import BOS, EOS, SPECIAL, UNK, Dictionary
-from text.tokens import read_bpe_files
+from text.binarized import UNK
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 # Parts of names: on the left fairseq's, after `encoder.sentence_encoder.`, on the right those of
-# transformers, in the order in which they are looked for.
-NAMES = {
+# transformers, in the order in which they are looked for; by normalize_before.
+COMMON = {
     "embed_tokens.": "embeddings.word_embeddings.",
     "embed_positions.": "embeddings.position_embeddings.",
     "layernorm_embedding.": "embeddings.LayerNorm.",
@@ -39,15 +38,16 @@ NAMES = {
     ".fc1.": ".intermediate.dense.",
     ".fc2.": ".output.dense.",
 }
-POST_NORM = {
+POST_NORM = COMMON | {
     ".self_attn_layer_norm.": ".attention.output.LayerNorm.",
     ".final_layer_norm.": ".output.LayerNorm.",
 }
-PRE_NORM = {
+PRE_NORM = COMMON | {
     ".self_attn_layer_norm.": ".attention.LayerNorm.",
     ".final_layer_norm.": ".intermediate.LayerNorm.",
     "layer_norm.": "LayerNorm.",
 }
+NAMES = {False: POST_NORM, True: PRE_NORM}
 # By normalize_before: model_type, the beginning of the models' names, and of all weights' in one
 # with a task's head.
 FAMILIES = {
@@ -79,8 +79,6 @@ TOKENS = "embeddings.word_embeddings.weight"
 # BERT's sentences A and B, which only transformers has
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 NOT_OURS = (TOKEN_TYPES, "embeddings.position_ids")
-# names that a conversion takes over
-KNOWN = ("embeddings.", "encoder.layer.", "LayerNorm.")
 WORD_HEAD = [
     f"lm_head.{name}"
     for name in ("bias", "dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias")
@@ -100,6 +98,11 @@ def _safetensors():
         why = f"{SAFE} needs the safetensors package: pip install safetensors"
         raise InputError(why) from None
     return safetensors.torch
+
+
+def is_known(name: str) -> bool:
+    """Whether a weight, named without the model's prefix, is taken over."""
+    return name.startswith(("embeddings.", "encoder.layer.", "LayerNorm."))
 
 
 def is_folder(path: Path) -> bool:
@@ -159,14 +162,11 @@ def _weights(folder: Path) -> dict:
     if (folder / SAFE).is_file():
         package = _safetensors()
         with reading(f"{folder / SAFE}: not a complete safetensors file"):
+            refuse_pointer(folder / SAFE)
             return package.load_file(folder / SAFE)
     if (folder / PICKLED).is_file():
         return checkpoint.read(folder / PICKLED, fairseq_files.load)
     raise InputError(f"{folder}: has neither {SAFE} nor {PICKLED}, in one piece each")
-
-
-def _names(pre_norm: bool) -> dict:
-    return NAMES | (PRE_NORM if pre_norm else POST_NORM)
 
 
 def _encoder(state: dict, symbols: int | None, pre_norm: bool) -> dict:
@@ -176,8 +176,8 @@ def _encoder(state: dict, symbols: int | None, pre_norm: bool) -> dict:
     """
     encoder = {}
     for name, tensor in state.items():
-        if name.startswith(KNOWN) and name not in NOT_OURS:
-            for ours, part in _names(pre_norm).items():
+        if is_known(name) and name not in NOT_OURS:
+            for ours, part in NAMES[pre_norm].items():
                 name = name.replace(part, ours)
             encoder[name] = tensor
     encoder["embed_tokens.weight"] = encoder["embed_tokens.weight"][:symbols]
@@ -237,10 +237,9 @@ def classification(entry: dict, width: int, path) -> Task:
         what = "a linear probe on mean features (--freeze, --pool mean)"
         raise InputError(f"{path}: {what}; transformers has no model for it")
     names = entry["labels"] or ["score"]
+    sizes = dict(dense=width, out_proj=len(names))
     with torch.device("meta"):  # for names and shapes
-        layers = dict(dense=torch.nn.Linear(width, width))
-        layers["out_proj"] = torch.nn.Linear(width, len(names))
-    expected = torch.nn.ModuleDict(layers)
+        expected = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
     head = checkpoint.own_state(entry["head"], expected, "the classification head", path)
     for name in ("out_proj.weight", "out_proj.bias"):
         head[name] *= entry["label_scale"]
@@ -268,7 +267,7 @@ def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int, task: Tas
     more = torch.cat([tokens, tokens[UNK].repeat(unknown, 1)])
     tensors = {}
     for name, tensor in split_qkv({**encoder, "embed_tokens.weight": more}).items():
-        for ours, part in _names(cfg.normalize_before).items():
+        for ours, part in NAMES[cfg.normalize_before].items():
             name = name.replace(ours, part)
         tensors[name] = tensor
     tensors[TOKEN_TYPES] = torch.zeros(1, cfg.embed_dim)
@@ -289,93 +288,3 @@ def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int, task: Tas
     (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
     # transformers refuses a file whose metadata do not say 'pt'
     (folder / SAFE).write_bytes(_safetensors().save(tensors, {"format": "pt"}))
-
-
-# -------------------------------------------------------------------------------------- tokenizer
-
-# str.strip's; the tokenizers package knows four fewer
-SPACES = "".join(filter(str.isspace, map(chr, range(0x3001))))
-BYTE_LEVEL = dict(add_prefix_space=False, trim_offsets=True)
-
-
-def write_tokenizer(folder: Path, dictionary: Dictionary, bpe, longest: int, fills_masks: bool):
-    """Write the files from which AutoTokenizer makes `<s> ... </s>` in this dictionary's ids.
-
-    As in training, outer white space is removed first. bpe: encoder.json and vocab.bpe, or None
-    twice for words; longest: the most tokens of a text; fills_masks: `<mask>` and the other special
-    tokens may be typed, for the fill-mask pipeline; otherwise they are text like any other, as in
-    training. Returns how many ids the tokenizer has after the dictionary's: those of tokens that
-    are <unk> to the model.
-    """
-    normalizers = [_replace(f"\\A[{SPACES}]+|[{SPACES}]+\\z", "")]
-    if bpe[0]:
-        model, lacking = _bpe(dictionary, *bpe)
-        cut = decoder = dict(type="ByteLevel", use_regex=True, **BYTE_LEVEL)
-        # what slow tokenizers and finetune.py read
-        vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
-        (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
-        shutil.copyfile(bpe[1], folder / "merges.txt")
-    else:
-        model, lacking = {"type": "WordLevel", "vocab": dictionary.ids, "unk_token": "<unk>"}, 0
-        pattern = {"Regex": f"[{SPACES}]+"}
-        cut = dict(type="Split", pattern=pattern, behavior="Removed", invert=False)
-        decoder = None
-        if not fills_masks:  # the word <mask> is unknown in training
-            word = f"(?<![^{SPACES}])<mask>(?![^{SPACES}])"
-            normalizers.append(_replace(word, "<unk>"))
-    # normalized: they are looked for in the normalized text; else each piece between two of them
-    # would be stripped
-    flags = dict(single_word=False, rstrip=False, normalized=True, special=True)
-    added = [
-        dict(id=dictionary.ids[s], content=s, lstrip=s == "<mask>", **flags)
-        for s in (*SPECIAL, "<mask>")
-    ]
-    ends = dict(sep=("</s>", EOS), cls=("<s>", BOS))
-    tokenizer = dict(
-        version="1.0",
-        truncation=None,
-        padding=None,
-        added_tokens=sorted(added, key=lambda token: token["id"]),
-        normalizer=dict(type="Sequence", normalizers=normalizers),
-        pre_tokenizer=cut,
-        post_processor=dict(type="RobertaProcessing", **ends, **BYTE_LEVEL),
-        decoder=decoder,
-        model=model,
-    )
-    text = json.dumps(tokenizer, ensure_ascii=False)
-    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    _write_tokenizer_config(folder, longest, fills_masks, flags)
-    return lacking
-
-
-def _write_tokenizer_config(folder: Path, longest: int, fills_masks: bool, flags: dict):
-    special = dict(zip(("bos_token", "pad_token", "eos_token", "unk_token"), SPECIAL))
-    settings = dict(
-        tokenizer_class="PreTrainedTokenizerFast",
-        **special,
-        cls_token=special["bos_token"],
-        sep_token=special["eos_token"],
-        # lstrip: without it transformers 5 makes a token of the blank before <mask>
-        mask_token={"__type": "AddedToken", "content": "<mask>", **flags, "lstrip": True},
-        split_special_tokens=not fills_masks,
-        model_max_length=longest,
-        model_input_names=["input_ids", "attention_mask"],
-    )
-    text = json.dumps(settings, indent=2) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-
-
-def _replace(regex: str, content: str) -> dict:
-    return dict(type="Replace", pattern={"Regex": regex}, content=content)
-
-
-def _bpe(dictionary: Dictionary, encoder_json: Path, vocab_bpe: Path) -> tuple[dict, int]:
-    """The BPE for tokenizer.json, and how many of its tokens the dictionary lacks."""
-    vocab, merges = read_bpe_files(encoder_json, vocab_bpe)
-    tokens = {str(number): token for token, number in vocab.items()}
-    vocabulary = {tokens.get(symbol, symbol): i for symbol, i in dictionary.ids.items()}
-    # fairseq turns a token that its dictionary lacks into <unk>; here each gets an id of its own
-    lacking = [token for token in tokens.values() if token not in vocabulary]
-    vocabulary.update((token, i) for i, token in enumerate(lacking, len(dictionary)))
-    rows = [" ".join(merge) for merge in merges]
-    return dict(type="BPE", vocab=vocabulary, merges=rows), len(lacking)

@@ -7,7 +7,7 @@ Tensors may be the file itself, mapped: copy what is to be kept. No code of a fi
 
 from pathlib import Path
 
-from config import reading
+from config import InputError, reading
 from formats import fairseq_files, fairseq_names, hf
 from run import checkpoint
 from run.checkpoint import Loaded
@@ -17,9 +17,14 @@ def load(path) -> Loaded:
     """Read a file or a folder, whose kind shows by itself. Raises InputError."""
     path = Path(path)
     if hf.is_folder(path):
-        return hf.load(path)
-    content = checkpoint.read(path, fairseq_files.load)
-    if "format" in content:
-        return checkpoint.ours(content, path)
-    with reading(f"{path}: not a complete checkpoint"):
-        return fairseq_names.loaded(content, path)
+        loaded = hf.load(path)
+    else:
+        content = checkpoint.read(path, fairseq_files.load)
+        with reading(f"{path}: not a complete checkpoint"):
+            what = checkpoint.ours if "format" in content else fairseq_names.loaded
+            loaded = what(content, path)
+    for name, tensor in [*loaded.student.items(), *(loaded.teacher or {}).items()]:
+        if isinstance(tensor, fairseq_files.Inert):
+            raise InputError(f"{path}: {name} is a {type(tensor).__name__}, which is not loaded")
+    loaded.content = fairseq_files.without_objects(loaded.content)
+    return loaded

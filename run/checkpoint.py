@@ -21,7 +21,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError, reading
+from config import InputError, reading, refuse_pointer
 
 import torch
 
@@ -33,6 +33,26 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights may be
 FOREIGN = "weights of other programs are for --init_from"
 COUNTED = re.compile(r"checkpoint_\d+_(\d+)\.pt")  # checkpoint_{epoch}_{updates}.pt
+
+
+def _rebuild_npu_tensor(storage, offset, size, stride, requires_grad, hooks, *layout):
+    """A tensor that torch_npu's pickles call so, by torch's function; its layout on an NPU is left.
+
+    The storage holds the plain values, as on the host.
+    """
+    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)
+
+
+class Format(int):
+    """torch_npu's name of such a layout."""
+
+
+# Pickles know both by these names. torch before 2.4 has no list of what else may be loaded.
+_rebuild_npu_tensor.__module__ = "torch_npu.utils.storage"
+Format.__module__ = "torch_npu.npu._format"
+NPU = [_rebuild_npu_tensor, Format]
+if hasattr(torch.serialization, "add_safe_globals"):
+    torch.serialization.add_safe_globals(NPU)
 
 
 @dataclass
@@ -179,8 +199,10 @@ def load_plain(path, mmap: bool):
     """torch.load of tensors and plain Python values; mmap: tensors are the file itself, mapped."""
     try:
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError:  # torch's text is a page of advice
-        raise pickle.UnpicklingError(f"damaged, or with objects of classes; {FOREIGN}") from None
+    except pickle.UnpicklingError as e:  # torch's text is a page of advice
+        name = re.search(r"GLOBAL (\S+)", str(e))
+        what = f"holds a {name[1][:100]}, which is not loaded" if name else "damaged"
+        raise pickle.UnpicklingError(f"{what}; {FOREIGN}") from None
 
 
 def read(path, load=load_plain) -> dict:
@@ -198,6 +220,7 @@ def read(path, load=load_plain) -> dict:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
     with reading(f"{path}: cannot be read as a checkpoint"):
+        refuse_pointer(path)
         with open(path, "rb") as file:
             start = file.read(4)
         # torch before 2.6 would unpack a tar
@@ -237,7 +260,9 @@ def check_archive(path):
 def _check_tensor(tensor, shape, what: str, path):
     """Raise InputError unless it is an ordinary tensor of floats, of this shape."""
     if not is_ordinary(tensor):
-        raise InputError(f"{path}: {what} is not an ordinary tensor of floating-point numbers")
+        kind = f" but a {type(tensor).__name__}" if not isinstance(tensor, torch.Tensor) else ""
+        what += f" is not an ordinary tensor of floating-point numbers{kind}"
+        raise InputError(f"{path}: {what}")
     if tensor.shape != shape:
         sizes = f"{tuple(tensor.shape)}, this model's is {tuple(shape)}"
         raise InputError(f"{path}: {what} is {sizes}; another architecture or dictionary")

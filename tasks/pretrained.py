@@ -1,14 +1,14 @@
 """What fine-tuning starts from: the encoder of any checkpoint, and its tokenizer."""
 
 import dataclasses
-import json
 import os
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError, ModelConfig, check_ranges, printable, read_text, reading
+from config import InputError, ModelConfig, check_ranges, printable
+from formats import hf_tokenizer
 from formats.load import load as load_any
 from model import PAD, Encoder, init_weights
 from run import checkpoint
@@ -183,7 +183,7 @@ def prepare_text(cfg, source: Pretrained) -> Text:
             folder = Path(named["dict.txt"]).parent
         elif source.path.is_dir():
             folder = Path(temporary)
-            for name, content in hf_text_files(source.path, source.vocabulary).items():
+            for name, content in hf_tokenizer.read(source.path, source.vocabulary).items():
                 (folder / name).write_bytes(content)
         else:
             folder = folder_of_text(source)
@@ -208,35 +208,6 @@ def folder_of_text(source: Pretrained) -> Path:
     places = " or ".join(map(str, folders))
     flags = "with --dict F, and for a BPE --encoder_json F --vocab_bpe F"
     raise InputError(f"no dict.txt in {places}: name that of {source.path} {flags}")
-
-
-def hf_text_files(folder: Path, vocabulary: int) -> dict[str, bytes]:
-    """The tokenizer of a Hugging Face folder as our files. Raises InputError.
-
-    It is RoBERTa's vocab.json and merges.txt, or the word list in a tokenizer.json.
-    """
-    files = {}
-    with reading(f"{folder}: no tokenizer that can be read (give --dict F)"):
-        if (folder / "vocab.json").is_file():
-            ids = json.loads(read_text(folder / "vocab.json"))
-            merges = read_text(folder / "merges.txt")
-            rows = [row for row in merges.split("\n") if not row.startswith("#version")]
-            merged = {"".join(row.split(" ")) for row in rows}
-            # the other entries, such as <s>, are no tokens of the BPE
-            bpe = {token: i for token, i in ids.items() if token in merged or len(token) == 1}
-            symbols = {i: str(i) for i in bpe.values()} | {ids["<mask>"]: "<mask>"}
-            files = {"encoder.json": json.dumps(bpe).encode(), "vocab.bpe": merges.encode()}
-        else:
-            model = json.loads(read_text(folder / "tokenizer.json"))["model"]
-            if model["type"] != "WordLevel":
-                kind = f"a {str(model['type'])[:80]} tokenizer without vocab.json beside it"
-                raise InputError(f"{folder / 'tokenizer.json'}: {kind}")
-            # words, of a dictionary without a BPE
-            symbols = {i: word for word, i in model["vocab"].items()}
-        # <s>, <pad>, </s>, <unk> are in every dictionary
-        rows = [symbols.get(i, f"unused{i}") for i in range(len(SPECIAL), vocabulary)]
-        files["dict.txt"] = "".join(f"{symbol} 0\n" for symbol in rows).encode()
-    return files
 
 
 def write_text_files(folder: Path, files: dict[str, bytes], replace: bool):

@@ -1,9 +1,16 @@
 """What the tests of conversions share."""
 
+import collections
+import enum
+import json
+import sys
+import types
+
 import convert
 import train
 from run import checkpoint
 from test.helpers import SMALL, call, few, random_encoder
+from text.binarized import Dictionary
 
 import pytest
 import torch
@@ -48,8 +55,55 @@ both_norms = pytest.mark.parametrize(
 )
 
 
+def write_bpe(folder) -> Dictionary:
+    """Write encoder.json, vocab.bpe, and a dict.txt that lacks three of the BPE's tokens."""
+    alphabet = sorted(pytest.importorskip("tokenizers").pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*alphabet, "th", "the", "\u0120the"]
+    (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "vocab.bpe").write_text("#version: 0.2\nt h\nth e\n\u0120 the\n")
+    known = [i for i, token in enumerate(tokens) if token not in ("th", "q", "z")]
+    (folder / "dict.txt").write_text("".join(f"{i} 1\n" for i in reversed(known)))
+    return Dictionary(folder / "dict.txt")
+
+
 def run(source, kind, out, *argv):
     return call(convert.main, "--ckpt", source, "--to", kind, out, *argv)
+
+
+class OnNpu:
+    """Pickles a tensor as torch_npu does with one that lies on an NPU."""
+
+    def __init__(self, tensor, layout):
+        self.tensor, self.layout = tensor.contiguous(), layout
+
+    def __reduce__(self):
+        t = self.tensor
+        place = (t._typed_storage(), t.storage_offset(), tuple(t.shape), t.stride())
+        rebuild = sys.modules["torch_npu.utils.storage"]._rebuild_npu_tensor
+        return rebuild, (*place, False, collections.OrderedDict(), self.layout)
+
+
+def save_of_npu(tree, path, layout, monkeypatch):
+    """torch.save of the tree as on an NPU. layout: a number, a bool, or a name of Format."""
+
+    def _rebuild_npu_tensor(*args):
+        raise AssertionError("a file has made torch_npu run")
+
+    Format = enum.IntEnum("Format", {"ND": 2})
+    for thing, name in ((_rebuild_npu_tensor, "utils.storage"), (Format, "npu._format")):
+        module = types.ModuleType(f"torch_npu.{name}")
+        thing.__module__, thing.__qualname__ = module.__name__, thing.__name__
+        setattr(module, thing.__name__, thing)
+        for part in ("torch_npu", f"torch_npu.{name.split('.')[0]}", module.__name__):
+            monkeypatch.setitem(sys.modules, part, module)
+
+    def on_npu(node):
+        if isinstance(node, dict):
+            return type(node)((key, on_npu(value)) for key, value in node.items())
+        is_tensor = isinstance(node, torch.Tensor)
+        return OnNpu(node, getattr(Format, str(layout), layout)) if is_tensor else node
+
+    torch.save(on_npu(tree), path)
 
 
 def same(a, b):

@@ -91,6 +91,7 @@ def test_a_transformers_folder_is_fine_tuned_as_the_checkpoint_it_was_made_from(
 
 @golden
 def test_a_bpe_of_transformers_gives_fairseqs_tokens(place, tmp_path):  # noqa: F811
+    from formats import hf_tokenizer
     from tasks import pretrained
 
     ids = json.loads((RAW.parent / "gpt2_bpe" / "encoder.json").read_text())
@@ -101,7 +102,7 @@ def test_a_bpe_of_transformers_gives_fairseqs_tokens(place, tmp_path):  # noqa: 
     } | special
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_bytes((RAW.parent / "gpt2_bpe" / "vocab.bpe").read_bytes())
-    for name, content in pretrained.hf_text_files(tmp_path, len(dictionary)).items():
+    for name, content in hf_tokenizer.read(tmp_path, len(dictionary)).items():
         (tmp_path / name).write_bytes(content)
     text = [" = Valkyria Chronicles = ", "naïve 中文 <s> don't"]
     ours = pretrained.load_tokenizer(tmp_path, pretrained.Dictionary(tmp_path / "dict.txt"))(text)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import pickle
 import sys
 import types
@@ -10,10 +11,20 @@ from pathlib import Path
 import config
 import convert
 import train
-from config import InputError
+from config import DataConfig, InputError
+from data import Corpus
 from formats import fairseq_config, fairseq_names, fairseq_state
+from formats.load import load
 from run import checkpoint
-from test.converting import content_of, random_file, run, same, saved, shape_flags  # noqa: F401
+from test.converting import (  # noqa: F401
+    content_of,
+    random_file,
+    run,
+    same,
+    save_of_npu,
+    saved,
+    shape_flags,
+)
 from test.helpers import (
     GOLDEN,
     SMALL,
@@ -22,6 +33,7 @@ from test.helpers import (
     compare_checkpoints,
     few,
     golden,
+    make_dataset,
     random_encoder,
 )
 
@@ -203,6 +215,50 @@ def test_files_of_older_fairseq_releases_are_read_with_their_settings(
     assert {k: loaded.config[k] for k in SMALL} == {**SMALL, "dropout": 0.25}
 
 
+@pytest.mark.parametrize("layout", [2, True, "ND"])
+@pytest.mark.parametrize("kind", ["native", "fairseq", "old", "hf"])
+def test_files_with_tensors_of_an_npu_are_what_they_are_on_the_host(
+    tmp_path, saved, kind, layout, monkeypatch
+):
+    source = tmp_path / "source"
+    run(saved / "checkpoint_last.pt", "fairseq" if kind == "old" else kind, source)
+    expected = load(source)
+    content, path = expected.content, tmp_path / "x.pt"
+    if kind == "hf":
+        (source / "model.safetensors").unlink()
+        path = source / "pytorch_model.bin"
+    if kind == "old":
+        content["args"] = argparse.Namespace()
+    save_of_npu(content, path, layout, monkeypatch)
+    source = source if kind == "hf" else path
+    for _ in ("with torch_npu", "without it"):
+        assert same(load(source).student, expected.student)
+        if kind == "native":
+            assert same(checkpoint.load(path).content["optimizer"], content["optimizer"])
+        monkeypatch.undo()
+
+
+WEIGHT = "encoder.sentence_encoder.layers.0.{}.weight"
+
+
+@pytest.mark.parametrize(
+    "place", ["", "model", "cfg", WEIGHT.format("fc1"), WEIGHT.format("self_attn.k_proj")]
+)
+def test_an_object_without_which_a_file_cannot_be_read_is_named_by_its_class(
+    tmp_path, saved, place
+):
+    def change(content):
+        (content["model"] if "." in place else content)[place] = Payload(tmp_path / "ran")
+
+    fairseq_file(saved / "checkpoint_last.pt", tmp_path / "x.pt", change)
+    if not place:  # the file is the object
+        torch.save(Payload(tmp_path / "ran"), tmp_path / "x.pt")
+    for read in (load, checkpoint.load):  # os.system is called
+        with pytest.raises(InputError, match=r"x\.pt: .*system\b"):
+            read(tmp_path / "x.pt")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_bare_state_dicts_take_their_shape_from_flags(tmp_path, random_file):
     _, (student, teacher) = random_file
     theirs = fairseq_names.to_reference(student.state_dict(), teacher.encoder.state_dict())
@@ -297,3 +353,18 @@ def test_of_many_entries_that_are_not_taken_over_some_are_named(tmp_path, saved)
     torch.save(content, tmp_path / "x.pt")
     said = run(tmp_path / "x.pt", "native", tmp_path / "out.pt")
     assert said.count("not taken over: encoder.x") == 50 and said.splitlines()[-1] == "nor 950 more"
+
+
+HF = ("config.json", "model.safetensors", "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("name", [*HF, "x.pt", "dict.txt", "train.bin", "train.idx"])
+def test_a_pointer_of_git_lfs_in_place_of_a_file_is_named(tmp_path, name):
+    folder, _ = make_dataset(tmp_path)
+    config = dict(model_type="data2vec-text", layer_norm_eps=1e-5)
+    (folder / "config.json").write_text(json.dumps(config))
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 130\n"
+    (folder / name).write_text(pointer)
+    with pytest.raises(InputError, match=f"{name}: a pointer of Git LFS.* git lfs pull"):
+        Corpus(DataConfig(data_path=str(folder))).split("train")
+        load(folder if name in HF else folder / name)

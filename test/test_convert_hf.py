@@ -10,9 +10,9 @@ import sys
 import eval as evaluation
 import train
 from config import InputError
-from formats import fairseq_names, hf
+from formats import fairseq_names, hf_tokenizer
 from run import checkpoint
-from test.converting import WORDS, both_norms, random_file, run, same, saved, shape_flags  # noqa
+from test.converting import WORDS, both_norms, random_file, run, same, saved, shape_flags, write_bpe  # noqa
 from test.helpers import (
     GOLDEN,
     SMALL,
@@ -76,7 +76,7 @@ def test_transformers_tokenizer_gives_fairseqs_ids_for_byte_level_bpe(
     lines = (GOLDEN / "corpora" / "raw" / "wiki.valid.raw").read_text("utf-8").split("\n")
     rows = TokenStream(folder, "valid")
     bpe_files = [bpe / "encoder.json", bpe / "vocab.bpe"]
-    hf.write_tokenizer(tmp_path, dictionary, bpe_files, 512, fills_masks)
+    hf_tokenizer.write(tmp_path, dictionary, bpe_files, 512, fills_masks)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     checked = 0
     for i in range(900):
@@ -150,17 +150,6 @@ def test_transformers_tokenizer_gives_the_dictionarys_ids_for_words(
     assert tokenizer(pair, padding=True)["input_ids"][0][-1] == PAD
 
 
-def write_bpe(folder) -> Dictionary:
-    """Write encoder.json, vocab.bpe, and a dict.txt that lacks three of the BPE's tokens."""
-    alphabet = sorted(pytest.importorskip("tokenizers").pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, "th", "the", "\u0120the"]
-    (folder / "encoder.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "vocab.bpe").write_text("#version: 0.2\nt h\nth e\n\u0120 the\n")
-    known = [i for i, token in enumerate(tokens) if token not in ("th", "q", "z")]
-    (folder / "dict.txt").write_text("".join(f"{i} 1\n" for i in reversed(known)))
-    return Dictionary(folder / "dict.txt")
-
-
 def test_tokens_of_the_bpe_that_the_dictionary_lacks_are_unk_to_the_model(tmp_path, transformers):
     dictionary = write_bpe(tmp_path)
     student = save_bare(tmp_path, len(dictionary))
@@ -177,8 +166,12 @@ def test_tokens_of_the_bpe_that_the_dictionary_lacks_are_unk_to_the_model(tmp_pa
     with torch.no_grad():
         expected, _ = student.encoder(torch.tensor([[BOS, *ours]]))
         assert torch.allclose(model(ids).last_hidden_state, expected, atol=1e-5)
-    run(tmp_path / "hf", "native", tmp_path / "back.pt")
+    assert "not taken" not in run(tmp_path / "hf", "native", tmp_path / "back.pt")
     back = checkpoint.load(tmp_path / "back.pt").student
+    model.resize_token_embeddings(len(tokenizer) + 2)
+    model.save_pretrained(tmp_path / "hf")
+    said = run(tmp_path / "hf", "native", tmp_path / "again.pt")
+    assert "not taken over: 2 tokens that were added in transformers" in said
     assert torch.equal(back["encoder.embed_tokens.weight"], student.encoder.embed_tokens.weight)
 
 

@@ -95,6 +95,17 @@ def test_cut_or_foreign_bpe_files_are_refused(tokenizers, tmp_path):
             tokens.read_bpe(tmp_path / "encoder.json", tmp_path / "vocab.bpe")
 
 
+@golden
+def test_a_special_token_without_a_merge_is_named_as_one(tokenizers, tmp_path, capsys):
+    vocab = json.loads((GPT2 / "encoder.json").read_text())
+    vocab["@@PADDING@@"] = len(vocab)
+    (tmp_path / "encoder.json").write_text(json.dumps(vocab))
+    bpe = tokens.read_bpe(tmp_path / "encoder.json", GPT2 / "vocab.bpe")
+    said = capsys.readouterr().err
+    assert "'@@PADDING@@' is a special token" in said and said.count("note") == 1
+    assert vocab["@@PADDING@@"] not in bpe.encode("@@PADDING@@").ids
+
+
 # --------------------------------------------------------------------------------------- own BPE
 
 

@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from config import InputError, printable, read_text, reading
+from config import InputError, printable, read_text, reading, refuse_pointer
 
 from tqdm import tqdm
 
@@ -70,6 +70,7 @@ def locate(name: str) -> Source:
 def open_file(name: str):
     """Open a file as (file of its plain bytes, file of its bytes on the disk)."""
     source = locate(name)
+    refuse_pointer(source.path)
     with open(source.path, "rb") as raw:
         if source.member is not None:
             with zipfile.ZipFile(raw) as archive, archive.open(source.member) as file:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from config import InputError, read_text, reading
 from text.binarized import EOS, UNK, Dictionary, token_type
-from text.files import disk_size, read_all
+from text.files import disk_size, note, read_all
 
 import numpy as np
 
@@ -91,14 +91,20 @@ def read_bpe(encoder_json, vocab_bpe):
     if missing := alphabet - vocab.keys():
         what = f"{len(missing)} of the 256 single bytes have no token; not a byte-level BPE"
         raise InputError(f"{encoder_json}: {what}")
+    bpe = byte_level(tokenizers.models.BPE(vocab, merges))
     unmade = vocab.keys() - {"".join(merge) for merge in merges} - alphabet
     unmade = sorted(token for token in unmade if not SPECIAL_TOKEN.fullmatch(token))
-    if unmade:
+    cut = bpe.pre_tokenizer.pre_tokenize_str
+    words = [token for token in unmade if len(cut(bpe.decoder.decode([token]))) < 2]
+    if words:
         raise InputError(
-            f"{vocab_bpe} has no merge for {len(unmade)} tokens of {encoder_json}, such as"
-            f" {unmade[0]!r}; one of the files is cut, or they do not belong together"
+            f"{vocab_bpe} has no merge for {len(words)} tokens of {encoder_json}, such as"
+            f" {words[0]!r}: take it out if it is a special token, which no text becomes; else one"
+            " of the files is cut, or they do not belong together"
         )
-    return byte_level(tokenizers.models.BPE(vocab, merges))
+    for token in unmade:  # the others are cut before any merge
+        note(f"{encoder_json}: {token!r} is a special token, which no text becomes")
+    return bpe
 
 
 def train_bpe(names: list[str], vocab_size: int, sample_mb: int) -> list[bytes]:

@@ -1,0 +1,145 @@
+"""A tokenizer of transformers read by us: its own ids for every text, or a refusal by name."""
+
+import json
+import random
+
+from config import InputError
+from formats import hf_tokenizer
+from test.converting import write_bpe
+from test.helpers import make_dataset
+from text.binarized import BOS, UNK, Dictionary
+from text.tokens import load_tokenizer
+
+import pytest
+
+PARTS = "a the The thin é É ﬁ 中文 中 日本語 Straße 12 ½ 's 'll ... \u0301 \u200b".split(" ")
+PARTS += ["\ufeff", "👩\u200d👩", "\0"]
+PARTS += ["\t", "\v", "\x1c", "\x85", "\xa0", "\u2003", "\u3000", "  ", "w1", "w2", "w11 w3"]
+TYPED = ["<s>", "</s>", "<pad>", "<unk>", "<mask>", " <mask> "]
+
+
+def lines_of(parts) -> list[str]:
+    """1,000 lines of mixed Unicode, of any characters too."""
+    rng = random.Random(0)
+
+    def part():
+        code = rng.randrange(0x3000)
+        odd = chr(code if rng.random() < 0.7 else 0x10000 + code)
+        return rng.choice([*parts, " ", " ", " ", odd])
+
+    return ["".join(part() for _ in range(rng.randrange(14))) for _ in range(1000)]
+
+
+def edit(file="tokenizer.json", **parts):
+    """A change of a JSON file's entries, named by A__B; a value may be a function of the old."""
+
+    def change(folder):
+        path = folder / file
+        tree = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        for name, value in parts.items():
+            *above, last = name.split("__")
+            node = tree
+            for key in above:
+                node = node[key]
+            node[last] = value(node[last]) if callable(value) else value
+        path.write_text(json.dumps(tree), "utf-8")
+
+    return change
+
+
+def by_transformers(folder):
+    """Saves the tokenizer again, as transformers does: without vocab.json and merges.txt."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for path in folder.glob("*"):
+        path.unlink() if path.name != "config.json" else None
+    tokenizer.save_pretrained(folder)
+
+
+def two_files(folder):
+    """RoBERTa's way before tokenizer.json."""
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+
+
+def more_tokens(folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["thin"])
+    tokenizer.save_pretrained(folder)
+
+
+def also(kind):
+    return lambda steps: [*steps, dict(kind)]
+
+
+LOWER, NFC = dict(type="Lowercase"), dict(type="NFC")
+REPLACE = dict(type="Replace", pattern={"String": "``"}, content='"')
+CONFIG = "tokenizer_config.json"
+PAIRS = edit(model__merges=lambda merges: [merge.split(" ") for merge in merges])
+CASES = [
+    # kind of our export, a change of the folder, what is refused or ""
+    ("bpe", lambda folder: None, ""),
+    ("bpe", by_transformers, ""),
+    ("bpe", PAIRS, ""),
+    ("bpe", two_files, ""),
+    ("bpe", edit(CONFIG, tokenizer_class="RobertaTokenizer"), ""),
+    ("bpe", edit(normalizer=None), ""),
+    ("bpe", edit(normalizer__normalizers=also(LOWER)), "the normalizer Lowercase"),
+    ("bpe", edit(normalizer=NFC), "the normalizer NFC"),
+    ("bpe", edit(normalizer=REPLACE), "the normalizer Replace"),
+    ("bpe", edit(pre_tokenizer__add_prefix_space=True), "add_prefix_space True"),
+    ("bpe", edit(pre_tokenizer__use_regex=False), "use_regex False"),
+    ("bpe", edit(CONFIG, add_prefix_space=True), "add_prefix_space"),
+    ("bpe", edit(pre_tokenizer=dict(type="Whitespace")), "type Whitespace"),
+    ("bpe", edit(pre_tokenizer=None), "type None"),
+    ("bpe", edit(post_processor=None), "a post-processor with type None"),
+    ("bpe", edit(model__ignore_merges=True), "ignore_merges"),
+    ("bpe", edit(CONFIG, tokenizer_class="BertTokenizer"), "the class BertTokenizer"),
+    ("bpe", edit(CONFIG, cls_token="[CLS]"), "the added token '[CLS]'"),
+    ("bpe", edit(CONFIG, additional_special_tokens=["[A]"]), "the added token '[A]'"),
+    ("bpe", more_tokens, "the added token 'thin'"),
+    ("bpe", edit(model__type="Unigram"), "a Unigram model"),
+    ("words", lambda folder: None, ""),
+    ("words", by_transformers, ""),
+    ("words", edit(normalizer=None), ""),
+    ("words", edit(normalizer__normalizers=also(LOWER)), "the normalizer Lowercase"),
+    ("words", edit(pre_tokenizer=dict(type="BertPreTokenizer")), "type BertPreTokenizer"),
+    ("words", edit(pre_tokenizer=dict(type="WhitespaceSplit")), "type WhitespaceSplit"),
+    ("words", edit(pre_tokenizer__behavior="Isolated"), "behavior Isolated"),
+]
+
+
+@pytest.mark.parametrize("kind, change, refused", CASES)
+def test_a_tokenizer_gives_the_ids_of_transformers_or_is_refused_by_name(
+    tmp_path, kind, change, refused, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers")
+    data, folder = tmp_path / "data", tmp_path / "hf"
+    make_dataset(data)
+    dictionary = write_bpe(data) if kind == "bpe" else Dictionary(data / "dict.txt")
+    bpe = [data / "encoder.json", data / "vocab.bpe"] if kind == "bpe" else [None, None]
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "data2vec-text"}')
+    hf_tokenizer.write(folder, dictionary, bpe, 512, fills_masks=False)
+    change(folder)
+    if refused:
+        with pytest.raises(InputError, match="hf: its tokenizer has ") as error:
+            hf_tokenizer.read(folder, len(dictionary))
+        assert refused in str(error.value) and "\n" not in str(error.value)
+        return
+    for name, content in hf_tokenizer.read(folder, len(dictionary)).items():
+        (data / name).write_bytes(content)
+    ours = load_tokenizer(data, Dictionary(data / "dict.txt"))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    if "Replace" in theirs.backend_tokenizer.to_str():
+        lines = lines_of([*PARTS, *TYPED])
+    else:  # what read's page says of such a tokenizer
+        lines = [line.strip() for line in lines_of(PARTS)]
+    for line, row in zip(lines, theirs(lines)["input_ids"]):
+        # the tokens that the dictionary lacks
+        known = [i if i < len(dictionary) else UNK for i in row]
+        assert [BOS, *ours([line])[0].tolist()] == known, repr(line)
