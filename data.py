@@ -290,6 +290,8 @@ class Corpus:
             if not folder.is_dir():
                 raise InputError(no_folder(folder))
         self.dictionary = Dictionary(self.folders[0] / "dict.txt")
+        for folder in self.folders[1:]:
+            self.dictionary.check_same(folder / "dict.txt")
         self._splits = {}  # the last dataset of each name
 
     def split(self, name: str, epoch: int = 1) -> BlockDataset:

@@ -8,9 +8,11 @@ where HOW is one of
     --bpe train --vocab_size 32000                         a BPE of your own, trained on --train
     --bpe none --nwords 50000                              words; rare ones become <unk>
 
-F is a text file in UTF-8, one that ends in .gz, or a member of a zip archive as ARCHIVE.zip:MEMBER;
-several files of a split are concatenated. A line is a sentence; a document ends at an empty line or
-with its file. Without --dict the dictionary holds the train files' tokens, the most frequent first.
+F is a text file in UTF-8, plain, .gz, .bz2 or .xz, or a member of a zip archive as
+ARCHIVE.zip:MEMBER; several files of a split are concatenated. A line is a sentence; a document ends
+at an empty line or with its file. Byte order marks at the beginning of lines are left out, and a
+line of nothing but characters without width (U+FEFF, U+200B, U+2060) counts as empty. Without
+--dict the dictionary holds the train files' tokens, the most frequent first.
 DIR receives dict.txt, {train,valid,test}.{bin,idx}, the BPE's files (encoder.json and vocab.bpe: a
 folder without them holds words) and preprocess.log, a JSON object for each split. The index of
 train appears last: once it exists, everything does. If preprocessing is interrupted, run the same

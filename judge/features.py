@@ -16,7 +16,7 @@ from model import Encoder
 from run import checkpoint
 from run.progress import Bar
 from text.binarized import BOS, EOS, PAD, UNK
-from text.files import LONGEST, without_mark
+from text.files import LONGEST
 
 import numpy as np
 import torch
@@ -38,11 +38,10 @@ def read_lines(source: str):
             if len(line) > LONGEST:
                 raise InputError(f"{name}, line {number}: longer than {LONGEST >> 20} MiB")
             try:
-                text = line.decode("utf-8").removesuffix("\n")
+                lines.append(line.decode("utf-8").removesuffix("\n"))
             except UnicodeDecodeError as e:
                 where = f"{name}, line {number}"
                 raise InputError(f"{where}: not UTF-8 at byte {e.start} of the line") from None
-            lines.append(without_mark(text, name) if number == 1 else text)
             size += len(line)
             if size >= CHUNK:
                 yield lines

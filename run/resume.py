@@ -111,7 +111,7 @@ def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position:
     path, loaded = found
     workers = run.device.world_size
     with reading(f"{path}: damaged"):
-        check_dictionary(loaded, corpus, path)
+        corpus.dictionary.check_checkpoint(loaded.content.get("dictionary"), path)
         progress = loaded.content["progress"]
         batches = progress["batches"] * progress["world_size"]  # of all workers
         changed = changes({**loaded.config, **progress["data"]}, {**run.cfg.flat(), **fingerprint})
@@ -155,16 +155,6 @@ def refusal(path: Path, changed: dict, names: list, advice: str) -> str:
     for name in names:
         words.append(DIGESTS.get(name) or "{} was {}, is {}".format(name, *changed[name]))
     return f"{path} belongs to another run: {', '.join(words)}; {advice}"
-
-
-def check_dictionary(loaded: checkpoint.Loaded, corpus: Corpus, path):
-    """Raise InputError if a checkpoint was trained with another dictionary."""
-    saved = loaded.content.get("dictionary")
-    if saved and saved["digest"] != corpus.dictionary.digest():
-        name, size = corpus.folders[0] / "dict.txt", len(corpus.dictionary)
-        order = " in another order" if saved["size"] == size else ""
-        sizes = f"{saved['size']} symbols; {name} has {size}"
-        raise InputError(f"{path}: trained with another dictionary ({sizes}){order}")
 
 
 def check_position(run, corpus: Corpus, path: Path, batches: int, epoch: int):
@@ -220,7 +210,7 @@ def check_agreement(run, corpus: Corpus, fingerprint: dict):
 
 def init_from(run, corpus: Corpus, loaded: checkpoint.Loaded, path):
     """Take the weights and the teacher of any checkpoint; optimizer and schedule start fresh."""
-    check_dictionary(loaded, corpus, path)
+    corpus.dictionary.check_checkpoint(loaded.content.get("dictionary"), path)
     weights, ours = dict(loaded.student), run.student.state_dict()
     # a head that is missing starts at random, and one that is not used is left out
     for prefix, head in (("regression_head.", "regression head"), ("lm_head.", "head for words")):

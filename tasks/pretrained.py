@@ -190,6 +190,9 @@ def prepare_text(cfg, source: Pretrained) -> Text:
         paths = find_text_files(folder, named)
         # read them while they are there
         dictionary = read_dictionary(paths["dict.txt"], source)
+        if is_binarized:
+            for part in ("input0", "input1"):  # each was binarized with the one in it
+                dictionary.check_same(Path(cfg.data_path) / part / "dict.txt")
         tokenize = None
         if not is_binarized:
             bpe = [paths.get(name) for name in BPE_FILES]
@@ -233,6 +236,5 @@ def read_dictionary(path, source: Pretrained) -> Dictionary:
     if size != source.vocabulary:
         theirs = f"{source.path} has {source.vocabulary} embeddings"
         raise InputError(f"{path}: {size} symbols, but {theirs}")
-    if source.dictionary and source.dictionary["digest"] != dictionary.digest():
-        raise InputError(f"{path}: {source.path} was trained with another one of the same size")
+    dictionary.check_checkpoint(source.dictionary, source.path)
     return dictionary

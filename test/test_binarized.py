@@ -2,17 +2,23 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
+import convert
+import eval as evaluation
+import finetune
 import train
 from config import InputError
+from formats import fairseq_state
 from run import describe
 from test.helpers import FEW, GOLDEN, call, dataset_files, golden, make_dataset, write_index
 from text.binarized import DTYPES, EOS, Dictionary, TokenStream, write_dataset
 
 import numpy as np
 import pytest
+import torch
 
 
 @golden
@@ -73,6 +79,98 @@ def test_a_dictionary_takes_what_fairseq_takes_and_names_the_line_of_an_error(tm
         path.write_text(text)
         with pytest.raises(InputError, match=f"line {line}"):
             Dictionary(path)
+
+
+def test_every_dict_txt_that_data_bring_must_be_the_one_that_is_used(tmp_path, saved, capsys):
+    """Each door: folders of a run, a checkpoint that does not tell its own, pairs of texts."""
+    folders = {}
+    for name in ("a", "b", "same"):
+        folders[name], _ = make_dataset(tmp_path / name)
+    shutil.copytree(folders["a"], tmp_path / "none", ignore=lambda *_: ["dict.txt"])
+    rows = (folders["a"] / "dict.txt").read_text().splitlines()
+    (folders["same"] / "dict.txt").write_bytes("\r\n".join(rows).encode())  # the same words
+    rows[0], rows[1] = rows[1], rows[0]
+    (folders["b"] / "dict.txt").write_text("\n".join(rows) + "\n")
+    # checkpoints that lie beside these two, and say nothing of a dictionary
+    last, bare = saved / "checkpoint_last.pt", tmp_path / "bare.pt"
+    call(convert.main, "--ckpt", last, "--to", "fairseq", bare)
+    content = torch.load(bare)
+    del content["extra_state"][fairseq_state.OURS]
+    torch.save(content, bare)
+    for name in ("a", "b"):
+        shutil.copy(bare, folders[name] / "bare.pt")
+    (tmp_path / "text").write_text("w1 w2\n")
+    rows = ["text\tlabel", *["w1 w2\tx", "w3\ty"] * 4]
+    (tmp_path / "t.tsv").write_text("\n".join(rows) + "\n")
+    for part, source in (("input0", "a"), ("input1", "b"), ("label", "a")):
+        shutil.copytree(folders[source], tmp_path / "pairs" / part)
+
+    a, b, pairs = folders["a"], folders["b"], tmp_path / "pairs"
+    few = [*FEW, "--disable_validation", "--max_update", 1, "--save_dir"]
+    same = f"{a}:{folders['same']}:{tmp_path / 'none'}"
+    tune = ["--device", "cpu", "--max_epoch", 1, "--save_dir", tmp_path / "tuned"]
+    table = ["--train", tmp_path / "t.tsv", "--valid", tmp_path / "t.tsv", *tune]
+    table += ["--text", "text", "--label", "label"]
+    judge = ["--ckpt", b / "bare.pt", "--data_path", a, "--device", "cpu", *FEW[2:]]
+    vectors = ["--features", tmp_path / "text", "--out", tmp_path / "f.npy"]
+    for main, argv, names in (
+        (describe.main, ["--data_path", f"{a}:{b}"], "ba"),
+        (train.main, [*few, tmp_path / "r", "--data_path", f"{a}:{tmp_path / 'none'}:{b}"], "ba"),
+        (train.main, [*few, tmp_path / "r", "--data_path", a, "--init_from", b / "bare.pt"], "ab"),
+        (evaluation.main, judge, "ab"),
+        (evaluation.main, [*judge, "--probe"], "ab"),
+        (evaluation.main, [*judge, *vectors], "ab"),
+        (evaluation.main, ["--ckpt", last, "--data_path", f"{a}:{b}", *vectors], "ba"),
+        (convert.main, [*judge[:4], "--to", "hf", tmp_path / "hf"], "ab"),
+        (finetune.main, ["--ckpt", b / "bare.pt", "--dict", a / "dict.txt", *table], "ab"),
+        (finetune.main, ["--ckpt", last, "--dict", b / "dict.txt", *table], "b "),
+        (finetune.main, ["--ckpt", bare, "--data_path", pairs, *tune], "10"),
+        (describe.main, ["--data_path", same], ""),
+        (train.main, [*few, tmp_path / "r", "--data_path", same, "--init_from", a / "bare.pt"], ""),
+        (evaluation.main, ["--ckpt", a / "bare.pt", *judge[2:]], ""),
+    ):
+        if not names:
+            call(main, *argv)
+            continue
+        with pytest.raises(InputError) as error:
+            call(main, *argv)
+        text = str(error.value)
+        wrong, used = names
+        if used == " ":
+            assert "another dictionary" in text
+        else:
+            assert re.search(rf"{wrong}/dict.txt is not .*{used}/dict.txt: .*'w0'", text), text
+            assert f"--dict {re.search('is not (.*?): ', text)[1]}" in text
+        assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("dict.en.txt train.en-None.en.idx", "no dict.txt in .*dict.en.txt, train.*--only-source"),
+        ("README bin/dict.txt", "no dict.txt in .*it holds README, bin; is .*bin meant"),
+        ("dict.txt train.en-None.en.idx", "no train.idx in .*--only-source"),
+        ("", "it holds nothing"),
+    ],
+)
+def test_a_missing_file_is_told_with_what_the_folder_holds(tmp_path, names, message):
+    for name in names.split():
+        (tmp_path / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).touch()
+    (tmp_path / "set").mkdir(exist_ok=True)
+    with pytest.raises(InputError, match=message):
+        call(describe.main, "--data_path", tmp_path / "set")
+
+
+def test_a_gap_in_the_numbers_of_train_is_noted(tmp_path, capsys):
+    for name in ("train", "train1", "train3", "train10", "train-old", "valid", "valid2"):
+        write_index(tmp_path / name, [[5, 2]], 8)
+    assert TokenStream(tmp_path, "train").tokens == 4 and TokenStream(tmp_path, "valid").tokens == 2
+    assert capsys.readouterr().err.count("there is no train2,") == 1
+    for name in ("train3", "train10"):
+        (tmp_path / f"{name}.idx").unlink()
+    TokenStream(tmp_path, "train")
+    assert not capsys.readouterr().err
 
 
 def patch(path: Path, at: int, value: int, width: int):

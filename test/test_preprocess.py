@@ -1,8 +1,10 @@
 """Raw text to a dataset: fairseq's bytes with any number of workers; runs that are killed."""
 
+import bz2
 import errno
 import gzip
 import json
+import lzma
 import multiprocessing
 import os
 import signal
@@ -78,18 +80,19 @@ def test_without_a_dictionary_the_ids_of_a_bpe_are_counted_and_the_unused_come_l
     assert (len(rows) + 4) % 8 == 0
 
 
-def test_plain_gz_and_zip_files_of_a_split_are_concatenated_each_a_document_of_its_own(tmp_path):
+def test_plain_and_packed_files_of_a_split_are_concatenated_each_a_document_of_its_own(tmp_path):
     (tmp_path / "one.txt").write_text("a b\n\nc")  # without a line end
     (tmp_path / "ended.txt").write_text("a\n \n")  # ends in an empty line
-    with gzip.open(tmp_path / "two.gz", "wt") as f:
-        f.write("d\n")
+    (tmp_path / "two.gz").write_bytes(gzip.compress(b"d\n"))
+    (tmp_path / "bz2").write_bytes(bz2.compress(b"g\n") + bz2.compress(b"h\n"))
+    (tmp_path / "xz").write_bytes(lzma.compress(b"i\n"))
     with zipfile.ZipFile(tmp_path / "three.zip", "w", zipfile.ZIP_DEFLATED) as z:
         z.writestr("folder/other", "x")
         z.writestr("folder/wiki: raw", "e f\r\n")
     names = ["one.txt", "two.gz", "three.zip:folder/wiki: raw"]
     for names, rows in (
         (names, ["a b", "", "c", "", "d", "", "e f"]),
-        (["ended.txt", "two.gz"], ["a", "", "d"]),
+        (["ended.txt", "two.gz", "bz2", "xz"], ["a", "", "d", "", "g", "h", "", "i"]),
     ):
         out = tmp_path / str(len(names))
         preprocess_words(out, train=[f"{tmp_path}/{name}" for name in names])

@@ -1,12 +1,15 @@
 """Text files and tokens: line ends, archives, damaged files; GPT-2's BPE and one trained here."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import random
 import re
 import signal
 import sys
+import tarfile
 import time
 import zipfile
 
@@ -43,7 +46,8 @@ def test_words_encoded_one_by_one_give_the_tokens_of_the_whole_line(tokenizers):
     parts += [" "] * 8 + ["  ", *"\t\v\x1c\x85\xa0\u2003\u2028\u3000\u200b\ufeff\0", "👩‍👩"]
     for _ in range(5000):
         line = "".join(rng.choice(parts) for _ in range(rng.randrange(12)))
-        ids = tokenizer.bpe.encode(line.strip(), add_special_tokens=False).ids
+        text = files.visible(line).strip()
+        ids = tokenizer.bpe.encode(text, add_special_tokens=False).ids
         expected = [dictionary.ids[str(i)] for i in ids] + [EOS]
         assert tokenizer([line])[0].tolist() == expected, repr(line)
 
@@ -144,10 +148,32 @@ def test_a_bpe_is_trained_on_a_sample_spread_over_the_text(tokenizers, tmp_path,
     assert len({re.match("word[0-9]+", chunk)[0] for chunk in sample}) == 20
 
 
+def test_a_bpe_is_trained_on_pieces_of_a_long_run_and_on_ordinary_text_as_it_is(
+    tokenizers, tmp_path, monkeypatch, capsys
+):
+    bpes, byte_level = [], tokens.byte_level
+    monkeypatch.setattr(tokens, "byte_level", lambda: bpes.append(byte_level()) or bpes[-1])
+    lines = ["The first, don't  you 12345 ?!...", *CHINESE, "word" * 700, "a" + " " * 2000]
+    (tmp_path / "t.txt").write_text("\n".join(lines * 3), encoding="utf-8")
+    trained = tokens.train_bpe([str(tmp_path / "t.txt")], vocab_size=300, sample_mb=1)
+    assert "300 tokens on" in capsys.readouterr().out
+    cut = bpes[0].pre_tokenizer
+    for text in lines:
+        assert cut.pre_tokenize_str(text) == byte_level().pre_tokenizer.pre_tokenize_str(text)
+    for text in ("ACGT" * 50_000, "文" * 9999, "a" + " " * 9999, "?" * 9999):
+        lengths = [len(piece) for piece, _ in cut.pre_tokenize_str(text)]
+        assert max(lengths) == 3000 and sum(lengths) >= len(text)
+    # the same files as without the cut
+    monkeypatch.setattr(tokenizers.pre_tokenizers, "Sequence", lambda parts: parts[0])
+    assert trained == tokens.train_bpe([str(tmp_path / "t.txt")], vocab_size=300, sample_mb=1)
+
+
 def test_ctrl_c_is_answered_while_a_bpe_is_trained_and_an_error_of_the_trainer_is_raised(
     tokenizers, tmp_path, monkeypatch
 ):
     class Trainer:
+        pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+
         def train_from_iterator(self, *_):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
@@ -189,17 +215,47 @@ def test_lines_end_as_in_pythons_text_files_wherever_a_chunk_ends(tmp_path, monk
         assert [line for chunk in chunks for line in tokens.lines_of(chunk)] == expected
 
 
-def test_a_byte_order_mark_is_left_out_and_said_once(tmp_path, monkeypatch, capsys):
+def test_marks_at_the_beginning_of_lines_and_lines_without_width_are_left_out(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(files, "CHUNK", 8)
-    parts = dict(one="\ufeffEvery word\nis \ufeffkept\n", two="\ufeff", three="\ufeff\nlast\0 line")
+    parts = dict(
+        one="\ufeffEvery word\nis \ufeffkept\n\ufeff\ufeffbut\r\ufeffmarks\n",
+        two="\ufeff",
+        three="\ufeff\nlast\0 line\n \u200b\u2060\t\n\u200bword \u200b\n\u2060",
+        four="a\u200b\n \nb",
+    )
     for name, content in parts.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
     preprocess_words(tmp_path / "out", train=[tmp_path / name for name in parts])
     words = Dictionary(tmp_path / "out" / "dict.txt")
     rows = [words.decode(row[:-1]) for row in sentences_of(tmp_path / "out", "train")]
-    assert rows == ["Every word", "is \ufeffkept", "", "", "last\0 line"]
+    one = ["Every word", "is \ufeffkept", "but", "marks", "", ""]
+    three = ["last\0 line", "", "\u200bword \u200b", ""]
+    assert rows == [*one, *three, "a\u200b", "", "b"]
     notes = capsys.readouterr().err
     assert notes.count("byte order mark") == 3 and notes.count("three: holds NUL") == 1
+    # text is read in the same way where a dataset's tokens are met again
+    tokenizer = load_tokenizer(tmp_path / "out", words)
+    rows = [row.tolist() for row in tokenizer(["\ufeffbut", "\u200b"])]
+    assert rows == [[words.ids["but"], 2], [2]]
+
+
+@pytest.mark.parametrize(
+    ("content", "note"),
+    [
+        ('{"text": "a b"}\n' * 30 + "\n", "JSON"),
+        ('{"text": "a b"}\n' * 3 + "a { b }\n[1]\n3\n", ""),
+        ("a </s>\nb\n", "</s>"),
+        ("a b\n<pad>", "<pad>"),
+        ("<s>a</s> <mask> <unk>\n", ""),
+    ],
+)
+def test_what_may_not_be_meant_as_text_is_noted_once(tmp_path, content, note, capsys):
+    (tmp_path / "t.txt").write_text(content)
+    preprocess_words(tmp_path / "out", train=[tmp_path / "t.txt"])
+    said = capsys.readouterr().err
+    assert note in said and said.count("note: ") == bool(note)
 
 
 def test_an_endless_line_takes_little_memory(tmp_path):
@@ -211,18 +267,34 @@ def test_an_endless_line_takes_little_memory(tmp_path):
 
 
 def test_unreadable_text_is_one_line_that_says_where(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "CHUNK", 16)
+    monkeypatch.setattr(files, "CHUNK", 512)
     good = b"one\r\ntwo\rthree three three\n"
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as z:
         z.writestr("inside", good)
+        z.writestr("packed", gzip.compress(good))
     archive = (tmp_path / "z.zip").read_bytes()
     (tmp_path / "broken.zip").write_bytes(archive[:-30])
+    (tmp_path / "t").write_bytes(good)
+    for kind in ("", ":gz", ":xz"):
+        with tarfile.open(tmp_path / f"tar{kind[1:]}", f"w{kind}") as tar:
+            tar.add(tmp_path / "t")
     for name, content, message in (
         ("latin.txt", good + b"caf\xe9\n", "latin.txt, line 4: not UTF-8"),
         ("cut.txt", good + b"\n\xe4\xb8", "cut.txt, line 5: not UTF-8"),
         ("surrogate.txt", b"\xed\xa0\x80", "line 1: not UTF-8"),
         ("cut.gz", gzip.compress(good * 50)[:-9], "cut.gz: cannot be read"),
         ("plain.gz", good, "plain.gz: cannot be read"),
+        ("cut.bz2", bz2.compress(good * 50)[:-9], "cut.bz2: cannot be read"),
+        ("cut", lzma.compress(good * 50)[:-9], "cut: cannot be read"),
+        ("damaged.xz", b"x" + lzma.compress(good * 50), "damaged.xz: cannot be read"),
+        ("tar", None, "tar: a .tar file"),
+        ("targz", None, "targz: a .tar file"),
+        ("tarxz", None, "tarxz: a .tar file"),
+        ("t.txt", b"\x28\xb5\x2f\xfd\0\0", "t.txt: a .zst file"),
+        ("twice", gzip.compress(bz2.compress(good)), "twice: a .bz2 file"),
+        ("t.parquet", b"PAR1\x15\x04\x15 PAR1", "t.parquet: a .parquet file"),
+        ("cut.zip", archive[:40], "cut.zip: a .zip file"),
+        ("z.zip:packed", None, "z.zip:packed: a .gz file"),
         ("z.zip", archive, "z.zip: an archive; .*it holds inside"),
         ("z.zip:nothing", None, "has no member 'nothing'"),
         ("broken.zip:inside", None, "not a readable zip"),

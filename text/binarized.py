@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from config import InputError, read_text, reading, refuse_pointer
+from text.files import note
 
 import numpy as np
 
@@ -45,10 +46,9 @@ class Dictionary:
     """
 
     def __init__(self, path):
-        path = Path(path)
+        self.path = path = Path(path)
         if not path.exists():
-            what = "preprocessing writes it into the folder of the .bin files"
-            raise InputError(f"no dict.txt in {path.parent}: {what}")
+            raise InputError(missing(path))
         self.symbols = list(SPECIAL)
         self.ids = {symbol: i for i, symbol in enumerate(SPECIAL)}
         lines = read_text(path).split("\n")
@@ -80,6 +80,37 @@ class Dictionary:
     def digest(self) -> str:
         """sha256 of the symbols in order: equal if every token has the same id."""
         return hashlib.sha256("\n".join(self.symbols).encode()).hexdigest()
+
+    def check_same(self, path):
+        """Raise InputError if there is another dict.txt at `path` that gives a token another id."""
+        path = Path(path)
+        if not path.is_file():
+            return
+        other = Dictionary(path)
+        if other.digest() == self.digest():
+            return
+        pairs = itertools.zip_longest(self.symbols, other.symbols)
+        id_, (ours, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        how = f"--dict {self.path}"
+        if (self.path.parent / "vocab.bpe").is_file():
+            bpe = [self.path.parent / name for name in ("encoder.json", "vocab.bpe")]
+            how = "--bpe gpt2 --encoder_json {} --vocab_bpe {} {}".format(*bpe, how)
+        what = f"token {id_} is {theirs!r} instead of {ours!r}"
+        raise InputError(f"{path} is not {self.path}: {what}; binarize that text with {how}")
+
+    def check_checkpoint(self, saved: dict | None, path):
+        """Raise InputError if the checkpoint at `path` was trained with another dictionary.
+
+        saved: what it says of its own. fairseq's say nothing: then a dict.txt beside one is its.
+        """
+        if not saved or "digest" not in saved:
+            beside = Path(path).parent / "dict.txt"
+            if Path(path).is_file() and beside.is_file():
+                Dictionary(beside).check_same(self.path)
+        elif saved["digest"] != self.digest():
+            order = " in another order" if saved["size"] == len(self) else ""
+            sizes = f"{saved['size']} symbols; {self.path} has {len(self)}"
+            raise InputError(f"{path}: trained with another dictionary ({sizes}){order}")
 
     def holds_bpe_ids(self) -> bool:
         """Whether the symbols are ids of a BPE: the first 100 that the file lists are numbers."""
@@ -120,14 +151,27 @@ def no_folder(folder: Path) -> str:
     return f"{folder}: {what} (--data_path)"
 
 
-def map_file(path: Path) -> np.ndarray:
-    """The bytes of a file, memory-mapped: uint8. Raises InputError."""
+def missing(path: Path) -> str:
+    """What to say of a file of a dataset that is not there: what its folder holds instead."""
     folder = path.parent
     if not folder.is_dir():
-        raise InputError(no_folder(folder))
+        return no_folder(folder)
+    names = sorted(os.listdir(folder))
+    parts = [f"no {path.name} in {folder}", f"it holds {', '.join(names[:8]) or 'nothing'}"]
+    below = [name for name in names if (folder / name / path.name).is_file()]
+    if below:
+        parts.append(f"is {folder / below[0]} meant?")
+    # fairseq-preprocess with a language, as for translation: dict.en.txt and train.en-None.en.idx
+    stem, suffix = path.stem, path.suffix
+    if any(name.startswith(f"{stem}.") and name.endswith(suffix) for name in names):
+        parts.append("fairseq-preprocess writes names without a language with --only-source")
+    return "; ".join(parts)
+
+
+def map_file(path: Path) -> np.ndarray:
+    """The bytes of a file, memory-mapped: uint8. Raises InputError."""
     if not path.exists():
-        names = ", ".join(sorted(os.listdir(folder))[:8]) or "nothing"
-        raise InputError(f"no {path.name} in {folder}; it holds {names}")
+        raise InputError(missing(path))
     if not path.is_file():
         raise InputError(f"{path}: not a file")
     with reading(f"{path}: cannot be read"):
@@ -210,6 +254,10 @@ class TokenStream:
         self._files = [TokenFile(self.folder / split)]
         while split == "train" and (self.folder / f"{split}{len(self._files)}.idx").exists():
             self._files.append(TokenFile(self.folder / f"{split}{len(self._files)}"))
+        more = [path for path in self.folder.glob("train[1-9]*.idx") if path.stem[5:].isdecimal()]
+        if split == "train" and len(more) >= len(self._files):  # as in fairseq, not read
+            where = f"{self.folder}: there is no train{len(self._files)}"
+            note(f"{where}, so none of train's files with a higher number is read")
         sizes = [file.sizes for file in self._files]
         self.sizes = sizes[0] if len(sizes) == 1 else np.concatenate(sizes)
         self._file_ends = np.cumsum([file.tokens for file in self._files])

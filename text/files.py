@@ -1,15 +1,18 @@
 """Text files as the command line names them, read in pieces of whole lines.
 
-A name is a file in UTF-8, one that ends in .gz, or a member of a zip archive as ARCHIVE.zip:MEMBER.
-A damaged, encrypted or unusual file is an InputError of one line.
+A name is a file in UTF-8, plain or packed by gzip, bzip2 or xz, or a member of a zip archive as
+ARCHIVE.zip:MEMBER. A damaged, encrypted or unusual file is an InputError of one line.
 """
 
+import bz2
 import contextlib
 import functools
 import gzip
 import json
+import lzma
 import re
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +23,27 @@ from tqdm import tqdm
 
 CHUNK = 1 << 20  # bytes of text that one worker takes at a time
 LONGEST = 64 << 20  # bytes of a line; longer than any text has, and all of it is held
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# how files begin that are no text
+FORMATS = {
+    ".gz": rb"\x1f\x8b",
+    ".bz2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
+    ".xz": rb"\xfd7zXZ\0",
+    ".zst": rb"\x28\xb5\x2f\xfd",
+    ".lz4": rb"\x04\x22\x4d\x18",
+    ".7z": rb"7z\xbc\xaf",
+    ".rar": rb"Rar!\x1a\x07",
+    ".zip": rb"PK\x03\x04",
+    ".parquet": rb"PAR1\x15",
+    ".arrow": rb"ARROW1\0",
+    ".pdf": rb"%PDF-",
+}
+NO_WIDTH = "\ufeff\u200b\u2060"  # byte order mark, zero-width space, word joiner
+# lines of nothing else, and byte order marks where a line begins, as in files that were joined
+UNSEEN = re.compile(rf"^(?:[^\S\n]*[{NO_WIDTH}](?:[{NO_WIDTH}]|[^\S\n])*$|\ufeff+)", re.M)
+MARKS = ("<s>", "</s>", "<pad>")  # of the dataset, not of its text
+TYPED = re.compile(rf"(?<!\S)(?:{'|'.join(MARKS)})(?!\S)")
+LOOK = 200  # lines at the beginning of a file that tell what it is
 
 
 class Source(NamedTuple):
@@ -34,11 +58,43 @@ def note(text: str):
     print(f"note: {printable(text)}", file=sys.stderr)
 
 
-def without_mark(text: str, name: str) -> str:
-    """The beginning of a file without its byte order mark, which would be part of a word."""
-    if text.startswith("\ufeff"):
-        note(f"{name}: begins with a byte order mark, which is left out")
-    return text.removeprefix("\ufeff")
+def visible(text: str) -> str:
+    """Lines without byte order marks at their beginning, which would be part of a word.
+
+    A line of nothing but characters of no width is empty. Both differ from fairseq.
+    """
+    if any(character in text for character in NO_WIDTH):
+        return UNSEEN.sub("", text)
+    return text
+
+
+def format_of(beginning: bytes) -> str | None:
+    """The suffix of files that begin so; None for a text."""
+    for suffix, pattern in FORMATS.items():
+        if re.match(pattern, beginning):
+            return suffix
+    with contextlib.suppress(tarfile.HeaderError):
+        tarfile.TarInfo.frombuf(beginning[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+        return ".tar"
+    return None
+
+
+def look_at(text: str, name: str, is_first: bool):
+    """Note what may not be meant to be text. is_first: whether the file begins with it."""
+    if "\0" in text:
+        note(f"{name}: holds NUL characters, as files in UTF-16 do, and files that are no text")
+    if any(mark in text for mark in MARKS) and TYPED.search(text):
+        how = "leave them out: every line gets a </s>, and every block a <s>, by itself"
+        note(f"{name}: holds {', '.join(MARKS)} as words; {how}")
+    if is_first:
+        lines = [line for line in text.split("\n", LOOK)[:LOOK] if line.strip()]
+        objects = 0
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):
+                objects += isinstance(json.loads(line), dict)
+        if objects > 0.9 * len(lines):
+            what = "are JSON objects, so keys and braces become text, too"
+            note(f"{name}: its lines {what}; write the texts alone into a file")
 
 
 def locate(name: str) -> Source:
@@ -75,8 +131,11 @@ def open_file(name: str):
         if source.member is not None:
             with zipfile.ZipFile(raw) as archive, archive.open(source.member) as file:
                 yield file, raw
-        elif source.path.suffix.lower() == ".gz":
-            with gzip.GzipFile(fileobj=raw) as file:
+            return
+        kind = format_of(raw.read(tarfile.BLOCKSIZE)) or source.path.suffix.lower()
+        raw.seek(0)
+        if kind in OPENERS:
+            with OPENERS[kind](raw) as file:
                 yield file, raw
         else:
             yield raw, raw
@@ -87,7 +146,10 @@ def whole_lines(name: str, advance):
     rest = b""  # of a line whose end has not been read yet
     with reading(f"{name}: cannot be read"), open_file(name) as (file, raw):
         at = raw.tell()
-        while block := file.read(CHUNK):
+        block = file.read(CHUNK)
+        if kind := format_of(block):
+            raise InputError(f"{name}: a {kind} file, not a text; take the text out of it first")
+        while block:
             advance(raw.tell() - at)
             at = raw.tell()
             rest += block
@@ -98,6 +160,7 @@ def whole_lines(name: str, advance):
                 rest = rest[end:]
             if len(rest) > LONGEST:
                 raise InputError(f"{name}: a line of over {LONGEST >> 20} MiB; not a text")
+            block = file.read(CHUNK)
     if rest:
         yield rest
 
@@ -117,12 +180,14 @@ def read_chunks(name: str, advance=lambda n: None):
         except UnicodeDecodeError as e:
             error = e
             text = chunk[: e.start].decode("utf-8")
-        if number == 0:  # differs from fairseq, which keeps the mark
-            text = without_mark(text, name)
         if "\r" in text:  # rare, and looking for it is fast
             text = text.replace("\r\n", "\n").replace("\r", "\n")
-        if "\0" in text:
-            note(f"{name}: holds NUL characters, as files in UTF-16 do, and files that are no text")
+        seen = visible(text)
+        if len(seen) < len(text):
+            what = "byte order marks and lines of characters without width"
+            note(f"{name}: {what} are left out")
+        text = seen
+        look_at(text, name, number == 0)
         line += text.count("\n")
         if error:
             advice = "convert the file first, as iconv does"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from config import InputError, read_text, reading
 from text.binarized import EOS, UNK, Dictionary, token_type
-from text.files import disk_size, note, read_all
+from text.files import disk_size, note, read_all, visible
 
 import numpy as np
 
@@ -27,6 +27,7 @@ SPECIAL_TOKEN = re.compile(r"<.*>|\[.*\]", re.S)  # such as <|endoftext|>, which
 CUT = re.compile(r"(?<=\S)(?= \S)")
 MEMO = 1 << 18  # pieces of text that are remembered with their tokens
 MEMO_PIECE = 32  # characters of the longest of them
+TRAINED_PIECE = 3000  # most bytes of a piece that a BPE is trained on; no text has longer words
 
 
 def lines_of(chunk: str) -> list[str]:
@@ -125,6 +126,10 @@ def train_bpe(names: list[str], vocab_size: int, sample_mb: int) -> list[bytes]:
         raise InputError(f"--train {' '.join(names)}: no text in it to train a BPE on")
 
     bpe = byte_level()
+    # the trainer's time grows with the square of the longest piece: of DNA a whole line is one
+    cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex(f".{{{TRAINED_PIECE}}}"), "isolated")
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([bpe.pre_tokenizer, cut])
+    print(f"training a BPE of {vocab_size:,} tokens on {sum(map(len, sample)):,} characters")
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -210,7 +215,8 @@ class Tokenizer:
         return self.first[words[0]] + rest + self.eos
 
     def __call__(self, lines: list[str]) -> list[np.ndarray]:
-        return [np.frombuffer(self._row(line), self.dtype).astype(np.int64) for line in lines]
+        rows = [self._row(visible(line)) for line in lines]
+        return [np.frombuffer(row, self.dtype).astype(np.int64) for row in rows]
 
     def head(self, line: str, tokens: int) -> str:
         """The beginning of a line, long enough for its first `tokens` tokens.
