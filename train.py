@@ -299,11 +299,13 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         device.barrier()  # rank 0 has prepared the folder
 
         check_memory(cfg.model, len(corpus.dictionary), device, copies=5)
+        found = None if args.no_resume else resume.find_checkpoint(folder, device)
+        cfg, device = resume.with_amp_of_the_start(cfg, device, found)
         run = Run(cfg, device, len(corpus.dictionary))
         width = cfg.model.embed_dim
         log = Log(device, folder / "train.jsonl", t.tensorboard_logdir, run.clock, width)
         stack.callback(log.close)
-        path = start_from(run, corpus, fingerprint, log, args)
+        path = start_from(run, corpus, fingerprint, log, found, args)
         device.check_profile(t.npu_profile, run.num_updates, t.max_update)
         resume.check_agreement(run, corpus, fingerprint)  # and every worker has read what it needs
         if device.rank == 0 and args.no_resume:  # only after every check has passed
@@ -318,10 +320,9 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         return loop(run, source, validation, saves, signals, profiled)
 
 
-def start_from(run: Run, corpus: Corpus, fingerprint: dict, log: Log, args) -> Path | None:
-    """Continue from the newest checkpoint of --save_dir, which is returned, or from --init_from."""
+def start_from(run: Run, corpus: Corpus, fingerprint: dict, log: Log, found, args) -> Path | None:
+    """Continue from the checkpoint found, whose path is returned, or start, from --init_from."""
     t = run.cfg.train
-    found = None if args.no_resume else resume.find_checkpoint(Path(t.save_dir), log.say)
     if found:
         resume.resume(run, corpus, fingerprint, found, args.reset_data_position, log)
         return found[0]

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import platform
 import sys
+from dataclasses import replace
 
 from config import DeviceConfig, InputError, RunError
 from hardware.device import WORKER_TIMEOUT, Device
@@ -36,6 +37,15 @@ def open_device(cfg: DeviceConfig) -> Device:
     if world_size > 1:
         _join_workers(kind, rank, world_size)
     return Device(device, name, _amp_type(cfg.amp, kind, name), rank, world_size)
+
+
+def with_amp(device: Device, amp: str) -> Device:
+    """The device at the precision that a checkpoint names, or as it is if it cannot have that."""
+    if amp == "auto" and device.type == "cpu":  # once said so in checkpoints, and meant float32
+        amp = "off"
+    with contextlib.suppress(InputError):
+        return replace(device, amp=_amp_type(amp, device.type, device.name))
+    return device
 
 
 def _choose(kind: str) -> str:
@@ -119,8 +129,9 @@ def check_world_size(asked: int | None, update_freq: int):
 def _amp_type(amp: str, kind: str, name: str) -> torch.dtype | None:
     has_bf16 = _has_bf16(kind)
     if amp == "auto":
-        best = "bf16" if has_bf16 else "fp16"
-        amp = "off" if kind == "cpu" else best
+        amp = "bf16" if has_bf16 else "fp16"
+        if kind == "cpu":
+            amp = "bf16" if is_bf16_fast_on_cpu() else "off"
     if amp == "bf16" and not has_bf16:
         # autocast would only warn there, and an NPU train in float32
         raise InputError(f"--amp bf16: {name} has no bfloat16; use --amp fp16")
@@ -137,6 +148,14 @@ def _has_bf16(kind: str) -> bool:
         # is_bf16_supported() counts emulation, unless asked not to, which torch can from 2.5 on
         return torch.version.hip is not None or torch.cuda.get_device_capability()[0] >= 8
     return True
+
+
+def is_bf16_fast_on_cpu() -> bool:
+    """Whether this CPU multiplies bfloat16 by itself: with AMX, or AVX-512's dot products."""
+    # with the latter an update takes 0.6 of float32's time (docs/benchmarks.md)
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    # an older torch cannot tell, and stays at float32
+    return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def _check_npu(amp: str, name: str, rank: int):

@@ -6,8 +6,10 @@ import os
 import sys
 from pathlib import Path
 
-from config import InputError, ModelConfig, RunError, printable, reading
+from config import Config, InputError, ModelConfig, RunError, printable, reading
 from data import Corpus
+from hardware.device import Device
+from hardware.opening import with_amp
 from run import checkpoint
 from text.binarized import TokenStream
 
@@ -83,11 +85,16 @@ def contents(run, corpus: Corpus, fingerprint: dict) -> dict:
 # ------------------------------------------------------------------------------ where a run begins
 
 
-def find_checkpoint(folder: Path, say) -> tuple[Path, checkpoint.Loaded] | None:
+def find_checkpoint(folder: Path, device: Device) -> tuple[Path, checkpoint.Loaded] | None:
     """The newest checkpoint of a save directory that can be read, if it holds any.
 
     Raises InputError if none can.
     """
+
+    def say(text: str):
+        if device.rank == 0:
+            print(printable(text), flush=True)
+
     paths = checkpoint.candidates(folder)
     if not paths:
         return None
@@ -101,6 +108,21 @@ def find_checkpoint(folder: Path, say) -> tuple[Path, checkpoint.Loaded] | None:
             failure = e
     what = f"none of the {len(paths)} checkpoints in {folder} can be read"
     raise InputError(f"{what}; the last error: {failure}")
+
+
+def with_amp_of_the_start(cfg: Config, device: Device, found: tuple | None):
+    """(cfg, device) with --amp auto decided, which from then on is a setting like any other.
+
+    found: of `find_checkpoint`. A run goes on at the precision at which it began.
+    """
+    if found and cfg.device.amp == "auto":
+        path, loaded = found
+        with reading(f"{path}: damaged"):
+            # a run that comes from another kind of device takes what this one does best
+            if device.type in loaded.content["rng"]:
+                device = with_amp(device, loaded.config["amp"])
+    where = dataclasses.replace(cfg.device, amp=device.amp_name)
+    return dataclasses.replace(cfg, device=where), device
 
 
 def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position: bool, log):

@@ -1,3 +1,14 @@
 """The fixtures that all test files here can ask for."""
 
+from hardware import opening
 from test.helpers import block_dataset, corpus_dir, saved, tokenizers  # noqa: F401
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def float32_by_default():
+    """--amp auto is float32 on any CPU: most tests compare with its numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "is_bf16_fast_on_cpu", lambda: False)
+        yield

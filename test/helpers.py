@@ -43,8 +43,8 @@ SMALL = {name: int(value) for name, value in (word.split("=") for word in SIZES.
 SMALL |= dict(dropout=0.0, attention_dropout=0.0, max_source_positions=64)
 
 FEW = (
-    "--config_name tiny --device cpu --log_interval 1 --tokens_per_sample 32 --max_tokens 256"
-    " --warmup_updates 2 --validate_interval_updates 0"
+    "--config_name tiny --device cpu --amp off --log_interval 1 --tokens_per_sample 32"
+    " --max_tokens 256 --warmup_updates 2 --validate_interval_updates 0"
 ).split() + [str(word) for name, value in SMALL.items() for word in (f"--{name}", value)]
 
 

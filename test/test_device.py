@@ -9,16 +9,18 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import bench
 import preprocess
 import train
-from config import DeviceConfig, InputError, ModelConfig
+from config import Config, DataConfig, DeviceConfig, InputError, ModelConfig
 from data import prefetch
 from hardware import device, kernels, opening
-from hardware.opening import open_device
+from hardware.opening import is_bf16_fast_on_cpu, open_device
 from run import checkpoint, flags
 from run.guard import check_memory
+from run.resume import with_amp_of_the_start
 from test.helpers import CPU, FEW, HERE, call, few, rows_of
 
 import pytest
@@ -63,7 +65,8 @@ def test_the_linear_layer_on_a_cpu_matches_torch_with_its_gradients(shape):
 
 
 def test_programs_import_without_torch_npu_and_keep_it_from_loading_itself():
-    names = ("TORCH_DEVICE_BACKEND_AUTOLOAD", "OMP_WAIT_POLICY")
+    caches = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    names = ("TORCH_DEVICE_BACKEND_AUTOLOAD", "OMP_WAIT_POLICY", *caches)
     code = f"""
 import sys, os
 class Finder:
@@ -75,11 +78,11 @@ import {{0}}
 assert "torch_npu" not in sys.modules"""
     unset = {name: value for name, value in os.environ.items() if name not in names}
     for module, chosen, expected in (
-        ("train", {}, "0 PASSIVE"),
-        ("eval", {}, "0 PASSIVE"),
-        ("bench", {}, "0 PASSIVE"),
-        ("test.soak", {}, "0 PASSIVE"),
-        ("train", {"OMP_WAIT_POLICY": "ACTIVE"}, "0 ACTIVE"),
+        ("train", {}, "0 PASSIVE 64 64"),
+        ("eval", {}, "0 PASSIVE 64 64"),
+        ("bench", {}, "0 PASSIVE 64 64"),
+        ("test.soak", {}, "0 PASSIVE 64 64"),
+        ("train", {"OMP_WAIT_POLICY": "ACTIVE"}, "0 ACTIVE 64 64"),
     ):
         command = [sys.executable, "-c", code.format(module)]
         env = {**unset, **chosen}
@@ -91,7 +94,6 @@ def test_devices_that_are_not_there_are_refused_in_one_line():
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="--device cuda"):
             open_device(DeviceConfig(device="cuda"))
-    assert open_device(DeviceConfig(device="cpu", amp="auto")).amp is None
 
 
 def test_the_loss_scaler_has_the_references_rules():
@@ -109,6 +111,50 @@ def test_mixed_precision_trains_and_the_teacher_stays_in_float32(tmp_path, corpu
     assert mixed[0]["loss"] != plain[0]["loss"] and mixed[0]["loss_scale"] == scale
     saved = checkpoint.load(tmp_path / amp / "checkpoint_last.pt")
     assert all(t.dtype == torch.float32 for t in [*saved.teacher.values(), *saved.student.values()])
+
+
+def test_auto_is_bf16_where_a_cpu_is_fast_at_it_and_a_resumed_run_keeps_what_it_began_with(
+    monkeypatch, corpus_dir, tmp_path
+):
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    for has in ((False, False), (True, False), (False, True), ()):
+        with monkeypatch.context() as patch:
+            for name, answer in zip(names, has):
+                patch.setattr(torch.cpu, name, lambda answer=answer: answer, raising=False)
+            for name in names[len(has) :]:  # an older torch
+                patch.delattr(torch.cpu, name, raising=False)
+            assert is_bf16_fast_on_cpu() == any(has)
+
+    for is_fast, amp in ((True, "bf16"), (False, "off")):
+        words = (corpus_dir, tmp_path / amp, "--amp", "auto", "--max_update")
+        monkeypatch.setattr(opening, "is_bf16_fast_on_cpu", lambda: is_fast)
+        first, second, *_ = call(train.main, *few(*words, 1)).splitlines()
+        assert f"--amp {amp}" in first and f"amp {amp} |" in second
+        monkeypatch.setattr(opening, "is_bf16_fast_on_cpu", lambda: not is_fast)
+        said = call(train.main, *few(*words, 2))
+        assert f"amp {amp} |" in said and f"amp {amp} ->" not in said
+
+
+@pytest.mark.parametrize(
+    ("began", "on", "asked", "expected"),
+    [
+        ("bf16", "cpu", "auto", "bf16"),
+        ("bf16", "cpu", "off", "off"),
+        ("auto", "cpu", "auto", "off"),  # of an earlier version
+        ("off", "npu", "auto", "off"),
+        ("fp16", "cpu", "auto", "bf16"),  # here without float16
+    ],
+)
+def test_a_checkpoint_decides_what_auto_leaves_open(monkeypatch, began, on, asked, expected):
+    monkeypatch.setattr(opening, "VERSION", (2, 3))
+    monkeypatch.setattr(opening, "is_bf16_fast_on_cpu", lambda: True)
+    parts = {field.name: field.type() for field in dataclasses.fields(Config)}
+    parts |= dict(data=DataConfig("x"), device=DeviceConfig(device="cpu", amp=asked))
+    cfg = Config(**parts)
+    state = SimpleNamespace(config=dict(amp=began), content=dict(rng={"cpu": 0, on: 0}))
+    opened = open_device(cfg.device)
+    settled, here = with_amp_of_the_start(cfg, opened, ("x.pt", state))
+    assert settled.device.amp == here.amp_name == expected
 
 
 def test_a_thread_of_ours_runs_on_the_cores_that_the_process_began_with():
