@@ -300,7 +300,7 @@ def contents_of(task: Task, model: Classifier) -> dict:
     settings["data_path"] = str(Path(task.cfg.save_dir).resolve())
     settings["tokens_per_sample"] = task.source.longest
     symbols = task.text.dictionary
-    labels = dict(labels=task.data.names, texts=task.data.texts)
+    labels = dict(labels=task.data.names, texts=task.data.texts, header=task.data.header)
     return convert.beginning(task.cfg.seed) | dict(
         config=settings,
         dictionary=dict(size=len(symbols), digest=symbols.digest(), mask_id=symbols.mask_id),

@@ -6,13 +6,16 @@ commit 3f6ba43f.
 """
 
 import csv
+import dataclasses
 import json
 import math
+import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError, read_text, reading
+from config import InputError, printable, read_text, reading
 from text.binarized import BOS, EOS, SPECIAL, Dictionary, TokenFile
 
 import numpy as np
@@ -26,6 +29,15 @@ class Columns:
     label: str | int | None = None  # None: the table has no labels
     header: bool | None = None  # whether the first row names the columns; None: find out
     fields: int = 0  # leave out rows without so many, allow empty texts (0: both are errors)
+
+    @property
+    def names(self) -> list:
+        return [*self.text] if self.label is None else [*self.text, self.label]
+
+    def is_guess(self, path) -> bool:
+        """Whether only the file can tell if it has a header: columns that are named must have."""
+        numbers = [number_of(name) for name in self.names]
+        return self.header is None and None not in numbers and not is_json(path)
 
 
 # Where GLUE's files, as they are shipped, have their columns; MNLI's dev files have the label
@@ -51,7 +63,7 @@ class Table:
     lines: list[int]  # the line of each row, from 1
     texts: list[list[str]]  # of each text column
     labels: list[str]  # empty if not asked for
-    header: bool = True
+    header: list[str] | None = None  # what the first row calls the text columns
     left_out: int = 0  # rows without the right number of fields
 
 
@@ -71,22 +83,34 @@ class Split:
 # ------------------------------------------------------------------------------------------ tables
 
 
-def read_table(path, columns: Columns, regression: bool = False) -> Table:
-    """The wanted columns of a file. Raises InputError, with the line, for a row without them."""
-    path = Path(path)
-    names = [*columns.text] if columns.label is None else [*columns.text, columns.label]
-    rows = read_rows(path, names)
+def read_tables(files: dict, regression: bool = False, known: list | None = None) -> dict:
+    """{split: Table} of {split: (path, Columns)}, which all have a header or have none.
+
+    known: what another header called the text columns. Raises InputError, with the line, for a row
+    without the columns.
+    """
+    files = {split: (Path(path), columns) for split, (path, columns) in files.items()}
+    rows = {split: read_rows(path, columns.names) for split, (path, columns) in files.items()}
+    guessed = {s: rows[s] for s, (path, columns) in files.items() if columns.is_guess(path)}
+    header = find_header(guessed, files, regression, known) if guessed else False
+    tables = {}
+    for split, (path, columns) in files.items():
+        named = header if split in guessed else columns.header is not False or is_json(path)
+        columns = dataclasses.replace(columns, header=named)
+        tables[split] = table_of(path, columns, rows[split])
+    return tables
+
+
+def table_of(path: Path, columns: Columns, rows: list) -> Table:
+    """The wanted columns of a file, once columns.header says whether the first row names them."""
     first = rows[0][1]
-    if path.suffix.lower() == ".jsonl":
-        header, places = True, range(len(names))
-    else:
-        header = has_header(rows, names, columns, regression)
-        places = places_of(first, names, header, path)
-        rows = rows[header:]
+    places = places_of(first, columns, path)
+    names = [first[place] if columns.header else place + 1 for place in places]
+    header = names[: len(columns.text)] if columns.header else None
     table = Table(path, [], [[] for _ in columns.text], [], header)
     outlets = [*table.texts, table.labels]
     width = columns.fields or len(first)
-    for line, cells in rows:
+    for line, cells in rows[columns.header :]:
         if len(cells) != width and columns.fields:
             table.left_out += 1
             continue
@@ -105,10 +129,18 @@ def read_table(path, columns: Columns, regression: bool = False) -> Table:
     return table
 
 
+def is_json(path: Path) -> bool:
+    """Whether it is a file with a JSON object in each line."""
+    return path.suffix.lower() in (".jsonl", ".json")
+
+
 def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
-    """(line number, cells) of each row that is not blank; of a .jsonl the cells under `names`."""
+    """(line number, cells) of each row that is not blank.
+
+    Of JSON objects these are the cells under `names`, after a row of the names.
+    """
     kind = path.suffix.lower()
-    if kind not in (".tsv", ".csv", ".jsonl"):
+    if kind not in (".tsv", ".csv") and not is_json(path):
         raise InputError(f"{path}: expected a name that ends in .tsv, .csv or .jsonl")
     lines = read_text(path, encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
     if kind == ".csv":
@@ -117,10 +149,11 @@ def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
         rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if kind == ".tsv":  # quotes mean nothing here, as in GLUE's files
         rows = [(number, line.split("\t")) for number, line in rows]
-    elif kind == ".jsonl":
-        rows = [(n, cells_of_json(line, names, f"{path}, line {n}")) for n, line in rows]
     if not rows:
         raise InputError(f"{path}: no rows in it")
+    if is_json(path):
+        rows = [(n, cells_of_json(line, names, f"{path}, line {n}")) for n, line in rows]
+        rows.insert(0, (0, list(map(str, names))))
     return rows
 
 
@@ -146,32 +179,76 @@ def cells_of_json(line: str, names: list, where: str) -> list[str]:
     return ["" if cell is None else str(cell) for cell in cells]
 
 
-def has_header(rows: list, names: list, columns: Columns, regression: bool) -> bool:
-    """Whether the first row names the columns.
+def find_header(rows: dict, files: dict, regression: bool, known: list | None) -> bool:
+    """Whether the first rows name the columns, in one line; InputError if some do and some do not.
 
-    Numbered columns have a header if its label is no number where the labels are, or is no other
-    row's label.
+    rows and files: of each split. known: what another header called the text columns.
     """
-    if columns.header is not None:
-        return columns.header
-    places = [number_of(name) for name in names]
-    if None in places:
-        return True
-    labels = [cells[places[-1]] for _, cells in rows if places[-1] < len(cells)]
-    if columns.label is None or len(labels) < 2:
+    labels = set()
+    for split, (_, *others) in rows.items():
+        columns = files[split][1]
+        if columns.label is not None:
+            place = number_of(columns.label)
+            labels.update(cells[place] for _, cells in others if place < len(cells))
+    found = {}
+    for split, part in rows.items():
+        found[split] = names_columns(part, files[split][1], regression, labels, known)
+    with_header = [str(files[split][0]) for split, is_header in found.items() if is_header]
+    if not with_header:
         return False
-    return score_of(labels[0]) is None if regression else labels[0] not in labels[1:]
+    first = next(rows[split][0][1] for split, is_header in found.items() if is_header)
+    names = printable(", ".join(first)[:200])
+    without = [str(files[split][0]) for split, is_header in found.items() if not is_header]
+    if without:
+        both = f"{with_header[0]} seems to begin with a header ({names}), {without[0]} does not"
+        raise InputError(f"{both}; make them alike, or say --header true or false")
+    files = ", ".join(with_header)
+    print(f"note: first row of {files} taken for a header: {names}", file=sys.stderr)
+    return True
 
 
-def places_of(first: list, names: list, header: bool, path) -> list[int]:
-    """Where in a row the named or numbered columns are. first: the first row."""
+def names_columns(rows: list, columns: Columns, regression: bool, labels: set, known) -> bool:
+    """Whether a first row looks like a header. columns: by number; labels: of all other rows."""
+    first = rows[0][1]
+    wanted = [number_of(name) for name in columns.names]
+    if max(wanted) >= len(first):
+        return False
+    numbers = [str(i) for i in range(len(first))]
+    # what the texts were called in training
+    if known and known == [first[place] for place in wanted[: len(columns.text)]]:
+        return True
+    # pandas' numbers, without and with its index
+    if len(first) > 1 and first in (numbers, ["", *numbers[:-1]]):
+        return True
+    if labels:
+        label = first[wanted[-1]]
+        is_other = regression or label not in labels
+        if is_other and score_of(label) is None:
+            return True
+    # the name of an index, or of another column of numbers
+    for place in set(range(len(first))) - set(wanted):
+        others = [cells[place] for _, cells in rows[1:] if place < len(cells)]
+        if others and first[place].strip() and score_of(first[place]) is None:
+            if all(score_of(cell) is not None for cell in others):
+                return True
+    return False
+
+
+def places_of(first: list, columns: Columns, path: Path) -> list[int]:
+    """Where in a row the columns are. first: the first row. Raises InputError.
+
+    A number is a place, counted from 1, also where the names in a header are numbers.
+    """
+    if is_json(path):
+        return list(range(len(first)))
     places = []
-    for name in names:
-        # a header's name may be a number, too
-        place = first.index(name) if header and name in first else number_of(name)
+    for name in columns.names:
+        place = number_of(name)
+        if place is None and columns.header and name in first:
+            place = first.index(name)
         if place is None or not 0 <= place < len(first):
-            columns = ", ".join(map(repr, first)) if header else f"{len(first)} columns"
-            raise InputError(f"{path}: no column {str(name)[:80]}; it has {columns[:300]}")
+            cells = ", ".join(map(repr, first)) if columns.header else f"{len(first)} columns"
+            raise InputError(f"{path}: no column {str(name)[:80]}; it has {cells[:300]}")
         places.append(place)
     return places
 
@@ -199,6 +276,11 @@ def label_names(labels: list[str]) -> list[str]:
     return sorted(counts, key=lambda name: (-counts[name], name))
 
 
+def are_scores(labels: list[str]) -> bool:
+    """Whether all of them are numbers."""
+    return all(score_of(label) is not None for label in labels)
+
+
 def class_numbers(table: Table, names: list[str]) -> np.ndarray:
     """The class of each row, int64. Raises InputError for a label that training does not have."""
     numbers = {name: i for i, name in enumerate(names)}
@@ -206,7 +288,10 @@ def class_numbers(table: Table, names: list[str]) -> np.ndarray:
         if label not in numbers:
             known = ", ".join(name[:80] for name in names[:10])
             where = f"{table.path}, line {line}: label {label[:80]!r}"
-            raise InputError(f"{where} does not occur in training, which has {known}")
+            text = f"{where} does not occur in training, which has {known}"
+            if are_scores([label, *names]):
+                text += "; --regression predicts numbers"
+            raise InputError(text)
     return np.array([numbers[label] for label in table.labels], np.int64)
 
 
@@ -252,6 +337,19 @@ def join(parts: list[np.ndarray], longest: int) -> tuple[np.ndarray, bool]:
         if size < len(part):
             pieces[-1:] = [part[: size - 1], [EOS]]
     return np.concatenate(pieces).astype(np.int64), is_cut
+
+
+def encode(tokenize, texts: list[list[str]], labels: np.ndarray | None, longest: int) -> Split:
+    """texts: for each column the text of every row -> the examples.
+
+    A tab or the end of a line within a text is a space: text for pretraining is read line by line,
+    so no encoder has seen their tokens.
+    """
+    columns = []
+    for column in texts:
+        lines = (re.split("[\t\n\r]+", text) for text in column)
+        columns.append(tokenize([" ".join(map(str.strip, parts)) for parts in lines]))
+    return make_split(columns, labels, longest)
 
 
 def make_split(texts: list[list[np.ndarray]], labels: np.ndarray | None, longest: int) -> Split:
