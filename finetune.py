@@ -39,7 +39,7 @@ from optim import Optimizer
 from run import checkpoint
 from run.guard import check_memory
 from run.lock import Lock
-from tasks import baselines, batches, predict, pretrained, report
+from tasks import baselines, batches, heads, predict, pretrained, report
 from tasks.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum, state_of
 from tasks.data import Data, read_data
 from tasks.labelled import Split
@@ -85,6 +85,7 @@ class Task:
     text: Text  # its tokenizer
     data: Data  # the labelled text
     metric: str  # decides, on valid
+    head: dict  # the file's classification head as a state dict; {}: a new one
 
 
 def read_task(cfg: FinetuneConfig, device: Device) -> Task:
@@ -101,7 +102,17 @@ def read_task(cfg: FinetuneConfig, device: Device) -> Task:
         metric = "accuracy" if data.names else "pearson_and_spearman"
     if metric not in metrics:
         raise InputError(f"--metric {metric}: choose from {', '.join(metrics)}")
-    return Task(cfg, device, source, text, data, metric)
+    # a head for other classes is an error, before anything is written
+    head = {}
+    if source.head and not (cfg.new_head or cfg.freeze):
+        new = new_head(cfg, source, data)
+        head = heads.fit(source.head, new, data.names, cfg.label_scale, source.path)
+    return Task(cfg, device, source, text, data, metric, head)
+
+
+def new_head(cfg: FinetuneConfig, source: Pretrained, data: Data) -> torch.nn.Module:
+    kind = LinearProbe if cfg.freeze or cfg.pool == "mean" else SentenceHead
+    return kind(source.shape.embed_dim, data.outputs)
 
 
 def new_classifier(task: Task, job: Job) -> Classifier:
@@ -112,11 +123,9 @@ def new_classifier(task: Task, job: Job) -> Classifier:
     encoder = source.encoder(job.untrained, activation_dropout=0.0, **rates)
     if cfg.embed_rms:
         pretrained.scale_embeddings(encoder, cfg.embed_rms)
-    # the head: a new one, or the file's where that is one for these classes
-    kind = LinearProbe if cfg.freeze or cfg.pool == "mean" else SentenceHead
-    head = kind(source.shape.embed_dim, task.data.outputs)
-    if not job.untrained and source.has_head_for(head, task.data.names):
-        checkpoint.put(source.head, head, "the classification head", source.path)
+    head = new_head(cfg, source, task.data)
+    if task.head and not job.untrained:
+        head.load_state_dict(task.head)
     return Classifier(encoder, head)
 
 

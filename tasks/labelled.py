@@ -189,7 +189,7 @@ def find_header(rows: dict, files: dict, regression: bool, known: list | None) -
         columns = files[split][1]
         if columns.label is not None:
             place = number_of(columns.label)
-            labels.update(cells[place] for _, cells in others if place < len(cells))
+            labels.update(cells[place].strip() for _, cells in others if place < len(cells))
     found = {}
     for split, part in rows.items():
         found[split] = names_columns(part, files[split][1], regression, labels, known)
@@ -221,7 +221,7 @@ def names_columns(rows: list, columns: Columns, regression: bool, labels: set, k
     if len(first) > 1 and first in (numbers, ["", *numbers[:-1]]):
         return True
     if labels:
-        label = first[wanted[-1]]
+        label = first[wanted[-1]].strip()
         is_other = regression or label not in labels
         if is_other and score_of(label) is None:
             return True

@@ -46,6 +46,7 @@ class FinetuneConfig:
     # what is trained
     freeze: bool = option(False, "fit a linear classifier on frozen features; no training")
     pool: str = option("cls", "the head reads <s>, or the mean state", choices=("cls", "mean"))
+    new_head: bool = option(False, "draw the head anew, whichever the file has")
     untrained: bool = option(False, "do the same from random weights, for comparison")
     embed_rms: float = option(0.0, "first bring the embeddings to this size (0: no)", low=0)
     dropout: float = option(0.1, "after embedding, attention and feed-forward", low=0, below=1)
