@@ -28,7 +28,7 @@ class Data:
     test: Split | None
     names: list[str] | None  # of the classes; None for a regression
     texts: int  # 1, or 2 for pairs
-    header: list[str] | None  # what the table's first row calls the text columns
+    header: list[str] | None = None  # what the table's first row calls the text columns
 
     @property
     def outputs(self) -> int:

@@ -96,7 +96,8 @@ def check_classes(head: Head, names: list | None, path: Path) -> list:
     if (rows == 1) != (names is None):
         theirs = "a score" if rows == 1 else f"{rows} classes {shown(known or [])}"
         ours = "scores" if names is None else f"{len(names)} classes: {shown(names)}"
-        raise InputError(f"{path}: its head is for {theirs}, the labelled text has {ours}; {advice}")
+        what = f"its head is for {theirs}, the labelled text has {ours}"
+        raise InputError(f"{path}: {what}; {advice}")
     if names is None:
         return ["score"]
     if known is None:

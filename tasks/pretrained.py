@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from model import PAD, Encoder, init_weights
 from run import checkpoint
 from tasks import heads, labelled
 from text.binarized import SPECIAL, Dictionary
-from text.tokens import BPE_FILES, TEXT_FILES, Tokenizer, find_text_files, load_tokenizer
+from text.tokens import BPE_FILES, Tokenizer, find_text_files, load_tokenizer
 
 import torch
 from torch import Tensor
@@ -218,22 +217,6 @@ def hf_text_files(folder: Path, vocabulary: int) -> dict[str, bytes]:
         rows = [symbols.get(i, f"unused{i}") for i in range(len(SPECIAL), vocabulary)]
         files["dict.txt"] = "".join(f"{symbol} 0\n" for symbol in rows).encode()
     return files
-
-
-def write_text_files(folder: Path, files: dict[str, bytes], replace: bool):
-    """Put the tokenizer's files beside the fine-tuned checkpoint, which then reads raw text.
-
-    replace: what is there is an older fine-tuning's. Raises InputError if it may be someone's.
-    """
-    for name in TEXT_FILES:
-        path = folder / name
-        is_same = path.is_file() and path.read_bytes() == files.get(name)
-        if os.path.lexists(path) and not is_same and not replace:
-            raise InputError(f"--save_dir {folder} holds another {name}; choose another folder")
-    for name in TEXT_FILES:
-        (folder / name).unlink(missing_ok=True)
-        if name in files:
-            (folder / name).write_bytes(files[name])
 
 
 def read_dictionary(path, source: Pretrained) -> Dictionary:
