@@ -3,18 +3,17 @@
 `cfg` is finetune.py's FinetuneConfig.
 """
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from config import InputError
 from tasks import labelled
-from tasks.labelled import GLUE, Columns, Split, Table
+from tasks.labelled import Split
+from tasks.tables import GLUE, Columns, are_scores, read_tables
 
 import numpy as np
 
-HEADER = {"auto": None, "true": True, "false": False}  # what --header says
 MANY_CLASSES = 10  # of more, if all are numbers, it is said that they may be scores
 MOST_CLASSES = 1000  # the measures hold an example times a class in memory
 
@@ -47,7 +46,7 @@ def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
         raise InputError(f"{folder}: no folder input0 in it; GLUE's files need --task, as rte")
     else:
         # the training split decides which classes there are
-        tables = read_tables(cfg)
+        tables = read_tables(files_of(cfg), cfg.regression)
         texts = len(tables["train"].texts)
         names = None if cfg.regression else labelled.label_names(tables["train"].labels)
         splits = {}
@@ -76,34 +75,18 @@ def read_folders(folder: Path, dictionary, longest: int) -> tuple[dict, list[str
     return splits, names
 
 
-def read_tables(cfg) -> dict[str, Table]:
-    """The files of a GLUE task, or those of --train, --valid and --test, by split."""
-    tables = labelled.read_tables(files_of(cfg), cfg.regression)
-    for table in tables.values():
-        if table.left_out:
-            print(f"note: {table.path}: {table.left_out:,} rows of another width left out")
-    return tables
-
-
 def files_of(cfg) -> dict[str, tuple]:
-    """(path, Columns) of each split, train first."""
+    """(path, Columns) of each split of a GLUE task, or of --train, --valid and --test."""
     if cfg.task == "none":
         columns = own_columns(cfg, cfg.label)
         paths = dict(train=cfg.train, valid=cfg.valid, test=cfg.test)
         return {split: (path, columns) for split, path in paths.items() if path}
-    names = dict(train="train", valid="dev")
-    columns = {name: GLUE[cfg.task] for name in names}
+    columns, dev = GLUE[cfg.task], GLUE["mnli_dev"]
+    files = dict(train=("train", columns), valid=("dev", columns))
     if cfg.task == "mnli":
-        names |= dict(valid="dev_matched", valid_mismatched="dev_mismatched")
-        columns |= dict(valid=GLUE["mnli_dev"], valid_mismatched=GLUE["mnli_dev"])
-    files = {}
-    for split, name in names.items():
-        path = Path(cfg.data_path) / f"{name}.tsv"
-        header = HEADER[cfg.header]
-        if header is None:
-            header = columns[split].header
-        files[split] = (path, dataclasses.replace(columns[split], header=header))
-    return files
+        files |= dict(valid=("dev_matched", dev), valid_mismatched=("dev_mismatched", dev))
+    folder = Path(cfg.data_path)
+    return {split: (folder / f"{name}.tsv", columns) for split, (name, columns) in files.items()}
 
 
 def own_columns(cfg, label: str | None = None) -> Columns:
@@ -111,7 +94,7 @@ def own_columns(cfg, label: str | None = None) -> Columns:
     text = tuple(name.strip() for name in cfg.text.split(","))
     if not all(text) or len(text) > 2:
         raise InputError(f"--text {cfg.text}: one column, or two joined by a comma")
-    return Columns(text, label, HEADER[cfg.header])
+    return Columns(text, label, {"auto": None, "true": True, "false": False}[cfg.header])
 
 
 def check_labels(cfg, names: list[str] | None, train: Split):
@@ -124,11 +107,9 @@ def check_labels(cfg, names: list[str] | None, train: Split):
     if len(names) > MOST_CLASSES:
         counts = f"{len(names):,} different labels, of at most {MOST_CLASSES:,}"
         raise InputError(f"{where}: {counts}; is --label right? Scores need --regression")
-    if len(names) > MANY_CLASSES and labelled.are_scores(names):
+    if len(names) > MANY_CLASSES and are_scores(names):
         few = ", ".join(names[:5])
-        print(
-            f"note: {len(names):,} classes that are numbers ({few}, ...): scores need --regression"
-        )
+        print(f"note: {len(names):,} classes are numbers ({few}, ...): scores need --regression")
     # a binarized folder may name classes that no row has
     if len(np.unique(train.labels)) < 2:
         raise InputError(f"{where}: all training labels are {names[train.labels[0]]!r}")

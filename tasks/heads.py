@@ -8,7 +8,7 @@ from config import InputError, printable, read_text, reading
 from run import checkpoint
 from run.checkpoint import Loaded
 from tasks.classifier import entry_of
-from tasks.labelled import score_of
+from tasks.tables import score_of
 
 import torch
 from torch import nn

@@ -1,70 +1,20 @@
-"""Labelled text as examples: GLUE's files, your own .tsv, .csv and .jsonl, fairseq's folders.
+"""Labelled text as examples, from tables and from fairseq's folders.
 
 An example is one row of tokens: `<s> a </s>`, and for a pair of texts `<s> a </s> </s> b </s>`,
 without segment embeddings. Formats and examples are those of fairseq's task sentence_prediction at
 commit 3f6ba43f.
 """
 
-import csv
-import dataclasses
-import json
-import math
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError, printable, read_text, reading
+from config import InputError, read_text
+from tasks.tables import Table, are_scores, score_of
 from text.binarized import BOS, EOS, SPECIAL, Dictionary, TokenFile
 
 import numpy as np
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Where a table has its texts and its label: names, or numbers that count from 1."""
-
-    text: tuple  # one or two
-    label: str | int | None = None  # None: the table has no labels
-    header: bool | None = None  # whether the first row names the columns; None: find out
-    fields: int = 0  # leave out rows without so many, allow empty texts (0: both are errors)
-
-    @property
-    def names(self) -> list:
-        return [*self.text] if self.label is None else [*self.text, self.label]
-
-    def is_guess(self, path) -> bool:
-        """Whether only the file can tell if it has a header: columns that are named must have."""
-        numbers = [number_of(name) for name in self.names]
-        return self.header is None and None not in numbers and not is_json(path)
-
-
-# Where GLUE's files, as they are shipped, have their columns; MNLI's dev files have the label
-# elsewhere.
-GLUE = {
-    "cola": Columns((4,), 2, header=False),
-    "sst2": Columns((1,), 2, header=True),
-    "mrpc": Columns((4, 5), 1, header=True),
-    "stsb": Columns((8, 9), 10, header=True),
-    "qqp": Columns((4, 5), 6, header=True, fields=6),
-    "mnli": Columns((9, 10), 12, header=True),
-    "mnli_dev": Columns((9, 10), 16, header=True),
-    "qnli": Columns((2, 3), 4, header=True),
-    "rte": Columns((2, 3), 4, header=True),
-}
-
-
-@dataclass
-class Table:
-    """The wanted columns of a file."""
-
-    path: Path
-    lines: list[int]  # the line of each row, from 1
-    texts: list[list[str]]  # of each text column
-    labels: list[str]  # empty if not asked for
-    header: list[str] | None = None  # what the first row calls the text columns
-    left_out: int = 0  # rows without the right number of fields
 
 
 @dataclass
@@ -80,193 +30,6 @@ class Split:
         return np.array([len(row) for row in self.rows], np.int64)
 
 
-# ------------------------------------------------------------------------------------------ tables
-
-
-def read_tables(files: dict, regression: bool = False, known: list | None = None) -> dict:
-    """{split: Table} of {split: (path, Columns)}, which all have a header or have none.
-
-    known: what another header called the text columns. Raises InputError, with the line, for a row
-    without the columns.
-    """
-    files = {split: (Path(path), columns) for split, (path, columns) in files.items()}
-    rows = {split: read_rows(path, columns.names) for split, (path, columns) in files.items()}
-    guessed = {s: rows[s] for s, (path, columns) in files.items() if columns.is_guess(path)}
-    header = find_header(guessed, files, regression, known) if guessed else False
-    tables = {}
-    for split, (path, columns) in files.items():
-        named = header if split in guessed else columns.header is not False or is_json(path)
-        columns = dataclasses.replace(columns, header=named)
-        tables[split] = table_of(path, columns, rows[split])
-    return tables
-
-
-def table_of(path: Path, columns: Columns, rows: list) -> Table:
-    """The wanted columns of a file, once columns.header says whether the first row names them."""
-    first = rows[0][1]
-    places = places_of(first, columns, path)
-    names = [first[place] if columns.header else place + 1 for place in places]
-    header = names[: len(columns.text)] if columns.header else None
-    table = Table(path, [], [[] for _ in columns.text], [], header)
-    outlets = [*table.texts, table.labels]
-    width = columns.fields or len(first)
-    for line, cells in rows[columns.header :]:
-        if len(cells) != width and columns.fields:
-            table.left_out += 1
-            continue
-        if len(cells) != width:
-            raise InputError(
-                f"{path}, line {line}: {len(cells)} columns, the first row has {width}"
-            )
-        table.lines.append(line)
-        for name, place, outlet in zip(names, places, outlets):
-            text = cells[place].strip()
-            if not text and (outlet is table.labels or not columns.fields):
-                raise InputError(f"{path}, line {line}: the column {name} is empty or missing")
-            outlet.append(text)
-    if not table.lines:
-        raise InputError(f"{path}: no rows in it but the header")
-    return table
-
-
-def is_json(path: Path) -> bool:
-    """Whether it is a file with a JSON object in each line."""
-    return path.suffix.lower() in (".jsonl", ".json")
-
-
-def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
-    """(line number, cells) of each row that is not blank.
-
-    Of JSON objects these are the cells under `names`, after a row of the names.
-    """
-    kind = path.suffix.lower()
-    if kind not in (".tsv", ".csv") and not is_json(path):
-        raise InputError(f"{path}: expected a name that ends in .tsv, .csv or .jsonl")
-    lines = read_text(path, encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
-    if kind == ".csv":
-        rows = rows_of_csv(lines, path)
-    else:
-        rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if kind == ".tsv":  # quotes mean nothing here, as in GLUE's files
-        rows = [(number, line.split("\t")) for number, line in rows]
-    if not rows:
-        raise InputError(f"{path}: no rows in it")
-    if is_json(path):
-        rows = [(n, cells_of_json(line, names, f"{path}, line {n}")) for n, line in rows]
-        rows.insert(0, (0, list(map(str, names))))
-    return rows
-
-
-def rows_of_csv(lines: list[str], path: Path) -> list[tuple[int, list[str]]]:
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader([line + "\n" for line in lines], strict=True)
-    try:
-        return [(reader.line_num, cells) for cells in reader if cells]
-    except csv.Error as e:
-        raise InputError(f"{path}, line {reader.line_num}: not CSV: {e}") from None
-
-
-def cells_of_json(line: str, names: list, where: str) -> list[str]:
-    """The values under `names` of a JSON object. Raises InputError, which begins with `where`."""
-    with reading(f"{where}: not JSON"):
-        values = json.loads(line)
-        json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: expected a JSON object, such as {{...}}")
-    cells = [values.get(name) for name in names]
-    if any(isinstance(cell, (dict, list)) for cell in cells):
-        raise InputError(f"{where}: {', '.join(names)}: neither texts nor numbers")
-    return ["" if cell is None else str(cell) for cell in cells]
-
-
-def find_header(rows: dict, files: dict, regression: bool, known: list | None) -> bool:
-    """Whether the first rows name the columns, in one line; InputError if some do and some do not.
-
-    rows and files: of each split. known: what another header called the text columns.
-    """
-    labels = set()
-    for split, (_, *others) in rows.items():
-        columns = files[split][1]
-        if columns.label is not None:
-            place = number_of(columns.label)
-            labels.update(cells[place].strip() for _, cells in others if place < len(cells))
-    found = {}
-    for split, part in rows.items():
-        found[split] = names_columns(part, files[split][1], regression, labels, known)
-    with_header = [str(files[split][0]) for split, is_header in found.items() if is_header]
-    if not with_header:
-        return False
-    first = next(rows[split][0][1] for split, is_header in found.items() if is_header)
-    names = printable(", ".join(first)[:200])
-    without = [str(files[split][0]) for split, is_header in found.items() if not is_header]
-    if without:
-        both = f"{with_header[0]} seems to begin with a header ({names}), {without[0]} does not"
-        raise InputError(f"{both}; make them alike, or say --header true or false")
-    files = ", ".join(with_header)
-    print(f"note: first row of {files} taken for a header: {names}", file=sys.stderr)
-    return True
-
-
-def names_columns(rows: list, columns: Columns, regression: bool, labels: set, known) -> bool:
-    """Whether a first row looks like a header. columns: by number; labels: of all other rows."""
-    first = rows[0][1]
-    wanted = [number_of(name) for name in columns.names]
-    if max(wanted) >= len(first):
-        return False
-    numbers = [str(i) for i in range(len(first))]
-    # what the texts were called in training
-    if known and known == [first[place] for place in wanted[: len(columns.text)]]:
-        return True
-    # pandas' numbers, without and with its index
-    if len(first) > 1 and first in (numbers, ["", *numbers[:-1]]):
-        return True
-    if labels:
-        label = first[wanted[-1]].strip()
-        is_other = regression or label not in labels
-        if is_other and score_of(label) is None:
-            return True
-    # the name of an index, or of another column of numbers
-    for place in set(range(len(first))) - set(wanted):
-        others = [cells[place] for _, cells in rows[1:] if place < len(cells)]
-        if others and first[place].strip() and score_of(first[place]) is None:
-            if all(score_of(cell) is not None for cell in others):
-                return True
-    return False
-
-
-def places_of(first: list, columns: Columns, path: Path) -> list[int]:
-    """Where in a row the columns are. first: the first row. Raises InputError.
-
-    A number is a place, counted from 1, also where the names in a header are numbers.
-    """
-    if is_json(path):
-        return list(range(len(first)))
-    places = []
-    for name in columns.names:
-        place = number_of(name)
-        if place is None and columns.header and name in first:
-            place = first.index(name)
-        if place is None or not 0 <= place < len(first):
-            cells = ", ".join(map(repr, first)) if columns.header else f"{len(first)} columns"
-            raise InputError(f"{path}: no column {str(name)[:80]}; it has {cells[:300]}")
-        places.append(place)
-    return places
-
-
-def number_of(name) -> int | None:
-    """The place of a column that is named by its number; None for another name."""
-    is_number = str(name).isdecimal() and len(str(name)) < 10
-    return int(name) - 1 if is_number else None
-
-
-def score_of(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
 # ------------------------------------------------------------------------------------------ labels
 
 
@@ -274,11 +37,6 @@ def label_names(labels: list[str]) -> list[str]:
     """The classes in the order of their numbers: by frequency in training, then by alphabet."""
     counts = Counter(labels)
     return sorted(counts, key=lambda name: (-counts[name], name))
-
-
-def are_scores(labels: list[str]) -> bool:
-    """Whether all of them are numbers."""
-    return all(score_of(label) is not None for label in labels)
 
 
 def class_numbers(table: Table, names: list[str]) -> np.ndarray:

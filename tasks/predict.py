@@ -7,10 +7,9 @@ from pathlib import Path
 from config import InputError, printable, read_text
 from hardware.device import Device
 from run import checkpoint
-from tasks import classifier, labelled, pretrained
+from tasks import classifier, labelled, pretrained, tables
 from tasks.batches import outputs_of
 from tasks.data import own_columns
-from text.tokens import load_tokenizer
 
 import torch
 
@@ -23,15 +22,11 @@ def predict(cfg, device: Device) -> int:
     inputs = {os.path.realpath(path) for path in (cfg.predict, cfg.ckpt)}
     if cfg.out and os.path.realpath(cfg.out) in inputs:
         raise InputError(f"--out {cfg.out} is a file that this reads; choose another name")
-    # the classifier, and its tokenizer beside it
     entry = classifier.entry_of(checkpoint.load(cfg.ckpt), cfg.ckpt)
     source = pretrained.load(cfg.ckpt, attention_heads=cfg.attention_heads)
     model = classifier.rebuild(entry, source.encoder(), cfg.ckpt).to(device.torch_device).eval()
-    folder = Path(cfg.dict or source.path).parent
-    dictionary = pretrained.read_dictionary(cfg.dict or folder / "dict.txt", source)
-    tokenize = load_tokenizer(folder, dictionary, cfg.encoder_json, cfg.vocab_bpe)
-    texts = read_texts(cfg, entry)
-    split = labelled.encode(tokenize, texts, None, source.longest)
+    tokenize = pretrained.prepare_text(cfg, source).tokenize
+    split = labelled.encode(tokenize, read_texts(cfg, entry), None, source.longest)
     if split.cut:
         cut = f"longer than {source.longest} tokens, and cut there"
         print(f"warning: {split.cut:,} texts are {cut}", file=sys.stderr)
@@ -50,7 +45,7 @@ def read_texts(cfg, entry: dict) -> list[list[str]]:
     path, texts = cfg.predict, entry["texts"]
     if cfg.text:
         files = dict(predict=(path, own_columns(cfg)))
-        columns = labelled.read_tables(files, known=entry.get("header"))["predict"].texts
+        columns = tables.read_tables(files, known=entry.get("header"))["predict"].texts
         if len(columns) != texts:
             raise InputError(f"--text {cfg.text}: the classifier has {texts} text columns")
         return columns
