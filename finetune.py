@@ -15,8 +15,10 @@ Source: fairseq at commit 3f6ba43f, task and criterion `sentence_prediction`, mo
 its GLUE recipe.
 """
 
+import contextlib
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +41,12 @@ from optim import Optimizer
 from run import checkpoint
 from run.guard import Signals, check_memory
 from run.lock import Lock
-from tasks import baselines, batches, predict, pretrained, report
+from tasks import baselines, batches, heads, predict, pretrained, report
 from tasks.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum, state_of
 from tasks.data import Data, read_data
 from tasks.labelled import Split
 from tasks.pretrained import Pretrained, Text
-from tasks.report import Job, Result
+from tasks.report import Job, Result, SaveDir
 
 import numpy as np
 import torch
@@ -85,6 +87,7 @@ class Task:
     text: Text  # its tokenizer
     data: Data  # the labelled text
     metric: str  # decides, on valid
+    head: dict  # the file's classification head as a state dict; {}: a new one
 
 
 def read_task(cfg: FinetuneConfig, device: Device) -> Task:
@@ -101,7 +104,17 @@ def read_task(cfg: FinetuneConfig, device: Device) -> Task:
         metric = "accuracy" if data.names else "pearson_and_spearman"
     if metric not in metrics:
         raise InputError(f"--metric {metric}: choose from {', '.join(metrics)}")
-    return Task(cfg, device, source, text, data, metric)
+    # a head for other classes is an error, before anything is written
+    head = {}
+    if source.head and not (cfg.new_head or cfg.freeze):
+        new = new_head(cfg, source, data)
+        head = heads.fit(source.head, new, data.names, cfg.label_scale, source.path)
+    return Task(cfg, device, source, text, data, metric, head)
+
+
+def new_head(cfg: FinetuneConfig, source: Pretrained, data: Data) -> torch.nn.Module:
+    kind = LinearProbe if cfg.freeze or cfg.pool == "mean" else SentenceHead
+    return kind(source.shape.embed_dim, data.outputs)
 
 
 def new_classifier(task: Task, job: Job) -> Classifier:
@@ -112,11 +125,9 @@ def new_classifier(task: Task, job: Job) -> Classifier:
     encoder = source.encoder(job.untrained, activation_dropout=0.0, **rates)
     if cfg.embed_rms:
         pretrained.scale_embeddings(encoder, cfg.embed_rms)
-    # the head: a new one, or the file's where that is one for these classes
-    kind = LinearProbe if cfg.freeze or cfg.pool == "mean" else SentenceHead
-    head = kind(source.shape.embed_dim, task.data.outputs)
-    if not job.untrained and source.has_head_for(head, task.data.names):
-        checkpoint.put(source.head, head, "the classification head", source.path)
+    head = new_head(cfg, source, task.data)
+    if task.head and not job.untrained:
+        head.load_state_dict(task.head)
     return Classifier(encoder, head)
 
 
@@ -220,39 +231,48 @@ def validate(task: Task, model: Classifier, splits: dict[str, Split]) -> dict[st
 class Outlet:
     """Where one fine-tuning writes: finetune.jsonl, checkpoint_best.pt, and lines to read."""
 
-    def __init__(self, task: Task, job: Job, folder: Path):
-        self.task, self.name = task, job.name
-        self.log = open(folder / "finetune.jsonl", "w", buffering=1, encoding="utf-8")
-        self.path = folder / "checkpoint_best.pt"
+    def __init__(self, task: Task, job: Job, save_dir: SaveDir, folder: Path):
+        self.task, self.name, self.save_dir = task, job.name, save_dir
+        self.path = folder / report.BEST
+        # an older log stays until the first save, as all of an older fine-tuning
+        self.final = self.part = folder / "finetune.jsonl"
+        if self.final.exists():
+            self.part = folder / "finetune.new.jsonl"
+        self.log = open(self.part, "w", buffering=1, encoding="utf-8")
         self.best = None  # the figures of the best validation so far, and where it was
 
     def write(self, row: dict):
         self.log.write(json.dumps(row) + "\n")
 
-    def validation(self, figures: dict, model: Classifier, where: str, **place) -> bool:
-        """Log a validation, keep its model if it is the best so far, and return whether it is.
+    def validation(self, figures: dict, model: Classifier, where: str, **place):
+        """Log a validation, and keep its model if it is the best so far.
 
         where: in words; place: entries of its row.
         """
         metric, valid = self.task.metric, figures["valid"]
         row = {f"{split}_{k}": v for split, part in figures.items() for k, v in part.items()}
         self.write(place | row)
-        is_best = self.best is None or valid[metric] > self.best["valid"][metric]
+        is_first = self.best is None
+        is_best = is_first or valid[metric] > self.best["valid"][metric]
         if is_best:
             place.pop("epoch", None)
             self.best = place | figures
-            checkpoint.save(contents_of(self.task, model), self.path)
+            self.save_dir.save(contents_of(self.task, model), self.path)
+        if is_first:
+            os.replace(self.part, self.final)
         shown = f"valid loss {valid['loss']:.4f}, {metric} {valid[metric]:.4f}"
         tqdm.write(f"{self.name}: {where}: {shown}")
-        return is_best
 
 
 def tuning_loop(tuning: Tuning, task: Task, outlet: Outlet, signals: Signals):
-    """Fine-tune to the end or a signal, with a validation after each epoch and the last update."""
-    end, patience = tuning.end, tuning.cfg.patience
-    waited = epoch = 0  # waited: validations since the best one
+    """Fine-tune to the end, or to a signal.
+
+    There is a validation after each epoch and after the last update.
+    """
+    end, epoch = tuning.end, 0
     bar = tqdm(total=end, desc=outlet.name, unit=" updates", disable=None, file=sys.stderr)
-    while tuning.num_updates < end and not signals.stop and not 0 < patience <= waited:
+    is_over = False
+    while not is_over:
         epoch += 1
         for groups in tuning.updates_of(epoch):
             row = tuning_step(tuning, groups)
@@ -262,22 +282,20 @@ def tuning_loop(tuning: Tuning, task: Task, outlet: Outlet, signals: Signals):
             outlet.write(row | dict(epoch=epoch))
             bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
             bar.update()
-            if tuning.num_updates >= end or signals.stop:
+            is_over = tuning.num_updates >= end or signals.stop > 0
+            if is_over:
                 break
 
         # the epoch, or the run, is over
         figures = validate(task, tuning.model, tuning.data.valid)
         done = tuning.num_updates
         where = f"update {done:,} of {end:,}, epoch {epoch}"
-        is_best = outlet.validation(figures, tuning.model, where, num_updates=done, epoch=epoch)
-        waited = 0 if is_best else waited + 1
+        outlet.validation(figures, tuning.model, where, num_updates=done, epoch=epoch)
     bar.close()
 
 
-def fine_tune(task: Task, job: Job, folder: Path, signals: Signals) -> Result:
-    """One fine-tuning, which writes into `folder`."""
-    folder.mkdir(exist_ok=True)
-    outlet = Outlet(task, job, folder)
+def fine_tune(task: Task, job: Job, outlet: Outlet, signals: Signals) -> Result:
+    """One fine-tuning."""
     model = new_classifier(task, job).to(task.device.torch_device)
     if job.is_probe:
         for decay, figures in baselines.probes(model.eval(), task.device, task.data, task.cfg):
@@ -300,7 +318,7 @@ def contents_of(task: Task, model: Classifier) -> dict:
     settings["data_path"] = str(Path(task.cfg.save_dir).resolve())
     settings["tokens_per_sample"] = task.source.longest
     symbols = task.text.dictionary
-    labels = dict(labels=task.data.names, texts=task.data.texts)
+    labels = dict(labels=task.data.names, texts=task.data.texts, header=task.data.header)
     return convert.beginning(task.cfg.seed) | dict(
         config=settings,
         dictionary=dict(size=len(symbols), digest=symbols.digest(), mask_id=symbols.mask_id),
@@ -316,31 +334,31 @@ def contents_of(task: Task, model: Classifier) -> dict:
 def finetune(cfg: FinetuneConfig, device: Device) -> int:
     """Read the data; fine-tune at each learning rate with each seed; report."""
     folder = Path(cfg.save_dir)
-    older = report.prepare(folder, cfg.ckpt, cfg.overwrite)
-    lock = Lock(folder)
-    try:
-        # read
-        task = read_task(cfg, device)
-        report.remove(older)  # nothing can be wrong with the inputs any more
-        pretrained.write_text_files(folder, task.text.files, replace=bool(older))
-        jobs = report.jobs_of(cfg)
+    # what is wrong shows before anything is made
+    report.older_results(folder, cfg.ckpt, cfg.overwrite)
+    task = read_task(cfg, device)
+    jobs = report.jobs_of(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(Lock(folder).release)
+        # once more: another fine-tuning may have ended here in the meantime
+        older = report.older_results(folder, cfg.ckpt, cfg.overwrite)
+        save_dir = SaveDir(folder, older, task.text.files)
         report.describe(task.source, task.data, task.metric, max(job.lr for job in jobs))
         bag = baselines.bag_of_tokens(task.data, len(task.text.dictionary), task.metric)
         report.say_bag(bag, task.metric)
 
-        # fine-tune
         results = []
-        with Signals(device) as signals:
-            for job in jobs:
-                place = folder if len(jobs) == 1 else folder / job.folder
-                results.append(fine_tune(task, job, place, signals))
-                report.keep_best(results, task.metric)
-                if signals.stop:
-                    return 128 + signals.stop
-        # report
+        signals = stack.enter_context(Signals(device))
+        for job in jobs:
+            place = folder if len(jobs) == 1 else folder / job.folder
+            place.mkdir(exist_ok=True)
+            results.append(fine_tune(task, job, Outlet(task, job, save_dir, place), signals))
+            report.keep_best(results, task.metric)
+            if signals.stop:
+                print(f"stopped by a signal; {results[-1].checkpoint} is its best", file=sys.stderr)
+                return 128 + signals.stop
         report.finish(results, bag, task.metric, folder)
-    finally:
-        lock.release()
     return 0
 
 

@@ -91,7 +91,8 @@ def entry_of(loaded: Loaded, path) -> dict:
     """The entry `classifier` of a fine-tuned checkpoint.
 
     It holds head (a state dict), labels (the names of the classes, or None for scores), texts (1,
-    or 2 for pairs) and label_scale. Raises InputError.
+    or 2 for pairs), label_scale and, since 0.4.0, header (what the table's first row called the
+    text columns, or None). Raises InputError.
     """
     if loaded.kind != "ours" or "classifier" not in loaded.content:
         raise InputError(f"{path}: not fine-tuned; give the checkpoint_best.pt of a fine-tuning")

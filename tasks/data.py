@@ -3,17 +3,18 @@
 `cfg` is finetune.py's FinetuneConfig.
 """
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from config import InputError
 from tasks import labelled
-from tasks.labelled import GLUE, Columns, Split, Table
+from tasks.labelled import Split
+from tasks.tables import GLUE, Columns, are_scores, read_tables
 
 import numpy as np
 
+MANY_CLASSES = 10  # of more, if all are numbers, it is said that they may be scores
 MOST_CLASSES = 1000  # the measures hold an example times a class in memory
 
 
@@ -26,6 +27,7 @@ class Data:
     test: Split | None
     names: list[str] | None  # of the classes; None for a regression
     texts: int  # 1, or 2 for pairs
+    header: list[str] | None = None  # what the table's first row calls the text columns
 
     @property
     def outputs(self) -> int:
@@ -39,11 +41,12 @@ def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
         # labels and tokens are numbers already
         splits, names = read_folders(folder, dictionary, longest)
         texts = 1 + (folder / "input1").is_dir()
+        header = None
     elif cfg.data_path and cfg.task == "none":
         raise InputError(f"{folder}: no folder input0 in it; GLUE's files need --task, as rte")
     else:
         # the training split decides which classes there are
-        tables = read_tables(cfg)
+        tables = read_tables(files_of(cfg), cfg.regression)
         texts = len(tables["train"].texts)
         names = None if cfg.regression else labelled.label_names(tables["train"].labels)
         splits = {}
@@ -52,13 +55,13 @@ def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
                 labels = labelled.class_numbers(table, names)
             else:
                 labels = labelled.scores(table, cfg.label_scale)
-            columns = [tokenize(column) for column in table.texts]
-            splits[split] = labelled.make_split(columns, labels, longest)
+            splits[split] = labelled.encode(tokenize, table.texts, labels, longest)
+        header = tables["train"].header
     check_labels(cfg, names, splits["train"])
     tell_cuts(splits, longest, cfg.fairseq_exact)
     train = splits.pop("train")
     test = splits.pop("test", None)
-    return Data(train, splits, test, names, texts)
+    return Data(train, splits, test, names, texts, header)
 
 
 def read_folders(folder: Path, dictionary, longest: int) -> tuple[dict, list[str] | None]:
@@ -72,33 +75,18 @@ def read_folders(folder: Path, dictionary, longest: int) -> tuple[dict, list[str
     return splits, names
 
 
-def read_tables(cfg) -> dict[str, Table]:
-    """The files of a GLUE task, or those of --train, --valid and --test, by split."""
-    tables = {}
-    for split, path, columns in files_of(cfg):
-        # the other files have a header if train has one
-        if tables and columns.header is None:
-            columns = dataclasses.replace(columns, header=tables["train"].header)
-        table = labelled.read_table(path, columns, cfg.regression)
-        if table.left_out:
-            print(f"note: {path}: {table.left_out:,} rows without {columns.fields} fields left out")
-        tables[split] = table
-    return tables
-
-
-def files_of(cfg) -> list[tuple]:
-    """(split, path, Columns) of each file, train first."""
+def files_of(cfg) -> dict[str, tuple]:
+    """(path, Columns) of each split of a GLUE task, or of --train, --valid and --test."""
     if cfg.task == "none":
         columns = own_columns(cfg, cfg.label)
         paths = dict(train=cfg.train, valid=cfg.valid, test=cfg.test)
-        return [(split, path, columns) for split, path in paths.items() if path]
-    # (split, name of the file, columns)
-    files = [("train", "train", GLUE[cfg.task]), ("valid", "dev", GLUE[cfg.task])]
+        return {split: (path, columns) for split, path in paths.items() if path}
+    columns, dev = GLUE[cfg.task], GLUE["mnli_dev"]
+    files = dict(train=("train", columns), valid=("dev", columns))
     if cfg.task == "mnli":
-        dev = GLUE["mnli_dev"]
-        files[1:] = [("valid", "dev_matched", dev), ("valid_mismatched", "dev_mismatched", dev)]
+        files |= dict(valid=("dev_matched", dev), valid_mismatched=("dev_mismatched", dev))
     folder = Path(cfg.data_path)
-    return [(split, folder / f"{name}.tsv", columns) for split, name, columns in files]
+    return {split: (folder / f"{name}.tsv", columns) for split, (name, columns) in files.items()}
 
 
 def own_columns(cfg, label: str | None = None) -> Columns:
@@ -106,8 +94,7 @@ def own_columns(cfg, label: str | None = None) -> Columns:
     text = tuple(name.strip() for name in cfg.text.split(","))
     if not all(text) or len(text) > 2:
         raise InputError(f"--text {cfg.text}: one column, or two joined by a comma")
-    header = {"auto": None, "true": True, "false": False}[cfg.header]
-    return Columns(text, label, header)
+    return Columns(text, label, {"auto": None, "true": True, "false": False}[cfg.header])
 
 
 def check_labels(cfg, names: list[str] | None, train: Split):
@@ -120,6 +107,9 @@ def check_labels(cfg, names: list[str] | None, train: Split):
     if len(names) > MOST_CLASSES:
         counts = f"{len(names):,} different labels, of at most {MOST_CLASSES:,}"
         raise InputError(f"{where}: {counts}; is --label right? Scores need --regression")
+    if len(names) > MANY_CLASSES and are_scores(names):
+        few = ", ".join(names[:5])
+        print(f"note: {len(names):,} classes are numbers ({few}, ...): scores need --regression")
     # a binarized folder may name classes that no row has
     if len(np.unique(train.labels)) < 2:
         raise InputError(f"{where}: all training labels are {names[train.labels[0]]!r}")

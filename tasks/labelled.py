@@ -1,58 +1,20 @@
-"""Labelled text as examples: GLUE's files, your own .tsv, .csv and .jsonl, fairseq's folders.
+"""Labelled text as examples, from tables and from fairseq's folders.
 
 An example is one row of tokens: `<s> a </s>`, and for a pair of texts `<s> a </s> </s> b </s>`,
 without segment embeddings. Formats and examples are those of fairseq's task sentence_prediction at
 commit 3f6ba43f.
 """
 
-import csv
-import json
-import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError, read_text, reading
+from config import InputError, read_text
+from tasks.tables import Table, are_scores, score_of
 from text.binarized import BOS, EOS, SPECIAL, Dictionary, TokenFile
 
 import numpy as np
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Where a table has its texts and its label: names, or numbers that count from 1."""
-
-    text: tuple  # one or two
-    label: str | int | None = None  # None: the table has no labels
-    header: bool | None = None  # whether the first row names the columns; None: find out
-    fields: int = 0  # leave out rows without so many, allow empty texts (0: both are errors)
-
-
-# Where GLUE's files, as they are shipped, have their columns; MNLI's dev files have the label
-# elsewhere.
-GLUE = {
-    "cola": Columns((4,), 2, header=False),
-    "sst2": Columns((1,), 2, header=True),
-    "mrpc": Columns((4, 5), 1, header=True),
-    "stsb": Columns((8, 9), 10, header=True),
-    "qqp": Columns((4, 5), 6, header=True, fields=6),
-    "mnli": Columns((9, 10), 12, header=True),
-    "mnli_dev": Columns((9, 10), 16, header=True),
-    "qnli": Columns((2, 3), 4, header=True),
-    "rte": Columns((2, 3), 4, header=True),
-}
-
-
-@dataclass
-class Table:
-    """The wanted columns of a file."""
-
-    path: Path
-    lines: list[int]  # the line of each row, from 1
-    texts: list[list[str]]  # of each text column
-    labels: list[str]  # empty if not asked for
-    header: bool = True
-    left_out: int = 0  # rows without the right number of fields
 
 
 @dataclass
@@ -66,128 +28,6 @@ class Split:
     @property
     def lengths(self) -> np.ndarray:
         return np.array([len(row) for row in self.rows], np.int64)
-
-
-# ------------------------------------------------------------------------------------------ tables
-
-
-def read_table(path, columns: Columns, regression: bool = False) -> Table:
-    """The wanted columns of a file. Raises InputError, with the line, for a row without them."""
-    path = Path(path)
-    names = [*columns.text] if columns.label is None else [*columns.text, columns.label]
-    rows = read_rows(path, names)
-    first = rows[0][1]
-    if path.suffix.lower() == ".jsonl":
-        header, places = True, range(len(names))
-    else:
-        header = has_header(rows, names, columns, regression)
-        places = places_of(first, names, header, path)
-        rows = rows[header:]
-    table = Table(path, [], [[] for _ in columns.text], [], header)
-    outlets = [*table.texts, table.labels]
-    width = columns.fields or len(first)
-    for line, cells in rows:
-        if len(cells) != width and columns.fields:
-            table.left_out += 1
-            continue
-        if len(cells) != width:
-            raise InputError(
-                f"{path}, line {line}: {len(cells)} columns, the first row has {width}"
-            )
-        table.lines.append(line)
-        for name, place, outlet in zip(names, places, outlets):
-            text = cells[place].strip()
-            if not text and (outlet is table.labels or not columns.fields):
-                raise InputError(f"{path}, line {line}: the column {name} is empty or missing")
-            outlet.append(text)
-    if not table.lines:
-        raise InputError(f"{path}: no rows in it but the header")
-    return table
-
-
-def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
-    """(line number, cells) of each row that is not blank; of a .jsonl the cells under `names`."""
-    kind = path.suffix.lower()
-    if kind not in (".tsv", ".csv", ".jsonl"):
-        raise InputError(f"{path}: expected a name that ends in .tsv, .csv or .jsonl")
-    lines = read_text(path, encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
-    if kind == ".csv":
-        rows = rows_of_csv(lines, path)
-    else:
-        rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if kind == ".tsv":  # quotes mean nothing here, as in GLUE's files
-        rows = [(number, line.split("\t")) for number, line in rows]
-    elif kind == ".jsonl":
-        rows = [(n, cells_of_json(line, names, f"{path}, line {n}")) for n, line in rows]
-    if not rows:
-        raise InputError(f"{path}: no rows in it")
-    return rows
-
-
-def rows_of_csv(lines: list[str], path: Path) -> list[tuple[int, list[str]]]:
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader([line + "\n" for line in lines], strict=True)
-    try:
-        return [(reader.line_num, cells) for cells in reader if cells]
-    except csv.Error as e:
-        raise InputError(f"{path}, line {reader.line_num}: not CSV: {e}") from None
-
-
-def cells_of_json(line: str, names: list, where: str) -> list[str]:
-    """The values under `names` of a JSON object. Raises InputError, which begins with `where`."""
-    with reading(f"{where}: not JSON"):
-        values = json.loads(line)
-        json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: expected a JSON object, such as {{...}}")
-    cells = [values.get(name) for name in names]
-    if any(isinstance(cell, (dict, list)) for cell in cells):
-        raise InputError(f"{where}: {', '.join(names)}: neither texts nor numbers")
-    return ["" if cell is None else str(cell) for cell in cells]
-
-
-def has_header(rows: list, names: list, columns: Columns, regression: bool) -> bool:
-    """Whether the first row names the columns.
-
-    Numbered columns have a header if its label is no number where the labels are, or is no other
-    row's label.
-    """
-    if columns.header is not None:
-        return columns.header
-    places = [number_of(name) for name in names]
-    if None in places:
-        return True
-    labels = [cells[places[-1]] for _, cells in rows if places[-1] < len(cells)]
-    if columns.label is None or len(labels) < 2:
-        return False
-    return score_of(labels[0]) is None if regression else labels[0] not in labels[1:]
-
-
-def places_of(first: list, names: list, header: bool, path) -> list[int]:
-    """Where in a row the named or numbered columns are. first: the first row."""
-    places = []
-    for name in names:
-        # a header's name may be a number, too
-        place = first.index(name) if header and name in first else number_of(name)
-        if place is None or not 0 <= place < len(first):
-            columns = ", ".join(map(repr, first)) if header else f"{len(first)} columns"
-            raise InputError(f"{path}: no column {str(name)[:80]}; it has {columns[:300]}")
-        places.append(place)
-    return places
-
-
-def number_of(name) -> int | None:
-    """The place of a column that is named by its number; None for another name."""
-    is_number = str(name).isdecimal() and len(str(name)) < 10
-    return int(name) - 1 if is_number else None
-
-
-def score_of(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 # ------------------------------------------------------------------------------------------ labels
@@ -206,7 +46,10 @@ def class_numbers(table: Table, names: list[str]) -> np.ndarray:
         if label not in numbers:
             known = ", ".join(name[:80] for name in names[:10])
             where = f"{table.path}, line {line}: label {label[:80]!r}"
-            raise InputError(f"{where} does not occur in training, which has {known}")
+            text = f"{where} does not occur in training, which has {known}"
+            if are_scores([label, *names]):
+                text += "; --regression predicts numbers"
+            raise InputError(text)
     return np.array([numbers[label] for label in table.labels], np.int64)
 
 
@@ -252,6 +95,19 @@ def join(parts: list[np.ndarray], longest: int) -> tuple[np.ndarray, bool]:
         if size < len(part):
             pieces[-1:] = [part[: size - 1], [EOS]]
     return np.concatenate(pieces).astype(np.int64), is_cut
+
+
+def encode(tokenize, texts: list[list[str]], labels: np.ndarray | None, longest: int) -> Split:
+    """texts: for each column the text of every row -> the examples.
+
+    A tab or the end of a line within a text is a space: text for pretraining is read line by line,
+    so no encoder has seen their tokens.
+    """
+    columns = []
+    for column in texts:
+        lines = (re.split("[\t\n\r]+", text) for text in column)
+        columns.append(tokenize([" ".join(map(str.strip, parts)) for parts in lines]))
+    return make_split(columns, labels, longest)
 
 
 def make_split(texts: list[list[np.ndarray]], labels: np.ndarray | None, longest: int) -> Split:

@@ -7,10 +7,9 @@ from pathlib import Path
 from config import InputError, printable, read_text
 from hardware.device import Device
 from run import checkpoint
-from tasks import classifier, labelled, pretrained
+from tasks import classifier, labelled, pretrained, tables
 from tasks.batches import outputs_of
 from tasks.data import own_columns
-from text.tokens import load_tokenizer
 
 import torch
 
@@ -23,16 +22,11 @@ def predict(cfg, device: Device) -> int:
     inputs = {os.path.realpath(path) for path in (cfg.predict, cfg.ckpt)}
     if cfg.out and os.path.realpath(cfg.out) in inputs:
         raise InputError(f"--out {cfg.out} is a file that this reads; choose another name")
-    # the classifier, and its tokenizer beside it
     entry = classifier.entry_of(checkpoint.load(cfg.ckpt), cfg.ckpt)
     source = pretrained.load(cfg.ckpt, attention_heads=cfg.attention_heads)
     model = classifier.rebuild(entry, source.encoder(), cfg.ckpt).to(device.torch_device).eval()
-    folder = Path(cfg.dict or source.path).parent
-    dictionary = pretrained.read_dictionary(cfg.dict or folder / "dict.txt", source)
-    tokenize = load_tokenizer(folder, dictionary, cfg.encoder_json, cfg.vocab_bpe)
-    # the texts
-    columns = [tokenize(column) for column in read_texts(cfg, entry["texts"])]
-    split = labelled.make_split(columns, None, source.longest)
+    tokenize = pretrained.prepare_text(cfg, source).tokenize
+    split = labelled.encode(tokenize, read_texts(cfg, entry), None, source.longest)
     if split.cut:
         cut = f"longer than {source.longest} tokens, and cut there"
         print(f"warning: {split.cut:,} texts are {cut}", file=sys.stderr)
@@ -42,18 +36,21 @@ def predict(cfg, device: Device) -> int:
     return 0
 
 
-def read_texts(cfg, texts: int) -> list[list[str]]:
-    """A list for each of the `texts` (1 or 2) that belong to an example.
+def read_texts(cfg, entry: dict) -> list[list[str]]:
+    """A list for each of the texts (1 or 2) that belong to an example.
 
     They are columns of a table where --text names them, else the lines of a file, of a pair with a
-    tab between the two. Raises InputError.
+    tab between the two. entry: the checkpoint's `classifier`. Raises InputError.
     """
-    path = cfg.predict
+    path, texts = cfg.predict, entry["texts"]
     if cfg.text:
-        columns = labelled.read_table(path, own_columns(cfg)).texts
+        files = dict(predict=(path, own_columns(cfg)))
+        columns = tables.read_tables(files, known=entry.get("header"))["predict"].texts
         if len(columns) != texts:
             raise InputError(f"--text {cfg.text}: the classifier has {texts} text columns")
         return columns
+    if Path(path).suffix.lower() in (".csv", ".json", ".jsonl"):
+        raise InputError(f"--predict {path}: --text says which of its columns to read")
     # only "\n" ends a line, so that rows of the answer are rows of the file
     lines = read_text(path, encoding="utf-8-sig").split("\n")
     if not lines[-1]:
@@ -61,6 +58,10 @@ def read_texts(cfg, texts: int) -> list[list[str]]:
     if not lines:
         raise InputError(f"{path}: no lines in it")
     if texts == 1:
+        tabs = sum("\t" in line for line in lines)
+        if tabs:
+            note = f"note: {tabs:,} lines hold a tab, read as a space; --text names the columns of"
+            print(f"{note} a table", file=sys.stderr)
         return [lines]
     pairs = [line.split("\t") for line in lines]
     for number, pair in enumerate(pairs, 1):

@@ -1,7 +1,6 @@
 """What fine-tuning starts from: the encoder of any checkpoint, and its tokenizer."""
 
 import dataclasses
-import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -12,14 +11,13 @@ from formats import hf_tokenizer
 from formats.load import load as load_any
 from model import PAD, Encoder, init_weights
 from run import checkpoint
-from tasks import labelled
+from tasks import heads, labelled
 from text.binarized import SPECIAL, Dictionary
-from text.tokens import BPE_FILES, TEXT_FILES, Tokenizer, find_text_files, load_tokenizer
+from text.tokens import BPE_FILES, Tokenizer, find_text_files, load_tokenizer
 
 import torch
 from torch import Tensor
 
-FAIRSEQ_HEAD = "classification_heads.sentence_classification_head."
 FC1 = "layers.0.fc1.weight"
 
 
@@ -30,8 +28,7 @@ class Pretrained:
     path: Path
     shape: ModelConfig
     weights: dict  # its state dict
-    head: dict  # a sentence head's state dict, empty if the file has none
-    labels: list | None  # the names of that head's classes, where the file has them
+    head: heads.Head | None  # its classification head, if it has one
     dictionary: dict  # size, digest and mask_id, as our checkpoints have them; else empty
     folder: str  # of the pretraining data, on the machine that trained it
 
@@ -43,12 +40,6 @@ class Pretrained:
     def longest(self) -> int:
         """The most tokens of an example: positions count from PAD + 1."""
         return len(self.weights["embed_positions.weight"]) - PAD - 1
-
-    def has_head_for(self, head: torch.nn.Module, names: list | None) -> bool:
-        """Whether its head has the form of this one, and these classes where it names them."""
-        shapes = {name: tensor.shape for name, tensor in head.state_dict().items()}
-        is_same = shapes == {name: tensor.shape for name, tensor in self.head.items()}
-        return is_same and self.labels in (None, names)
 
     def encoder(self, untrained: bool = False, **dropouts) -> Encoder:
         """A new encoder with these weights, or with the random ones that pretraining begins with.
@@ -89,30 +80,19 @@ def load(path, teacher: bool = False, attention_heads: int = 0) -> Pretrained:
     loaded = load_any(path)
     if teacher and not loaded.teacher:
         raise InputError(f"--teacher: {path} has none")
-    weights = loaded.teacher if teacher else stripped(loaded.student, "encoder.")
+    weights = loaded.teacher if teacher else heads.stripped(loaded.student, "encoder.")
     settings = loaded.config
     folder = settings.get("data_path")
     ours = loaded.content if loaded.kind == "ours" else {}
-    # of ours, or of fairseq's model with its task sentence_prediction
-    entry = ours.get("classifier", {})
-    head = entry.get("head", {})
-    if not ours and loaded.kind != "hf":
-        head = stripped(loaded.content.get("model", loaded.content), FAIRSEQ_HEAD)
     weights = floats(weights, path)
     return Pretrained(
         path=path,
         shape=shape_of(weights, settings, attention_heads, path),
         weights=weights,
-        head=floats(head, path),
-        labels=entry.get("labels"),
+        head=heads.find(loaded, path),
         dictionary=ours.get("dictionary", {}),
         folder=folder if isinstance(folder, str) else "",
     )
-
-
-def stripped(state: dict, prefix: str) -> dict:
-    """The entries whose names begin with the prefix, without it."""
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def floats(state: dict, path) -> dict:
@@ -213,20 +193,6 @@ def folder_of_text(source: Pretrained) -> Path:
     raise InputError(f"no dict.txt in {places}: name that of {source.path} {flags}")
 
 
-def write_text_files(folder: Path, files: dict[str, bytes], replace: bool):
-    """Put the tokenizer's files beside the fine-tuned checkpoint, which then reads raw text.
-
-    replace: what is there is an older fine-tuning's. Raises InputError if it may be someone's.
-    """
-    for name in TEXT_FILES:
-        path = folder / name
-        is_same = path.is_file() and path.read_bytes() == files.get(name)
-        if os.path.lexists(path) and not is_same and not replace:
-            raise InputError(f"--save_dir {folder} holds another {name}; choose another folder")
-    for name in TEXT_FILES:
-        (folder / name).unlink(missing_ok=True)
-        if name in files:
-            (folder / name).write_bytes(files[name])
 
 
 def read_dictionary(path, source: Pretrained) -> Dictionary:

@@ -1,5 +1,6 @@
 """The fine-tunings of one command: their folders, mean and spread, the best, results.json."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,9 +10,11 @@ from pathlib import Path
 
 from config import InputError, printable
 from run import checkpoint
+from text.tokens import TEXT_FILES
 
 import numpy as np
 
+BEST = "checkpoint_best.pt"
 SMALL, SMALL_LR = 256, 1e-4  # up to this width, learning rates below this train next to nothing
 
 
@@ -69,19 +72,17 @@ def jobs_of(cfg) -> list[Job]:
     return jobs
 
 
-def prepare(folder: Path, ckpt: str, overwrite: bool) -> list[Path]:
-    """Make --save_dir; returns what an older fine-tuning left there.
+def older_results(folder: Path, ckpt: str, overwrite: bool) -> list[Path]:
+    """What an older fine-tuning left in --save_dir, if --overwrite says that it may go.
 
-    That goes once all inputs are known to be good. Raises InputError if --overwrite does not allow
-    it, or if something else would be lost.
+    Raises InputError otherwise, and if something else would be lost.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     is_taken = any((folder / name).exists() for name in ("train.jsonl", "train.idx"))
     if is_taken or Path(ckpt).resolve().parent == folder.resolve():
         what = "holds the run to start from, or a dataset"
         raise InputError(f"--save_dir {folder} {what}; choose another folder")
     # of one fine-tuning, in the folder itself
-    names = ("finetune.jsonl", "results.json", "checkpoint_best.pt")
+    names = ("finetune.jsonl", "results.json", BEST)
     older = [folder / name for name in names if (folder / name).exists()]
     # of several, each in its own; one with a dict.txt is a fine-tuning of its own
     logs = folder.glob("*_seed_*/finetune.jsonl")
@@ -92,12 +93,37 @@ def prepare(folder: Path, ckpt: str, overwrite: bool) -> list[Path]:
     return older
 
 
-def remove(paths: list[Path]):
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+class SaveDir:
+    """The folder of a fine-tuning. What an older one left there stays until the first save."""
+
+    def __init__(self, folder: Path, older: list[Path], files: dict[str, bytes]):
+        """files: those of the tokenizer. Raises InputError if others are there, and not older."""
+        self.folder, self.older, self.files = folder, older, files
+        self.is_empty = True  # of what this fine-tuning saves
+        for name in TEXT_FILES:
+            path = folder / name
+            is_same = path.is_file() and path.read_bytes() == files.get(name)
+            if os.path.lexists(path) and not is_same and not older:
+                raise InputError(f"--save_dir {folder} holds another {name}; choose another folder")
+
+    def save(self, content: dict, path: Path):
+        """Write a checkpoint; with the first one, put the tokenizer's files into the folder."""
+        if not self.is_empty:
+            checkpoint.save(content, path)
+            return
+        # each is written in full before any of them takes its place
+        with contextlib.ExitStack() as stack:
+            for name, data in self.files.items():
+                stack.enter_context(checkpoint.whole(self.folder / name)).write_bytes(data)
+            checkpoint.save(content, path)
+        self.is_empty = False
+        for name in set(TEXT_FILES) - set(self.files):
+            (self.folder / name).unlink(missing_ok=True)
+        for old in set(self.older) - {path, path.parent}:
+            if old.is_dir():
+                shutil.rmtree(old)
+            else:
+                old.unlink()
 
 
 def groups_of(results: list[Result]) -> dict[str, list[Result]]:
@@ -155,7 +181,7 @@ def finish(results: list[Result], bag: dict | None, metric: str, folder: Path):
     say_bag(bag, metric)
     best = best_of(groups[max(means, key=means.get)], metric)
     # it stays, under the name that a single one has
-    final = folder / "checkpoint_best.pt"
+    final = folder / BEST
     os.replace(best.checkpoint, final)
     for result in results:
         if result.checkpoint != final:

@@ -46,6 +46,7 @@ class FinetuneConfig:
     # what is trained
     freeze: bool = option(False, "fit a linear classifier on frozen features; no training")
     pool: str = option("cls", "the head reads <s>, or the mean state", choices=("cls", "mean"))
+    new_head: bool = option(False, "draw the head anew, whichever the file has")
     untrained: bool = option(False, "do the same from random weights, for comparison")
     embed_rms: float = option(0.0, "first bring the embeddings to this size (0: no)", low=0)
     dropout: float = option(0.1, "after embedding, attention and feed-forward", low=0, below=1)
@@ -61,7 +62,6 @@ class FinetuneConfig:
     max_epoch: int = option(10, "stop after so many epochs (0: no limit)", low=0)
     warmup_updates: int = option(-1, "of linear warm-up (-1: by --warmup_share)", low=-1)
     warmup_share: float = option(0.06, "warm-up as a share of all updates", low=0, high=1)
-    patience: int = option(0, "stop after so many validations without a better one (0: no)", low=0)
     metric: str = option("auto", "decides; auto: accuracy, or mean correlation", choices=METRICS)
     clip_norm: float = option(0.0, "largest global gradient norm (0: no clipping)", low=0)
     weight_decay: float = option(0.1, "decoupled weight decay, on all parameters", low=0)

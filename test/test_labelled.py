@@ -6,15 +6,21 @@ import os
 import finetune
 from config import InputError
 from run import flags as command_line
-from tasks import labelled
-from tasks.labelled import Columns
-from tasks.settings import RECIPES
+from tasks import labelled, predict, tables
+from tasks.data import read_data
+from tasks.settings import RECIPES, FinetuneConfig
+from tasks.tables import Columns
 from test.helpers import GOLDEN, call, golden
 from test.test_finetune import flags, place, rows_of  # noqa: F401
 from text.binarized import EOS, Dictionary, write_dataset
 
 import numpy as np
 import pytest
+
+
+def read_table(path, columns, regression=False):
+    return tables.read_tables(dict(train=(path, columns)), regression)["train"]
+
 
 NO_TABLE = dict(train=None, valid=None, text=None, label=None, lr=None)
 
@@ -35,33 +41,112 @@ def test_tsv_csv_and_jsonl_hold_the_same_with_and_without_a_header(tmp_path):
         columns = Columns(("one", "two"), "y")
         if name.startswith("plain"):
             columns = Columns(("1", "2"), "3", header=False)
-        table = labelled.read_table(tmp_path / name, columns)
+        table = read_table(tmp_path / name, columns)
         assert table.texts == [["a 'b", 'say "x"', "f"], ["c d", "e", "g"]], name
         assert table.labels == ["yes", "no", "no"]
 
 
-@pytest.mark.parametrize(
-    "text, regression, header",
-    [
-        ("text\tlabel\na\tx\nb\tx\nc\ty\nd\ty\n", False, True),  # `label` is no other row's
-        ("a\tx\nb\tx\n", False, False),
-        ("text\tscore\na\t0.5\nb\t0.7\n", True, True),
-        ("a\t0.5\nb\t0.7\n", True, False),
-        ("a\t2\nb\t1\nc\t2\n", False, False),  # 2 is a label here, and not a column's name
-    ],
+# Of each set of files: the suffix, train, valid, text and label columns, and whether there is a
+# header (None: one error for both files). The texts are always the words a, b, c, d.
+AG_NEWS = "3\ta\n4\tb\n3\tc\n4\td\n"
+KAGGLE = "id,text,target\n7,a,0\n8,b,1\n", "id,text,target\n1,c,1\n2,d,1\n"
+PANDAS = ",0,1\n0,a,1\n1,b,0\n", ",0,1\n0,c,0\n1,d,1\n"
+TITLED = "y\tt\nx\ta\nz\tb\n", "y\tt\nz\tc\nx\td\n"
+SCORED = "t\ts\na\t1\nb\t2\n", "t\ts\nc\t.5\nd\t1\n"
+JSON = (
+    '{"1": "a", "2": "x"}\n{"1": "b", "2": "y"}\n',
+    '{"1": "c", "2": "x"}\n{"1": "d", "2": "y"}\n',
 )
-def test_numbered_columns_have_a_header_if_the_first_label_is_none(
-    text, regression, header, tmp_path
+SETS = [
+    ("tsv", AG_NEWS[:8], AG_NEWS[8:], "2", "1", False),  # 3 and 4 are labels, not places
+    ("tsv", "a\t2\nb\t1\n", "c\t2\nd\t1\n", "1", "2", False),
+    ("tsv", "a\tx\nb\ty\n", "c\ty\nd\tx\n", "1", "2", False),  # x is once in each file
+    ("csv", *KAGGLE, "2", "3", True),
+    ("csv", *KAGGLE, "text", "target", True),
+    ("csv", KAGGLE[0], KAGGLE[1].replace("target", "label"), "2", "3", True),
+    ("csv", *PANDAS, "2", "3", True),
+    ("csv", PANDAS[0].replace(",0,1", "0,1,2"), PANDAS[1].replace(",0,1", "0,1,2"), "2", "3", True),
+    ("tsv", *TITLED, "2", "1", True),
+    ("tsv", *TITLED, "t", "y", True),
+    ("tsv", TITLED[0], TITLED[1][4:], "2", "1", None),
+    ("tsv", TITLED[0][4:], TITLED[1], "2", "1", None),
+    ("tsv", *SCORED, "1", "2", True),
+    ("tsv", SCORED[0][4:], SCORED[1][4:], "1", "2", False),
+    ("tsv", SCORED[0], SCORED[1][4:], "1", "2", None),
+    ("jsonl", *JSON, "1", "2", True),
+    ("json", *JSON, "1", "2", True),
+]
+
+
+@pytest.mark.parametrize("suffix, train, valid, text, label, header", SETS)
+def test_a_number_is_a_place_and_a_header_is_one_decision(
+    suffix, train, valid, text, label, header, tmp_path, capsys
 ):
-    (tmp_path / "x.tsv").write_text(text)
-    table = labelled.read_table(tmp_path / "x.tsv", Columns(("1",), "2"), regression)
-    assert table.header == header and len(table.labels) == text.count("\n") - header
-    assert "a" in table.texts[0]
+    files, columns = {}, Columns((text,), label)
+    for split, content in dict(train=train, valid=valid).items():
+        path = tmp_path / f"{split}.{suffix}"
+        path.write_text(content)
+        files[split] = (path, columns)
+    regression = "s\n" in train or ".5" in valid
+    if header is None:
+        with pytest.raises(InputError, match="train.tsv.*valid.tsv|valid.tsv.*train.tsv"):
+            tables.read_tables(files, regression)
+        return
+    read = tables.read_tables(files, regression)
+    assert sum((table.texts[0] for table in read.values()), []) == list("abcd")
+    assert (read["train"].header is not None) == header
+    # what was guessed is said
+    is_guess = header and text.isdecimal() and not suffix.startswith("json")
+    first = ", ".join(train.splitlines()[0].replace("\t", ",").split(","))
+    err = capsys.readouterr().err
+    assert err.count("\n") == is_guess and (first in err) == is_guess
+    # --header decides in every case
+    if text.isdecimal() and not suffix.startswith("json"):
+        for flag in (True, False):
+            explicit = {s: (path, Columns((text,), label, flag)) for s, (path, _) in files.items()}
+            table = tables.read_tables(explicit)["valid"]
+            assert len(table.labels) == valid.count("\n") - flag
+
+
+# A fine-tuning on two texts with this header, or none; a file to predict, and where its texts are.
+PREDICTED = [
+    (["q", "s"], "id\tq\ts\n0\ta\tc\n1\tb\td\n", "2,3"),  # GLUE's test files
+    (["q", "s"], "q\ts\na\tc\nb\td\n", "1,2"),
+    (["q", "s"], "q\ts\na\tc\nb\td\n", "q,s"),
+    (["q", "s"], "a\tc\nb\td\n", "1,2"),
+    (None, "index\tq\ts\n0\ta\tc\n1\tb\td\n", "2,3"),  # of CoLA, whose train has none
+    (None, "a\tc\nb\td\n", "1,2"),
+]
+
+
+@pytest.mark.parametrize("known, content, text", PREDICTED)
+def test_predictions_leave_out_the_header_that_training_found(known, content, text, tmp_path):
+    (tmp_path / "x.tsv").write_text(content)
+    cfg = FinetuneConfig(predict=str(tmp_path / "x.tsv"), text=text)
+    texts = predict.read_texts(cfg, dict(texts=2, header=known))
+    assert texts == [["a", "b"], ["c", "d"]]
+
+
+def test_a_line_end_or_a_tab_within_a_text_is_a_space(tmp_path):
+    text = "a\tb\r\nc \n\n d\re"
+    (tmp_path / "x.csv").write_text(f'text,label\n"{text}",x\nb,y\n', newline="")
+    lines = [json.dumps(dict(text=t, label=y)) for t, y in ((text, "x"), ("b", "y"))]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    seen = []
+
+    def tokenize(column):
+        seen.append(column[0])
+        return [np.array([4, EOS]) for _ in column]
+
+    for name in ("x.csv", "x.jsonl"):
+        own = dict(train=str(tmp_path / name), valid=str(tmp_path / name), text="text")
+        read_data(FinetuneConfig(**own, label="label"), 64, None, tokenize)
+    assert seen == ["a b c d e"] * 4
 
 
 def write_glue(task, folder):
     """A task's files of 12 rows with GLUE's columns, in which the others hold `-`."""
-    columns = labelled.GLUE[task]
+    columns = tables.GLUE[task]
     labels = {"stsb": ["0.0", "5.0", "2.5"], "mnli": ["neutral", "entailment", "contradiction"]}
     names = labels.get(task, ["1", "0"])
     rows = [["-"] * max(*columns.text, columns.label) for _ in range(12)]
@@ -90,8 +175,8 @@ def test_the_files_of_glue_are_read_as_they_are_shipped(task, place, tmp_path): 
     row = rows_of(tmp_path / "out", "valid_loss")[-1]
     assert f"valid_{metric}" in row
     assert ("valid_mismatched_accuracy" in row) == (task == "mnli")
-    table = labelled.read_table(tmp_path / "train.tsv", labelled.GLUE[task])
-    assert table.left_out == (task == "qqp")
+    table = read_table(tmp_path / "train.tsv", tables.GLUE[task])
+    assert len(table.labels) == 12
     assert [column[0] for column in table.texts] == ['"w3 w1', "w5"][: len(table.texts)]
 
 
@@ -163,6 +248,7 @@ TABLE = "text\tlabel\n"
     [
         ("x.tsv", TABLE + "w1\tgood\nw2\tawful\n", {}, "x.tsv, line 3: label 'awful'"),
         ("x.tsv", TABLE + "w1\tgood\n\tbad\n", {}, "x.tsv, line 3: the column text"),
+        ("x.json", '[{"text": "a", "label": "good"}]', {}, "x.json, line 1: .* JSON object"),
         ("x.tsv", TABLE + "w1\tgood\nw1\t\n", {}, "x.tsv, line 3: the column label"),
         ("x.tsv", TABLE + "w1\tgood\nw1\tw2\tbad\n", {}, "line 3: 3 columns"),
         ("x.tsv", TABLE, {}, "x.tsv: no rows"),
@@ -214,6 +300,22 @@ def test_a_text_longer_than_the_table_is_cut_and_counted(place, tmp_path, capsys
     assert "1 of 2 examples of train are longer than 64 tokens" in capsys.readouterr().err
     with pytest.raises(InputError, match="--fairseq_exact: 1 examples of train"):
         finetune.main(flags(place, tmp_path / "out2", fairseq_exact=True, **own))
+
+
+@pytest.mark.parametrize(
+    "labels, said",
+    [
+        ([f"{i / 4}" for i in range(11)], True),
+        ([str(i % 3) for i in range(11)], False),
+        ([f"c{i}" for i in range(11)], False),
+    ],
+)
+def test_scores_that_are_taken_for_classes_get_a_note(labels, said, tmp_path, capsys):
+    path = tmp_path / "t.tsv"
+    path.write_text(TABLE + "".join(f"w1\t{label}\n" for label in labels))
+    cfg = FinetuneConfig(train=str(path), valid=str(path), text="text", label="label")
+    read_data(cfg, 64, None, lambda column: [np.array([4, EOS]) for _ in column])
+    assert ("--regression" in capsys.readouterr().out) == said
 
 
 @pytest.fixture

@@ -1,0 +1,250 @@
+"""Tables of labelled text: GLUE's files, your own .tsv and .csv, and JSON lines.
+
+A column is named, or numbered from 1: a number is always a place, also where the names of a header
+are numbers. Whether files with numbered columns begin with a header is guessed once for all files
+of a set, and said.
+"""
+
+import csv
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from config import InputError, printable, read_text, reading
+
+JSON = (".jsonl", ".json")  # an object in each line
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a table has its texts and its label: names, or numbers that count from 1."""
+
+    text: tuple  # one or two
+    label: str | int | None = None  # None: the table has no labels
+    header: bool | None = None  # whether the first row names the columns; None: find out
+    fields: int = 0  # leave out rows without so many, allow empty texts (0: both are errors)
+
+    @property
+    def names(self) -> list:
+        return [*self.text] if self.label is None else [*self.text, self.label]
+
+
+# Where GLUE's files, as they are shipped, have their columns; MNLI's dev files have the label
+# elsewhere.
+GLUE = {
+    "cola": Columns((4,), 2, header=False),
+    "sst2": Columns((1,), 2, header=True),
+    "mrpc": Columns((4, 5), 1, header=True),
+    "stsb": Columns((8, 9), 10, header=True),
+    "qqp": Columns((4, 5), 6, header=True, fields=6),
+    "mnli": Columns((9, 10), 12, header=True),
+    "mnli_dev": Columns((9, 10), 16, header=True),
+    "qnli": Columns((2, 3), 4, header=True),
+    "rte": Columns((2, 3), 4, header=True),
+}
+
+
+@dataclass
+class Table:
+    """The wanted columns of a file."""
+
+    path: Path
+    lines: list[int]  # the line of each row, from 1
+    texts: list[list[str]]  # of each text column
+    labels: list[str]  # empty if not asked for
+    header: list[str] | None = None  # what the first row calls the text columns
+
+
+@dataclass
+class File:
+    """A file that has been read, before it is known whether its first row is a header."""
+
+    path: Path
+    columns: Columns
+    rows: list = field(init=False)  # (line from 1, cells)
+    places: list = field(init=False)  # of the columns, None for a name
+    has_header: bool | None = field(init=False)  # None: to be guessed
+
+    def __post_init__(self):
+        names = self.columns.names
+        self.rows = read_rows(self.path, names)
+        self.places = [number_of(name) for name in names]
+        self.has_header = self.columns.header
+        if self.path.suffix.lower() in JSON:
+            self.places = list(range(len(names)))
+            self.has_header = True
+        if None in self.places and self.has_header is None:
+            self.has_header = True
+
+    @property
+    def first(self) -> list[str]:
+        return self.rows[0][1]
+
+    def label_of(self, cells: list[str]) -> str | None:
+        """The label of a row, if it has one. For numbered columns only."""
+        place = self.places[-1]
+        if self.columns.label is None or place >= len(cells):
+            return None
+        return cells[place].strip()
+
+    def table(self) -> Table:
+        """The wanted columns. Raises InputError, with the line, for a row without them."""
+        width = self.columns.fields or len(self.first)
+        places = [self.place_of(*pair) for pair in zip(self.columns.names, self.places)]
+        names = [self.first[i] if self.has_header else i + 1 for i in places]
+        texts = [[] for _ in self.columns.text]
+        table = Table(self.path, [], texts, [], names[: len(texts)] if self.has_header else None)
+        outlets = [*texts, table.labels]
+        begin = 1 if self.has_header else 0
+        for line, cells in self.rows[begin:]:
+            if len(cells) != width and self.columns.fields:
+                continue
+            where = f"{self.path}, line {line}"
+            if len(cells) != width:
+                raise InputError(f"{where}: {len(cells)} columns, the first row has {width}")
+            table.lines.append(line)
+            for name, place, outlet in zip(names, places, outlets):
+                text = cells[place].strip()
+                if not text and (outlet is table.labels or not self.columns.fields):
+                    raise InputError(f"{where}: the column {name} is empty or missing")
+                outlet.append(text)
+        if not table.lines:
+            raise InputError(f"{self.path}: no rows in it but the header")
+        left_out = len(self.rows) - begin - len(table.lines)
+        if left_out:
+            print(f"note: {self.path}: {left_out:,} rows without {width} fields left out")
+        return table
+
+    def place_of(self, name, place: int | None) -> int:
+        """Where a column is. Raises InputError if it is nowhere."""
+        if place is None and self.has_header and name in self.first:
+            place = self.first.index(name)
+        if place is None or not 0 <= place < len(self.first):
+            cells = f"{len(self.first)} columns"
+            if self.has_header:
+                cells = ", ".join(map(repr, self.first))
+            raise InputError(f"{self.path}: no column {str(name)[:80]}; it has {cells[:300]}")
+        return place
+
+
+def read_tables(files: dict, regression: bool = False, known: list | None = None) -> dict:
+    """{split: Table} of {split: (path, Columns)}.
+
+    known: what another header called the text columns. Raises InputError, with the line, for a row
+    without the columns.
+    """
+    files = {split: File(Path(path), columns) for split, (path, columns) in files.items()}
+    guess_header([f for f in files.values() if f.has_header is None], regression, known)
+    return {split: file.table() for split, file in files.items()}
+
+
+# ---------------------------------------------------------------------------------------- a header
+
+
+def guess_header(files: list[File], regression: bool, known: list | None):
+    """Decide has_header, with a note. Raises InputError where only some of the files have one."""
+    labels = {file.label_of(cells) for file in files for _, cells in file.rows[1:]}
+    for file in files:
+        file.has_header = looks_like_header(file, labels - {None}, regression, known)
+    named = [file for file in files if file.has_header]
+    plain = [file for file in files if not file.has_header]
+    if not named:
+        return
+    cells = printable(", ".join(named[0].first)[:200])
+    if plain:
+        both = f"{named[0].path} seems to begin with a header ({cells}), {plain[0].path} does not"
+        raise InputError(f"{both}; make them alike, or say --header true or false")
+    paths = ", ".join(str(file.path) for file in named)
+    print(printable(f"note: first row of {paths} taken for a header: {cells}"), file=sys.stderr)
+
+
+def looks_like_header(file: File, labels: set, regression: bool, known: list | None) -> bool:
+    """Whether the first row is unlike the others. labels: of all rows but the first ones."""
+    first, places = file.first, file.places
+    if max(places) >= len(first):
+        return False
+    # what the texts were called in training
+    if known and known == [first[place] for place in places[: len(file.columns.text)]]:
+        return True
+    # pandas' numbers, without and with its index
+    numbers = [str(i) for i in range(len(first))]
+    if len(first) > 1 and first in (numbers, ["", *numbers[:-1]]):
+        return True
+    # what is no label
+    label = file.label_of(first)
+    is_other = regression or label not in labels
+    if labels and is_other and score_of(label) is None:
+        return True
+    # the name of an index, or of another column of numbers
+    for place in set(range(len(first))) - set(places):
+        others = [cells[place] for _, cells in file.rows[1:] if place < len(cells)]
+        is_name = first[place].strip() and score_of(first[place]) is None
+        if is_name and others and are_scores(others):
+            return True
+    return False
+
+
+def number_of(name) -> int | None:
+    """The place of a column that is named by its number; None for another name."""
+    is_number = str(name).isdecimal() and len(str(name)) < 10
+    return int(name) - 1 if is_number else None
+
+
+def score_of(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def are_scores(texts: list[str]) -> bool:
+    """Whether all of them are numbers."""
+    return all(score_of(text) is not None for text in texts)
+
+
+# ------------------------------------------------------------------------------------------ rows
+
+
+def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
+    """(line number, cells) of each row that is not blank. Raises InputError.
+
+    Of JSON objects these are the cells under `names`, after a row of the names.
+    """
+    kind = path.suffix.lower()
+    if kind not in (".tsv", ".csv", *JSON):
+        raise InputError(f"{path}: expected a name that ends in .tsv, .csv or .jsonl")
+    lines = read_text(path, encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
+    full = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not full:
+        raise InputError(f"{path}: no rows in it")
+    if kind == ".csv":
+        return rows_of_csv(lines, path)
+    if kind == ".tsv":  # quotes mean nothing here, as in GLUE's files
+        return [(number, line.split("\t")) for number, line in full]
+    rows = [(number, cells_of_json(line, names, f"{path}, line {number}")) for number, line in full]
+    return [(0, list(map(str, names))), *rows]
+
+
+def rows_of_csv(lines: list[str], path: Path) -> list[tuple[int, list[str]]]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader([line + "\n" for line in lines], strict=True)
+    try:
+        return [(reader.line_num, cells) for cells in reader if cells]
+    except csv.Error as e:
+        raise InputError(f"{path}, line {reader.line_num}: not CSV: {e}") from None
+
+
+def cells_of_json(line: str, names: list, where: str) -> list[str]:
+    """The values under `names` of a JSON object. Raises InputError, which begins with `where`."""
+    with reading(f"{where}: not JSON"):
+        values = json.loads(line)
+        json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected a JSON object, such as {{...}}")
+    cells = [values.get(name) for name in names]
+    if any(isinstance(cell, (dict, list)) for cell in cells):
+        raise InputError(f"{where}: {', '.join(names)}: neither texts nor numbers")
+    return ["" if cell is None else str(cell) for cell in cells]
