@@ -52,15 +52,7 @@ GONE = {
     "finetune.py": {
         "init_from": "--ckpt takes the head, too, where it has these classes",
         "num_classes": "there are as many classes as the training split has",
-        **dict.fromkeys(
-            ("adam_betas", "adam_eps", "activation_dropout", "pooler_dropout"),
-            "the recipe's value is built in",
-        ),
     },
-    "bench.py": dict.fromkeys(
-        "loader startup sweep sweep_lengths sweep_tokens sentences checkpoint peer".split(),
-        "bench.py measures a step; version 0.3.0 measured this, too",
-    ),
 }
 
 
