@@ -187,9 +187,9 @@ def test_a_run_says_what_it_reads_and_how_much_time_is_left(
 def test_a_run_shows_the_settings_that_differ_and_warns_of_text_that_is_never_seen(
     corpus_dir, tmp_path
 ):
-    for flags, warning in (([], ""), (["--fairseq_exact"], "warning: ")):
-        folder = tmp_path / f"run{len(flags)}"
-        printed = call(train.main, *few(corpus_dir, folder, "--max_update", 1, *flags))
+    for more, warning in (([], ""), (["--fairseq_exact"], "warning: ")):
+        folder = tmp_path / f"run{len(more)}"
+        printed = call(train.main, *few(corpus_dir, folder, "--max_update", 1, *more))
         first = printed.splitlines()[0]
         assert first.startswith(f"data2vec-text {config.VERSION}: train.py --config_name tiny ")
         assert "--max_update 1" in first and "mask_prob" not in first

@@ -6,16 +6,7 @@ import eval as evaluation
 import train
 from config import InputError
 from run.guard import Clock
-from test.helpers import (
-    call,
-    compare_checkpoints,
-    few,
-    make_run,
-    progress_of,
-    rows_of,
-    speed_aside,
-    torchrun,
-)
+from test.helpers import call, compare_checkpoints, few, make_run, progress_of, rows_of, speed_aside
 from text import demo
 
 import pytest
@@ -41,24 +32,6 @@ def test_a_finished_run_continues_when_max_update_is_raised_and_a_used_folder_is
     assert progress_of(tmp_path)["num_updates"] == 5
     call(train.main, *argv, "--max_update", 2, "--no_resume", "--overwrite")
     assert [row["num_updates"] for row in rows_of(tmp_path)] == [1, 2]
-
-
-def test_two_workers_equal_one_with_update_freq_2(tmp_path, corpus_dir):
-    one, two = tmp_path / "one", tmp_path / "two"
-    argv = "--max_update 14 --max_epoch 1 --validate_interval_updates 5".split()
-    call(train.main, *few(corpus_dir, one, *argv, "--update_freq", 2))
-    size = ["--distributed_training.distributed_world_size", 2]
-    result = torchrun(2, *few(corpus_dir, two, *argv, *size))
-    assert result.returncode == 0, result.stderr
-    rows = rows_of(one)
-    assert len(rows) > 5
-    for a, b in zip(rows, rows_of(two), strict=True):
-        assert all(a[k] == b[k] for k in "sample_size nsentences ntokens lr ema_decay".split())
-        assert all(a[k] == pytest.approx(b[k], rel=1e-5) for k in ("loss", "gnorm"))
-    for a, b in zip(rows_of(one, "valid_loss"), rows_of(two, "valid_loss"), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
-    last = "checkpoint_last.pt"
-    compare_checkpoints(one / last, two / last, exactly=False)
 
 
 def test_the_small_model_learns_more_than_to_predict_the_mean(tmp_path):

@@ -1,4 +1,4 @@
-"""Signals: SIGTERM, Ctrl-C and a closed terminal lose nothing, SIGUSR1 saves."""
+"""Signals: SIGTERM, Ctrl-C and a closed terminal lose nothing."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ from test.helpers import (
 )
 from test.test_finetune import flags as finetune_flags
 from test.test_finetune import place  # noqa: F401
-from test.test_robust import before_updates, saves_seen  # noqa: F401
+from test.test_robust import before_updates
 
 import pytest
 
@@ -62,7 +62,12 @@ def test_a_hangup_that_nohup_ignores_does_not_end_a_run(monkeypatch, corpus_dir,
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_a_fine_tuning_with_its_best_model(monkeypatch, place, tmp_path, number):  # noqa: F811
+def test_a_signal_ends_a_fine_tuning_with_its_best_model(
+    monkeypatch,
+    place,  # noqa: F811
+    tmp_path,
+    number,
+):
     step = finetune.tuning_step
 
     def signalled(tuning, groups):
@@ -86,12 +91,6 @@ def test_a_closed_terminal_costs_no_update(corpus_dir, tmp_path):
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
     assert progress_of(tmp_path)["num_updates"] == rows_of(tmp_path)[-1]["num_updates"]
-
-
-def test_sigusr1_saves_and_the_run_continues(monkeypatch, corpus_dir, tmp_path, saves_seen):  # noqa: F811
-    before_updates(monkeypatch, sending(signal.SIGUSR1, 2))
-    assert train.main(few(corpus_dir, tmp_path, "--max_update", 4)) == 0
-    assert [update for update, _ in saves_seen] == [2, 4]
 
 
 @pytest.mark.parametrize(

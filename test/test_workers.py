@@ -39,14 +39,18 @@ def test_three_workers_with_uneven_shards_equal_one_worker(corpus_dir, tmp_path)
     # two shards end with no batch
     max_tokens = next(n for n, count in counts.items() if count % 3 == 1)
     argv = ["--max_epoch", 1, "--max_update", 100, "--max_tokens", max_tokens]
-    result = torchrun(3, *few(corpus_dir, tmp_path / "three", *argv))
+    size = ["--distributed_training.distributed_world_size", 3]  # as fairseq's command has it
+    result = torchrun(3, *few(corpus_dir, tmp_path / "three", *argv, *size))
     assert result.returncode == 0, result.stderr
     call(train.main, *few(corpus_dir, tmp_path / "one", *argv, "--update_freq", 3))
     one, three = rows_of(tmp_path / "one"), rows_of(tmp_path / "three")
     assert len(one) == -(-counts[max_tokens] // 3)
     for a, b in zip(one, three, strict=True):
         assert all(a[k] == b[k] for k in ("sample_size", "nsentences", "ntokens", "num_updates"))
+        assert all(a[k] == b[k] for k in ("lr", "ema_decay"))
         assert all(a[k] == pytest.approx(b[k], rel=2e-5) for k in ("loss", "gnorm"))
+    valid = [rows_of(tmp_path / name, "valid_loss")[0] for name in ("one", "three")]
+    assert valid[0] == pytest.approx(valid[1], rel=1e-4)
     compare_checkpoints(tmp_path / "one" / LAST, tmp_path / "three" / LAST, exactly=False)
 
 
