@@ -20,7 +20,7 @@ import re
 import shlex
 import signal
 import sys
-from argparse import RawDescriptionHelpFormatter
+import textwrap
 from pathlib import Path
 
 import config
@@ -59,11 +59,19 @@ GONE = {
 # ------------------------------------------------------------------------------------- the parser
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Fills paragraphs to the width of the terminal, and leaves indented commands as they are."""
+
+    def _fill_text(self, text, width, indent):
+        parts = text.strip().split("\n\n")
+        return "\n\n".join(p if p.startswith(" ") else textwrap.fill(p, width) for p in parts)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are InputErrors; each flag --a_b is --a-b, too."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, formatter_class=Formatter, **options)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's takes -1e-3 for a flag
         self.add_argument("--version", action="version", version=f"data2vec-text {config.VERSION}")
 
@@ -192,8 +200,9 @@ def presets_text(everything: bool) -> str:
         if len(shown) < len(preset):
             shown.append(f"{len(preset) - len(shown)} more (--help_all)")
         if shown:
-            lines.append(f"  {title}: {', '.join(shown)}")
-    return "\n".join(lines)
+            text = f"  {title}: {', '.join(shown)}"
+            lines.append(textwrap.fill(text, 78, subsequent_indent="    "))
+    return "\n\n".join(lines)
 
 
 # ------------------------------------------------------------------------- from flags to settings
