@@ -39,6 +39,7 @@ MEANT = dict(learning_rate="lr", max_steps="max_update", warmup_steps="warmup_up
 MEANT |= dict(num_layers="layers", trainpref="train", validpref="valid", testpref="test")
 MEANT |= dict(destdir="dest", srcdict="dict")
 OPPOSITES = ("--no_", "--un")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM)  # a disk or the memory
 # Options that a program had until 0.3.0, and what to do instead.
 GONE = {
     "train.py": {
@@ -334,12 +335,7 @@ def program(main):
         end(1, f"stopped: out of memory: {str(e)[:300]}")
     except OSError as e:
         text = f"{e.filename}: {e.strerror or e}" if e.filename else f"{e.strerror or e}"
-        if e.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EIO,
-            errno.ENOMEM,
-        ):  # no mistake in the command
+        if e.errno in FULL:  # no mistake in the command
             end(1, f"stopped: {text}")
         end(2, f"error: {text}")
 
