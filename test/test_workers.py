@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import train
 from config import InputError
@@ -74,9 +73,8 @@ def test_an_error_in_one_worker_ends_all_within_seconds(corpus_dir, tmp_path):
     items = np.fromfile(folder / "train.bin", np.uint16)
     items[len(items) // 2] = 999  # in a block that only one of the workers reads
     items.tofile(folder / "train.bin")
-    began = time.monotonic()
-    result = torchrun(2, *few(folder, tmp_path / "run", "--max_update", 1000))
-    assert result.returncode != 0 and time.monotonic() - began < 60
+    result = torchrun(2, *few(folder, tmp_path / "run", "--max_update", 1000))  # has a time limit
+    assert result.returncode != 0
     assert re.search(r"^train\.py: error: .*token id 999", result.stderr, re.M)
 
 
