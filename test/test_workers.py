@@ -170,7 +170,7 @@ def run_workers(argvs: list, setup: str = "") -> list:
         env = {**os.environ, **shared, "RANK": str(rank)}
         options = dict(env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         started.append(subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], **options))
-    return [(process.communicate(timeout=100)[1], process.returncode) for process in started]
+    return [(process.communicate(timeout=300)[1], process.returncode) for process in started]
 
 
 def test_workers_that_disagree_end_all_at_once_with_the_fields_name(saved, corpus_dir, tmp_path):
