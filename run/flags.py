@@ -20,7 +20,7 @@ import re
 import shlex
 import signal
 import sys
-from argparse import RawDescriptionHelpFormatter
+import textwrap
 from pathlib import Path
 
 import config
@@ -39,6 +39,7 @@ MEANT = dict(learning_rate="lr", max_steps="max_update", warmup_steps="warmup_up
 MEANT |= dict(num_layers="layers", trainpref="train", validpref="valid", testpref="test")
 MEANT |= dict(destdir="dest", srcdict="dict")
 OPPOSITES = ("--no_", "--un")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM)  # a disk or the memory
 # Options that a program had until 0.3.0, and what to do instead.
 GONE = {
     "train.py": {
@@ -52,26 +53,26 @@ GONE = {
     "finetune.py": {
         "init_from": "--ckpt takes the head, too, where it has these classes",
         "num_classes": "there are as many classes as the training split has",
-        **dict.fromkeys(
-            ("adam_betas", "adam_eps", "activation_dropout", "pooler_dropout"),
-            "the recipe's value is built in",
-        ),
     },
-    "bench.py": dict.fromkeys(
-        "loader startup sweep sweep_lengths sweep_tokens sentences checkpoint peer".split(),
-        "bench.py measures a step; version 0.3.0 measured this, too",
-    ),
 }
 
 
 # ------------------------------------------------------------------------------------- the parser
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Fills paragraphs to the width of the terminal, and leaves indented commands as they are."""
+
+    def _fill_text(self, text, width, indent):
+        parts = text.strip().split("\n\n")
+        return "\n\n".join(p if p.startswith(" ") else textwrap.fill(p, width) for p in parts)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are InputErrors; each flag --a_b is --a-b, too."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, formatter_class=Formatter, **options)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's takes -1e-3 for a flag
         self.add_argument("--version", action="version", version=f"data2vec-text {config.VERSION}")
 
@@ -200,8 +201,9 @@ def presets_text(everything: bool) -> str:
         if len(shown) < len(preset):
             shown.append(f"{len(preset) - len(shown)} more (--help_all)")
         if shown:
-            lines.append(f"  {title}: {', '.join(shown)}")
-    return "\n".join(lines)
+            text = f"  {title}: {', '.join(shown)}"
+            lines.append(textwrap.fill(text, 78, subsequent_indent="    "))
+    return "\n\n".join(lines)
 
 
 # ------------------------------------------------------------------------- from flags to settings
@@ -333,12 +335,7 @@ def program(main):
         end(1, f"stopped: out of memory: {str(e)[:300]}")
     except OSError as e:
         text = f"{e.filename}: {e.strerror or e}" if e.filename else f"{e.strerror or e}"
-        if e.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EIO,
-            errno.ENOMEM,
-        ):  # no mistake in the command
+        if e.errno in FULL:  # no mistake in the command
             end(1, f"stopped: {text}")
         end(2, f"error: {text}")
 

@@ -88,7 +88,6 @@ class Log:
             self.curves = TensorBoard(tensorboard_logdir)
         self.began = time.perf_counter()
         self.is_torn = False  # whether the last row was written in part
-        self.advice = "; if more follow, lower --lr or raise --warmup_updates"
         self.last_update = 0
         self.reset()
 
@@ -243,8 +242,8 @@ class Log:
             self.bar.set_postfix_str(f"loss {row['loss']:.3f} lr {row['lr']:.1e}")
         elif row.get("skipped"):
             why = "skipped, since its loss or gradient is not finite"
-            self.say(f"update {row['num_updates']}: {why}{self.advice}")
-            self.advice = ""  # once is enough
+            advice = "if more follow, lower --lr or raise --warmup_updates"
+            self.say(f"update {row['num_updates']}: {why}; {advice}")
         else:
             self.say(self.line_of(row))
 

@@ -43,22 +43,12 @@ def report(save_dir: Path, output: Path, device_id: str, mode: str) -> str:
     text = read_text(save_dir / "run_1p_seconds.txt", "replace")
     seconds = sum(int(part) for part in re.findall(r"^\d{1,9}$", text, re.M))
 
-    # the ModelZoo's files
     case = "data2vec_for_PyTorch_1p"
     if mode == "performance":
         case += "_pref"
     (output / f"train_{case}_loss.txt").write_text("".join(f"{loss}\n" for loss in losses))
-    facts = {
-        "Network": "data2vec_for_PyTorch",
-        "RankSize": 1,
-        "DeviceType": platform.machine(),
-        "CaseName": case,
-        "ActualUPS": ups,
-        "ActualFPS": fps,
-        "E2ETrainingTime": seconds,
-    }
-    lines = [f"{name} = {value}\n" for name, value in facts.items()]
-    (output / f"{case}.log").write_text("".join(lines))
+    measured = dict(ActualUPS=ups, ActualFPS=fps, E2ETrainingTime=seconds)
+    write_facts(output / f"{case}.log", CaseName=case, **measured)
 
     # the row for its table of results
     kind, amp = device_of(read_text(output / f"train_{device_id}.log", "replace"))
@@ -74,6 +64,12 @@ Loss, first and last logged : {losses[0]:.4f} -> {losses[-1]:.4f}
 | Name | wer | FPS | Epochs | AMP_Type | Torch_Version | Valid_Loss |
 | --- | --- | --- | --- | --- | --- | --- |
 | {" | ".join(map(str, cells))} |"""
+
+
+def write_facts(path: Path, **others):
+    """The ModelZoo's file of figures: a line NAME = VALUE each."""
+    facts = dict(Network="data2vec_for_PyTorch", RankSize=1, DeviceType=platform.machine())
+    path.write_text("".join(f"{name} = {value}\n" for name, value in (facts | others).items()))
 
 
 def has_numbers(row: dict, *names: str) -> bool:

@@ -9,16 +9,6 @@ from run.describe import notes
 from run.flags import flags_of
 from run.log import Log, duration
 
-import numpy as np
-
-
-def padding(dataset: BlockDataset) -> float:
-    """The share of the places in a dataset's batches that hold no token."""
-    ends = dataset.batch_ends
-    lengths = dataset.lengths[dataset.order[: ends[-1]]]  # ascending
-    places = np.diff(ends, prepend=0) * lengths[ends - 1].astype(np.int64)
-    return 1 - int(lengths.sum(dtype=np.int64)) / int(places.sum())
-
 
 def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
     """Open the log, and say how the run is set up, where it begins, and what it will see.
@@ -67,14 +57,13 @@ def where_it_is(run, source: Path) -> str:
 
 
 def what_is_read(cfg, train: BlockDataset, updates: int, epochs: float) -> str:
-    """Blocks and padding of an epoch, and how often the run reads the text."""
+    """Blocks and batches of an epoch, and how often the run reads the text."""
     passes = epochs / len(cfg.data.data_path.split(":"))
     read = f"the text {passes:,.1f} times"
     if passes < 0.995:
         read = f"{100 * passes:.2g}% of the text"
-    blocks = f"{len(train.lengths):,} blocks and {padding(train):.1%} padding"
-    batches = f"{len(train.batch_ends):,} batches an epoch"
-    return f"{blocks} in {batches}; {updates:,} updates read {read}"
+    blocks = f"{len(train.lengths):,} blocks in {len(train.batch_ends):,} batches an epoch"
+    return f"{blocks}; {updates:,} updates read {read}"
 
 
 def what_is_lost(train: BlockDataset) -> str:

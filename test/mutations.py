@@ -72,24 +72,17 @@ class Attempts:
 
 
 def scramble(raw: bytes, rng: random.Random) -> bytes:
-    """One to three places where bits, bytes or numbers are others, are missing, or are new."""
-    raw = bytearray(raw)
+    """One to three places where bytes or numbers are others, are missing, or are new."""
     for _ in range(rng.randint(1, 3)):
         at = rng.randrange(rng.choice([len(raw), min(len(raw), 80)]) + 1)
-        kind = rng.randrange(6)
-        if kind == 0 and at < len(raw):
-            raw[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del raw[at:]
-        elif kind == 2:
-            raw[at:at] = rng.randbytes(rng.randint(1, 16))
-        elif kind == 3:
-            del raw[at : at + rng.randint(1, 16)]
-        else:
-            width = 4 * rng.randint(1, 2)
-            number = rng.choice(EXTREME).to_bytes(8, "little", signed=True)
-            raw[at : at + width] = number[:width]
-    return bytes(raw)
+        few = rng.randint(1, 16)
+        number = rng.choice(EXTREME).to_bytes(8, "little", signed=True)
+        new, gone = rng.choice(
+            [(b"", len(raw)), (b"", few), (rng.randbytes(few), 0), (rng.randbytes(1), 1)]
+            + [(number[:4], 4), (number, 8)]
+        )
+        raw = raw[:at] + new + raw[at + gone :]
+    return raw
 
 
 def field(raw: bytes, at: int, width: int, rng: random.Random) -> bytes:

@@ -118,7 +118,6 @@ def test_the_shortest_command_line_gives_the_same_settings(line):
         ("--save_dir=", "save_dir is empty"),
         ("--overwrite", "goes with --no_resume"),
         ("--data_path :", "names no folder"),
-        ("--mask_multiple_length 1000000000", "mask_multiple_length"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_train(tmp_path, corpus_dir, line, message):
@@ -147,7 +146,7 @@ def test_a_broken_worker_environment_is_one_line(monkeypatch, variables):
 def without_torch(tmp_path):
     """Runs a program where importing torch ends it with code 99."""
     (tmp_path / "torch.py").write_text("raise SystemExit(99)")
-    return lambda name, *argv: program(name, *argv, PYTHONPATH=tmp_path)
+    return lambda name, *argv: program(name, *argv, PYTHONPATH=tmp_path, COLUMNS="80")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +159,6 @@ def without_torch(tmp_path):
         ("train.py --fp16", "--amp auto|off|fp16|bf16"),
         ("train.py", "--data_path is missing"),
         ("train.py --data_path x --layers 2", "there are only 2 layers"),
-        ("train.py --data_path x --tokens_per_sample 600", "--max_source_positions 512"),
         ("eval.py --amp bf-16", "choose from auto, off"),
         ("eval.py --layer 3", "since 0.4.0; --features gives the last layer's"),
         ("finetune.py --num_classes 3", "since 0.4.0"),
@@ -181,6 +179,8 @@ def test_help_is_answered_before_torch_is_imported(without_torch, name):
     result = without_torch(f"{name}.py", "--help")
     assert result.returncode == 0 and not result.stderr
     assert result.stdout.startswith(f"usage: {name}.py")
+    # an indented line may be a command, which is not broken
+    assert max(len(line) for line in result.stdout.splitlines() if line[:4] != "    ") < 80
 
 
 def test_help_shows_the_programs_flags_then_groups_then_presets(without_torch):
@@ -370,7 +370,6 @@ def test_a_fairseq_yaml_is_read_and_ignored_entries_are_printed(yaml, capsys):
 LAUGHS = "a0: &a0 [ha]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
 )
-LONG = "[" + "1, " * 500 + "1]"
 
 
 @pytest.mark.parametrize(
@@ -385,7 +384,6 @@ LONG = "[" + "1, " * 500 + "1]"
         ("optimization: {lr: 1e999}\n", "lr inf: must be a finite number"),
         ("checkpoint: {save_dir: 'a\ud800'}\n".encode("utf-8", "surrogatepass"), "not UTF-8"),
         ('checkpoint: {save_dir: "a\\0"}\n', "holds a character that no path"),
-        ("model: {layers: " + LONG + "}\n", r"model.layers=\[1, 1"),
         ('"\\e[2Jkey": "\\e[31mvalue"\n', r"\\x1b\[2Jkey=\\x1b\[31mvalue ignored"),
     ],
 )

@@ -9,9 +9,7 @@ from config import DeviceConfig
 from hardware import kernels
 from hardware.device import Device
 from hardware.opening import open_device
-from run.start import padding
 from test.helpers import CPU, FEW
-from text.binarized import PAD
 
 import numpy as np
 import pytest
@@ -66,16 +64,6 @@ def same_batch(a, b):
             assert mine.dtype == torch.int64 and torch.equal(mine, other), field.name
         else:
             assert np.array_equal(mine, other), field.name
-
-
-def test_the_share_of_padding_is_that_of_the_batches(block_dataset):
-    sentences = dict(required_batch_size_multiple=1, sample_break_mode="none")
-    for options in ({}, dict(drop_remainder=True), sentences):
-        dataset = block_dataset(**options)
-        batches = [dataset.batch(ids, 1) for ids in dataset.epoch_batches(1)]
-        pads = sum(int((b.target == PAD).sum()) for b in batches)
-        places = sum(b.target.size for b in batches)
-        assert padding(dataset) == pytest.approx(pads / places, abs=1e-12)
 
 
 def test_deterministic_changes_nothing_on_a_cpu():

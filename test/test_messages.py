@@ -1,4 +1,4 @@
-"""What a program says when it cannot go on, or need not: one line with the cause."""
+"""What a program says: at its start, and one line with the cause where it cannot go on."""
 
 import contextlib
 import errno
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import config
 import convert
 import eval as evaluation
 import finetune
@@ -17,8 +18,7 @@ import train
 from config import InputError
 from judge import plot
 from run import checkpoint, describe, flags
-from run.log import Log
-from test.helpers import CPU, FEW, HERE, call, few, rows_of, wait_for
+from test.helpers import FEW, HERE, call, few, make_run, wait_for
 from text import demo
 
 import pytest
@@ -71,15 +71,6 @@ def test_a_data_path_from_the_checkpoint_is_named_as_such(saved, corpus_dir, tmp
     with pytest.raises(InputError, match=r"none: no such folder \(--data_path\)"):
         evaluation.main([*CKPT, str(path), "--data_path", str(tmp_path / "none")])
     assert "valid" in call(evaluation.main, *CKPT, path, "--data_path", corpus_dir)
-
-
-def test_the_first_skipped_update_says_what_to_do(tmp_path, capsys):
-    log = Log(CPU, tmp_path / "train.jsonl")
-    for number in (7, 8):
-        log.row(dict(skipped=True, num_updates=number, epoch=1, blocks=[number]))
-    first, second = capsys.readouterr().out.splitlines()
-    assert "lower --lr" in first and "not finite" in second and "--lr" not in second
-    assert [row["blocks"] for row in rows_of(tmp_path, "skipped")] == [[7], [8]]
 
 
 def ended(capsys, main) -> tuple[int, str]:
@@ -170,3 +161,36 @@ def test_ctrl_c_ends_a_benchmark_with_one_line(tmp_path, where):
     finally:
         process.kill()
     assert process.returncode == 130 and errors.strip() == "bench.py: interrupted"
+
+
+@pytest.mark.parametrize(
+    ("argv", "epochs", "read"),
+    [
+        ("--max_update 6", None, "% of the text"),
+        ("--max_update 900 --max_epoch 2", 2, "the text 2.0 times"),
+        ("--max_update 900 --max_epoch 1 --update_freq 2", 0.5, "the text 1.0 times"),
+    ],
+)
+def test_a_run_says_what_it_reads_and_how_much_time_is_left(
+    corpus_dir, tmp_path, argv, epochs, read
+):
+    updates = 6
+    if epochs:
+        updates = -int(-epochs * len(make_run(corpus_dir)[1].batch_ends) // 1)
+    more = ["--disable_validation", "--log_interval", 2, *argv.split()]
+    printed = call(train.main, *few(corpus_dir, tmp_path, *more))
+    assert re.search(rf"; {updates:,} updates read .*{read}$", printed, re.M)
+    rows = re.findall(r"^update (\d+) .*\d (?:second|minute)s left$", printed, re.M)
+    assert len(rows) == -(-updates // 2) - 1  # all but the last
+
+
+def test_a_run_shows_the_settings_that_differ_and_warns_of_text_that_is_never_seen(
+    corpus_dir, tmp_path
+):
+    for more, warning in (([], ""), (["--fairseq_exact"], "warning: ")):
+        folder = tmp_path / f"run{len(more)}"
+        printed = call(train.main, *few(corpus_dir, folder, "--max_update", 1, *more))
+        first = printed.splitlines()[0]
+        assert first.startswith(f"data2vec-text {config.VERSION}: train.py --config_name tiny ")
+        assert "--max_update 1" in first and "mask_prob" not in first
+        assert re.search(rf"^{warning}\d+\.\d\d% of the .* never seen", printed, re.M)

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import os
 import shutil
+import signal
 import threading
 import types
 
@@ -65,6 +66,12 @@ def test_a_killed_run_always_leaves_a_checkpoint_that_loads(corpus_dir, tmp_path
     figures = soak.kills(3, tmp_path, corpus_dir)
     assert figures["kills"] == 3 and figures["lost"] == 0
     assert figures["most_updates_repeated"] <= 1  # the one that was being saved
+
+
+def test_sigusr1_saves_and_the_run_continues(monkeypatch, corpus_dir, tmp_path, saves_seen):
+    before_updates(monkeypatch, lambda n: n == 2 and os.kill(os.getpid(), signal.SIGUSR1))
+    assert train.main(few(corpus_dir, tmp_path, "--max_update", 4)) == 0
+    assert [update for update, _ in saves_seen] == [2, 4]
 
 
 def test_the_clock_saves_the_last_checkpoint_alone(monkeypatch, corpus_dir, tmp_path, saves_seen):

@@ -1,14 +1,16 @@
-"""Whole runs: a resume, a guarded folder, workers, learning."""
+"""Whole runs: a resume, a guarded folder, workers, learning, an end by the clock."""
 
 import json
 
 import eval as evaluation
 import train
 from config import InputError
-from test.helpers import call, compare_checkpoints, few, progress_of, rows_of, torchrun
+from run.guard import Clock
+from test.helpers import call, compare_checkpoints, few, make_run, progress_of, rows_of, speed_aside
 from text import demo
 
 import pytest
+import torch
 
 
 def test_a_finished_run_continues_when_max_update_is_raised_and_a_used_folder_is_guarded(
@@ -32,24 +34,6 @@ def test_a_finished_run_continues_when_max_update_is_raised_and_a_used_folder_is
     assert [row["num_updates"] for row in rows_of(tmp_path)] == [1, 2]
 
 
-def test_two_workers_equal_one_with_update_freq_2(tmp_path, corpus_dir):
-    one, two = tmp_path / "one", tmp_path / "two"
-    argv = "--max_update 14 --max_epoch 1 --validate_interval_updates 5".split()
-    call(train.main, *few(corpus_dir, one, *argv, "--update_freq", 2))
-    size = ["--distributed_training.distributed_world_size", 2]
-    result = torchrun(2, *few(corpus_dir, two, *argv, *size))
-    assert result.returncode == 0, result.stderr
-    rows = rows_of(one)
-    assert len(rows) > 5
-    for a, b in zip(rows, rows_of(two), strict=True):
-        assert all(a[k] == b[k] for k in "sample_size nsentences ntokens lr ema_decay".split())
-        assert all(a[k] == pytest.approx(b[k], rel=1e-5) for k in ("loss", "gnorm"))
-    for a, b in zip(rows_of(one, "valid_loss"), rows_of(two, "valid_loss"), strict=True):
-        assert a == pytest.approx(b, rel=1e-4)
-    last = "checkpoint_last.pt"
-    compare_checkpoints(one / last, two / last, exactly=False)
-
-
 def test_the_small_model_learns_more_than_to_predict_the_mean(tmp_path):
     demo_dir, folder = tmp_path / "demo", tmp_path / "run"
     demo.make_demo(demo_dir)
@@ -64,3 +48,66 @@ def test_the_small_model_learns_more_than_to_predict_the_mean(tmp_path):
     assert result["loss"] < 0.8 * before["loss"]
     assert result["cosine"] > max(result["cosine_constant"] + 0.1, before["cosine"] + 0.3)
     assert result["pred_var"] > 0.05 and result["target_var"] > 0.05
+
+
+# ------------------------------------------------------------------------------------- --max_hours
+
+
+@pytest.fixture
+def eighths(monkeypatch):
+    """Each update takes an eighth of an hour."""
+    monkeypatch.setattr(Clock, "look", lambda clock: setattr(clock, "hours", clock.hours + 0.125))
+    monkeypatch.setattr(Clock, "now", lambda clock: clock.hours)
+
+
+def test_the_first_of_hours_and_updates_ends_the_run_and_no_number_changes(
+    eighths, corpus_dir, tmp_path
+):
+    rows = {}
+    for name, hours in (("plain", 0), ("updates", 100), ("hours", 1)):
+        argv = ["--max_update", 12, "--max_hours", hours]
+        call(train.main, *few(corpus_dir, tmp_path / name, *argv))
+        rows[name] = speed_aside(rows_of(tmp_path / name))
+    assert len(rows_of(tmp_path / "hours", "valid_loss")) == 1  # at the end, as ever
+    assert [row.pop("hours") for row in rows["updates"]] == [i / 8 for i in range(1, 13)]
+    assert [row.pop("hours") for row in rows["hours"]] == [i / 8 for i in range(1, 9)]
+    assert rows["updates"] == rows["plain"] and rows["hours"] == rows["plain"][:8]
+    last = [tmp_path / name / "checkpoint_last.pt" for name in ("plain", "updates")]
+    compare_checkpoints(*last)
+
+
+def test_an_interrupted_run_continues_with_the_hours_that_it_had_used(
+    eighths, corpus_dir, tmp_path, monkeypatch
+):
+    argv = "--max_hours 1 --save_interval_updates 2 --dropout 0.1".split()
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    call(train.main, *few(corpus_dir, whole, *argv))
+    real = train.update
+
+    def failing(run, batches):
+        if run.num_updates == 5:
+            raise KeyboardInterrupt
+        return real(run, batches)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "update", failing)
+        call(train.main, *few(corpus_dir, parts, *argv))
+    text = call(train.main, *few(corpus_dir, parts, *argv))
+    assert "at update 4, epoch 1, after 30 minutes" in text
+    compare_checkpoints(whole / "checkpoint_last.pt", parts / "checkpoint_last.pt")
+    assert speed_aside(rows_of(whole)) == speed_aside(rows_of(parts))
+
+
+def test_a_worker_that_is_lost_while_the_clocks_are_compared_leaves_the_weights_as_they_were(
+    corpus_dir, monkeypatch
+):
+    run, dataset = make_run(corpus_dir, max_hours=1)
+    before = [p.clone() for p in run.weights.parameters]
+
+    def lost(clock):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(Clock, "look", lost)
+    with pytest.raises(RuntimeError):
+        train.update(run, [dataset.batch(dataset.epoch_batches(1)[0], 1)])
+    assert run.num_updates == 0 and all(map(torch.equal, run.weights.parameters, before))

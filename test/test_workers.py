@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import train
 from config import InputError
@@ -39,14 +38,18 @@ def test_three_workers_with_uneven_shards_equal_one_worker(corpus_dir, tmp_path)
     # two shards end with no batch
     max_tokens = next(n for n, count in counts.items() if count % 3 == 1)
     argv = ["--max_epoch", 1, "--max_update", 100, "--max_tokens", max_tokens]
-    result = torchrun(3, *few(corpus_dir, tmp_path / "three", *argv))
+    size = ["--distributed_training.distributed_world_size", 3]  # as fairseq's command has it
+    result = torchrun(3, *few(corpus_dir, tmp_path / "three", *argv, *size))
     assert result.returncode == 0, result.stderr
     call(train.main, *few(corpus_dir, tmp_path / "one", *argv, "--update_freq", 3))
     one, three = rows_of(tmp_path / "one"), rows_of(tmp_path / "three")
     assert len(one) == -(-counts[max_tokens] // 3)
     for a, b in zip(one, three, strict=True):
         assert all(a[k] == b[k] for k in ("sample_size", "nsentences", "ntokens", "num_updates"))
+        assert all(a[k] == b[k] for k in ("lr", "ema_decay"))
         assert all(a[k] == pytest.approx(b[k], rel=2e-5) for k in ("loss", "gnorm"))
+    valid = [rows_of(tmp_path / name, "valid_loss")[0] for name in ("one", "three")]
+    assert valid[0] == pytest.approx(valid[1], rel=1e-4)
     compare_checkpoints(tmp_path / "one" / LAST, tmp_path / "three" / LAST, exactly=False)
 
 
@@ -70,9 +73,8 @@ def test_an_error_in_one_worker_ends_all_within_seconds(corpus_dir, tmp_path):
     items = np.fromfile(folder / "train.bin", np.uint16)
     items[len(items) // 2] = 999  # in a block that only one of the workers reads
     items.tofile(folder / "train.bin")
-    began = time.monotonic()
-    result = torchrun(2, *few(folder, tmp_path / "run", "--max_update", 1000))
-    assert result.returncode != 0 and time.monotonic() - began < 60
+    result = torchrun(2, *few(folder, tmp_path / "run", "--max_update", 1000))  # has a time limit
+    assert result.returncode != 0
     assert re.search(r"^train\.py: error: .*token id 999", result.stderr, re.M)
 
 
@@ -168,7 +170,7 @@ def run_workers(argvs: list, setup: str = "") -> list:
         env = {**os.environ, **shared, "RANK": str(rank)}
         options = dict(env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         started.append(subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], **options))
-    return [(process.communicate(timeout=100)[1], process.returncode) for process in started]
+    return [(process.communicate(timeout=300)[1], process.returncode) for process in started]
 
 
 def test_workers_that_disagree_end_all_at_once_with_the_fields_name(saved, corpus_dir, tmp_path):
