@@ -311,7 +311,7 @@ def test_a_model_with_a_head_for_words_goes_to_transformers_and_not_to_fairseq(t
     run(tmp_path / "words.pt", "hf", tmp_path / "hf")
     run(tmp_path / "words.pt", "native", tmp_path / "copy.pt")
     assert same(checkpoint.load(tmp_path / "copy.pt").student, dict(model.state_dict()))
-    with pytest.raises(InputError, match="has a head for words"):
+    with pytest.raises(InputError, match="no head for words"):
         run(tmp_path / "words.pt", "fairseq", tmp_path / "theirs.pt")
 
 
@@ -344,15 +344,6 @@ def test_settings_of_a_wrong_type_in_what_fairseq_keeps_for_us_are_refused(tmp_p
     content["extra_state"] = torch.zeros(2)
     torch.save(content, tmp_path / "x.pt")
     run(tmp_path / "x.pt", "native", tmp_path / "out.pt")  # its weights alone
-
-
-def test_of_many_entries_that_are_not_taken_over_some_are_named(tmp_path, saved):
-    run(saved / "checkpoint_last.pt", "fairseq", tmp_path / "theirs.pt")
-    content = torch.load(tmp_path / "theirs.pt", weights_only=True)
-    content["model"] |= {f"encoder.x{i}.y": torch.zeros(1) for i in range(1000)}
-    torch.save(content, tmp_path / "x.pt")
-    said = run(tmp_path / "x.pt", "native", tmp_path / "out.pt")
-    assert said.count("not taken over: encoder.x") == 50 and said.splitlines()[-1] == "nor 950 more"
 
 
 HF = ("config.json", "model.safetensors", "pytorch_model.bin")
