@@ -132,6 +132,7 @@ SPOILT = {
     "not an ordinary tensor": lambda states: states[1].update(
         exp_avg_sq=states[1]["exp_avg_sq"].long()
     ),
+    "but a system": lambda states: states[0].update(exp_avg=Payload("ran")),
     "infinity": lambda states: states[0].update(step=float("inf")),
     "Adam": lambda states: states.pop(2),
 }
