@@ -35,7 +35,7 @@ if __name__ == "__main__":
 
 
 from config import PARTS, InputError, ModelConfig, printable, reading
-from formats import card, fairseq_names, fairseq_state, hf, hf_tokenizer
+from formats import card, fairseq_files, fairseq_names, fairseq_state, hf, hf_tokenizer
 from formats.load import load
 from model import Data2VecText
 from run import checkpoint
@@ -250,6 +250,7 @@ def main(argv: list | None = None) -> int:
     flat = {k: v for part in parts for k, v in vars(part).items()}
     student, teacher = own_weights(loaded, parts[PARTS.index(ModelConfig)], path)
     content, why = complete(loaded, student, teacher, flat["seed"], path)
+    content = fairseq_files.without_objects(content)
     dictionary, bpe = find_dictionary(args, flat["data_path"])
     if dictionary:
         check_dictionary(dictionary, content, path)

@@ -153,6 +153,7 @@ def from_fairseq(content: dict, template: dict, path) -> dict:
     extra = content["extra_state"]
     last = content["last_optimizer_state"]
     updates = content["optimizer_history"][-1]["num_updates"]
+    best = extra.get("best")  # in old files a number of numpy's, which is not loaded
     state = _our_moments(last["state"], content["model"], template, path)
     if OURS in extra and extra[OURS]["progress"]["num_updates"] == updates:  # we wrote it
         ours = dict(extra[OURS])
@@ -165,7 +166,7 @@ def from_fairseq(content: dict, template: dict, path) -> dict:
         epoch=extra["train_iterator"]["epoch"],
         batches=extra["train_iterator"]["iterations_in_epoch"],
         world_size=content["cfg"]["distributed_training"]["distributed_world_size"],
-        best_loss=extra.get("best"),
+        best_loss=best if isinstance(best, (int, float)) else None,
         data={},  # no fingerprint, so a resume accepts the data it finds
     )
     entries = dict(

@@ -7,14 +7,13 @@ RobertaPreLayerNormModel. A student with a head for words becomes a ...ForMasked
 checkpoint a ...ForSequenceClassification. Weights are copied exactly (float16 becomes float32).
 """
 
-import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from config import DataConfig, InputError, ModelConfig, read_text, reading, refuse_pointer
 from formats import fairseq_config, fairseq_files
-from formats.fairseq_names import merge_qkv, split_qkv
+from formats.fairseq_names import FIELDS, merge_qkv, split_qkv
 from model import LAYER_NORM_EPS, PAD
 from run import checkpoint
 from run.checkpoint import Loaded
@@ -149,8 +148,7 @@ def _settings(theirs: dict, where: Path) -> dict:
     # transformers counts the rows of the table, which has rows below the first position
     shape["max_source_positions"] = int(theirs.get("max_position_embeddings", 512)) - PAD - 1
     shape["normalize_before"] = pre_norm
-    fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
-    settings, _ = fairseq_config.from_reference({"model": shape}, fields, str(where))
+    settings, _ = fairseq_config.from_reference({"model": shape}, FIELDS, str(where))
     layers = settings.get("layers", ModelConfig.layers)
     settings["average_top_k_layers"] = min(layers, ModelConfig.average_top_k_layers)
     longest = min(settings["max_source_positions"], DataConfig.tokens_per_sample)

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from config import InputError, read_text, reading
-from text.binarized import BOS, EOS, SPECIAL, Dictionary
+from text.binarized import BOS, EOS, SPECIAL, UNK, Dictionary
 from text.tokens import read_bpe_files
 
 # str.strip's; the tokenizers package knows four fewer
@@ -129,7 +129,7 @@ def read(folder: Path, vocabulary: int) -> dict[str, bytes]:
         tokenizer = _tokenizer_of(folder)
         others = [*_other_steps(folder, tokenizer), *_other_tokens(folder, tokenizer)]
         if others:
-            what = ", ".join(others[:5])
+            what = ", ".join(other[:100] for other in others[:5])
             raise InputError(f"{folder}: its tokenizer has {what}, and ours has not; {advice}")
         ids = tokenizer["model"]["vocab"]
         files = {}
@@ -159,7 +159,9 @@ def _tokenizer_of(folder: Path) -> dict:
     if (folder / "tokenizer.json").exists() or not (folder / "vocab.json").exists():
         tokenizer = json.loads(read_text(folder / "tokenizer.json"))
         added = tokenizer.setdefault("added_tokens", [])
-        tokenizer["model"]["vocab"] |= {token["content"]: token["id"] for token in added}
+        model = tokenizer["model"]
+        model.setdefault("type", "BPE" if "merges" in model else None)  # of 2020: not said
+        model["vocab"] = dict(model["vocab"]) | {token["content"]: token["id"] for token in added}
         return tokenizer
     rows = read_text(folder / "merges.txt").split("\n")
     merges = [row for row in rows if row and not row.startswith("#version")]
@@ -171,8 +173,10 @@ def _other_steps(folder: Path, tokenizer: dict):
     """What the tokenizer does with a text and ours do not: yields names."""
     model = tokenizer["model"]
     is_bpe = model["type"] == "BPE"
-    if not is_bpe and model["type"] != "WordLevel":
+    if model["type"] not in ("BPE", "WordLevel"):
         yield f"a {model['type']} model"
+    elif not is_bpe and model["unk_token"] != SPECIAL[UNK]:
+        yield f"unknown words as {model['unk_token']}"
     for name in OF_A_BPE:
         if model.get(name):
             yield name
@@ -185,6 +189,7 @@ def _other_steps(folder: Path, tokenizer: dict):
     for name in [name for name in ours if name != "trim_offsets"]:
         if cut.get(name, ours[name] if name == "use_regex" else None) != ours[name]:
             yield f"a pre-tokenizer with {name} {cut.get(name)}"
+            break
     for name in ("type", "sep", "cls"):
         if ends.get(name) != ENDS[name]:
             yield f"a post-processor with {name} {ends.get(name)}"
@@ -214,7 +219,7 @@ def _other_tokens(folder: Path, tokenizer: dict):
         names += [token["content"] for token in settings.get("added_tokens_decoder", {}).values()]
     for name in dict.fromkeys(names):
         if name not in (*SPECIAL, "<mask>"):
-            yield f"the added token {str(name)[:80]!r}"
+            yield f"the added token {name!r}"
     ids = tokenizer["model"]["vocab"]
     for i, name in enumerate(SPECIAL):
         if ids.get(name) != i:

@@ -2,7 +2,8 @@
 
     loaded = load(path)     # ours, fairseq's of any age, bare weights, a folder of transformers
 
-Tensors may be the file itself, mapped: copy what is to be kept. No code of a file is run.
+Tensors may be the file itself, mapped: copy what is to be kept. No code of a file is run. What is
+neither a tensor nor a plain Python value is a fairseq_files.Inert in `content`.
 """
 
 from pathlib import Path
@@ -26,5 +27,4 @@ def load(path) -> Loaded:
     for name, tensor in [*loaded.student.items(), *(loaded.teacher or {}).items()]:
         if isinstance(tensor, fairseq_files.Inert):
             raise InputError(f"{path}: {name} is a {type(tensor).__name__}, which is not loaded")
-    loaded.content = fairseq_files.without_objects(loaded.content)
     return loaded

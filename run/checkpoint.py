@@ -200,8 +200,10 @@ def load_plain(path, mmap: bool):
     try:
         return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as e:  # torch's text is a page of advice
-        name = re.search(r"GLOBAL (\S+)", str(e))
-        what = f"holds a {name[1][:100]}, which is not loaded" if name else "damaged"
+        name = re.search(r"(?:GLOBAL|Unsupported class) (\S+)", str(e))
+        what = "damaged, or with objects of classes"
+        if name:
+            what = f"holds a {name[1][:100]}, which is not loaded"
         raise pickle.UnpicklingError(f"{what}; {FOREIGN}") from None
 
 
@@ -260,7 +262,7 @@ def check_archive(path):
 def _check_tensor(tensor, shape, what: str, path):
     """Raise InputError unless it is an ordinary tensor of floats, of this shape."""
     if not is_ordinary(tensor):
-        kind = f" but a {type(tensor).__name__}" if not isinstance(tensor, torch.Tensor) else ""
+        kind = "" if isinstance(tensor, torch.Tensor) else f", but a {type(tensor).__name__}"
         what += f" is not an ordinary tensor of floating-point numbers{kind}"
         raise InputError(f"{path}: {what}")
     if tensor.shape != shape:

@@ -66,6 +66,25 @@ def write_bpe(folder) -> Dictionary:
     return Dictionary(folder / "dict.txt")
 
 
+def edit(file, **parts):
+    """Changes entries A__B of a folder's JSON file: to a value, by a function, or ... for none."""
+
+    def change(folder):
+        path = folder / file
+        tree = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        for name, value in parts.items():
+            *above, last = name.split("__")
+            node = tree
+            for key in above:
+                node = node[key]
+            node[last] = value(node[last]) if callable(value) else value
+            if value is ...:
+                del node[last]
+        path.write_text(json.dumps(tree), "utf-8")
+
+    return change
+
+
 def run(source, kind, out, *argv):
     return call(convert.main, "--ckpt", source, "--to", kind, out, *argv)
 

@@ -1,11 +1,9 @@
 """A fine-tuned checkpoint in transformers, and a transformers folder fine-tuned here."""
 
-import json
-
 import convert
 import finetune
 from config import InputError
-from test.helpers import RAW, call, golden
+from test.helpers import call
 from test.test_finetune import flags, place, rows_of  # noqa: F401
 
 import pytest
@@ -15,13 +13,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
 
 
-def probabilities(best, lines) -> list:
-    said = call(finetune.main, "--ckpt", best, "--predict", lines, "--device", "cpu").splitlines()
-    names = said[0].split("\t")[1:]
-    return [dict(zip(names, map(float, row.split("\t")[1:]))) for row in said[1:]]
-
-
-def tuned(place, folder, **options):  # noqa: F811
+def tuned(place, folder, **options):
     """The best checkpoint of a short fine-tuning, and the folder into which it was converted."""
     call(finetune.main, *flags(place, folder / "out", **options))
     best = folder / "out" / "checkpoint_best.pt"
@@ -29,57 +21,48 @@ def tuned(place, folder, **options):  # noqa: F811
     return best, str(folder / "hf")
 
 
-def table(path, *rows) -> dict:
+def table(path, rows) -> dict:
     """The options to fine-tune on these rows."""
     path.write_text("".join(f"{row}\n" for row in rows))
     return dict(train=path, valid=path)
 
 
-def test_the_pipeline_gives_our_names_and_probabilities(place, tmp_path):  # noqa: F811
-    best, folder = tuned(place, tmp_path, max_epoch=2)
-    texts = ["w5 w1 w6", "w2 w9", "w3 w4 w1 w7 w8 unheard"]
-    (tmp_path / "lines").write_text("\n".join(texts))
-    pipeline = transformers.pipeline("text-classification", model=folder, top_k=None)
+def predicted(best, path, lines) -> list[list[str]]:
+    path.write_text("".join(f"{line}\n" for line in lines))
+    said = call(finetune.main, "--ckpt", best, "--predict", path, "--device", "cpu")
+    return [row.split("\t") for row in said.splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["texts", "pairs", "scores"])
+def test_the_pipeline_gives_our_names_probabilities_and_scores(place, tmp_path, kind):
+    path, options, texts = tmp_path / "t.csv", {}, ["w5 w1 w6", "w2 w9", "w3 w4 w1 w7 w8 unheard"]
+    if kind == "pairs":
+        rows = [f"w{1 + i % 2} w5,w{1 + i // 2 % 2},{i % 3}" for i in range(30)]
+        options = dict(table(path, ["a,b,y", *rows]), text="a,b", label="y")
+        texts = ["w1 w5\tw2", "w2\tw2 w7"]
+    if kind == "scores":
+        rows = [f"w{4 + i % 9} w{1 + i % 2},{2 + 2 * (i % 2)}" for i in range(30)]
+        options = dict(table(path, ["text,label", *rows]), regression=True, label_scale=5)
+    best, folder = tuned(place, tmp_path, max_epoch=2, **options)
+    names, *rows = predicted(best, tmp_path / "lines", texts)
+    how = dict(function_to_apply="none") if kind == "scores" else {}
+    pipeline = transformers.pipeline("text-classification", model=folder, top_k=None, **how)
     assert type(pipeline.model).__name__ == "Data2VecTextForSequenceClassification"
-    for answer, ours in zip(pipeline(texts), probabilities(best, tmp_path / "lines"), strict=True):
-        assert {row["label"]: pytest.approx(row["score"], abs=2e-6) for row in answer} == ours
+    for text, row in zip(texts, rows, strict=True):
+        pair = dict(zip(("text", "text_pair"), text.split("\t")))
+        theirs = {answer["label"]: answer["score"] for answer in pipeline(pair)}
+        numbers = row if kind == "scores" else row[1:]
+        assert theirs == pytest.approx(
+            dict(zip(names[-len(theirs) :], map(float, numbers))), abs=2e-6
+        )
 
 
-def test_logits_of_pairs_are_the_same(place, tmp_path):  # noqa: F811
-    rows = [f"w{1 + i % 2} w5,w{1 + i // 2 % 2},{i % 3}" for i in range(30)]
-    data = table(tmp_path / "t.csv", "a,b,y", *rows)
-    best, folder = tuned(place, tmp_path, **data, text="a,b", label="y", max_epoch=1)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    (tmp_path / "lines").write_text("w1 w5\tw2\nw2\tw2 w7\n")
-    pairs = tokenizer(["w1 w5", "w2"], ["w2", "w2 w7"], return_tensors="pt", padding=True)
-    with torch.no_grad():
-        rows = model(**pairs).logits.softmax(1).tolist()
-    for row, ours in zip(rows, probabilities(best, tmp_path / "lines"), strict=True):
-        assert [ours[model.config.id2label[i]] for i in range(3)] == pytest.approx(row, abs=2e-6)
-
-
-def test_scores_have_the_units_of_the_labels(place, tmp_path):  # noqa: F811
-    rows = [f"w{4 + i % 9} w{1 + i % 2}\t{2 + 2 * (i % 2)}" for i in range(30)]
-    data = table(tmp_path / "t.tsv", "text\tlabel", *rows)
-    best, folder = tuned(place, tmp_path, **data, regression=True, label_scale=5, max_epoch=3)
-    (tmp_path / "lines").write_text("w5 w1\nw6 w2\n")
-    argv = ["--ckpt", best, "--predict", tmp_path / "lines", "--device", "cpu"]
-    ours = [float(score) for score in call(finetune.main, *argv).split()[1:]]
-    options = dict(model=folder, function_to_apply="none")
-    pipeline = transformers.pipeline("text-classification", **options)
-    theirs = [row["score"] for row in pipeline(["w5 w1", "w6 w2"])]
-    assert theirs == pytest.approx(ours, abs=2e-6)
-    assert pipeline.model.config.problem_type == "regression"
-
-
-def test_a_linear_probe_has_no_place_there(place, tmp_path):  # noqa: F811
+def test_a_linear_probe_has_no_place_there(place, tmp_path):
     with pytest.raises(InputError, match="a linear probe"):
         tuned(place, tmp_path, freeze=True)
     assert not (tmp_path / "hf").exists()
 
 
-# noqa: F811
 def test_a_transformers_folder_is_fine_tuned_as_the_checkpoint_it_was_made_from(place, tmp_path):
     call(convert.main, "--ckpt", place / "pretrained.pt", "--to", "hf", tmp_path / "hf")
     losses = []
@@ -89,29 +72,7 @@ def test_a_transformers_folder_is_fine_tuned_as_the_checkpoint_it_was_made_from(
     assert losses[0] == losses[1]
 
 
-@golden
-def test_a_bpe_of_transformers_gives_fairseqs_tokens(place, tmp_path):  # noqa: F811
-    from formats import hf_tokenizer
-    from tasks import pretrained
-
-    ids = json.loads((RAW.parent / "gpt2_bpe" / "encoder.json").read_text())
-    dictionary = pretrained.Dictionary(RAW.parent / "gpt2_bpe" / "dict.txt")
-    special = {symbol: i for i, symbol in enumerate(dictionary.symbols) if not symbol.isdigit()}
-    vocabulary = {
-        token: dictionary.ids[str(i)] for token, i in ids.items() if str(i) in dictionary.ids
-    } | special
-    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
-    (tmp_path / "merges.txt").write_bytes((RAW.parent / "gpt2_bpe" / "vocab.bpe").read_bytes())
-    for name, content in hf_tokenizer.read(tmp_path, len(dictionary)).items():
-        (tmp_path / name).write_bytes(content)
-    text = [" = Valkyria Chronicles = ", "naïve 中文 <s> don't"]
-    ours = pretrained.load_tokenizer(tmp_path, pretrained.Dictionary(tmp_path / "dict.txt"))(text)
-    files = [RAW.parent / "gpt2_bpe" / name for name in ("encoder.json", "vocab.bpe")]
-    theirs = pretrained.load_tokenizer(tmp_path, dictionary, *files)(text)
-    assert [row.tolist() for row in ours] == [row.tolist() for row in theirs]
-
-
-def test_a_head_that_does_not_fit_is_refused_in_one_line(place, tmp_path):  # noqa: F811
+def test_a_head_that_does_not_fit_is_refused_in_one_line(place, tmp_path):
     call(finetune.main, *flags(place, tmp_path / "out", max_epoch=1))
     content = torch.load(tmp_path / "out" / "checkpoint_best.pt", weights_only=True)
     entry = content["classifier"]

@@ -72,20 +72,21 @@ def test_the_way_from_fairseq_and_back_is_exact(tmp_path):
         assert same(a[part], b[part]), part
 
 
-def within(part: dict, whole: dict, where: str):
-    """Every entry of a tree is one of the other tree, too."""
-    for key, below in part.items():
-        assert key in whole, (where, key)
-        if isinstance(below, dict) and isinstance(whole[key], dict):
-            within(below, whole[key], f"{where}.{key}")
+def names_of(tree, prefix="") -> set:
+    """The names of all entries of a tree, with those above them."""
+    names = set()
+    for key, below in tree.items():
+        names |= {f"{prefix}{key}"} | (
+            names_of(below, f"{key}.") if isinstance(below, dict) else set()
+        )
+    return names
 
 
 @golden
 def test_what_we_write_for_fairseq_has_the_layout_of_its_own_file(tmp_path, saved):
     run(saved / "checkpoint_last.pt", "fairseq", tmp_path / "made.pt")
     made, own = (torch.load(path, weights_only=True) for path in (tmp_path / "made.pt", FAIRSEQ))
-    assert set(made) == set(own)
-    within(made["cfg"], own["cfg"], "cfg")
+    assert set(made) == set(own) and names_of(made["cfg"]) <= names_of(own["cfg"])
     # what its loader reads has the same types, too
     a, b = made["cfg"]["model"], own["cfg"]["model"]
     for ours, theirs in ((a, b), (a["transformer"], b["transformer"])):
@@ -96,8 +97,8 @@ def test_what_we_write_for_fairseq_has_the_layout_of_its_own_file(tmp_path, save
     assert set(own["extra_state"]) | {"data2vec_text"} == set(made["extra_state"])
     a, b = made["last_optimizer_state"], own["last_optimizer_state"]
     assert a.keys() == b.keys() and a["param_groups"][0].keys() == b["param_groups"][0].keys()
-    assert a["param_groups"][0]["params"] == list(range(len(a["state"]))) == list(a["state"])
     # in the order of its modules
+    assert a["param_groups"][0]["params"] == list(range(len(a["state"]))) == list(a["state"])
     parameters = [k for k in names if not k.endswith(("version", "_ema"))]
     for name, state in zip(parameters, a["state"].values(), strict=True):
         assert state["exp_avg"].shape == made["model"][name].shape
@@ -131,6 +132,7 @@ SPOILT = {
     "not an ordinary tensor": lambda states: states[1].update(
         exp_avg_sq=states[1]["exp_avg_sq"].long()
     ),
+    "but a system": lambda states: states[0].update(exp_avg=Payload("ran")),
     "infinity": lambda states: states[0].update(step=float("inf")),
     "Adam": lambda states: states.pop(2),
 }
@@ -156,36 +158,28 @@ def test_settings_come_back_from_fairseqs_config_tree(saved):
     assert not differing and len(values) > 45
 
 
-def inert_class(module, name):
-    """A class that pickles as MODULE.NAME and exists only while the test runs."""
-    for part in ("omegaconf", module):
-        sys.modules.setdefault(part, types.ModuleType(part))
-    if not hasattr(sys.modules[module], name):
-        update = lambda self, **state: self.__dict__.update(state)  # noqa: E731
-        setattr(
-            sys.modules[module], name, type(name, (), {"__module__": module, "__init__": update})
-        )
-    return getattr(sys.modules[module], name)
-
-
-def as_omegaconf(value):
+def as_omegaconf(value, monkeypatch):
     """The value as OmegaConf's nodes hold it in files of 2020 and 2021."""
+    module, name, entry = "omegaconf.nodes", "AnyNode", "_val"
     if isinstance(value, dict):
-        kind = inert_class("omegaconf.dictconfig", "DictConfig")
-        return kind(
-            _metadata=None, _parent=None, _content={k: as_omegaconf(v) for k, v in value.items()}
-        )
+        module, name, entry = "omegaconf.dictconfig", "DictConfig", "_content"
+        value = {key: as_omegaconf(part, monkeypatch) for key, part in value.items()}
     if isinstance(value, list):
-        kind = inert_class("omegaconf.listconfig", "ListConfig")
-        return kind(_metadata=None, _parent=None, _content=[as_omegaconf(v) for v in value])
-    return inert_class("omegaconf.nodes", "AnyNode")(_metadata=None, _parent=None, _val=value)
+        module, name, entry = "omegaconf.listconfig", "ListConfig", "_content"
+        value = [as_omegaconf(part, monkeypatch) for part in value]
+    for part in ("omegaconf", module):
+        if part not in sys.modules:
+            monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    place = sys.modules[module]
+    vars(place).setdefault(name, type(name, (types.SimpleNamespace,), {"__module__": module}))
+    return getattr(place, name)(_metadata=None, _parent=None, **{entry: value})
 
 
 @pytest.mark.parametrize("age", ["args", "omegaconf"])
 def test_files_of_older_fairseq_releases_are_read_with_their_settings(
     tmp_path, saved, age, monkeypatch
 ):
-    mark, before = tmp_path / "ran", set(sys.modules)
+    mark = tmp_path / "ran"
 
     def change(content):
         model = {k.replace("regression_head", "lm_head"): v for k, v in content["model"].items()}
@@ -193,7 +187,7 @@ def test_files_of_older_fairseq_releases_are_read_with_their_settings(
         content["extra_state"] = {"best": Payload(mark)}
         if age == "omegaconf":
             content["cfg"]["model"]["transformer"]["dropout"] = 0.25
-            content["cfg"] = as_omegaconf(content["cfg"])
+            content["cfg"] = as_omegaconf(content["cfg"], monkeypatch)
             return
         names = ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")
         shape = {f"encoder_{name}": SMALL[name] for name in names}
@@ -202,8 +196,7 @@ def test_files_of_older_fairseq_releases_are_read_with_their_settings(
         del content["cfg"]
 
     fairseq_file(saved / "checkpoint_last.pt", tmp_path / "old.pt", change)
-    for name in set(sys.modules) - before:
-        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.undo()
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "old.pt", weights_only=True)
     more = ["--average_top_k_layers", 2] if age == "args" else []
@@ -272,10 +265,8 @@ def test_bare_state_dicts_take_their_shape_from_flags(tmp_path, random_file):
     # parameters instead of tensors
     state = {k: torch.nn.Parameter(v) for k, v in theirs.items() if k != fairseq_names.TEACHER}
     torch.save(state, tmp_path / "parameters.pt")
-    for name in ("bare", "parameters"):
-        run(tmp_path / f"{name}.pt", "hf", tmp_path / name, *shape_flags())
-    a, b = (tmp_path / name / "model.safetensors" for name in ("bare", "parameters"))
-    assert a.read_bytes() == b.read_bytes()
+    run(tmp_path / "parameters.pt", "native", tmp_path / "again.pt", *shape_flags())
+    assert same(checkpoint.load(tmp_path / "again.pt").student, loaded.student)
 
 
 @pytest.mark.parametrize(
@@ -302,16 +293,13 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_written(tmp_path, sa
     assert [p.name for p in tmp_path.iterdir()] == ["dict.txt"]
 
 
-def test_a_model_with_a_head_for_words_goes_to_transformers_and_not_to_fairseq(tmp_path, saved):
+def test_a_model_with_a_head_for_words_does_not_go_to_fairseq(tmp_path, saved):
     content = content_of(saved / "checkpoint_last.pt")
     model, _ = random_encoder(1, content["dictionary"]["size"], mlm_weight=1.0)
     content.update(student=model.state_dict(), teacher=model.encoder.state_dict())
     content["config"]["mlm_weight"], content["optimizer"]["state"] = 1.0, {}
     checkpoint.save(content, tmp_path / "words.pt")
-    run(tmp_path / "words.pt", "hf", tmp_path / "hf")
-    run(tmp_path / "words.pt", "native", tmp_path / "copy.pt")
-    assert same(checkpoint.load(tmp_path / "copy.pt").student, dict(model.state_dict()))
-    with pytest.raises(InputError, match="has a head for words"):
+    with pytest.raises(InputError, match="no head for words"):
         run(tmp_path / "words.pt", "fairseq", tmp_path / "theirs.pt")
 
 
@@ -334,25 +322,14 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, saved, kind, monk
 
 
 def test_settings_of_a_wrong_type_in_what_fairseq_keeps_for_us_are_refused(tmp_path, saved):
-    run(saved / "checkpoint_last.pt", "fairseq", tmp_path / "theirs.pt")
-    content = torch.load(tmp_path / "theirs.pt", weights_only=True)
-    for value in (("a", "b"), (None, 1), ([1], [2]), torch.zeros(2)):
-        content["extra_state"][fairseq_state.OURS]["config"]["adam_betas"] = value
-        torch.save(content, tmp_path / "x.pt")
-        with pytest.raises(InputError, match="x.pt: damaged: its config|--adam_betas"):
-            run(tmp_path / "x.pt", "native", tmp_path / "out.pt")
-    content["extra_state"] = torch.zeros(2)
-    torch.save(content, tmp_path / "x.pt")
-    run(tmp_path / "x.pt", "native", tmp_path / "out.pt")  # its weights alone
+    for number, value in enumerate((("a", "b"), (None, 1), ([1], [2]), torch.zeros(2))):
 
+        def change(content):
+            content["extra_state"][fairseq_state.OURS]["config"]["adam_betas"] = value
 
-def test_of_many_entries_that_are_not_taken_over_some_are_named(tmp_path, saved):
-    run(saved / "checkpoint_last.pt", "fairseq", tmp_path / "theirs.pt")
-    content = torch.load(tmp_path / "theirs.pt", weights_only=True)
-    content["model"] |= {f"encoder.x{i}.y": torch.zeros(1) for i in range(1000)}
-    torch.save(content, tmp_path / "x.pt")
-    said = run(tmp_path / "x.pt", "native", tmp_path / "out.pt")
-    assert said.count("not taken over: encoder.x") == 50 and said.splitlines()[-1] == "nor 950 more"
+        fairseq_file(saved / "checkpoint_last.pt", tmp_path / f"{number}.pt", change)
+        with pytest.raises(InputError, match=r"\d.pt: damaged: its config|--adam_betas"):
+            run(tmp_path / f"{number}.pt", "native", tmp_path / "out.pt")
 
 
 HF = ("config.json", "model.safetensors", "pytorch_model.bin")

@@ -1,11 +1,10 @@
 """A tokenizer of transformers read by us: its own ids for every text, or a refusal by name."""
 
-import json
 import random
 
 from config import InputError
 from formats import hf_tokenizer
-from test.converting import write_bpe
+from test.converting import edit, write_bpe
 from test.helpers import make_dataset
 from text.binarized import BOS, UNK, Dictionary
 from text.tokens import load_tokenizer
@@ -28,23 +27,6 @@ def lines_of(parts) -> list[str]:
         return rng.choice([*parts, " ", " ", " ", odd])
 
     return ["".join(part() for _ in range(rng.randrange(14))) for _ in range(1000)]
-
-
-def edit(file="tokenizer.json", **parts):
-    """A change of a JSON file's entries, named by A__B; a value may be a function of the old."""
-
-    def change(folder):
-        path = folder / file
-        tree = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        for name, value in parts.items():
-            *above, last = name.split("__")
-            node = tree
-            for key in above:
-                node = node[key]
-            node[last] = value(node[last]) if callable(value) else value
-        path.write_text(json.dumps(tree), "utf-8")
-
-    return change
 
 
 def by_transformers(folder):
@@ -77,38 +59,40 @@ def also(kind):
 
 LOWER, NFC = dict(type="Lowercase"), dict(type="NFC")
 REPLACE = dict(type="Replace", pattern={"String": "``"}, content='"')
-CONFIG = "tokenizer_config.json"
-PAIRS = edit(model__merges=lambda merges: [merge.split(" ") for merge in merges])
+SETTINGS, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
+PAIRS = edit(TOKENIZER, model__merges=lambda merges: [merge.split(" ") for merge in merges])
 CASES = [
     # kind of our export, a change of the folder, what is refused or ""
     ("bpe", lambda folder: None, ""),
     ("bpe", by_transformers, ""),
     ("bpe", PAIRS, ""),
     ("bpe", two_files, ""),
-    ("bpe", edit(CONFIG, tokenizer_class="RobertaTokenizer"), ""),
-    ("bpe", edit(normalizer=None), ""),
-    ("bpe", edit(normalizer__normalizers=also(LOWER)), "the normalizer Lowercase"),
-    ("bpe", edit(normalizer=NFC), "the normalizer NFC"),
-    ("bpe", edit(normalizer=REPLACE), "the normalizer Replace"),
-    ("bpe", edit(pre_tokenizer__add_prefix_space=True), "add_prefix_space True"),
-    ("bpe", edit(pre_tokenizer__use_regex=False), "use_regex False"),
-    ("bpe", edit(CONFIG, add_prefix_space=True), "add_prefix_space"),
-    ("bpe", edit(pre_tokenizer=dict(type="Whitespace")), "type Whitespace"),
-    ("bpe", edit(pre_tokenizer=None), "type None"),
-    ("bpe", edit(post_processor=None), "a post-processor with type None"),
-    ("bpe", edit(model__ignore_merges=True), "ignore_merges"),
-    ("bpe", edit(CONFIG, tokenizer_class="BertTokenizer"), "the class BertTokenizer"),
-    ("bpe", edit(CONFIG, cls_token="[CLS]"), "the added token '[CLS]'"),
-    ("bpe", edit(CONFIG, additional_special_tokens=["[A]"]), "the added token '[A]'"),
+    ("bpe", edit(TOKENIZER, model__type=..., pre_tokenizer__use_regex=...), ""),
+    ("bpe", edit(SETTINGS, tokenizer_class="RobertaTokenizer"), ""),
+    ("bpe", edit(TOKENIZER, normalizer=None), ""),
+    ("bpe", edit(TOKENIZER, normalizer__normalizers=also(LOWER)), "the normalizer Lowercase"),
+    ("bpe", edit(TOKENIZER, normalizer=NFC), "the normalizer NFC"),
+    ("bpe", edit(TOKENIZER, normalizer=REPLACE), "the normalizer Replace"),
+    ("bpe", edit(TOKENIZER, pre_tokenizer__add_prefix_space=True), "add_prefix_space True"),
+    ("bpe", edit(TOKENIZER, pre_tokenizer__use_regex=False), "use_regex False"),
+    ("bpe", edit(SETTINGS, add_prefix_space=True), "add_prefix_space"),
+    ("bpe", edit(TOKENIZER, pre_tokenizer=dict(type="Whitespace")), "type Whitespace"),
+    ("bpe", edit(TOKENIZER, pre_tokenizer=None), "type None"),
+    ("bpe", edit(TOKENIZER, post_processor=None), "a post-processor with type None"),
+    ("bpe", edit(TOKENIZER, model__ignore_merges=True), "ignore_merges"),
+    ("bpe", edit(SETTINGS, tokenizer_class="BertTokenizer"), "the class BertTokenizer"),
+    ("bpe", edit(SETTINGS, cls_token="[CLS]"), "the added token '[CLS]'"),
+    ("bpe", edit(SETTINGS, additional_special_tokens=["[A]"]), "the added token '[A]'"),
     ("bpe", more_tokens, "the added token 'thin'"),
-    ("bpe", edit(model__type="Unigram"), "a Unigram model"),
+    ("bpe", edit(TOKENIZER, model__type="Unigram", model__vocab=[["a", 0.0]]), "a Unigram model"),
     ("words", lambda folder: None, ""),
     ("words", by_transformers, ""),
-    ("words", edit(normalizer=None), ""),
-    ("words", edit(normalizer__normalizers=also(LOWER)), "the normalizer Lowercase"),
-    ("words", edit(pre_tokenizer=dict(type="BertPreTokenizer")), "type BertPreTokenizer"),
-    ("words", edit(pre_tokenizer=dict(type="WhitespaceSplit")), "type WhitespaceSplit"),
-    ("words", edit(pre_tokenizer__behavior="Isolated"), "behavior Isolated"),
+    ("words", edit(TOKENIZER, normalizer=None), ""),
+    ("words", edit(TOKENIZER, model__unk_token="w1"), "unknown words as w1"),
+    ("words", edit(TOKENIZER, normalizer__normalizers=also(LOWER)), "the normalizer Lowercase"),
+    ("words", edit(TOKENIZER, pre_tokenizer=dict(type="Digits")), "type Digits"),
+    ("words", edit(TOKENIZER, pre_tokenizer=dict(type="WhitespaceSplit")), "type WhitespaceSplit"),
+    ("words", edit(TOKENIZER, pre_tokenizer__behavior="Isolated"), "behavior Isolated"),
 ]
 
 
@@ -135,6 +119,8 @@ def test_a_tokenizer_gives_the_ids_of_transformers_or_is_refused_by_name(
         (data / name).write_bytes(content)
     ours = load_tokenizer(data, Dictionary(data / "dict.txt"))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert [theirs.bos_token_id, theirs.pad_token_id, theirs.eos_token_id] == [0, 1, 2]
+    assert [theirs.unk_token_id, theirs.mask_token_id] == [3, dictionary.mask_id]
     if "Replace" in theirs.backend_tokenizer.to_str():
         lines = lines_of([*PARTS, *TYPED])
     else:  # what read's page says of such a tokenizer
