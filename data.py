@@ -11,17 +11,13 @@ Shapes: B blocks of a batch, T tokens of its longest, U tokens that the teacher 
 K places chosen for masking, M of them that show `<mask>`.
 """
 
-import functools
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from config import DataConfig, InputError
 from text.binarized import BOS, PAD, SPECIAL, Dictionary, TokenStream, no_folder
 from text.blocks import cut_batches, cut_blocks, order_by_length
-from text.masks import hide_blocks, ranges
+from text.masks import hide_blocks, hide_blocks_is_exact, ranges
 
 import numpy as np
 
@@ -71,14 +67,12 @@ def mask_block(
     return hidden, shows
 
 
-@functools.lru_cache(1)
-def hide_blocks_is_exact(dictionary: Dictionary) -> bool:
-    """Whether this Python's hash and this numpy's generator draw what hide_blocks draws."""
-    cfg = DataConfig(seed=12345)
-    lengths = np.arange(2, 66) * 5
-    hidden, invalid = hide_blocks(lengths, lengths * 977, cfg, 7)
-    blocks = [mask_block(n, dictionary, cfg, 7, n * 977)[0] for n in lengths.tolist()]
-    return len(invalid) == 0 and np.array_equal(hidden, np.concatenate(blocks))
+def padded(values: np.ndarray, lengths: np.ndarray, fill) -> np.ndarray:
+    """Values of N rows, one after the other, as rows of one length: (N, longest or 1)."""
+    is_value = np.arange(max(1, lengths.max())) < lengths[:, None]
+    rows = np.full(is_value.shape, fill, values.dtype)
+    rows[is_value] = values
+    return rows
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -199,7 +193,7 @@ class BlockDataset:
         hidden = np.zeros(ends[-1], bool)
         rest = range(len(ids))
         only_places = cfg.mask_stdev == cfg.random_token_prob == cfg.leave_unmasked_prob == 0
-        if only_places and hide_blocks_is_exact(self.dictionary):
+        if only_places and hide_blocks_is_exact(mask_block):
             hidden, rest = hide_blocks(lengths, ids, cfg, epoch)
         shows = np.where(hidden, self.dictionary.mask_id, -1)
         for i in rest:
@@ -225,13 +219,8 @@ class BlockDataset:
         tokens = np.full(len(hidden), BOS)
         tokens[is_text] = text
         source = np.where(shows < 0, tokens, shows)
-        # one row for each block
-        is_token = np.arange(lengths.max()) < lengths[:, None]  # (B, T)
-        rows = []
-        for values, fill in ((tokens, PAD), (source, PAD), (hidden, False)):
-            rows.append(np.full(is_token.shape, fill, values.dtype))
-            rows[-1][is_token] = values
-        return tuple(rows)
+        rows = ((tokens, PAD), (source, PAD), (hidden, False))
+        return tuple(padded(values, lengths, fill) for values, fill in rows)
 
     def batch(self, ids: np.ndarray, epoch: int, drawn=None) -> Batch:
         """The masked batch of the blocks `ids` (at least one) in training epoch `epoch`."""
@@ -246,11 +235,8 @@ class BlockDataset:
             # attention nor for positions: the same as the masked tokens squeezed together, at a
             # fraction of the work
             counts = hidden.sum(1)  # (B,)
-            width = max(1, int(counts.max()))
-            is_token = np.arange(width) < counts[:, None]  # (B, U)
-            target = np.full(is_token.shape, PAD, np.int64)
-            target[is_token] = tokens[hidden]  # both in the order of rows, then places
-            target_places = np.flatnonzero(is_token)[shows_mask[hidden]]  # (M,)
+            target = padded(tokens[hidden], counts, PAD)  # (B, U)
+            target_places = np.flatnonzero(padded(shows_mask[hidden], counts, False))  # (M,)
         return Batch(
             source=source,
             target=target,
@@ -278,24 +264,6 @@ class BlockDataset:
 
 
 # ------------------------------------------------------------------------------------------ epochs
-
-
-def prefetch(iterable, depth: int, begin=None):
-    """Yield the items in order while a thread makes up to `depth` of them in advance.
-
-    The thread calls `begin` first. An error of the iterable is raised in place of its item. If the
-    generator is closed, or its consumer fails, the thread stops after the item it is working on.
-    """
-    items = iter(iterable)
-    end = object()
-    maker = ThreadPoolExecutor(1, "prefetch", begin)
-    try:
-        ahead = deque(maker.submit(next, items, end) for _ in range(depth))
-        while (item := ahead.popleft().result()) is not end:
-            ahead.append(maker.submit(next, items, end))
-            yield item
-    finally:
-        maker.shutdown(cancel_futures=True)
 
 
 class Corpus:

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import data
 from config import DataConfig, InputError
-from data import Batch, Corpus, mask_block, prefetch
+from data import Batch, Corpus, mask_block
 from test.helpers import GOLDEN, golden, make_dataset
 from text import masks
 from text.binarized import PAD
+from text.workers import prefetch
 
 import numpy as np
 import pytest
@@ -80,16 +81,16 @@ def test_another_python_or_numpy_is_noticed_and_blocks_are_then_masked_by_the_ru
 ):
     dataset = dataset_of(corpus_dir)
     lists = dataset.epoch_batches(1)
-    exact, tuple_hashes = data.hide_blocks_is_exact.__wrapped__, masks.tuple_hashes
+    exact, tuple_hashes = masks.hide_blocks_is_exact.__wrapped__, masks.tuple_hashes
     expected = list(dataset.batches(lists, 3))
-    assert exact(dataset.dictionary)
+    assert exact(mask_block)
     for where, name, other in (
         (masks, "tuple_hashes", lambda *args: tuple_hashes(*args) + 2**40),
         (np.random, "default_rng", lambda seed: np.random.Generator(np.random.MT19937(seed))),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(where, name, other)
-            assert not exact(dataset.dictionary)
+            assert not exact(mask_block)
     monkeypatch.setattr(data, "hide_blocks_is_exact", lambda _: False)
     monkeypatch.setattr(data, "hide_blocks", None)
     check_same_batches(dataset.batches(lists, 3), expected)

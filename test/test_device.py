@@ -14,12 +14,12 @@ import bench
 import preprocess
 import train
 from config import DeviceConfig, InputError, ModelConfig
-from data import prefetch
 from hardware import device, kernels, opening
 from hardware.opening import open_device
 from run import checkpoint, flags
 from run.guard import check_memory
 from test.helpers import CPU, FEW, HERE, call, few, rows_of
+from text.workers import prefetch
 
 import pytest
 import torch

@@ -9,6 +9,7 @@ with numpy, hash() and mask_block.
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 from config import DataConfig
 
@@ -172,3 +173,17 @@ def hide_blocks(
     hidden = np.zeros(nowhere, bool)
     hidden[ranges(starts, np.minimum(room, cfg.mask_multiple_length))] = True
     return hidden, np.flatnonzero(too_long | rejected.any(0))
+
+
+@functools.cache
+def hide_blocks_is_exact(rule) -> bool:
+    """Whether this Python's hash and this numpy's generator draw what hide_blocks draws.
+
+    rule: data.mask_block.
+    """
+    cfg = DataConfig(seed=12345)
+    lengths = np.arange(2, 66) * 5
+    hidden, invalid = hide_blocks(lengths, lengths * 977, cfg, 7)
+    symbols = SimpleNamespace(mask_id=0)
+    blocks = [rule(n, symbols, cfg, 7, n * 977)[0] for n in lengths.tolist()]
+    return len(invalid) == 0 and np.array_equal(hidden, np.concatenate(blocks))
