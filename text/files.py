@@ -30,13 +30,8 @@ FORMATS = {
     ".bz2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
     ".xz": rb"\xfd7zXZ\0",
     ".zst": rb"\x28\xb5\x2f\xfd",
-    ".lz4": rb"\x04\x22\x4d\x18",
-    ".7z": rb"7z\xbc\xaf",
-    ".rar": rb"Rar!\x1a\x07",
     ".zip": rb"PK\x03\x04",
     ".parquet": rb"PAR1\x15",
-    ".arrow": rb"ARROW1\0",
-    ".pdf": rb"%PDF-",
 }
 NO_WIDTH = "\ufeff\u200b\u2060"  # byte order mark, zero-width space, word joiner
 # lines of nothing else, and byte order marks where a line begins, as in files that were joined
@@ -126,18 +121,16 @@ def locate(name: str) -> Source:
 def open_file(name: str):
     """Open a file as (file of its plain bytes, file of its bytes on the disk)."""
     source = locate(name)
-    with open(source.path, "rb") as raw:
-        if source.member is not None:
-            with zipfile.ZipFile(raw) as archive, archive.open(source.member) as file:
-                yield file, raw
-            return
+    with contextlib.ExitStack() as stack:
+        file = raw = stack.enter_context(open(source.path, "rb"))
         kind = format_of(raw.read(tarfile.BLOCKSIZE)) or source.path.suffix.lower()
         raw.seek(0)
-        if kind in OPENERS:
-            with OPENERS[kind](raw) as file:
-                yield file, raw
-        else:
-            yield raw, raw
+        if source.member is not None:
+            archive = stack.enter_context(zipfile.ZipFile(raw))
+            file = stack.enter_context(archive.open(source.member))
+        elif kind in OPENERS:
+            file = stack.enter_context(OPENERS[kind](raw))
+        yield file, raw
 
 
 def whole_lines(name: str, advance):
