@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import data
 from config import DataConfig, InputError
 from data import Batch, Corpus, mask_block
-from test.helpers import GOLDEN, golden, make_dataset
+from test.helpers import make_dataset
 from text import masks
 from text.binarized import PAD
 from text.workers import prefetch
@@ -167,17 +167,6 @@ def test_batches_match_the_plain_loop(corpus_dir, teacher_input, options):
         check_same_batches((dataset.batch(ids, 2) for ids in lists), plain)
 
 
-@golden
-@pytest.mark.parametrize("teacher_input", ["full", "masked"])
-@pytest.mark.parametrize("length", [64, 512])
-def test_batches_of_the_golden_corpus_match_the_plain_loop(length, teacher_input):
-    options = dict(tokens_per_sample=length, max_tokens=20 * length, teacher_input=teacher_input)
-    dataset = dataset_of(GOLDEN / "corpora" / "bpe-bin", **options)
-    lists = dataset.epoch_batches(3)[: 12_800 // length]
-    plain = [plain_batch(dataset, ids, 3) for ids in lists]
-    check_same_batches(dataset.batches(lists, 3), plain)
-
-
 def test_a_pad_symbol_in_the_text_counts_as_padding(tmp_path):
     folder, _ = make_dataset(tmp_path, [[1, 5, 6, 2], [2], [7, 8, 9, 2], [2]] * 8)
     dataset = dataset_of(folder, tokens_per_sample=8, max_tokens=16)
@@ -210,17 +199,18 @@ def threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
+def counting(makers: list, end: int, error=None):
+    for i in range(end):
+        makers.append(threading.current_thread().name)
+        yield i
+    if error:
+        raise error
+
+
 def test_prefetch_keeps_the_order_and_is_at_most_depth_items_ahead():
-    makers = []
-
-    def source():
-        for i in range(50):
-            makers.append(threading.current_thread().name)
-            yield i
-
     for depth in (1, 4, 100):
-        makers.clear()
-        for count, item in enumerate(prefetch(source(), depth)):
+        makers = []
+        for count, item in enumerate(prefetch(counting(makers, 50), depth)):
             assert item == count and len(makers) <= count + 1 + depth
         assert count == 49 and all(name.startswith("prefetch") for name in makers)
     assert list(prefetch([], 2)) == [] and not threads()
@@ -228,36 +218,22 @@ def test_prefetch_keeps_the_order_and_is_at_most_depth_items_ahead():
 
 @pytest.mark.parametrize("error", [InputError("here"), MemoryError(), KeyboardInterrupt()])
 def test_prefetch_raises_an_error_in_place_of_its_item_and_leaves_no_thread(error):
-    def source():
-        yield from range(7)
-        raise error
-
     came = []
     with pytest.raises(type(error)):
-        for item in prefetch(source(), 4):
+        for item in prefetch(counting([], 7, error), 4):
             came.append(item)
     assert came == list(range(7)) and not threads()
 
 
 def test_prefetch_stops_its_thread_when_it_is_closed_or_its_consumer_fails():
-    made = []
-
-    def source():
-        for i in range(10**9):
-            made.append(i)
-            yield i
-
-    items = prefetch(source(), 3)
+    makers = []
+    items = prefetch(counting(makers, 10**9), 3)
     assert not threads()  # nothing starts before the first item is asked for
     assert next(items) == 0 and threads()
     items.close()
-    assert not threads() and len(made) <= 4
-
-    def consumer():
-        for item in prefetch(source(), 3):
+    assert not threads() and len(makers) <= 4
+    with pytest.raises(KeyboardInterrupt):
+        for item in prefetch(counting([], 10**9), 3):
             if item == 5:
                 raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        consumer()
     assert not threads()
