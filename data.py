@@ -11,11 +11,8 @@ Shapes: B blocks of a batch, T tokens of its longest, U tokens that the teacher 
 K places chosen for masking, M of them that show `<mask>`.
 """
 
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from config import DataConfig, InputError
 from text.binarized import BOS, PAD, SPECIAL, Dictionary, TokenStream, no_folder
@@ -24,22 +21,20 @@ from text.masks import hide_blocks, hide_blocks_is_exact, ranges
 
 import numpy as np
 
+DRAWN_AT_ONCE = 1 << 17  # tokens of the batches whose masks are drawn together
+
 # ------------------------------------------------------------------------------------------- masks
-
-
-class BlockMask(NamedTuple):
-    hidden: np.ndarray  # (T,) bool: the places chosen for masking
-    shown: np.ndarray  # (T,) bool: those of them where the student does not see the token itself
-    random: tuple | None  # those of them with a random token: (places (T,) bool, their tokens)
 
 
 def mask_block(
     length: int, dictionary: Dictionary, cfg: DataConfig, epoch: int, index: int
-) -> BlockMask:
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw the mask of block number `index` of `length` tokens, `<s>` included.
 
-    Each block of each epoch has a generator of its own, so masks depend neither on the order of
-    blocks nor on the number of workers.
+    Returns the places chosen for masking, bool (T,), and what the student reads at each, int64
+    (T,): `<mask>`, a random token, or -1 for the token itself. Each block of each epoch has a
+    generator of its own, so masks depend neither on the order of blocks nor on the number of
+    workers.
     """
     # fairseq's seed, to the bit: the float remainder of Python's own hash of the three integers
     rng = np.random.default_rng(int(hash((cfg.seed, epoch, index)) % 1e6))
@@ -54,21 +49,30 @@ def mask_block(
     hidden[places[places < length]] = True
 
     # some hidden places keep their token or get a random one; with neither, nothing more is drawn
+    shows = np.where(hidden, dictionary.mask_id, -1)
     special = cfg.random_token_prob + cfg.leave_unmasked_prob
     if special == 0:
-        return BlockMask(hidden, hidden, None)
+        return hidden, shows
     chosen = hidden & (rng.random(length) < special)
     left = np.full(length, cfg.leave_unmasked_prob > 0)
     if cfg.random_token_prob > 0 and cfg.leave_unmasked_prob > 0:
         left = rng.random(length) < cfg.leave_unmasked_prob / special
-    shown = hidden & ~(chosen & left)
+    shows[chosen & left] = -1
     random = chosen & ~left
-    if not random.any():
-        return BlockMask(hidden, shown, None)
-    weights = np.ones(len(dictionary))
-    weights[: len(SPECIAL)] = 0
-    tokens = rng.choice(len(dictionary), int(random.sum()), p=weights / weights.sum())
-    return BlockMask(hidden, shown, (random, tokens))
+    if random.any():
+        weights = np.ones(len(dictionary))
+        weights[: len(SPECIAL)] = 0
+        p = weights / weights.sum()
+        shows[random] = rng.choice(len(dictionary), int(random.sum()), p=p)
+    return hidden, shows
+
+
+def padded(values: np.ndarray, lengths: np.ndarray, fill) -> np.ndarray:
+    """Values of N rows, one after the other, as rows of one length: (N, longest or 1)."""
+    is_value = np.arange(max(1, lengths.max())) < lengths[:, None]
+    rows = np.full(is_value.shape, fill, values.dtype)
+    rows[is_value] = values
+    return rows
 
 
 # ----------------------------------------------------------------------------------------- batches
@@ -100,14 +104,6 @@ class Batch:
     @property
     def sample_size(self) -> int:
         return len(self.masked)
-
-
-class MaskedRows(NamedTuple):
-    """Padded blocks, (B, T) each."""
-
-    tokens: np.ndarray  # int64
-    source: np.ndarray  # int64: what the student reads
-    hidden: np.ndarray  # bool: the places chosen for masking; those with `<mask>` enter the loss
 
 
 class BlockDataset:
@@ -185,45 +181,50 @@ class BlockDataset:
         start = self.starts[index]
         return np.concatenate([[BOS], self.stream.read(start, start + self.lengths[index] - 1)])
 
-    def mask(self, ids: np.ndarray, epoch: int) -> MaskedRows:
-        """The blocks `ids` (at least one), read and masked in training epoch `epoch`.
-
-        Raises InputError if one holds a token that training cannot take.
-        """
+    def draw(self, ids: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """mask_block of the blocks `ids` in training epoch `epoch`, one after the other: (P,)."""
         cfg = self.cfg
+        ids = ids.astype(np.int64)
+        lengths = self.lengths[ids].astype(np.int64)
+        ends = np.cumsum(lengths)
+        if not self.training or cfg.fixed_masks:
+            epoch = 1
+        # all at once where only places are drawn; what this cannot draw, block by block
+        hidden = np.zeros(ends[-1], bool)
+        rest = range(len(ids))
+        only_places = cfg.mask_stdev == cfg.random_token_prob == cfg.leave_unmasked_prob == 0
+        if only_places and hide_blocks_is_exact(mask_block):
+            hidden, rest = hide_blocks(lengths, ids, cfg, epoch)
+        shows = np.where(hidden, self.dictionary.mask_id, -1)
+        for i in rest:
+            block = slice(ends[i] - lengths[i], ends[i])
+            mask = mask_block(int(lengths[i]), self.dictionary, cfg, epoch, int(ids[i]))
+            hidden[block], shows[block] = mask
+        return hidden, shows
+
+    def mask(self, ids: np.ndarray, epoch: int, drawn=None) -> tuple[np.ndarray, ...]:
+        """The blocks `ids` (at least one), read and masked in training epoch `epoch`: (B, T) each.
+
+        Returns the tokens, int64; what the student reads, int64; the places chosen for masking,
+        bool, of which those with `<mask>` enter the loss. drawn: what `draw` returns, if known.
+        Raises InputError if a block holds a token that training cannot take.
+        """
+        hidden, shows = drawn or self.draw(ids, epoch)  # (P,)
         lengths = self.lengths[ids].astype(np.int64)  # (B,) with <s>
-        columns = np.arange(lengths.max())  # (T,)
-        is_text = (columns > 0) & (columns < lengths[:, None])  # (B, T)
         places = ranges(self.starts[ids], lengths - 1)  # of the text in the stream
         text = self.stream.take(places)
         self.stream.check_tokens(text, places, self.dictionary)
-        tokens = np.full(is_text.shape, PAD, np.int64)
-        tokens[:, 0] = BOS
+        is_text = np.ones(len(hidden), bool)  # (P,)
+        is_text[np.cumsum(lengths) - lengths] = False
+        tokens = np.full(len(hidden), BOS)
         tokens[is_text] = text
+        source = np.where(shows < 0, tokens, shows)
+        rows = ((tokens, PAD), (source, PAD), (hidden, False))
+        return tuple(padded(values, lengths, fill) for values, fill in rows)
 
-        # all rows at once where only places are drawn; what this cannot draw, row by row
-        source = tokens.copy()
-        hidden = np.zeros(tokens.shape, bool)
-        rows = range(len(ids))
-        if not self.training or cfg.fixed_masks:
-            epoch = 1
-        only_places = cfg.mask_stdev == cfg.random_token_prob == cfg.leave_unmasked_prob == 0
-        if only_places and hide_blocks_is_exact():
-            hidden, rows = hide_blocks(lengths, ids.astype(np.int64), cfg, epoch)
-            source[hidden] = self.dictionary.mask_id
-        for row in rows:
-            length = int(lengths[row])
-            mask = mask_block(length, self.dictionary, cfg, epoch, int(ids[row]))
-            hidden[row, :length] = mask.hidden
-            source[row, :length][mask.shown] = self.dictionary.mask_id
-            if mask.random is not None:
-                where, random_tokens = mask.random
-                source[row, :length][where] = random_tokens
-        return MaskedRows(tokens, source, hidden)
-
-    def batch(self, ids: np.ndarray, epoch: int) -> Batch:
+    def batch(self, ids: np.ndarray, epoch: int, drawn=None) -> Batch:
         """The masked batch of the blocks `ids` (at least one) in training epoch `epoch`."""
-        tokens, source, hidden = self.mask(ids, epoch)  # (B, T)
+        tokens, source, hidden = self.mask(ids, epoch, drawn)  # (B, T)
         shows_mask = source == self.dictionary.mask_id
         masked = np.flatnonzero(shows_mask)  # (M,)
         chosen = np.flatnonzero(hidden)  # (K,)
@@ -234,11 +235,8 @@ class BlockDataset:
             # attention nor for positions: the same as the masked tokens squeezed together, at a
             # fraction of the work
             counts = hidden.sum(1)  # (B,)
-            width = max(1, int(counts.max()))
-            is_token = np.arange(width) < counts[:, None]  # (B, U)
-            target = np.full(is_token.shape, PAD, np.int64)
-            target[is_token] = tokens[hidden]  # both in the order of rows, then places
-            target_places = np.flatnonzero(is_token)[shows_mask[hidden]]  # (M,)
+            target = padded(tokens[hidden], counts, PAD)  # (B, U)
+            target_places = np.flatnonzero(padded(shows_mask[hidden], counts, False))  # (M,)
         return Batch(
             source=source,
             target=target,
@@ -253,28 +251,19 @@ class BlockDataset:
 
     def batches(self, lists: list[np.ndarray], epoch: int):
         """The batch of each list of blocks that is not empty, in order, made when asked for."""
-        return (self.batch(ids, epoch) for ids in lists if len(ids))
+        lists = [ids for ids in lists if len(ids)]
+        # masks of one batch alone would take longer than all the rest of it
+        at_once = max(1, DRAWN_AT_ONCE // self.cfg.max_tokens)
+        for first in range(0, len(lists), at_once):
+            group = lists[first : first + at_once]
+            ends = np.cumsum([self.lengths[ids].sum() for ids in group])
+            masks = self.draw(np.concatenate(group), epoch)
+            parts = [np.split(part, ends[:-1]) for part in masks]
+            for ids, *drawn in zip(group, *parts):
+                yield self.batch(ids, epoch, drawn)
 
 
 # ------------------------------------------------------------------------------------------ epochs
-
-
-def prefetch(iterable, depth: int, begin=None):
-    """Yield the items in order while a thread makes up to `depth` of them in advance.
-
-    The thread calls `begin` first. An error of the iterable is raised in place of its item. If the
-    generator is closed, or its consumer fails, the thread stops after the item it is working on.
-    """
-    items = iter(iterable)
-    end = object()
-    maker = ThreadPoolExecutor(1, "prefetch", begin)
-    try:
-        ahead = deque(maker.submit(next, items, end) for _ in range(depth))
-        while (item := ahead.popleft().result()) is not end:
-            ahead.append(maker.submit(next, items, end))
-            yield item
-    finally:
-        maker.shutdown(cancel_futures=True)
 
 
 class Corpus:

@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
 
 import ema
-from data import Batch, Corpus, prefetch
+from data import Batch, Corpus
 from formats.load import load
 from hardware.device import Device, use_all_cores
 from hardware.opening import check_world_size, open_device
@@ -46,6 +46,7 @@ from run.lock import Lock
 from run.log import Log
 from run.saves import Saves
 from run.start import describe_start
+from text.workers import prefetch
 
 import torch
 from torch.profiler import record_function

@@ -31,9 +31,8 @@ def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int)
     stream = dataset.stream
     # what the blocks are, and what is lost
     too_long, remainder = dataset.dropped_tokens()
-    quantiles = []
-    if len(dataset.lengths):
-        quantiles = np.quantile(dataset.lengths, [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1])
+    lengths = dataset.lengths
+    quantiles = np.quantile(lengths, [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1]) if len(lengths) else []
     # a document begins at a sentence that is no separator and comes first or after a separator
     separators = stream.sizes == 1
     begins = ~separators & np.concatenate([[True], separators])[:-1]
@@ -46,7 +45,7 @@ def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int)
         unknown=int(stream.counts(corpus.dictionary)[UNK]),  # checks every token
         dictionary_size=len(corpus.dictionary),
         mask_id=corpus.dictionary.mask_id,
-        blocks=len(dataset.lengths),
+        blocks=len(lengths),
         block_length_quantiles=[float(q) for q in quantiles],
         blocks_too_long=len(dataset.too_long),
         blocks_in_remainder=len(dataset.remainder),

@@ -4,10 +4,12 @@ Some have random bytes; in others one field, record, opcode or value is wrong, a
 whole. `python -m test.soak fuzz N` makes N files of each kind.
 """
 
+import bz2
 import contextlib
 import gzip
 import io
 import json
+import lzma
 import pickletools
 import random
 import re
@@ -198,7 +200,7 @@ def read_yaml(path: Path):
     flags.parse(config.PARTS, "", ["--config_dir", str(path.parent), "--config_name", path.name])
 
 
-def read_gz(path: Path):
+def read_packed(path: Path):
     list(files.read_chunks(str(path)))
 
 
@@ -225,7 +227,8 @@ def write_originals(folder: Path, last: Path):
     tree = {"model": {"layers": 1, "x": 1}, "task": {"seed": 1, "data": 1}}
     (folder / "base.yaml").write_text(json.dumps(tree, indent=1))
     text = b"some words\n\nof a text, \xc3\xa9\n" * 20
-    (folder / "text.gz").write_bytes(gzip.compress(text))
+    for kind in (bz2, gzip, lzma):
+        (folder / f"text.{kind.__name__}").write_bytes(kind.compress(text))
     with zipfile.ZipFile(folder / "text.zip", "w") as archive:
         for method in METHODS:
             archive.writestr(f"{method}.txt", text, method)
@@ -250,7 +253,9 @@ def fuzz(count: int, folder: Path, corpus: Path, run: Path, seed: int = 0) -> At
         (folder / "base.yaml", values, read_yaml),
         (folder / "encoder.json", values, read_vocabulary),
         (folder / "text.zip", packed_zip, read_members),
-        (folder / "text.gz", packed_gz, read_gz),
+        (folder / "text.gzip", packed_gz, read_packed),
+        (folder / "text.bz2", scramble, read_packed),
+        (folder / "text.lzma", scramble, read_packed),
     ]
     rng, attempts = random.Random(seed), Attempts()
     for path, mutate, read in kinds:

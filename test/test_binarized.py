@@ -81,33 +81,34 @@ def test_a_dictionary_takes_what_fairseq_takes_and_names_the_line_of_an_error(tm
             Dictionary(path)
 
 
-def test_every_dict_txt_that_data_bring_must_be_the_one_that_is_used(tmp_path, saved, capsys):
-    """Each door: folders of a run, a checkpoint that does not tell its own, pairs of texts."""
-    folders = {}
-    for name in ("a", "b", "same"):
-        folders[name], _ = make_dataset(tmp_path / name)
-    shutil.copytree(folders["a"], tmp_path / "none", ignore=lambda *_: ["dict.txt"])
-    rows = (folders["a"] / "dict.txt").read_text().splitlines()
-    (folders["same"] / "dict.txt").write_bytes("\r\n".join(rows).encode())  # the same words
+def folders_of_two_dictionaries(folder, saved):
+    """Datasets of the same words in two orders, each with a checkpoint that tells nothing of it."""
+    a, b, same = (make_dataset(folder / name)[0] for name in ("a", "b", "same"))
+    rows = (a / "dict.txt").read_text().splitlines()
+    (same / "dict.txt").write_bytes("\r\n".join(rows).encode())  # as a's
     rows[0], rows[1] = rows[1], rows[0]
-    (folders["b"] / "dict.txt").write_text("\n".join(rows) + "\n")
-    # checkpoints that lie beside these two, and say nothing of a dictionary
-    last, bare = saved / "checkpoint_last.pt", tmp_path / "bare.pt"
-    call(convert.main, "--ckpt", last, "--to", "fairseq", bare)
+    (b / "dict.txt").write_text("\n".join(rows) + "\n")
+    shutil.copytree(a, folder / "none", ignore=lambda *_: ["dict.txt"])
+    for part, source in (("input0", a), ("input1", b), ("label", a)):
+        shutil.copytree(source, folder / "pairs" / part)
+    bare = folder / "bare.pt"
+    call(convert.main, "--ckpt", saved / "checkpoint_last.pt", "--to", "fairseq", bare)
     content = torch.load(bare)
     del content["extra_state"][fairseq_state.OURS]
-    torch.save(content, bare)
-    for name in ("a", "b"):
-        shutil.copy(bare, folders[name] / "bare.pt")
-    (tmp_path / "text").write_text("w1 w2\n")
+    for path in (bare, a / "bare.pt", b / "bare.pt"):
+        torch.save(content, path)
+    (folder / "text").write_text("w1 w2\n")
     rows = ["text\tlabel", *["w1 w2\tx", "w3\ty"] * 4]
-    (tmp_path / "t.tsv").write_text("\n".join(rows) + "\n")
-    for part, source in (("input0", "a"), ("input1", "b"), ("label", "a")):
-        shutil.copytree(folders[source], tmp_path / "pairs" / part)
+    (folder / "t.tsv").write_text("\n".join(rows) + "\n")
+    return a, b
 
-    a, b, pairs = folders["a"], folders["b"], tmp_path / "pairs"
-    few = [*FEW, "--disable_validation", "--max_update", 1, "--save_dir"]
-    same = f"{a}:{folders['same']}:{tmp_path / 'none'}"
+
+def test_every_dict_txt_that_data_bring_must_be_the_one_that_is_used(tmp_path, saved):
+    """Each door: folders of a run, a checkpoint that does not tell its own, pairs of texts."""
+    a, b = folders_of_two_dictionaries(tmp_path, saved)
+    bare, last = tmp_path / "bare.pt", saved / "checkpoint_last.pt"
+    one = [*FEW, "--disable_validation", "--max_update", 1, "--save_dir", tmp_path / "r"]
+    same = f"{a}:{tmp_path / 'same'}:{tmp_path / 'none'}"
     tune = ["--device", "cpu", "--max_epoch", 1, "--save_dir", tmp_path / "tuned"]
     table = ["--train", tmp_path / "t.tsv", "--valid", tmp_path / "t.tsv", *tune]
     table += ["--text", "text", "--label", "label"]
@@ -115,8 +116,8 @@ def test_every_dict_txt_that_data_bring_must_be_the_one_that_is_used(tmp_path, s
     vectors = ["--features", tmp_path / "text", "--out", tmp_path / "f.npy"]
     for main, argv, names in (
         (describe.main, ["--data_path", f"{a}:{b}"], "ba"),
-        (train.main, [*few, tmp_path / "r", "--data_path", f"{a}:{tmp_path / 'none'}:{b}"], "ba"),
-        (train.main, [*few, tmp_path / "r", "--data_path", a, "--init_from", b / "bare.pt"], "ab"),
+        (train.main, [*one, "--data_path", f"{a}:{tmp_path / 'none'}:{b}"], "ba"),
+        (train.main, [*one, "--data_path", a, "--init_from", b / "bare.pt"], "ab"),
         (evaluation.main, judge, "ab"),
         (evaluation.main, [*judge, "--probe"], "ab"),
         (evaluation.main, [*judge, *vectors], "ab"),
@@ -124,9 +125,9 @@ def test_every_dict_txt_that_data_bring_must_be_the_one_that_is_used(tmp_path, s
         (convert.main, [*judge[:4], "--to", "hf", tmp_path / "hf"], "ab"),
         (finetune.main, ["--ckpt", b / "bare.pt", "--dict", a / "dict.txt", *table], "ab"),
         (finetune.main, ["--ckpt", last, "--dict", b / "dict.txt", *table], "b "),
-        (finetune.main, ["--ckpt", bare, "--data_path", pairs, *tune], "10"),
+        (finetune.main, ["--ckpt", bare, "--data_path", tmp_path / "pairs", *tune], "10"),
         (describe.main, ["--data_path", same], ""),
-        (train.main, [*few, tmp_path / "r", "--data_path", same, "--init_from", a / "bare.pt"], ""),
+        (train.main, [*one, "--data_path", same, "--init_from", a / "bare.pt"], ""),
         (evaluation.main, ["--ckpt", a / "bare.pt", *judge[2:]], ""),
     ):
         if not names:

@@ -15,13 +15,13 @@ import bench
 import preprocess
 import train
 from config import Config, DataConfig, DeviceConfig, InputError, ModelConfig
-from data import prefetch
 from hardware import device, kernels, opening
 from hardware.opening import is_bf16_fast_on_cpu, open_device
 from run import checkpoint, flags
 from run.guard import check_memory
 from run.resume import with_amp_of_the_start
 from test.helpers import CPU, FEW, HERE, call, few, rows_of
+from text.workers import prefetch
 
 import pytest
 import torch

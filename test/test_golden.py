@@ -27,7 +27,7 @@ def batches(request, monkeypatch):
     """Whose batches: those of fairseq's release, or of its repository, which are the ones here."""
     if request.param == "released":  # its masks come from numpy's older generator
         monkeypatch.setattr(np.random, "default_rng", np.random.RandomState)
-        monkeypatch.setattr(data, "hide_blocks_is_exact", lambda: False)
+        monkeypatch.setattr(data, "hide_blocks_is_exact", lambda _: False)
     return request.param
 
 

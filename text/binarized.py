@@ -218,22 +218,24 @@ class TokenFile:
     def _read_header(idx: Path, raw: np.ndarray) -> tuple[np.dtype, int]:
         """The type of the tokens and the number of sentences; checks the length of the index."""
         head = raw[:HEADER].tobytes()
+        version = int.from_bytes(head[9:17], "little")
+        code = head[17] if len(head) == HEADER else 0
+        count = int.from_bytes(head[18:26], "little")
+        expected = HEADER + 12 * count  # an int32 and an int64 for each sentence
+        wrong = ""
         # fairseq's older formats and Megatron's variant of this one end here, too
         if not head.startswith(MAGIC):
-            raise InputError(f"{idx}: not an mmap index (wrong magic); {REBUILD}")
-        if len(head) < HEADER:
-            raise InputError(f"{idx}: cut off after {len(head)} bytes; {REBUILD}")
-        version = int.from_bytes(head[9:17], "little")
-        code = head[17]
-        count = int.from_bytes(head[18:26], "little")
-        if version != 1:
-            raise InputError(f"{idx}: version {version}, expected 1; {REBUILD}")
-        if code not in DTYPES:
-            raise InputError(f"{idx}: dtype code {code}, expected an integer type; {REBUILD}")
-        expected = HEADER + 12 * count  # an int32 and an int64 for each sentence
-        if len(raw) != expected:
-            what = f"{len(raw)} bytes, but {count} sentences need {expected}"
-            raise InputError(f"{idx}: {what}; {REBUILD}")
+            wrong = "not an mmap index (wrong magic)"
+        elif len(head) < HEADER:
+            wrong = f"cut off after {len(head)} bytes"
+        elif version != 1:
+            wrong = f"version {version}, expected 1"
+        elif code not in DTYPES:
+            wrong = f"dtype code {code}, expected an integer type"
+        elif len(raw) != expected:
+            wrong = f"{len(raw)} bytes, but {count} sentences need {expected}"
+        if wrong:
+            raise InputError(f"{idx}: {wrong}; {REBUILD}")
         return np.dtype(DTYPES[code]).newbyteorder("<"), count
 
     def take(self, places: np.ndarray) -> np.ndarray:
@@ -258,8 +260,9 @@ class TokenStream:
         if split == "train" and len(more) >= len(self._files):  # as in fairseq, not read
             where = f"{self.folder}: there is no train{len(self._files)}"
             note(f"{where}, so none of train's files with a higher number is read")
-        sizes = [file.sizes for file in self._files]
-        self.sizes = sizes[0] if len(sizes) == 1 else np.concatenate(sizes)
+        self.sizes = self._files[0].sizes  # not copied if there are no others
+        if len(self._files) > 1:
+            self.sizes = np.concatenate([file.sizes for file in self._files])
         self._file_ends = np.cumsum([file.tokens for file in self._files])
         self.tokens = int(self._file_ends[-1])
         self._counts = None
@@ -316,20 +319,19 @@ class TokenStream:
         symbols = f"dict.txt has {len(dictionary)} symbols"
         raise InputError(f"{where} holds token id {token}, but {symbols}; wrong dictionary?")
 
-    def checked(self, dictionary: Dictionary):
-        """Yield the tokens of the whole split a piece at a time, each after check_tokens."""
-        for piece in pieces(self.tokens):
-            places = np.arange(piece.start, min(piece.stop, self.tokens))
-            tokens = self.take(places)
-            self.check_tokens(tokens, places, dictionary)
-            yield tokens
-
     def counts(self, dictionary: Dictionary) -> np.ndarray:
-        """How often each token id occurs, int64 (len(dictionary),). Reads the whole split, once."""
+        """How often each token id occurs, int64 (len(dictionary),), after check_tokens of all.
+
+        Reads the whole split, once.
+        """
         if self._counts is None:
-            self._counts = np.zeros(len(dictionary), np.int64)
-            for tokens in self.checked(dictionary):
-                self._counts += np.bincount(tokens.astype(np.int64), minlength=len(dictionary))
+            counts = np.zeros(len(dictionary), np.int64)
+            for piece in pieces(self.tokens):
+                places = np.arange(piece.start, min(piece.stop, self.tokens))
+                tokens = self.take(places)
+                self.check_tokens(tokens, places, dictionary)
+                counts += np.bincount(tokens.astype(np.int64), minlength=len(dictionary))
+            self._counts = counts
         return self._counts
 
 

@@ -5,6 +5,8 @@ test/test_blocks.py walks the same rules one item at a time. A *block* is one tr
 from consecutive sentences; a *batch* is a list of blocks.
 """
 
+import bisect
+
 from text.binarized import pieces
 
 import numpy as np
@@ -119,41 +121,28 @@ def cut_batches(lengths: np.ndarray, max_tokens: int, batch_size: int, multiple:
     too large (blocks x longest > max_tokens, or more than batch_size blocks) closes the batch, and
     the tail with that block begins the next one; if the tail with that block has too many tokens by
     itself, the tail without it becomes a batch of its own. At the end the batch and the tail are
-    what is left. Lengths ascend, so the blocks of one length form a run in which all batches have
-    the same size, and only batches at the border of two runs need a step of their own.
+    what is left.
     """
     n = len(lengths)
-    runs = np.flatnonzero(np.concatenate([[n > 0], lengths[1:] != lengths[:-1]]))
-    longest = lengths[runs].tolist()
-    begins = [*runs.tolist(), n]
-    most = batch_size or n
-    room = [max(1, min(most, max_tokens // max(1, length))) for length in longest]  # of a batch
+    lengths = memoryview(np.ascontiguousarray(lengths))  # much faster to look into
     ends = []
-    start = run = 0
+    start = 0  # of the batch
     while start < n:
-        while begins[run + 1] <= start:
-            run += 1
-        # the run, this or a later one, with the first block that does not fit a batch from `start`
-        last = run
-        while last < len(room) and start + room[last] >= begins[last + 1]:
-            last += 1
-        stop = max(start + room[last], begins[last]) if last < len(room) else n
+        # the first block that makes batch + tail too large; later blocks are longer still
+        most = min(n - start, batch_size or n, max(1, max_tokens // max(1, lengths[start])))
+        stop = start + bisect.bisect_right(
+            range(1, most + 1), max_tokens, key=lambda count: count * lengths[start + count - 1]
+        )
+        stop = max(stop, start + 1)
         size = stop - start
         if size >= multiple:
             size -= size % multiple
-        if last == run:  # the same size again, as long as that block is of this run
-            count = (begins[run + 1] - 1 - stop) // size + 1
-            ends.extend(range(start + size, start + count * size + 1, size))
-            start += count * size
-            continue
-        start += size
+        start += size  # now of the tail
         ends.append(start)
-        if stop == n:
-            if start < n:
-                ends.append(n)
+        if start < stop == n:
+            ends.append(n)
             break
-        tail_is_too_large = longest[last] * (stop + 1 - start) > max_tokens  # with that block
-        if start < stop and tail_is_too_large:
+        if start < stop and lengths[stop] * (stop + 1 - start) > max_tokens:
             ends.append(stop)
             start = stop
     return np.asarray(ends, np.int64)

@@ -30,13 +30,8 @@ FORMATS = {
     ".bz2": rb"BZh[1-9](1AY&SY|\x17rE8P\x90)",
     ".xz": rb"\xfd7zXZ\0",
     ".zst": rb"\x28\xb5\x2f\xfd",
-    ".lz4": rb"\x04\x22\x4d\x18",
-    ".7z": rb"7z\xbc\xaf",
-    ".rar": rb"Rar!\x1a\x07",
     ".zip": rb"PK\x03\x04",
     ".parquet": rb"PAR1\x15",
-    ".arrow": rb"ARROW1\0",
-    ".pdf": rb"%PDF-",
 }
 NO_WIDTH = "\ufeff\u200b\u2060"  # byte order mark, zero-width space, word joiner
 # lines of nothing else, and byte order marks where a line begins, as in files that were joined
@@ -84,15 +79,11 @@ def look_at(text: str, name: str, is_first: bool):
     if "\0" in text:
         note(f"{name}: holds NUL characters, as files in UTF-16 do, and files that are no text")
     if any(mark in text for mark in MARKS) and TYPED.search(text):
-        how = "leave them out: every line gets a </s>, and every block a <s>, by itself"
-        note(f"{name}: holds {', '.join(MARKS)} as words; {how}")
+        how = "leave it out: every line gets its </s>, and every block its <s>, by itself"
+        note(f"{name}: holds {' or '.join(MARKS)} as a word; {how}")
     if is_first:
         lines = [line for line in text.split("\n", LOOK)[:LOOK] if line.strip()]
-        objects = 0
-        for line in lines:
-            with contextlib.suppress(ValueError, RecursionError):
-                objects += isinstance(json.loads(line), dict)
-        if objects > 0.9 * len(lines):
+        if len(json_objects(lines)) > 0.9 * len(lines):
             what = "are JSON objects, so keys and braces become text, too"
             note(f"{name}: its lines {what}; write the texts alone into a file")
 
@@ -127,18 +118,16 @@ def open_file(name: str):
     """Open a file as (file of its plain bytes, file of its bytes on the disk)."""
     source = locate(name)
     refuse_pointer(source.path)
-    with open(source.path, "rb") as raw:
-        if source.member is not None:
-            with zipfile.ZipFile(raw) as archive, archive.open(source.member) as file:
-                yield file, raw
-            return
+    with contextlib.ExitStack() as stack:
+        file = raw = stack.enter_context(open(source.path, "rb"))
         kind = format_of(raw.read(tarfile.BLOCKSIZE)) or source.path.suffix.lower()
         raw.seek(0)
-        if kind in OPENERS:
-            with OPENERS[kind](raw) as file:
-                yield file, raw
-        else:
-            yield raw, raw
+        if source.member is not None:
+            archive = stack.enter_context(zipfile.ZipFile(raw))
+            file = stack.enter_context(archive.open(source.member))
+        elif kind in OPENERS:
+            file = stack.enter_context(OPENERS[kind](raw))
+        yield file, raw
 
 
 def whole_lines(name: str, advance):
@@ -174,25 +163,21 @@ def read_chunks(name: str, advance=lambda n: None):
     """
     line = 1
     for number, chunk in enumerate(whole_lines(name, advance)):
-        error = None
+        if b"\r" in chunk:  # rare, and looking for it is fast
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         try:
             text = chunk.decode("utf-8")
         except UnicodeDecodeError as e:
-            error = e
-            text = chunk[: e.start].decode("utf-8")
-        if "\r" in text:  # rare, and looking for it is fast
-            text = text.replace("\r\n", "\n").replace("\r", "\n")
+            line += chunk.count(b"\n", 0, e.start)
+            advice = "convert the file first, as iconv does"
+            raise InputError(f"{name}, line {line}: not UTF-8 ({e.reason}); {advice}") from None
+        line += chunk.count(b"\n")
         seen = visible(text)
         if len(seen) < len(text):
-            what = "byte order marks and lines of characters without width"
-            note(f"{name}: {what} are left out")
-        text = seen
-        look_at(text, name, number == 0)
-        line += text.count("\n")
-        if error:
-            advice = "convert the file first, as iconv does"
-            raise InputError(f"{name}, line {line}: not UTF-8 ({error.reason}); {advice}")
-        yield text
+            what = "byte order marks are left out, and lines of characters without width are empty"
+            note(f"{name}: {what}")
+        look_at(seen, name, number == 0)
+        yield seen
 
 
 def read_all(names: list[str], label: str):
@@ -213,17 +198,23 @@ def read_all(names: list[str], label: str):
                     last = text.removesuffix("\n").rpartition("\n")[2]
 
 
+def json_objects(lines: list[str]) -> list[dict]:
+    """The lines that are JSON objects."""
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
 def json_rows(path) -> list[dict]:
     """The objects of a log with one in each line; [] if there is no such file.
 
     A row that was cut by a crash is left out.
     """
-    rows = []
-    if Path(path).is_file():
-        for line in read_text(path, "replace").splitlines():
-            with contextlib.suppress(ValueError, RecursionError):
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+    if not Path(path).is_file():
+        return []
+    return json_objects(read_text(path, "replace").splitlines())
 
 
 def disk_size(names: list[str]) -> int:

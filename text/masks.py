@@ -1,7 +1,7 @@
 """data.mask_block for the blocks of a batch at once, bit for bit: np.random.default_rng in arrays.
 
 Each block of each epoch has a generator of its own, and numpy takes 20 microseconds to make one.
-Here the generators of N blocks advance together. The algorithms are numpy's since 1.17:
+Here those of N blocks draw together. The algorithms are numpy's since 1.17:
 SeedSequence (M. O'Neill, seed_seq_fe128), PCG64 (PCG XSL RR 128/64), Lemire's bounded integers and
 Floyd's sampling; and CPython's tuple hash since 3.8 (xxHash). test/test_data.py compares all of it
 with numpy, hash() and mask_block.
@@ -9,6 +9,7 @@ with numpy, hash() and mask_block.
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 from config import DataConfig
 
@@ -56,7 +57,7 @@ def _hashed(values: np.ndarray, constants: np.ndarray) -> np.ndarray:
 
 
 def seed_words(seeds: np.ndarray) -> np.ndarray:
-    """SeedSequence(seed).generate_state(4, np.uint64) for each seed below 2**32: (4, N) uint64."""
+    """SeedSequence(seed).generate_state(4, np.uint64) for each seed, uint32 (N,): (4, N) uint64."""
     pool = np.zeros((4, len(seeds)), u32)
     pool[0] = seeds
     pool = _hashed(pool, MIXING[:5])
@@ -84,11 +85,11 @@ def _halves(values: list[int]):
 
 
 @functools.lru_cache(64)
-def _powers(steps: int):
-    """k steps at once are state * powers[k - 1] + increment * sums[k - 1], for k up to `steps`."""
-    powers = [pow(MULTIPLIER, k, 2**128) for k in range(steps + 1)]
+def _powers(count: int):
+    """k steps at once are state * powers + increment * sums, for k from 2 to count + 1."""
+    powers = [pow(MULTIPLIER, k, 2**128) for k in range(count + 2)]
     sums = [value % 2**128 for value in itertools.accumulate(powers[:-1])]
-    return _halves(powers[1:]), _halves(sums)
+    return _halves(powers[2:]), _halves(sums[1:])
 
 
 def _add(a, b):
@@ -106,53 +107,17 @@ def _multiply(a, b):
     return a[0] * b[1] + a[1] * b[0] + carry, a[1] * b[1]
 
 
-class Generators:
-    """np.random.default_rng(seed) for each of N integer seeds from 0 to 2**32 - 1."""
-
-    def __init__(self, seeds: np.ndarray):
-        high, low, stream_high, stream_low = seed_words(seeds)
-        one = u64(1)
-        self.increment = (stream_high << one | stream_low >> u64(63), stream_low << one | one)
-        self.state = _add((high, low), self.increment)
-        self._words(1)
-
-    def _words(self, count: int) -> np.ndarray:
-        """The next 64-bit words of each generator, (count, N)."""
-        powers, sums = _powers(count)
-        high, low = _add(_multiply(self.state, powers), _multiply(self.increment, sums))
-        self.state = (high[-1], low[-1])
-        mixed, turn = high ^ low, high >> u64(58)
-        return mixed >> turn | mixed << (u64(64) - turn & u64(63))
-
-    def random(self) -> np.ndarray:
-        """rng.random() of each: float64 (N,) in [0, 1)."""
-        return (self._words(1)[0] >> u64(11)) * 2.0**-53
-
-    def choose(self, n: np.ndarray, count: np.ndarray) -> tuple[list[set], np.ndarray]:
-        """rng.choice(n, count, replace=False) of each, as a set of places.
-
-        n (at most FLOYD_LIMIT) and count are int64 (N,). Also returns the numbers of the few
-        generators (one in millions) for which numpy may have rejected a draw and drawn again:
-        their sets are not valid. All generators are used up afterwards.
-        """
-        draws = max(1, int(count.max()))
-        words = self._words((draws + 1) // 2)
-        bits = np.stack([words & LOW, words >> HALF], 1)  # numpy draws 32 bits at a time
-        bits = bits.reshape(-1, len(n))[:draws]  # (draws, N)
-        # Floyd: draw a place up to the k-th of the last `count`; if it is taken, that one itself.
-        # For count = n numpy skips the first draw, which must be 0; all are chosen either way.
-        k = np.arange(draws)[:, None]
-        last = n - count + k
-        product = bits * (last + 1).view(u64)
-        rejected = ((product & LOW) <= last.view(u64)) & (k < count)
-        rows = (product >> HALF).T.tolist(), last.T.tolist(), count.tolist()
-        chosen = []
-        for places, itself, number in zip(*rows):
-            taken = set()
-            for place, other in zip(places[:number], itself):
-                taken.add(other if place in taken else place)
-            chosen.append(taken)
-        return chosen, np.flatnonzero(rejected.any(0))
+def random_words(seeds: np.ndarray, count: int) -> np.ndarray:
+    """The first 64-bit words of np.random.default_rng(seed) for each seed: uint64 (count, N)."""
+    high, low, stream_high, stream_low = seed_words(seeds)
+    one = u64(1)
+    increment = (stream_high << one | stream_low >> u64(63), stream_low << one | one)
+    start = _add((high, low), increment)
+    # numpy steps once when it seeds, and before each word
+    powers, sums = _powers(count)
+    high, low = _add(_multiply(start, powers), _multiply(increment, sums))
+    mixed, turn = high ^ low, high >> u64(58)
+    return mixed >> turn | mixed << (u64(64) - turn & u64(63))
 
 
 # ------------------------------------------------------------------------------------------- masks
@@ -168,38 +133,57 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def hide_blocks(
     lengths: np.ndarray, ids: np.ndarray, cfg: DataConfig, epoch: int
-) -> tuple[np.ndarray, list[int]]:
-    """What data.mask_block hides in each of N blocks, without mask_stdev: bool (N, T).
+) -> tuple[np.ndarray, np.ndarray]:
+    """What data.mask_block hides in each of N blocks, without mask_stdev, one after the other.
 
-    lengths and ids are int64 (N,); T is the largest length. Also returns the few rows that this
-    file cannot draw, in which nothing is hidden.
+    lengths and ids are int64 (N,); returns bool (sum of lengths,). Also returns the numbers of the
+    few blocks whose part is not valid: very long ones, and those (one in millions) for which numpy
+    may have rejected a draw and drawn again.
     """
-    width = int(lengths.max())
-    span = cfg.mask_multiple_length
-    generators = Generators(block_seeds(cfg.seed, epoch, ids))
-    counts = (cfg.mask_prob * lengths / span + generators.random()).astype(np.int64)  # (N,)
-    counts[lengths > FLOYD_LIMIT] = 0
-    chosen, redrawn = generators.choose(lengths, counts)
-    begins = np.arange(len(lengths)) * width
-    places = np.fromiter(itertools.chain.from_iterable(chosen), np.int64)
-    starts = places + np.repeat(begins, counts)
-    room = np.repeat(begins + lengths, counts) - starts  # a span ends with its block
-    hidden = np.zeros(len(lengths) * width, bool)
-    hidden[ranges(starts, np.minimum(room, span))] = True
-    hidden = hidden.reshape(-1, width)  # (N, T)
-    hidden[redrawn] = False
-    return hidden, [*np.flatnonzero(lengths > FLOYD_LIMIT).tolist(), *redrawn.tolist()]
+    ends = np.cumsum(lengths)
+    expected = cfg.mask_prob * lengths / cfg.mask_multiple_length  # (N,)
+    draws = int(expected.max()) + 2  # at most
+    words = random_words(block_seeds(cfg.seed, epoch, ids), 1 + (draws + 1) // 2)
+    # how many spans: rng.random() rounds their expected number up or down
+    counts = (expected + (words[0] >> u64(11)) * 2.0**-53).astype(np.int64)
+    too_long = lengths > FLOYD_LIMIT
+    counts[too_long] = 0
+
+    # where they start: rng.choice(length, count, replace=False), which is Floyd's sampling: draw a
+    # place up to the k-th of the last `count`; if it is taken, that one itself. For count = length
+    # numpy skips the first draw, which must be 0; all are chosen either way.
+    bits = np.stack([words[1:] & LOW, words[1:] >> HALF], 1)  # numpy draws 32 bits at a time
+    bits = bits.reshape(-1, len(lengths))[:draws]  # (draws, N)
+    k = np.arange(draws)[:, None]
+    used = k < counts
+    last = lengths - counts + k
+    product = bits * (last + 1).view(u64)
+    rejected = used & ((product & LOW) <= last.view(u64))
+    begins = ends - lengths
+    nowhere = ends[-1]
+    places = np.where(used, begins + (product >> HALF).view(np.int64), nowhere)
+    last = np.where(used, begins + last, nowhere)
+    chosen = np.zeros(nowhere + 1, bool)
+    for place, itself in zip(places, last):
+        chosen[np.where(chosen[place], itself, place)] = True
+
+    # a span ends with its block
+    starts = np.flatnonzero(chosen[:-1])
+    room = np.repeat(ends, counts) - starts
+    hidden = np.zeros(nowhere, bool)
+    hidden[ranges(starts, np.minimum(room, cfg.mask_multiple_length))] = True
+    return hidden, np.flatnonzero(too_long | rejected.any(0))
 
 
 @functools.cache
-def hide_blocks_is_exact() -> bool:
-    """Whether this Python's hash and this numpy's generator draw what this file draws."""
-    ids, lengths = np.arange(64) * 977, np.arange(2, 66) * 5
-    generators = Generators(block_seeds(12345, 7, ids))
-    floats = generators.random()
-    chosen, _ = generators.choose(lengths, lengths // 5)
-    for index, length, draw, places in zip(ids.tolist(), lengths.tolist(), floats, chosen):
-        rng = np.random.default_rng(int(hash((12345, 7, index)) % 1e6))
-        if rng.random() != draw or {*rng.choice(length, length // 5, replace=False)} != places:
-            return False
-    return True
+def hide_blocks_is_exact(rule) -> bool:
+    """Whether this Python's hash and this numpy's generator draw what hide_blocks draws.
+
+    rule: data.mask_block.
+    """
+    cfg = DataConfig(seed=12345)
+    lengths = np.arange(2, 66) * 5
+    hidden, invalid = hide_blocks(lengths, lengths * 977, cfg, 7)
+    symbols = SimpleNamespace(mask_id=0)
+    blocks = [rule(n, symbols, cfg, 7, n * 977)[0] for n in lengths.tolist()]
+    return len(invalid) == 0 and np.array_equal(hidden, np.concatenate(blocks))

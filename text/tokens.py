@@ -4,6 +4,7 @@ Source: fairseq at commit 3f6ba43f, examples/roberta/multiprocessing_bpe_encoder
 --keep-empty) and fairseq_cli/preprocess.py (with --only-source), whose ids these are.
 """
 
+import functools
 import itertools
 import json
 import re
@@ -25,8 +26,7 @@ SPECIAL_TOKEN = re.compile(r"<.*>|\[.*\]", re.S)  # such as <|endoftext|>, which
 # GPT-2's pattern always cuts before a space between two characters that are not white space, and
 # looks at nothing beyond that space. So the pieces can be encoded, and remembered, one by one.
 CUT = re.compile(r"(?<=\S)(?= \S)")
-MEMO = 1 << 18  # pieces of text that are remembered with their tokens
-MEMO_PIECE = 32  # characters of the longest of them
+MEMO = 1 << 17  # pieces of text that are remembered with their tokens
 TRAINED_PIECE = 3000  # most bytes of a piece that a BPE is trained on; no text has longer words
 
 
@@ -160,21 +160,6 @@ def train_bpe(names: list[str], vocab_size: int, sample_mb: int) -> list[bytes]:
 # --------------------------------------------------------------------------------------- tokenizer
 
 
-class _Memo(dict):
-    """piece of text -> its tokens as bytes. Each is computed once while there is room."""
-
-    def __init__(self, work):
-        self.work = work
-
-    def __missing__(self, piece):
-        tokens = self.work(piece)
-        if len(piece) <= MEMO_PIECE:  # a longer one, such as a Chinese clause, rarely comes again
-            if len(self) >= MEMO:
-                self.clear()
-            self[piece] = tokens
-        return tokens
-
-
 class Tokenizer:
     """Lines of text -> their token ids, each line ending in EOS, exactly as a dataset holds them.
 
@@ -188,17 +173,16 @@ class Tokenizer:
         self.dtype = np.dtype(dtype)
         self.bpe = bpe
         self.eos = np.array([EOS], dtype).tobytes()
+        remember = functools.lru_cache(MEMO)
         if bpe is None:
-            self.later = _Memo(lambda word: np.array([ids.get(word, UNK)], dtype).tobytes())
+            self.later = remember(lambda word: np.array([ids.get(word, UNK)], dtype).tobytes())
             return
         # table: id of the BPE -> id of the dictionary
-        vocab = bpe.get_vocab(with_added_tokens=False)
-        self.longest = max(map(len, vocab))  # bytes of a token, hence at least its characters
-        numbers = range(1 + max(vocab.values()))
+        numbers = range(1 + max(bpe.get_vocab(with_added_tokens=False).values()))
         self.table = np.array([ids.get(str(i), UNK) for i in numbers], dtype)
         # a line's first word has no space before it
-        self.first = _Memo(self._encode)
-        self.later = _Memo(lambda word: self._encode(" " + word))
+        self.first = remember(self._encode)
+        self.later = remember(lambda word: self._encode(" " + word))
 
     def _encode(self, text: str) -> bytes:
         return self.table[self.bpe.encode(text, add_special_tokens=False).ids].tobytes()
@@ -208,28 +192,14 @@ class Tokenizer:
         line = line.strip()
         words = line.split()
         if self.bpe is None or not words:
-            return b"".join(map(self.later.__getitem__, words)) + self.eos
+            return b"".join(map(self.later, words)) + self.eos
         if " ".join(words) != line:  # other white space than single spaces
-            return b"".join(map(self.first.__getitem__, CUT.split(line))) + self.eos
-        rest = b"".join(map(self.later.__getitem__, words[1:]))
-        return self.first[words[0]] + rest + self.eos
+            return b"".join(map(self.first, CUT.split(line))) + self.eos
+        return self.first(words[0]) + b"".join(map(self.later, words[1:])) + self.eos
 
     def __call__(self, lines: list[str]) -> list[np.ndarray]:
         rows = [self._row(visible(line)) for line in lines]
         return [np.frombuffer(row, self.dtype).astype(np.int64) for row in rows]
-
-    def head(self, line: str, tokens: int) -> str:
-        """The beginning of a line, long enough for its first `tokens` tokens.
-
-        Every word is a token or more. A Chinese text may be one word, so its characters are counted
-        too: twice as many as the tokens can have, for a cut changes tokens only within an unbroken
-        run of letters that it ends.
-        """
-        line = line.strip()
-        words = line.split(None, tokens)
-        if len(words) > tokens:
-            line = line[: -len(words[tokens])]
-        return line if self.bpe is None else line[: 2 * tokens * self.longest]
 
     def decode(self, tokens, dictionary: Dictionary) -> str:
         """The text of token ids. What is no token of the BPE, such as <s>, is its symbol."""

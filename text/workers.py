@@ -1,10 +1,10 @@
-"""A tokenizer in several processes: preprocess.py's work, in the order of the text."""
+"""Work of others, in order: a tokenizer in several processes, batches made by a thread."""
 
 import os
 import signal
 import threading
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 
@@ -58,3 +58,21 @@ def tokenize(method: str, tokenizer: Tokenizer, names: list[str], label: str, wo
         raise RunError(f"{what}; the same command continues") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def prefetch(iterable, depth: int, begin=None):
+    """Yield the items in order while a thread makes up to `depth` of them in advance.
+
+    The thread calls `begin` first. An error of the iterable is raised in place of its item. If the
+    generator is closed, or its consumer fails, the thread stops after the item it is working on.
+    """
+    items = iter(iterable)
+    end = object()
+    maker = ThreadPoolExecutor(1, "prefetch", begin)
+    try:
+        ahead = deque(maker.submit(next, items, end) for _ in range(depth))
+        while (item := ahead.popleft().result()) is not end:
+            ahead.append(maker.submit(next, items, end))
+            yield item
+    finally:
+        maker.shutdown(cancel_futures=True)
