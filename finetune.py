@@ -55,6 +55,7 @@ from tqdm import tqdm
 
 # Examples are sorted by length within so many batches; more leave less padding, less is chance.
 BATCHES_GROUPED = 16
+WARMUP_SHARE = 0.06  # of all updates
 
 
 def implied(cfg: FinetuneConfig) -> dict:
@@ -63,17 +64,16 @@ def implied(cfg: FinetuneConfig) -> dict:
     if cfg.task != "none":
         recipe = RECIPES[cfg.task]
         values = recipe._asdict() | dict(lr=(recipe.lr,))
-        warmup = values.pop("warmup_updates")
-        if cfg.max_update:  # another length keeps the recipe's share
-            values["warmup_share"] = warmup / recipe.max_update
-        elif cfg.warmup_share == FinetuneConfig.warmup_share:
-            values["warmup_updates"] = warmup
+        # another length keeps the recipe's share
+        if cfg.max_update:
+            share = recipe.warmup_updates / recipe.max_update
+            values["warmup_updates"] = round(share * cfg.max_update)
     # its scores go from 0 to 5
     if cfg.task == "stsb":
         values.update(regression=True, label_scale=5.0)
     # fairseq's random numbers cannot be had again
     if cfg.fairseq_exact:
-        values.update(dropout=0.0, attention_dropout=0.0)
+        values.update(dropout=0.0)
     return values
 
 
@@ -92,7 +92,7 @@ class Task:
 
 def read_task(cfg: FinetuneConfig, device: Device) -> Task:
     """Raises InputError for whatever cannot be used."""
-    source = pretrained.load(cfg.ckpt, cfg.teacher, cfg.attention_heads)
+    source = pretrained.load(cfg.ckpt, cfg.attention_heads)
     # weights, and to train them gradients and Adam's two moments
     copies = 2 if cfg.freeze else 5
     check_memory(source.shape, source.vocabulary, device, copies)
@@ -121,8 +121,7 @@ def new_classifier(task: Task, job: Job) -> Classifier:
     """The model before its first update, drawn by the job's seed where it is not pretrained."""
     cfg, source = task.cfg, task.source
     task.device.seed(job.seed)  # of the head, and of random weights
-    rates = dict(dropout=cfg.dropout, attention_dropout=cfg.attention_dropout)
-    encoder = source.encoder(job.untrained, activation_dropout=0.0, **rates)
+    encoder = source.encoder(job.untrained, cfg.dropout)
     if cfg.embed_rms:
         pretrained.scale_embeddings(encoder, cfg.embed_rms)
     head = new_head(cfg, source, task.data)
@@ -156,7 +155,7 @@ class Tuning:
             self.end = min(self.total, cfg.max_epoch * per_epoch)
         self.warmup = cfg.warmup_updates
         if self.warmup < 0:
-            self.warmup = round(cfg.warmup_share * self.total)
+            self.warmup = round(WARMUP_SHARE * self.total)
 
     def training_batches(self) -> list[np.ndarray]:
         """Row numbers of each batch; every epoch has the same batches in another order."""

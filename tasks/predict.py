@@ -23,8 +23,8 @@ def predict(cfg, device: Device) -> int:
     if cfg.out and os.path.realpath(cfg.out) in inputs:
         raise InputError(f"--out {cfg.out} is a file that this reads; choose another name")
     entry = classifier.entry_of(checkpoint.load(cfg.ckpt), cfg.ckpt)
-    source = pretrained.load(cfg.ckpt, attention_heads=cfg.attention_heads)
-    model = classifier.rebuild(entry, source.encoder(), cfg.ckpt).to(device.torch_device).eval()
+    source = pretrained.load(cfg.ckpt, cfg.attention_heads)
+    model = classifier.rebuild(entry, source.encoder(untrained=False, dropout=0.0), cfg.ckpt).to(device.torch_device).eval()
     tokenize = pretrained.prepare_text(cfg, source).tokenize
     split = labelled.encode(tokenize, read_texts(cfg, entry), None, source.longest)
     if split.cut:

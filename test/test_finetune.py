@@ -60,7 +60,7 @@ def flags(place, out, **options):
     """finetune.py's arguments; an option that is None is left out."""
     known = dict(ckpt=place / "pretrained.pt", save_dir=out, device="cpu", text="text")
     known |= dict(train=place / "train.tsv", valid=place / "valid.tsv", label="label", lr=3e-3)
-    known |= dict(max_epoch=8, dropout=0, attention_dropout=0)
+    known |= dict(max_epoch=8, dropout=0)
     return [f"--{k}={v}" for k, v in {**known, **options}.items() if v is not None]
 
 
@@ -300,13 +300,6 @@ def test_without_scikit_learn_the_bag_is_left_out_and_a_probe_refused(place, tmp
     assert json.loads((tmp_path / "results.json").read_text())["bag"] is None
     with pytest.raises(InputError, match="--freeze.* scikit-learn"):
         finetune.main(flags(place, tmp_path / "probe", freeze=True))
-
-
-def test_the_teacher_can_be_what_is_fine_tuned(place, tmp_path):
-    call(finetune.main, *flags(place, tmp_path, teacher=True, lr=0, max_epoch=1))
-    best = checkpoint.load(tmp_path / "checkpoint_best.pt").student
-    for name, tensor in checkpoint.load(place / "pretrained.pt").teacher.items():
-        assert torch.equal(best[f"encoder.{name}"], tensor)
 
 
 def test_embeddings_of_another_size_give_the_same_outputs(place, tmp_path):

@@ -185,10 +185,10 @@ def test_the_files_of_glue_are_read_as_they_are_shipped(task, place, tmp_path): 
     [
         ("--task qqp", dict(RECIPES["qqp"]._asdict(), lr=(1e-5,))),
         ("--task stsb", dict(RECIPES["stsb"]._asdict(), lr=(2e-5,), regression=True)),
-        ("--task qqp --max_update 100", dict(warmup_share=0.25, warmup_updates=-1)),
-        ("--task qqp --warmup_share 0.1", dict(warmup_share=0.1, warmup_updates=-1)),
+        ("--task qqp --max_update 100", dict(warmup_updates=25)),
+        ("--task qqp --warmup_updates 9", dict(warmup_updates=9)),
         ("--task qqp --lr 1 --batch_size 7", dict(lr=(1.0,), batch_size=7)),
-        ("--fairseq_exact", dict(dropout=0.0, attention_dropout=0.0)),
+        ("--fairseq_exact", dict(dropout=0.0)),
     ],
 )
 def test_the_recipes_of_glue_are_defaults_that_flags_override(argv, values):
