@@ -22,9 +22,13 @@ def predict(cfg, device: Device) -> int:
     inputs = {os.path.realpath(path) for path in (cfg.predict, cfg.ckpt)}
     if cfg.out and os.path.realpath(cfg.out) in inputs:
         raise InputError(f"--out {cfg.out} is a file that this reads; choose another name")
-    entry = classifier.entry_of(checkpoint.load(cfg.ckpt), cfg.ckpt)
     source = pretrained.load(cfg.ckpt, cfg.attention_heads)
-    model = classifier.rebuild(entry, source.encoder(untrained=False, dropout=0.0), cfg.ckpt).to(device.torch_device).eval()
+    entry = source.entry
+    if entry is None:
+        what = "not fine-tuned; give the checkpoint_best.pt of a fine-tuning"
+        raise InputError(f"{cfg.ckpt}: {what}")
+    model = classifier.rebuild(entry, source.encoder(untrained=False, dropout=0.0), cfg.ckpt)
+    model = model.to(device.torch_device).eval()
     tokenize = pretrained.prepare_text(cfg, source).tokenize
     split = labelled.encode(tokenize, read_texts(cfg, entry), None, source.longest)
     if split.cut:

@@ -12,6 +12,7 @@ from formats.load import load as load_any
 from model import PAD, Encoder, init_weights
 from run import checkpoint
 from tasks import heads, labelled
+from tasks.classifier import entry_of
 from text.binarized import SPECIAL, Dictionary
 from text.tokens import BPE_FILES, Tokenizer, find_text_files, load_tokenizer
 
@@ -28,6 +29,7 @@ class Pretrained:
     path: Path
     shape: ModelConfig
     weights: dict  # its state dict
+    entry: dict | None  # what our fine-tuning added to it (classifier.entry_of)
     head: heads.Head | None  # its classification head, if it has one
     dictionary: dict  # size, digest and mask_id, as our checkpoints have them; else empty
     folder: str  # of the pretraining data, on the machine that trained it
@@ -83,11 +85,13 @@ def load(path, attention_heads: int = 0) -> Pretrained:
     settings = loaded.config
     folder = settings.get("data_path")
     ours = loaded.content if loaded.kind == "ours" else {}
+    entry = entry_of(loaded, path) if "classifier" in ours else None
     return Pretrained(
         path=path,
         shape=shape_of(weights, settings, attention_heads, path),
         weights=weights,
-        head=heads.find(loaded, path),
+        entry=entry,
+        head=heads.find(loaded, entry, path),
         dictionary=ours.get("dictionary", {}),
         folder=folder if isinstance(folder, str) else "",
     )

@@ -43,12 +43,11 @@ class FinetuneConfig:
     regression: bool = option(False, "labels are numbers to be predicted, not classes")
     label_scale: float = option(1.0, "divide the numbers by this while training", above=0)
     # what is trained
-    freeze: bool = option(False, "fit a linear classifier on frozen features; no training")
     pool: str = option("cls", "the head reads <s>, or the mean state", choices=("cls", "mean"))
     new_head: bool = option(False, "draw the head anew, whichever the file has")
     untrained: bool = option(False, "do the same from random weights, for comparison")
     embed_rms: float = option(0.0, "first bring the embeddings to this size (0: no)", low=0)
-    dropout: float = option(0.1, "after embedding, attention, feed-forward; of attention", low=0, below=1)
+    dropout: float = option(0.1, "of attention, and after each part", low=0, below=1)
     # how
     lr: tuple = option((2e-5,), "highest learning rate; of several (A,B,C) each is tried", low=0)
     seed: int = option(1, "seed of order, head and dropout", low=0, high=2**31 - 1)
