@@ -234,7 +234,7 @@ def test_a_task_is_learned_and_raw_lines_get_names(place, tmp_path, pool, lr):
     assert cells[1][0] == "good" and cells[3][0] == "bad"
     for _, *shares in cells[1:]:
         assert sum(map(float, shares)) == pytest.approx(1, abs=1e-5)
-    table = [place / "test.tsv", "--text", "text", "--out", tmp_path / "o.tsv", "--batch_size", 7]
+    table = [place / "test.tsv", "--text", "1", "--out", tmp_path / "o.tsv", "--batch_size", 7]
     call(finetune.main, *predict, *table)
     names = [line.split("\t")[0] for line in (tmp_path / "o.tsv").read_text().splitlines()[1:]]
     assert names == labels_of(place / "test.tsv")
