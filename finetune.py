@@ -275,11 +275,11 @@ def tuning_loop(tuning: Tuning, task: Task, outlet: Outlet, signals: Signals):
         for groups in tuning.updates_of(epoch):
             row = tuning_step(tuning, groups)
             if row is None:
-                outlet.write(dict(num_updates=tuning.num_updates, overflow=True, epoch=epoch))
-                continue
+                row = dict(num_updates=tuning.num_updates, overflow=True)
+            else:
+                bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
+                bar.update()
             outlet.write(row | dict(epoch=epoch))
-            bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
-            bar.update()
             is_over = tuning.num_updates >= end or signals.stop > 0
             if is_over:
                 break
@@ -350,7 +350,7 @@ def finetune(cfg: FinetuneConfig, device: Device) -> int:
             results.append(fine_tune(task, job, Outlet(task, job, save_dir, place), signals))
             report.keep_best(results, task.metric)
             if signals.stop:
-                print(f"stopped by a signal; {results[-1].checkpoint} is its best", file=sys.stderr)
+                print(f"stopped by a signal; {folder} has the best so far", file=sys.stderr)
                 return 128 + signals.stop
         report.finish(results, bag, task.metric, folder)
     return 0

@@ -74,6 +74,7 @@ def fit(head: Head, new: nn.Module, names: list | None, scale: float, path: Path
         form = "<s> (--pool cls)" if is_first else "the mean over the text (--pool mean)"
         say(f"the head of {path} is not taken: it reads {form}")
         return {}
+    # a row for each of its own classes, in its own order
     classes = check_classes(head, names, path)
     expected = type(new)(new.out_proj.in_features, len(classes))
     state = checkpoint.own_state(head.weights, expected, "the classification head", path)
@@ -98,6 +99,7 @@ def check_classes(head: Head, names: list | None, path: Path) -> list:
         raise InputError(f"{path}: {what}; {advice}")
     if names is None:
         return ["score"]
+    # nameless: fairseq counts classes by frequency, as we do
     if known is None:
         if rows != len(names):
             ours = f"the labelled text has {len(names)}: {shown(names)}"

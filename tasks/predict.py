@@ -27,6 +27,7 @@ def predict(cfg, device: Device) -> int:
     if entry is None:
         what = "not fine-tuned; give the checkpoint_best.pt of a fine-tuning"
         raise InputError(f"{cfg.ckpt}: {what}")
+    # the classifier and its tokenizer, as at the end of the fine-tuning
     model = classifier.rebuild(entry, source.encoder(untrained=False, dropout=0.0), cfg.ckpt)
     model = model.to(device.torch_device).eval()
     tokenize = pretrained.prepare_text(cfg, source).tokenize
@@ -48,6 +49,7 @@ def read_texts(cfg, entry: dict) -> list[list[str]]:
     """
     path, texts = cfg.predict, entry["texts"]
     if cfg.text:
+        # a first row with the names that training saw is left out
         files = dict(predict=(path, own_columns(cfg)))
         columns = tables.read_tables(files, known=entry.get("header"))["predict"].texts
         if len(columns) != texts:

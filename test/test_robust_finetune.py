@@ -155,7 +155,8 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("lr", ["1e-3", "1e-3,2e-3"])
-def test_an_older_fine_tuning_stays_until_the_new_one_is_saved(lr, place, tmp_path, monkeypatch):  # noqa: F811
+# noqa: F811
+def test_an_older_fine_tuning_stays_until_the_new_one_is_saved(lr, place, tmp_path, monkeypatch):
     folder, other = tmp_path / "out", tmp_path / "dict.txt"
     call(finetune.main, *flags(place, folder, lr=lr, max_epoch=1))
     older = contents(folder)
