@@ -73,8 +73,8 @@ def test_the_rows_of_a_head_go_by_class_names(kind, counts, colors, place, tmp_p
         names = ["2", "1", "0"]  # their order is that of the rows: blue is 0
     train = color_table(tmp_path / "t.tsv", counts, names)
     own = dict(train=train, valid=train, lr=0, max_epoch=1, dict=colors.parent / "dict.txt")
-    out = call(finetune.main, *flags(place, tmp_path, ckpt=ckpt, attention_heads=2, **own))
-    assert rows_of(tmp_path, "valid_loss")[0]["valid_accuracy"] == 1
+    out = call(finetune.main, *flags(place, tmp_path / "o", ckpt=ckpt, attention_heads=2, **own))
+    assert rows_of(tmp_path / "o", "valid_loss")[0]["valid_accuracy"] == 1
     assert ("does not name the classes" in out) == (kind in ("fairseq", "transformers LABEL_0"))
 
 
