@@ -42,7 +42,7 @@ from run import checkpoint
 from run.guard import Signals, check_memory
 from run.lock import Lock
 from tasks import baselines, batches, heads, predict, pretrained, report
-from tasks.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum, state_of
+from tasks.classifier import Classifier, MeanHead, SentenceHead, figures_of, loss_sum, state_of
 from tasks.data import Data, read_data
 from tasks.labelled import Split
 from tasks.pretrained import Pretrained, Text
@@ -55,6 +55,7 @@ from tqdm import tqdm
 
 # Examples are sorted by length within so many batches; more leave less padding, less is chance.
 BATCHES_GROUPED = 16
+WARMUP_SHARE = 0.06  # of all updates
 
 
 def implied(cfg: FinetuneConfig) -> dict:
@@ -63,17 +64,16 @@ def implied(cfg: FinetuneConfig) -> dict:
     if cfg.task != "none":
         recipe = RECIPES[cfg.task]
         values = recipe._asdict() | dict(lr=(recipe.lr,))
-        warmup = values.pop("warmup_updates")
-        if cfg.max_update:  # another length keeps the recipe's share
-            values["warmup_share"] = warmup / recipe.max_update
-        elif cfg.warmup_share == FinetuneConfig.warmup_share:
-            values["warmup_updates"] = warmup
+        # another length keeps the recipe's share
+        if cfg.max_update:
+            share = recipe.warmup_updates / recipe.max_update
+            values["warmup_updates"] = round(share * cfg.max_update)
     # its scores go from 0 to 5
     if cfg.task == "stsb":
         values.update(regression=True, label_scale=5.0)
     # fairseq's random numbers cannot be had again
     if cfg.fairseq_exact:
-        values.update(dropout=0.0, attention_dropout=0.0)
+        values.update(dropout=0.0)
     return values
 
 
@@ -92,10 +92,9 @@ class Task:
 
 def read_task(cfg: FinetuneConfig, device: Device) -> Task:
     """Raises InputError for whatever cannot be used."""
-    source = pretrained.load(cfg.ckpt, cfg.teacher, cfg.attention_heads)
-    # weights, and to train them gradients and Adam's two moments
-    copies = 2 if cfg.freeze else 5
-    check_memory(source.shape, source.vocabulary, device, copies)
+    source = pretrained.load(cfg.ckpt, cfg.attention_heads)
+    # weights, gradients and Adam's two moments
+    check_memory(source.shape, source.vocabulary, device, copies=5)
     text = pretrained.prepare_text(cfg, source)
     data = read_data(cfg, source.longest, text.dictionary, text.tokenize)
     metrics = CLASS_METRICS if data.names else SCORE_METRICS
@@ -106,14 +105,14 @@ def read_task(cfg: FinetuneConfig, device: Device) -> Task:
         raise InputError(f"--metric {metric}: choose from {', '.join(metrics)}")
     # a head for other classes is an error, before anything is written
     head = {}
-    if source.head and not (cfg.new_head or cfg.freeze):
+    if source.head and not cfg.new_head:
         new = new_head(cfg, source, data)
         head = heads.fit(source.head, new, data.names, cfg.label_scale, source.path)
     return Task(cfg, device, source, text, data, metric, head)
 
 
 def new_head(cfg: FinetuneConfig, source: Pretrained, data: Data) -> torch.nn.Module:
-    kind = LinearProbe if cfg.freeze or cfg.pool == "mean" else SentenceHead
+    kind = MeanHead if cfg.pool == "mean" else SentenceHead
     return kind(source.shape.embed_dim, data.outputs)
 
 
@@ -121,8 +120,7 @@ def new_classifier(task: Task, job: Job) -> Classifier:
     """The model before its first update, drawn by the job's seed where it is not pretrained."""
     cfg, source = task.cfg, task.source
     task.device.seed(job.seed)  # of the head, and of random weights
-    rates = dict(dropout=cfg.dropout, attention_dropout=cfg.attention_dropout)
-    encoder = source.encoder(job.untrained, activation_dropout=0.0, **rates)
+    encoder = source.encoder(job.untrained, cfg.dropout)
     if cfg.embed_rms:
         pretrained.scale_embeddings(encoder, cfg.embed_rms)
     head = new_head(cfg, source, task.data)
@@ -156,7 +154,7 @@ class Tuning:
             self.end = min(self.total, cfg.max_epoch * per_epoch)
         self.warmup = cfg.warmup_updates
         if self.warmup < 0:
-            self.warmup = round(cfg.warmup_share * self.total)
+            self.warmup = round(WARMUP_SHARE * self.total)
 
     def training_batches(self) -> list[np.ndarray]:
         """Row numbers of each batch; every epoch has the same batches in another order."""
@@ -277,11 +275,11 @@ def tuning_loop(tuning: Tuning, task: Task, outlet: Outlet, signals: Signals):
         for groups in tuning.updates_of(epoch):
             row = tuning_step(tuning, groups)
             if row is None:
-                outlet.write(dict(num_updates=tuning.num_updates, overflow=True, epoch=epoch))
-                continue
+                row = dict(num_updates=tuning.num_updates, overflow=True)
+            else:
+                bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
+                bar.update()
             outlet.write(row | dict(epoch=epoch))
-            bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
-            bar.update()
             is_over = tuning.num_updates >= end or signals.stop > 0
             if is_over:
                 break
@@ -297,11 +295,7 @@ def tuning_loop(tuning: Tuning, task: Task, outlet: Outlet, signals: Signals):
 def fine_tune(task: Task, job: Job, outlet: Outlet, signals: Signals) -> Result:
     """One fine-tuning."""
     model = new_classifier(task, job).to(task.device.torch_device)
-    if job.is_probe:
-        for decay, figures in baselines.probes(model.eval(), task.device, task.data, task.cfg):
-            outlet.validation(figures, model, f"weight decay {decay:g}", decay=decay)
-    else:
-        tuning_loop(Tuning(task, job, model), task, outlet, signals)
+    tuning_loop(Tuning(task, job, model), task, outlet, signals)
     outlet.log.close()
     # the test split is scored once, by the best checkpoint
     if task.data.test and not signals.stop:
@@ -356,7 +350,7 @@ def finetune(cfg: FinetuneConfig, device: Device) -> int:
             results.append(fine_tune(task, job, Outlet(task, job, save_dir, place), signals))
             report.keep_best(results, task.metric)
             if signals.stop:
-                print(f"stopped by a signal; {results[-1].checkpoint} is its best", file=sys.stderr)
+                print(f"stopped by a signal; {folder} has the best so far", file=sys.stderr)
                 return 128 + signals.stop
         report.finish(results, bag, task.metric, folder)
     return 0

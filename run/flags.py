@@ -51,6 +51,11 @@ GONE = {
         "pool": "--features gives the mean over a line's tokens",
     },
     "finetune.py": {
+        "freeze": "eval.py --features writes vectors for any linear classifier",
+        "teacher": "convert.py --to hf --teacher writes a folder for --ckpt",
+        "patience": "--max_epoch or --max_update ends it",
+        "warmup_share": "--warmup_updates",
+        "attention_dropout": "--dropout is that of attention, too",
         "init_from": "--ckpt takes the head, too, where it has these classes",
         "num_classes": "there are as many classes as the training split has",
     },

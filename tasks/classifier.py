@@ -5,7 +5,7 @@ Source: fairseq at commit 3f6ba43f, RobertaClassificationHead and criterion sent
 
 import math
 
-from config import InputError, reading
+from config import reading
 from model import PAD, Encoder
 from run import checkpoint
 from run.checkpoint import Loaded
@@ -31,8 +31,8 @@ class SentenceHead(nn.Module):
         return self.out_proj(x)
 
 
-class LinearProbe(nn.Module):
-    """The head of --freeze and --pool mean: the mean hidden state of an example -> Linear."""
+class MeanHead(nn.Module):
+    """The head of --pool mean: the mean hidden state of an example -> Linear."""
 
     def __init__(self, width: int, outputs: int):
         super().__init__()
@@ -40,12 +40,8 @@ class LinearProbe(nn.Module):
 
     def forward(self, hidden: Tensor, real: Tensor) -> Tensor:
         """hidden (B, T, C), real (B, T) bool, True at text -> (B, outputs)."""
-        return self.out_proj(mean_state(hidden, real))
-
-
-def mean_state(hidden: Tensor, real: Tensor) -> Tensor:
-    """(B, T, C) -> (B, C) float32, the mean over the text."""
-    return (hidden.float() * real[:, :, None]).sum(1) / real.sum(1, keepdim=True)
+        mean = (hidden.float() * real[:, :, None]).sum(1) / real.sum(1, keepdim=True)  # (B, C)
+        return self.out_proj(mean)
 
 
 class Classifier(nn.Module):
@@ -59,11 +55,6 @@ class Classifier(nn.Module):
         """tokens (B, T) int64; padded: whether PAD may occur in them -> (B, outputs)."""
         hidden, _ = self.encoder(tokens, padded)
         return self.head(hidden, tokens != PAD)
-
-    def features(self, tokens: Tensor, padded: bool) -> Tensor:
-        """What a linear probe reads, (B, C)."""
-        hidden, _ = self.encoder(tokens, padded)
-        return mean_state(hidden, tokens != PAD)
 
 
 def loss_sum(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -94,8 +85,6 @@ def entry_of(loaded: Loaded, path) -> dict:
     or 2 for pairs), label_scale and, since 0.4.0, header (what the table's first row called the
     text columns, or None). Raises InputError.
     """
-    if loaded.kind != "ours" or "classifier" not in loaded.content:
-        raise InputError(f"{path}: not fine-tuned; give the checkpoint_best.pt of a fine-tuning")
     with reading(f"{path}: damaged: its classifier"):
         entry = loaded.content["classifier"]
         # what is used later without another look
@@ -110,7 +99,7 @@ def entry_of(loaded: Loaded, path) -> dict:
 def rebuild(entry: dict, encoder: Encoder, path) -> Classifier:
     """The classifier of such an entry around an encoder. Raises InputError if it does not fit."""
     # the names of the weights tell which head it is
-    kind = SentenceHead if "dense.weight" in entry["head"] else LinearProbe
+    kind = SentenceHead if "dense.weight" in entry["head"] else MeanHead
     head = kind(encoder.embed_tokens.embedding_dim, len(entry["labels"] or ["score"]))
     checkpoint.put(entry["head"], head, "the classification head", path)
     return Classifier(encoder, head)

@@ -7,7 +7,6 @@ from pathlib import Path
 from config import InputError, printable, read_text, reading
 from run import checkpoint
 from run.checkpoint import Loaded
-from tasks.classifier import entry_of
 from tasks.tables import score_of
 
 import torch
@@ -29,16 +28,15 @@ class Head:
     is_sorted: bool = False  # rows without names are in the order of the names, not of frequency
 
 
-def find(loaded: Loaded, path: Path) -> Head | None:
+def find(loaded: Loaded, entry: dict | None, path: Path) -> Head | None:
     """The head of a fine-tuned model: of ours, of fairseq's or of transformers.
 
-    What is another head is left out with a note. Raises InputError.
+    entry: that of our fine-tuning. Another kind of head is left out with a note.
     """
-    if loaded.kind == "ours":
-        if "classifier" not in loaded.content:
-            return None
-        entry = entry_of(loaded, path)
+    if entry:
         return Head(entry["head"], entry["labels"], entry["label_scale"])
+    if loaded.kind == "ours":
+        return None
     if loaded.kind == "hf":
         return of_transformers(loaded.content, path)
     state = loaded.content.get("model", loaded.content)
@@ -76,6 +74,7 @@ def fit(head: Head, new: nn.Module, names: list | None, scale: float, path: Path
         form = "<s> (--pool cls)" if is_first else "the mean over the text (--pool mean)"
         say(f"the head of {path} is not taken: it reads {form}")
         return {}
+    # a row for each of its own classes, in its own order
     classes = check_classes(head, names, path)
     expected = type(new)(new.out_proj.in_features, len(classes))
     state = checkpoint.own_state(head.weights, expected, "the classification head", path)
@@ -100,6 +99,7 @@ def check_classes(head: Head, names: list | None, path: Path) -> list:
         raise InputError(f"{path}: {what}; {advice}")
     if names is None:
         return ["score"]
+    # nameless: fairseq counts classes by frequency, as we do
     if known is None:
         if rows != len(names):
             ours = f"the labelled text has {len(names)}: {shown(names)}"

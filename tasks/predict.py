@@ -22,9 +22,14 @@ def predict(cfg, device: Device) -> int:
     inputs = {os.path.realpath(path) for path in (cfg.predict, cfg.ckpt)}
     if cfg.out and os.path.realpath(cfg.out) in inputs:
         raise InputError(f"--out {cfg.out} is a file that this reads; choose another name")
-    entry = classifier.entry_of(checkpoint.load(cfg.ckpt), cfg.ckpt)
-    source = pretrained.load(cfg.ckpt, attention_heads=cfg.attention_heads)
-    model = classifier.rebuild(entry, source.encoder(), cfg.ckpt).to(device.torch_device).eval()
+    source = pretrained.load(cfg.ckpt, cfg.attention_heads)
+    entry = source.entry
+    if entry is None:
+        what = "not fine-tuned; give the checkpoint_best.pt of a fine-tuning"
+        raise InputError(f"{cfg.ckpt}: {what}")
+    # the classifier and its tokenizer, as at the end of the fine-tuning
+    model = classifier.rebuild(entry, source.encoder(untrained=False, dropout=0.0), cfg.ckpt)
+    model = model.to(device.torch_device).eval()
     tokenize = pretrained.prepare_text(cfg, source).tokenize
     split = labelled.encode(tokenize, read_texts(cfg, entry), None, source.longest)
     if split.cut:
@@ -44,6 +49,7 @@ def read_texts(cfg, entry: dict) -> list[list[str]]:
     """
     path, texts = cfg.predict, entry["texts"]
     if cfg.text:
+        # a first row with the names that training saw is left out
         files = dict(predict=(path, own_columns(cfg)))
         columns = tables.read_tables(files, known=entry.get("header"))["predict"].texts
         if len(columns) != texts:

@@ -12,6 +12,7 @@ from formats.load import load as load_any
 from model import PAD, Encoder, init_weights
 from run import checkpoint
 from tasks import heads, labelled
+from tasks.classifier import entry_of
 from text.binarized import SPECIAL, Dictionary
 from text.tokens import BPE_FILES, Tokenizer, find_text_files, load_tokenizer
 
@@ -28,6 +29,7 @@ class Pretrained:
     path: Path
     shape: ModelConfig
     weights: dict  # its state dict
+    entry: dict | None  # what our fine-tuning added to it (classifier.entry_of)
     head: heads.Head | None  # its classification head, if it has one
     dictionary: dict  # size, digest and mask_id, as our checkpoints have them; else empty
     folder: str  # of the pretraining data, on the machine that trained it
@@ -41,12 +43,13 @@ class Pretrained:
         """The most tokens of an example: positions count from PAD + 1."""
         return len(self.weights["embed_positions.weight"]) - PAD - 1
 
-    def encoder(self, untrained: bool = False, **dropouts) -> Encoder:
+    def encoder(self, untrained: bool, dropout: float) -> Encoder:
         """A new encoder with these weights, or with the random ones that pretraining begins with.
 
-        Raises InputError.
+        dropout: after embedding, attention and feed-forward, and of attention. Raises InputError.
         """
-        encoder = Encoder(dataclasses.replace(self.shape, **dropouts), self.vocabulary)
+        rates = dict(dropout=dropout, attention_dropout=dropout, activation_dropout=0.0)
+        encoder = Encoder(dataclasses.replace(self.shape, **rates), self.vocabulary)
         if untrained:
             encoder.apply(init_weights)
         else:
@@ -70,26 +73,25 @@ def scale_embeddings(encoder: Encoder, rms: float):
 # ------------------------------------------------------------------------------------ the encoder
 
 
-def load(path, teacher: bool = False, attention_heads: int = 0) -> Pretrained:
-    """The student's encoder, or the teacher's, of any file that holds one.
+def load(path, attention_heads: int = 0) -> Pretrained:
+    """The student's encoder of any file that holds one.
 
     That is a checkpoint of this project or of fairseq, a bare state dict, or a Hugging Face folder.
     attention_heads: 0 takes the file's. Raises InputError.
     """
     path = Path(path)
     loaded = load_any(path)
-    if teacher and not loaded.teacher:
-        raise InputError(f"--teacher: {path} has none")
-    weights = loaded.teacher if teacher else heads.stripped(loaded.student, "encoder.")
+    weights = floats(heads.stripped(loaded.student, "encoder."), path)
     settings = loaded.config
     folder = settings.get("data_path")
     ours = loaded.content if loaded.kind == "ours" else {}
-    weights = floats(weights, path)
+    entry = entry_of(loaded, path) if "classifier" in ours else None
     return Pretrained(
         path=path,
         shape=shape_of(weights, settings, attention_heads, path),
         weights=weights,
-        head=heads.find(loaded, path),
+        entry=entry,
+        head=heads.find(loaded, entry, path),
         dictionary=ours.get("dictionary", {}),
         folder=folder if isinstance(folder, str) else "",
     )
@@ -155,7 +157,7 @@ def prepare_text(cfg, source: Pretrained) -> Text:
     folder of the pretraining data.
     """
     named = {"dict.txt": cfg.dict, "encoder.json": cfg.encoder_json, "vocab.bpe": cfg.vocab_bpe}
-    is_binarized = bool(cfg.data_path) and labelled.is_binarized(cfg.data_path)
+    is_binarized = not cfg.predict and cfg.data_path and labelled.is_binarized(cfg.data_path)
     if is_binarized and not cfg.dict:
         named["dict.txt"] = str(Path(cfg.data_path) / "input0" / "dict.txt")
     with tempfile.TemporaryDirectory() as temporary:

@@ -27,7 +27,6 @@ METRICS = ("auto", *CLASS_METRICS, *SCORE_METRICS)
 class FinetuneConfig:
     # the encoder to start from, and the files of its tokenizer
     ckpt: str = option("", "the encoder: a checkpoint, ours or fairseq's, or a Hugging Face folder")
-    teacher: bool = option(False, "take the teacher's encoder instead of the student's")
     attention_heads: int = option(0, "of a file that does not say (0: a guess, printed)", low=0)
     dict: str = option("", "dict.txt of the pretraining data, where it is not found")
     encoder_json: str = option("", "the BPE's vocabulary")
@@ -44,13 +43,11 @@ class FinetuneConfig:
     regression: bool = option(False, "labels are numbers to be predicted, not classes")
     label_scale: float = option(1.0, "divide the numbers by this while training", above=0)
     # what is trained
-    freeze: bool = option(False, "fit a linear classifier on frozen features; no training")
     pool: str = option("cls", "the head reads <s>, or the mean state", choices=("cls", "mean"))
     new_head: bool = option(False, "draw the head anew, whichever the file has")
     untrained: bool = option(False, "do the same from random weights, for comparison")
     embed_rms: float = option(0.0, "first bring the embeddings to this size (0: no)", low=0)
-    dropout: float = option(0.1, "after embedding, attention and feed-forward", low=0, below=1)
-    attention_dropout: float = option(0.1, "on the attention weights", low=0, below=1)
+    dropout: float = option(0.1, "of attention, and after each part", low=0, below=1)
     # how
     lr: tuple = option((2e-5,), "highest learning rate; of several (A,B,C) each is tried", low=0)
     seed: int = option(1, "seed of order, head and dropout", low=0, high=2**31 - 1)
@@ -60,8 +57,7 @@ class FinetuneConfig:
     update_freq: int = option(1, "batches that make one update", low=1)
     max_update: int = option(0, "updates in all; then the rate is 0 (0: --max_epoch epochs)", low=0)
     max_epoch: int = option(10, "stop after so many epochs (0: no limit)", low=0)
-    warmup_updates: int = option(-1, "of linear warm-up (-1: by --warmup_share)", low=-1)
-    warmup_share: float = option(0.06, "warm-up as a share of all updates", low=0, high=1)
+    warmup_updates: int = option(-1, "of linear warm-up (-1: 6% of all)", low=-1)
     metric: str = option("auto", "decides; auto: accuracy, or mean correlation", choices=METRICS)
     clip_norm: float = option(0.0, "largest global gradient norm (0: no clipping)", low=0)
     weight_decay: float = option(0.1, "decoupled weight decay, on all parameters", low=0)

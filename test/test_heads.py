@@ -1,0 +1,129 @@
+"""The classification head of a fine-tuned model goes along by the names of its classes."""
+
+import json
+
+import convert
+import finetune
+from config import InputError
+from formats.fairseq_names import split_qkv
+from run import checkpoint
+from test.helpers import call
+from test.test_finetune import flags, head_of, place, rows_of  # noqa: F401
+
+import pytest
+import torch
+
+COLORS = "red green blue".split()
+
+
+def color_table(path, counts, names=COLORS):
+    """Texts that are told apart by w1, w2 and w3, each so many times."""
+    rows = [f"w{1 + k} w{9 + i % 5}\t{names[k]}\n" for k, n in enumerate(counts) for i in range(n)]
+    path.write_text("text\tlabel\n" + "".join(rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def colors(place, tmp_path_factory):  # noqa: F811
+    """A checkpoint fine-tuned on three classes, of which blue is the first: blue, green, red."""
+    folder = tmp_path_factory.mktemp("colors")
+    train = color_table(folder / "t.tsv", (20, 30, 40))
+    own = dict(train=train, valid=train, max_epoch=20)
+    call(finetune.main, *flags(place, folder / "out", **own))
+    return folder / "out" / "checkpoint_best.pt"
+
+
+def as_transformers(colors, folder, names=None):
+    pytest.importorskip("safetensors")
+    call(convert.main, "--ckpt", colors, "--to", "hf", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = names or config["id2label"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def as_fairseq(colors, path):
+    """A bare state dict under fairseq's names."""
+    loaded = checkpoint.load(colors)
+    encoder = {k.removeprefix("encoder."): v for k, v in loaded.student.items()}
+    state = {f"encoder.sentence_encoder.{k}": v for k, v in split_qkv(encoder).items()}
+    head = loaded.content["classifier"]["head"]
+    torch.save(state | {f"classification_heads.x.{k}": v for k, v in head.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind, counts",
+    [
+        ("ours", (40, 30, 20)),
+        ("ours", (30, 40, 20)),
+        ("transformers", (40, 30, 20)),
+        ("transformers LABEL_0", (40, 30, 20)),
+        ("fairseq", (20, 30, 40)),  # its rows are in the order of frequency, as in training
+    ],
+)
+def test_the_rows_of_a_head_go_by_class_names(kind, counts, colors, place, tmp_path):  # noqa: F811
+    ckpt, names = colors, COLORS
+    if kind == "transformers":
+        ckpt = as_transformers(colors, tmp_path / "hf")
+    elif kind == "fairseq":
+        ckpt = as_fairseq(colors, tmp_path / "f.pt")
+    elif kind != "ours":
+        ckpt = as_transformers(colors, tmp_path / "hf", {str(i): f"LABEL_{i}" for i in range(3)})
+        names = ["2", "1", "0"]  # their order is that of the rows: blue is 0
+    train = color_table(tmp_path / "t.tsv", counts, names)
+    own = dict(train=train, valid=train, lr=0, max_epoch=1, dict=colors.parent / "dict.txt")
+    out = call(finetune.main, *flags(place, tmp_path / "o", ckpt=ckpt, attention_heads=2, **own))
+    assert rows_of(tmp_path / "o", "valid_loss")[0]["valid_accuracy"] == 1
+    assert ("does not name the classes" in out) == (kind in ("fairseq", "transformers LABEL_0"))
+
+
+@pytest.mark.parametrize(
+    "counts, names, options, message",
+    [
+        ((2, 3, 4), ["red", "green", "violet"], {}, "new are violet; missing are blue"),
+        ((2, 3, 4, 5), [*COLORS, "violet"], {}, "new are violet; missing are none"),
+        ((2, 3), COLORS, {}, "new are none; missing are blue"),
+        ((2, 3, 4), list("123"), dict(regression=True), "3 classes blue, green, red, .* scores"),
+    ],
+)
+def test_a_head_for_other_classes_is_an_error_that_names_them(
+    counts, names, options, message, colors, place, tmp_path
+):  # noqa: F811
+    train = color_table(tmp_path / "t.tsv", counts, names)
+    own = dict(ckpt=colors, train=train, valid=train, max_epoch=1, **options)
+    with pytest.raises(InputError, match=message):
+        finetune.main(flags(place, tmp_path / "out", **own))
+    assert not (tmp_path / "out").exists()
+    call(finetune.main, *flags(place, tmp_path / "out", new_head=True, **(own | dict(lr=0))))
+    new = head_of(tmp_path / "out" / "checkpoint_best.pt")["dense.weight"]
+    assert not torch.equal(new, head_of(colors)["dense.weight"])
+
+
+@pytest.mark.parametrize("kind", ["another form", "two of fairseq", "transformers for tokens"])
+def test_a_head_that_is_found_and_not_taken_is_told(kind, colors, place, tmp_path):  # noqa: F811
+    own = dict(attention_heads=2, dict=colors.parent / "dict.txt", max_epoch=1)
+    ckpt = colors
+    if kind == "another form":
+        own["pool"] = "mean"
+    elif kind == "two of fairseq":
+        ckpt = as_fairseq(colors, tmp_path / "f.pt")
+        torch.save(torch.load(ckpt) | {"classification_heads.y.a": torch.ones(1)}, ckpt)
+    else:
+        ckpt = as_transformers(colors, tmp_path / "hf")
+        weights = ckpt / "model.safetensors"
+        content = weights.read_bytes().replace(b"classifier.out_proj", b"qa_outputs.out_proj")
+        weights.write_bytes(content)
+    out = call(finetune.main, *flags(place, tmp_path / "out", ckpt=ckpt, **own))
+    assert "taken" in out
+
+
+def test_scores_keep_their_units_when_their_head_goes_along(place, tmp_path):  # noqa: F811
+    rows = [f"w{4 + i % 9} w{1 + i % 2}\t{2 + 2 * (i % 2)}\n" for i in range(40)]
+    (tmp_path / "t.tsv").write_text("text\tlabel\n" + "".join(rows))
+    own = dict(train=tmp_path / "t.tsv", valid=tmp_path / "t.tsv", regression=True)
+    call(finetune.main, *flags(place, tmp_path / "a", **own, label_scale=5, max_epoch=2))
+    best = tmp_path / "a" / "checkpoint_best.pt"
+    call(finetune.main, *flags(place, tmp_path / "b", **own, ckpt=best, lr=0, max_epoch=1))
+    first, second = (rows_of(tmp_path / name, "valid_loss")[-1]["valid_loss"] for name in "ab")
+    assert second == pytest.approx(25 * first, rel=1e-4)
