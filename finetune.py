@@ -42,7 +42,7 @@ from run import checkpoint
 from run.guard import Signals, check_memory
 from run.lock import Lock
 from tasks import baselines, batches, heads, predict, pretrained, report
-from tasks.classifier import Classifier, MeanHead, SentenceHead, figures_of, loss_sum, state_of
+from tasks.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum, state_of
 from tasks.data import Data, read_data
 from tasks.labelled import Split
 from tasks.pretrained import Pretrained, Text
@@ -93,8 +93,9 @@ class Task:
 def read_task(cfg: FinetuneConfig, device: Device) -> Task:
     """Raises InputError for whatever cannot be used."""
     source = pretrained.load(cfg.ckpt, cfg.attention_heads)
-    # weights, gradients and Adam's two moments
-    check_memory(source.shape, source.vocabulary, device, copies=5)
+    # weights, and to train them gradients and Adam's two moments
+    copies = 2 if cfg.freeze else 5
+    check_memory(source.shape, source.vocabulary, device, copies)
     text = pretrained.prepare_text(cfg, source)
     data = read_data(cfg, source.longest, text.dictionary, text.tokenize)
     metrics = CLASS_METRICS if data.names else SCORE_METRICS
@@ -105,14 +106,14 @@ def read_task(cfg: FinetuneConfig, device: Device) -> Task:
         raise InputError(f"--metric {metric}: choose from {', '.join(metrics)}")
     # a head for other classes is an error, before anything is written
     head = {}
-    if source.head and not cfg.new_head:
+    if source.head and not (cfg.new_head or cfg.freeze):
         new = new_head(cfg, source, data)
         head = heads.fit(source.head, new, data.names, cfg.label_scale, source.path)
     return Task(cfg, device, source, text, data, metric, head)
 
 
 def new_head(cfg: FinetuneConfig, source: Pretrained, data: Data) -> torch.nn.Module:
-    kind = MeanHead if cfg.pool == "mean" else SentenceHead
+    kind = LinearProbe if cfg.freeze or cfg.pool == "mean" else SentenceHead
     return kind(source.shape.embed_dim, data.outputs)
 
 
@@ -295,7 +296,11 @@ def tuning_loop(tuning: Tuning, task: Task, outlet: Outlet, signals: Signals):
 def fine_tune(task: Task, job: Job, outlet: Outlet, signals: Signals) -> Result:
     """One fine-tuning."""
     model = new_classifier(task, job).to(task.device.torch_device)
-    tuning_loop(Tuning(task, job, model), task, outlet, signals)
+    if job.is_probe:
+        for decay, figures in baselines.probes(model.eval(), task.device, task.data, task.cfg):
+            outlet.validation(figures, model, f"weight decay {decay:g}", decay=decay)
+    else:
+        tuning_loop(Tuning(task, job, model), task, outlet, signals)
     outlet.log.close()
     # the test split is scored once, by the best checkpoint
     if task.data.test and not signals.stop:

@@ -228,11 +228,11 @@ def fill_mask(head: dict, unknown: int) -> Task:
 def classification(entry: dict, width: int, path) -> Task:
     """The task of a fine-tuned checkpoint, from its entry `classifier`.
 
-    Scores of a regression come out in the units of its labels. Raises InputError for a head
-    on the mean over the text, which transformers cannot express, and for one that does not fit.
+    Scores of a regression come out in the units of its labels. Raises InputError for a linear
+    probe, which transformers cannot express, and for a head that does not fit.
     """
     if "dense.weight" not in entry["head"]:
-        what = "its head reads the mean over the text (--pool mean)"
+        what = "a linear probe on mean features (--freeze, --pool mean)"
         raise InputError(f"{path}: {what}; transformers has no model for it")
     names = entry["labels"] or ["score"]
     sizes = dict(dense=width, out_proj=len(names))

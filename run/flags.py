@@ -51,7 +51,6 @@ GONE = {
         "pool": "--features gives the mean over a line's tokens",
     },
     "finetune.py": {
-        "freeze": "eval.py --features writes vectors for any linear classifier",
         "teacher": "convert.py --to hf --teacher writes a folder for --ckpt",
         "patience": "--max_epoch or --max_update ends it",
         "warmup_share": "--warmup_updates",

@@ -1,22 +1,57 @@
-"""What a bag of the tokens reaches without an encoder, by scikit-learn.
+"""Linear classifiers by scikit-learn: on a bag of the tokens, and on frozen features (--freeze).
 
-It stands beside every fine-tuning: an encoder that is not above it adds nothing to its tokenizer.
+The bag stands beside every fine-tuning: an encoder that is not above it adds nothing to its
+tokenizer.
 """
 
 import importlib.util
 
-from tasks.classifier import figures_of
+from config import InputError, RunError
+from hardware.device import Device
+from tasks.batches import outputs_of
+from tasks.classifier import Classifier, figures_of
 from tasks.data import Data
 from text.binarized import SPECIAL
 
 import numpy as np
 import torch
+from torch import Tensor
 
-STRENGTHS = (0.1, 1, 10, 100)  # of the fit, of which valid chooses: scikit-learn's C
+STRENGTHS = (0.1, 1, 10, 100)  # of the bag's fit, of which valid chooses: scikit-learn's C
+DECAYS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # weight decays of the probe, of which valid chooses
 
 
 def is_installed() -> bool:
     return importlib.util.find_spec("sklearn") is not None
+
+
+def fit(features, labels: np.ndarray, outputs: int, strength: float) -> tuple[Tensor, Tensor]:
+    """The linear map with the least loss: strength * (its sum over the rows) + |weight|^2 / 2.
+
+    features (N, C), dense or sparse; labels: class numbers or scores (N,), for cross-entropy or
+    squared error. Returns float32 weight (outputs, C) and bias (outputs,).
+    """
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    weight = np.zeros((outputs, features.shape[1]))
+    if labels.dtype.kind == "f":
+        ridge = Ridge(alpha=1 / (2 * strength), tol=1e-6).fit(features, labels)
+        weight[0] = ridge.coef_
+        bias = np.array([ridge.intercept_])
+    else:
+        # scikit-learn has one row of weights for two classes, which is the difference of ours: of
+        # both the squares are half of its square
+        present = np.unique(labels)
+        C = 2 * strength if len(present) == 2 else strength
+        model = LogisticRegression(C=C, max_iter=2000, tol=1e-6).fit(features, labels)
+        rows, offsets = model.coef_, model.intercept_
+        if len(present) == 2:
+            rows = np.concatenate([-rows, rows]) / 2
+            offsets = np.concatenate([-offsets, offsets]) / 2
+        bias = np.full(outputs, offsets.min() - 20)  # of a class that training does not have
+        weight[present] = rows
+        bias[present] = offsets
+    return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
 
 
 def bag_of_tokens(data: Data, vocabulary: int, metric: str) -> dict | None:
@@ -34,14 +69,13 @@ def bag_of_tokens(data: Data, vocabulary: int, metric: str) -> dict | None:
     bags = TfidfVectorizer(analyzer=words_of, vocabulary=tokens, sublinear_tf=True, lowercase=False)
     train = bags.fit_transform(data.train.rows)  # (N, V), sparse
     splits = {**data.valid, "test": data.test} if data.test else data.valid
-    features = {name: bags.transform(split.rows) for name, split in splits.items()}
     best = None
     for strength in STRENGTHS:
-        model = fit(train, data.train.labels, strength)
+        weight, bias = fit(train, data.train.labels, data.outputs, strength)
         figures = {}
         for name, split in splits.items():
-            outputs = outputs_of(model, features[name], data.outputs)
-            figures[name] = figures_of(outputs, split, data.names)
+            outputs = bags.transform(split.rows) @ weight.numpy().T + bias.numpy()
+            figures[name] = figures_of(torch.from_numpy(outputs).float(), split, data.names)
         if best is None or figures["valid"][metric] > best["valid"][metric]:
             best = dict(strength=strength, **figures)
     return best
@@ -52,25 +86,30 @@ def words_of(row: np.ndarray) -> list[int]:
     return row[row >= len(SPECIAL)].tolist()
 
 
-def fit(features, labels: np.ndarray, strength: float):
-    """The linear model with the least loss: strength * (its sum over the rows) + |weight|^2 / 2.
+def probes(model: Classifier, device: Device, data: Data, cfg):
+    """Fit model.head on features that are computed once, with one weight decay after the other.
 
-    features (N, V), sparse; labels: class numbers or scores (N,), for cross-entropy or squared
-    error.
+    Yields (decay, figures of the valid splits) while model.head is the one that has them.
     """
-    from sklearn.linear_model import LogisticRegression, Ridge
-
-    if labels.dtype.kind == "f":
-        return Ridge(alpha=1 / (2 * strength), tol=1e-6).fit(features, labels)
-    # of two classes scikit-learn has the difference of their weights, whose square counts twice
-    C = 2 * strength if len(np.unique(labels)) == 2 else strength
-    return LogisticRegression(C=C, max_iter=2000, tol=1e-6).fit(features, labels)
-
-
-def outputs_of(model, features, outputs: int) -> torch.Tensor:
-    """Scores (N, 1), or the logarithms of the classes' probabilities (N, outputs), float32."""
-    if outputs == 1:
-        return torch.from_numpy(model.predict(features)).float()[:, None]
-    logs = np.full((features.shape[0], outputs), -20.0)  # of a class that training does not have
-    logs[:, model.classes_] = model.predict_log_proba(features)
-    return torch.from_numpy(logs).float()
+    if not is_installed():
+        raise InputError("--freeze needs scikit-learn: pip install scikit-learn")
+    train, *valid = (
+        outputs_of(model.features, device, split, cfg, sort=True)
+        for split in (data.train, *data.valid.values())
+    )
+    if not train.isfinite().all():
+        raise RunError("--freeze: the encoder's features are not finite")
+    mean = train.mean(0)
+    scale = train.std(0, correction=0).clamp(min=1e-6)
+    for decay in DECAYS:
+        strength = 1 / (decay * len(train))
+        standard = ((train - mean) / scale).numpy()
+        weight, bias = fit(standard, data.train.labels, data.outputs, strength)
+        # the same function of features as they come
+        weight = weight / scale
+        bias = bias - weight @ mean
+        model.head.out_proj.load_state_dict(dict(weight=weight, bias=bias))
+        figures = {}
+        for (name, split), features in zip(data.valid.items(), valid):
+            figures[name] = figures_of(features @ weight.T + bias, split, data.names)
+        yield decay, figures

@@ -31,8 +31,8 @@ class SentenceHead(nn.Module):
         return self.out_proj(x)
 
 
-class MeanHead(nn.Module):
-    """The head of --pool mean: the mean hidden state of an example -> Linear."""
+class LinearProbe(nn.Module):
+    """The head of --freeze and --pool mean: the mean hidden state of an example -> Linear."""
 
     def __init__(self, width: int, outputs: int):
         super().__init__()
@@ -40,8 +40,12 @@ class MeanHead(nn.Module):
 
     def forward(self, hidden: Tensor, real: Tensor) -> Tensor:
         """hidden (B, T, C), real (B, T) bool, True at text -> (B, outputs)."""
-        mean = (hidden.float() * real[:, :, None]).sum(1) / real.sum(1, keepdim=True)  # (B, C)
-        return self.out_proj(mean)
+        return self.out_proj(mean_state(hidden, real))
+
+
+def mean_state(hidden: Tensor, real: Tensor) -> Tensor:
+    """(B, T, C) -> (B, C) float32, the mean over the text."""
+    return (hidden.float() * real[:, :, None]).sum(1) / real.sum(1, keepdim=True)
 
 
 class Classifier(nn.Module):
@@ -55,6 +59,11 @@ class Classifier(nn.Module):
         """tokens (B, T) int64; padded: whether PAD may occur in them -> (B, outputs)."""
         hidden, _ = self.encoder(tokens, padded)
         return self.head(hidden, tokens != PAD)
+
+    def features(self, tokens: Tensor, padded: bool) -> Tensor:
+        """What a linear probe reads, (B, C)."""
+        hidden, _ = self.encoder(tokens, padded)
+        return mean_state(hidden, tokens != PAD)
 
 
 def loss_sum(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -99,7 +108,7 @@ def entry_of(loaded: Loaded, path) -> dict:
 def rebuild(entry: dict, encoder: Encoder, path) -> Classifier:
     """The classifier of such an entry around an encoder. Raises InputError if it does not fit."""
     # the names of the weights tell which head it is
-    kind = SentenceHead if "dense.weight" in entry["head"] else MeanHead
+    kind = SentenceHead if "dense.weight" in entry["head"] else LinearProbe
     head = kind(encoder.embed_tokens.embedding_dim, len(entry["labels"] or ["score"]))
     checkpoint.put(entry["head"], head, "the classification head", path)
     return Classifier(encoder, head)

@@ -25,11 +25,13 @@ class Job:
     lr: float
     seed: int
     untrained: bool  # from random weights, for comparison
+    is_probe: bool = False  # on frozen features; lr is 0 then
 
     @property
     def group(self) -> str:
         """What it shares with those that differ in their seed alone."""
-        return f"{'untrained ' if self.untrained else ''}lr {self.lr:g}"
+        kind = "probe" if self.is_probe else f"lr {self.lr:g}"
+        return f"untrained {kind}" if self.untrained else kind
 
     @property
     def name(self) -> str:
@@ -61,9 +63,13 @@ class Result:
 
 def jobs_of(cfg) -> list[Job]:
     """All fine-tunings that the settings ask for."""
-    kinds = (False, True) if cfg.untrained else (False,)
-    seeds = range(cfg.seed, cfg.seed + cfg.seeds)
-    return [Job(lr, seed, kind) for kind in kinds for lr in cfg.lr for seed in seeds]
+    jobs = []
+    for untrained in (False, True) if cfg.untrained else (False,):
+        for lr in (0.0,) if cfg.freeze else cfg.lr:
+            # a probe on given features is the same at every seed
+            seeds = 1 if cfg.freeze and not untrained else cfg.seeds
+            jobs += [Job(lr, cfg.seed + i, untrained, cfg.freeze) for i in range(seeds)]
+    return jobs
 
 
 def older_results(folder: Path, ckpt: str, overwrite: bool) -> list[Path]:

@@ -43,6 +43,7 @@ class FinetuneConfig:
     regression: bool = option(False, "labels are numbers to be predicted, not classes")
     label_scale: float = option(1.0, "divide the numbers by this while training", above=0)
     # what is trained
+    freeze: bool = option(False, "fit a linear classifier on frozen features; no training")
     pool: str = option("cls", "the head reads <s>, or the mean state", choices=("cls", "mean"))
     new_head: bool = option(False, "draw the head anew, whichever the file has")
     untrained: bool = option(False, "do the same from random weights, for comparison")

@@ -8,7 +8,7 @@ import convert
 import eval as evaluation
 import finetune
 import train
-from config import ModelConfig, RunError
+from config import InputError, ModelConfig, RunError
 from model import Data2VecText
 from run import checkpoint
 from run import flags as command_line
@@ -209,6 +209,23 @@ def test_a_bag_of_tokens_is_tf_idf_and_logistic_regression():
     assert best["strength"] == baselines.STRENGTHS[np.argmax(right)]
 
 
+@pytest.mark.parametrize("kind", ["two classes", "three classes", "a class missing", "scores"])
+def test_a_linear_fit_has_the_least_loss(kind):
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(2)
+    features = rng.normal(size=(40, 5))
+    labels = rng.integers(0, 3 if kind == "three classes" else 2, 40)
+    outputs = 3 if kind in ("three classes", "a class missing") else 2
+    if kind == "scores":
+        labels, outputs = rng.normal(size=40).astype(np.float32), 1
+    weight, bias = baselines.fit(features, labels, outputs, strength=0.3)
+    weight.requires_grad_()
+    logits = torch.from_numpy(features).float() @ weight.T + bias
+    loss = finetune.loss_sum(logits, torch.from_numpy(labels))
+    (0.3 * loss + weight.square().sum() / 2).backward()
+    assert weight.grad.abs().max() < 1e-3
+
+
 # --------------------------------------------------------------------------------------------- use
 
 
@@ -257,11 +274,27 @@ def test_several_rates_and_seeds_are_all_shown_and_the_best_one_stays(place, tmp
     assert not list(tmp_path.glob("lr*"))
 
 
-def test_without_scikit_learn_the_bag_is_left_out(place, tmp_path, monkeypatch):
+def test_a_frozen_encoder_stays_as_it_is_under_a_linear_probe(place, tmp_path):
+    pytest.importorskip("sklearn")
+    call(finetune.main, *flags(place, tmp_path, freeze=True))
+    best = tmp_path / "checkpoint_best.pt"
+    tuned = checkpoint.load(best).student
+    for name, tensor in checkpoint.load(place / "pretrained.pt").student.items():
+        assert not name.startswith("encoder.") or torch.equal(tuned[name], tensor)
+    predict = ["--predict", place / "valid.tsv", "--text", "text", "--device", "cpu"]
+    rows = call(finetune.main, "--ckpt", best, *predict).splitlines()[1:]
+    hits = [row.split("\t")[0] == y for row, y in zip(rows, labels_of(place / "valid.tsv"))]
+    accuracy = max(row["valid_accuracy"] for row in rows_of(tmp_path, "valid_accuracy"))
+    assert np.mean(hits) == accuracy > 0.8
+
+
+def test_without_scikit_learn_the_bag_is_left_out_and_a_probe_refused(place, tmp_path, monkeypatch):
     monkeypatch.setattr(baselines, "is_installed", lambda: False)
     out = call(finetune.main, *flags(place, tmp_path, max_epoch=1))
     assert "pip install scikit-learn" in out
     assert json.loads((tmp_path / "results.json").read_text())["bag"] is None
+    with pytest.raises(InputError, match="--freeze.* scikit-learn"):
+        finetune.main(flags(place, tmp_path / "probe", freeze=True))
 
 
 def test_embeddings_of_another_size_give_the_same_outputs(place, tmp_path):
