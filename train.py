@@ -309,7 +309,8 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         log = Log(device, folder / "train.jsonl", t.tensorboard_logdir, run.clock, width)
         stack.callback(log.close)
         path = start_from(run, corpus, fingerprint, log, found, args)
-        device.check_profile(t.npu_profile, run.num_updates, t.max_update)
+        left = t.max_update - run.num_updates
+        profiled = stack.enter_context(device.profile(t.npu_profile, left, folder))
         resume.check_agreement(run, corpus, fingerprint)  # and every worker has read what it needs
         if device.rank == 0 and args.no_resume:  # only after every check has passed
             resume.remove(folder, "checkpoint_*.pt", "train.jsonl")
@@ -318,7 +319,6 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         health = Health(cfg.guard, t.warmup_updates, log.say)
         saves = stack.enter_context(Saves(run, corpus, fingerprint, log, health))
         validation = None if t.disable_validation else Validation(run, corpus)
-        profiled = stack.enter_context(device.profile(t.npu_profile, folder))
         source = stack.enter_context(contextlib.closing(turns(run, corpus)))
         return loop(run, source, validation, saves, signals, profiled)
 

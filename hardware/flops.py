@@ -64,30 +64,29 @@ class Matmuls:
     """Square matmuls in the type that training uses: the speed that the device can reach."""
 
     def __init__(self, device: Device):
-        self.device = device
-        self.best = 0.0  # FLOP/s
-        self.pairs = []  # of the last two sizes, up to the first that takes long
-        form = dict(device=device.torch_device, dtype=device.amp or torch.float32)
-        for n in SIZES:
-            a, b = torch.randn(2, n, n, **form)
-            self.pairs = [*self.pairs[-1:], (a, b)]
-            timed(device, lambda: a @ b)  # loads the kernel
-            spent = timed(device, lambda: a @ b)
+        self.device, self.best = device, 0.0  # FLOP/s
+        for n in SIZES:  # the first that takes long
+            form = dict(device=device.torch_device, dtype=device.amp or torch.float32)
+            self.a, self.b = torch.randn(2, n, n, **form)
+            self.multiply(1)  # loads the kernel
+            spent = self.multiply(1)
             if spent > 0.05:
                 break
         self.repeat = max(1, min(20, int(0.02 / spent)))
         self.burst(0.2)
 
+    def multiply(self, times: int) -> float:
+        """Seconds for so many matmuls."""
+        return timed(self.device, lambda: [self.a @ self.b for _ in range(times)])
+
     def burst(self, seconds: float = 0.5) -> float:
         """Run matmuls for about this long; returns the best FLOP/s of them."""
-        best = 0.0
-        for a, b in self.pairs:
-            end = time.perf_counter() + seconds / len(self.pairs)
-            while time.perf_counter() < end:
-                spent = timed(self.device, lambda: [a @ b for _ in range(self.repeat)])
-                best = max(best, 2 * len(a) ** 3 * self.repeat / spent)
-        self.best = max(self.best, best)
-        return best
+        fastest, end = float("inf"), time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            fastest = min(fastest, self.multiply(self.repeat))
+        speed = 2 * len(self.a) ** 3 * self.repeat / fastest
+        self.best = max(self.best, speed)
+        return speed
 
 
 def timed(device: Device, work) -> float:
