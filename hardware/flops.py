@@ -2,7 +2,6 @@
 
 import time
 
-from config import ModelConfig
 from hardware.device import Device
 from text.binarized import PAD
 
@@ -10,20 +9,6 @@ import numpy as np
 import torch
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192)  # of the square matrices of `Matmuls`
-
-
-def encoder_flops(lengths: np.ndarray, wanted: np.ndarray, cfg: ModelConfig) -> float:
-    """Forward FLOPs of one encoder over blocks of (B,) lengths; the formula is in `update_flops`.
-
-    wanted: (B,) at how many places of each its last layer is needed.
-    """
-    n, m = lengths.astype(np.float64), wanted.astype(np.float64)
-    C, F = cfg.embed_dim, cfg.ffn_embed_dim
-
-    def layer(q):
-        return float((n * 6 * C**2 + 4 * n**2 * C + q * (2 * C**2 + 4 * C * F)).sum())
-
-    return (cfg.layers - 1) * layer(n) + layer(m)
 
 
 def update_flops(batches: list, run) -> float:
@@ -42,6 +27,14 @@ def update_flops(batches: list, run) -> float:
     the token embedding where words are predicted. Without data2vec's objective there is no teacher.
     """
     student, cfg = run.student, run.cfg.model
+    L, C, F = cfg.layers, cfg.embed_dim, cfg.ffn_embed_dim
+
+    def encoder(n: np.ndarray, m: np.ndarray) -> float:
+        def layer(q):
+            return (n * 6 * C**2 + 4 * n**2 * C + q * (2 * C**2 + 4 * C * F)).sum()
+
+        return float((L - 1) * layer(n) + layer(m))
+
     heads = [head for head in (student.regression_head, student.lm_head) if head is not None]
     head = 2 * sum(p.numel() for part in heads for p in part.parameters() if p.ndim == 2)
     if cfg.predicts_words:
@@ -52,11 +45,11 @@ def update_flops(batches: list, run) -> float:
         target = (batch.target != PAD).sum(1)  # and the teacher
         places = batch.chosen if cfg.objective == "mlm" else batch.masked
         masked = np.bincount(places // batch.source.shape[1], minlength=len(source))
-        total += 3 * (encoder_flops(source, masked, cfg) + head * len(places))
+        total += 3 * (encoder(source, masked) + head * len(places))
         if cfg.objective == "data2vec":
             # with teacher_input=masked, every position of the teacher's input is a target
             wanted = masked if run.cfg.data.teacher_input == "full" else target
-            total += encoder_flops(target, wanted, cfg)
+            total += encoder(target, wanted)
     return total
 
 
