@@ -241,16 +241,9 @@ def test_the_check_finds_the_same_numbers_as_in_torchs_own_kernels(capsys, flags
         assert result["largest"]["forward"][1] > 1e-4  # two forms of computing were compared
 
 
-class Leaky(torch.autograd.Function):
+def leaky(x):
     """Right forward, wrong backward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 1.01
+    return x + 0.01 * (x - x.detach())
 
 
 @pytest.mark.parametrize(
@@ -259,7 +252,7 @@ class Leaky(torch.autograd.Function):
         ("gelu", lambda exact, x: F.gelu(x, approximate="tanh"), "teacher's layer 0"),
         (
             "attention",
-            lambda exact, *args: Leaky.apply(exact(*args)),
+            lambda exact, *args: leaky(exact(*args)),
             "gradient of encoder.layers.1.self_attn.qkv",
         ),
     ],
