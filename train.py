@@ -309,6 +309,7 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         log = Log(device, folder / "train.jsonl", t.tensorboard_logdir, run.clock, width)
         stack.callback(log.close)
         path = start_from(run, corpus, fingerprint, log, found, args)
+        del found  # the weights once more
         left = t.max_update - run.num_updates
         profiled = stack.enter_context(device.profile(t.npu_profile, left, folder))
         resume.check_agreement(run, corpus, fingerprint)  # and every worker has read what it needs
