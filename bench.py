@@ -70,6 +70,7 @@ def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
 
     rows, matmuls = [], None
     for i in Bar(range(warmup + updates), device.rank, unit="update"):
+        # with the data's time: what a run does between two updates counts
         seconds = timed(device, work)
         if i == warmup - 1 or matmuls is None:
             peak_memory = device.peak_memory()  # before the matmuls allocate theirs
@@ -81,6 +82,7 @@ def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
             rows.append((seconds, blocks, tokens, flops, matmuls.burst(0.1)))
     source.close()
 
+    # medians, since these machines are shared
     seconds, blocks, tokens, flops, peak = np.array(rows).T  # (updates,) each
     return dict(
         parameters=sum(p.numel() for p in run.student.parameters()),
@@ -103,6 +105,7 @@ def main(argv: list | None = None) -> int:
     (data, *others), args = flags.parse(PARTS, __doc__, argv, extra=add_flags)
     if args.updates < 1 or args.warmup < 0 or args.vocabulary < 8:
         raise InputError("--updates and --warmup from 1 and 0 on, --vocabulary at least 8")
+    # of the random blocks
     with tempfile.TemporaryDirectory() as folder:
         path = data.data_path or folder
         cfg = Config(dataclasses.replace(data, data_path=path), *others)
@@ -121,6 +124,7 @@ def main(argv: list | None = None) -> int:
 
 def bench(cfg: Config, device: Device, corpus: Corpus, args) -> dict:
     """Measure or check, and print a table. Returns its figures and their conditions."""
+    # a figure without them says little
     conditions = dict(
         device=f"{device.world_size} x {device.type} ({device.name})",
         amp=device.amp_name,
@@ -143,6 +147,7 @@ def bench(cfg: Config, device: Device, corpus: Corpus, args) -> dict:
 
 
 def print_rows(device: Device, rows: dict):
+    # flushed: the conditions show while the updates run
     if device.rank == 0:
         for name, value in rows.items():
             text = value if isinstance(value, str) else f"{value:,.5g}"

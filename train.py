@@ -310,8 +310,7 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         stack.callback(log.close)
         path = start_from(run, corpus, fingerprint, log, found, args)
         del found  # the weights once more
-        left = t.max_update - run.num_updates
-        profiled = stack.enter_context(device.profile(t.npu_profile, left, folder))
+        profiled = stack.enter_context(device.profile(t, run.num_updates))
         resume.check_agreement(run, corpus, fingerprint)  # and every worker has read what it needs
         if device.rank == 0 and args.no_resume:  # only after every check has passed
             resume.remove(folder, "checkpoint_*.pt", "train.jsonl")
@@ -326,12 +325,12 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
 
 def start_from(run: Run, corpus: Corpus, fingerprint: dict, log: Log, found, args) -> Path | None:
     """Continue from the checkpoint found, whose path is returned, or start, from --init_from."""
-    t = run.cfg.train
     if found:
         resume.resume(run, corpus, fingerprint, found, args.reset_data_position, log)
         return found[0]
-    if t.init_from:
-        resume.init_from(run, corpus, load(t.init_from), t.init_from)
+    path = run.cfg.train.init_from
+    if path:
+        resume.init_from(run, corpus, load(path), path)
     return None
 
 

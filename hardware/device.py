@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
-from config import InputError
+from config import InputError, TrainConfig
 from hardware.kernels import FIRST_GENERATION, VERSION
 
 import numpy as np
@@ -119,12 +119,13 @@ class Device:
             raise InputError(f"--compile needs torch 2.4; this is {torch.__version__}")
 
     @contextlib.contextmanager
-    def profile(self, updates: int, left: int, folder):
-        """Yields a function to call after each of the `left` updates.
+    def profile(self, cfg: TrainConfig, done: int):
+        """Yields a function to call after each update; `done` are done.
 
-        With updates > 0, torch_npu's profiler writes a trace of that many into `folder`, from the
-        PROFILE_FROMth on. Raises InputError if it cannot.
+        With --npu_profile, torch_npu's profiler writes a trace of that many into --save_dir, from
+        the PROFILE_FROMth on. Raises InputError if it cannot.
         """
+        updates, left = cfg.npu_profile, cfg.max_update - done
         if not updates:
             yield lambda: None
             return
@@ -144,7 +145,7 @@ class Device:
         with profiler.profile(
             activities=[profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.NPU],
             schedule=profiler.schedule(**when),
-            on_trace_ready=profiler.tensorboard_trace_handler(str(folder)),
+            on_trace_ready=profiler.tensorboard_trace_handler(cfg.save_dir),
             experimental_config=level,
         ) as running:
             yield running.step
