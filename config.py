@@ -31,7 +31,7 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # oneDNN, and torch's layer above it, each keep the last 1,024 kernels of as many shapes, 250 KB
 # each. The number of masked places gives almost every update new shapes, some 40 of them, which
-# its layers share. So 64 are as fast, with 0.4 GB instead of 1.3 (docs/benchmarks.md).
+# its layers share. So 64 are as fast, with 1 GB instead of 4 (docs/benchmarks.md).
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 

@@ -101,10 +101,8 @@ class Optimizer:
         return self.vector[-1].clone(), counts, counts[0].clamp(min=1)
 
     def set_rates(self, lr: float, updates: int):
-        """The learning rate, and the epsilon that makes torch's AdamW fairseq's.
-
-        fairseq adds it to the root of the uncorrected second moment, torch to that of the corrected
-        one.
+        """The learning rate, and the epsilon that makes torch's AdamW fairseq's, which adds it to
+        the root of the uncorrected second moment, and torch to that of the corrected one.
         """
         steps = updates + 1  # that Adam has counted, with this one
         if self.is_fused:

@@ -307,7 +307,8 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         log = Log(device, folder / "train.jsonl", t.tensorboard_logdir, run.clock, width)
         stack.callback(log.close)
         path = start_from(run, corpus, fingerprint, log, found, args)
-        device.check_profile(t.npu_profile, run.num_updates, t.max_update)
+        del found  # the weights once more
+        profiled = stack.enter_context(device.profile(t, run.num_updates))
         resume.check_agreement(run, corpus, fingerprint)  # and every worker has read what it needs
         if device.rank == 0 and args.no_resume:  # only after every check has passed
             resume.remove(folder, "checkpoint_*.pt", "train.jsonl")
@@ -316,19 +317,18 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         health = Health(cfg.guard, t.warmup_updates, log.say)
         saves = stack.enter_context(Saves(run, corpus, fingerprint, log, health))
         validation = None if t.disable_validation else Validation(run, corpus)
-        profiled = stack.enter_context(device.profile(t.npu_profile, folder))
         source = stack.enter_context(contextlib.closing(turns(run, corpus)))
         return loop(run, source, validation, saves, signals, profiled)
 
 
 def start_from(run: Run, corpus: Corpus, fingerprint: dict, log: Log, found, args) -> Path | None:
     """Continue from the checkpoint found, whose path is returned, or start, from --init_from."""
-    t = run.cfg.train
     if found:
         resume.resume(run, corpus, fingerprint, found, args.reset_data_position, log)
         return found[0]
-    if t.init_from:
-        resume.init_from(run, corpus, load(t.init_from), t.init_from)
+    path = run.cfg.train.init_from
+    if path:
+        resume.init_from(run, corpus, load(path), path)
     return None
 
 

@@ -75,10 +75,8 @@ def record(cfg: Config, device: Device, corpus: Corpus, updates: int) -> dict:
         done = until_it_counts(run, turn.batches)
         run.epoch += turn.ends_epoch
         if number == 1:
-            rows |= outputs
-            if not cfg.model.predicts_words:
-                prediction, target = done.last_batch
-                rows |= {"targets": on_host(target), "predictions": on_host(prediction)}
+            prediction, target = done.last_batch
+            rows |= outputs | {"targets": on_host(target), "predictions": on_host(prediction)}
         rows[f"loss {number}"] = on_host(done.step.loss)
         if number == 1:
             rows |= gradients(run)

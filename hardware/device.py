@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
-from config import InputError
+from config import InputError, TrainConfig
 from hardware.kernels import FIRST_GENERATION, VERSION
 
 import numpy as np
@@ -27,6 +27,7 @@ FIRST_LOSS_SCALE = 128.0
 LOWEST_LOSS_SCALE = 1e-4
 GROWTH_UPDATES = 2**14
 PROFILE_FROM = 12  # the first update of a start that a profile shows; those before warm up
+AMP_TYPES = {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 # before torch_npu binds threads to some of them
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 # in a collective's error when another worker is gone
@@ -49,7 +50,7 @@ class Device:
 
     @property
     def amp_name(self) -> str:
-        return {None: "off", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.amp]
+        return next(name for name, dtype in AMP_TYPES.items() if dtype is self.amp)
 
     @property
     def _module(self):
@@ -97,11 +98,8 @@ class Device:
     def scaler(self, update_freq: int):
         """The loss scaler: a real one under fp16, one that does nothing otherwise."""
         enabled = self.amp is torch.float16
-        rules = dict(
-            init_scale=FIRST_LOSS_SCALE,
-            growth_interval=max(1, GROWTH_UPDATES // (self.world_size * update_freq)),
-            enabled=enabled,
-        )
+        interval = max(1, GROWTH_UPDATES // (self.world_size * update_freq))
+        rules = dict(init_scale=FIRST_LOSS_SCALE, growth_interval=interval, enabled=enabled)
         # A chip that saturates has finite gradients even after an overflow: only a sticky hardware
         # flag tells. torch_npu's own scaler clears it at an update's first scale(), and its workers
         # agree on what it said.
@@ -118,24 +116,22 @@ class Device:
         if VERSION < (2, 4):
             raise InputError(f"--compile needs torch 2.4; this is {torch.__version__}")
 
-    def check_profile(self, updates: int, done: int, max_update: int):
-        """Raise InputError if a profile of so many updates cannot be made after `done` ones."""
-        last = done + PROFILE_FROM + updates - 1
-        if updates and self.type != "npu":
-            raise InputError(f"--npu_profile: the profiler is torch_npu's, and this is {self.type}")
-        if updates and last > max_update:
-            raise InputError(f"--npu_profile {updates} ends with update {last}, above --max_update")
-
     @contextlib.contextmanager
-    def profile(self, updates: int, folder):
-        """Yields a function to call after each update.
+    def profile(self, cfg: TrainConfig, done: int):
+        """Yields a function to call after each update; `done` are done.
 
-        With updates > 0, on an NPU, torch_npu's profiler writes a trace of that many updates into
-        `folder`, from the PROFILE_FROMth on.
+        With --npu_profile, torch_npu's profiler writes a trace of that many into --save_dir, from
+        the PROFILE_FROMth on. Raises InputError if it cannot.
         """
+        updates, left = cfg.npu_profile, cfg.max_update - done
         if not updates:
             yield lambda: None
             return
+        if self.type != "npu":
+            raise InputError(f"--npu_profile: the profiler is torch_npu's, and this is {self.type}")
+        needed = PROFILE_FROM + updates - 1
+        if needed > left:
+            raise InputError(f"--npu_profile {updates}: needs {needed} updates; {left} are left")
         from torch_npu import profiler
 
         # the update before is the profiler's own warm-up
@@ -147,7 +143,7 @@ class Device:
         with profiler.profile(
             activities=[profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.NPU],
             schedule=profiler.schedule(**when),
-            on_trace_ready=profiler.tensorboard_trace_handler(str(folder)),
+            on_trace_ready=profiler.tensorboard_trace_handler(cfg.save_dir),
             experimental_config=level,
         ) as running:
             yield running.step
@@ -256,16 +252,12 @@ class Device:
 
 
 def _host_memory(root: str = "/") -> int:
-    """Bytes that this process can have on the host: all, or what cgroup and ulimit -v allow."""
+    """Bytes that this process can have on the host: all, or what a container or ulimit -v allow."""
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = [pages, resource.getrlimit(resource.RLIMIT_AS)[0]]
-    with contextlib.suppress(OSError):
-        mine = re.search("^0::(.*)$", Path(root, "proc/self/cgroup").read_text(), re.M)
-        own = Path(root, "sys/fs/cgroup" + (mine[1] if mine else "/"))
-        for folder in (own, *own.parents, Path(root, "sys/fs/cgroup/memory")):
-            for name in ("memory.max", "memory.limit_in_bytes"):  # of versions 2 and 1
-                with contextlib.suppress(OSError, ValueError):  # 'max' is no limit
-                    limits.append(int((folder / name).read_text()))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroup's versions 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # 'max' is no limit
+            limits.append(int(Path(root, "sys/fs/cgroup", name).read_text()))
     return min(limit for limit in limits if limit > 0)  # -1: no limit
 
 

@@ -2,7 +2,6 @@
 
 import time
 
-from config import ModelConfig
 from hardware.device import Device
 from text.binarized import PAD
 
@@ -10,20 +9,6 @@ import numpy as np
 import torch
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192)  # of the square matrices of `Matmuls`
-
-
-def encoder_flops(lengths: np.ndarray, wanted: np.ndarray, cfg: ModelConfig) -> float:
-    """Forward FLOPs of one encoder over blocks of (B,) lengths; the formula is in `update_flops`.
-
-    wanted: (B,) at how many places of each its last layer is needed.
-    """
-    n, m = lengths.astype(np.float64), wanted.astype(np.float64)
-    C, F = cfg.embed_dim, cfg.ffn_embed_dim
-
-    def layer(q):
-        return float((n * 6 * C**2 + 4 * n**2 * C + q * (2 * C**2 + 4 * C * F)).sum())
-
-    return (cfg.layers - 1) * layer(n) + layer(m)
 
 
 def update_flops(batches: list, run) -> float:
@@ -42,6 +27,14 @@ def update_flops(batches: list, run) -> float:
     the token embedding where words are predicted. Without data2vec's objective there is no teacher.
     """
     student, cfg = run.student, run.cfg.model
+    L, C, F = cfg.layers, cfg.embed_dim, cfg.ffn_embed_dim
+
+    def encoder(n: np.ndarray, m: np.ndarray) -> float:
+        def layer(q):
+            return (n * 6 * C**2 + 4 * n**2 * C + q * (2 * C**2 + 4 * C * F)).sum()
+
+        return float((L - 1) * layer(n) + layer(m))
+
     heads = [head for head in (student.regression_head, student.lm_head) if head is not None]
     head = 2 * sum(p.numel() for part in heads for p in part.parameters() if p.ndim == 2)
     if cfg.predicts_words:
@@ -52,11 +45,11 @@ def update_flops(batches: list, run) -> float:
         target = (batch.target != PAD).sum(1)  # and the teacher
         places = batch.chosen if cfg.objective == "mlm" else batch.masked
         masked = np.bincount(places // batch.source.shape[1], minlength=len(source))
-        total += 3 * (encoder_flops(source, masked, cfg) + head * len(places))
+        total += 3 * (encoder(source, masked) + head * len(places))
         if cfg.objective == "data2vec":
             # with teacher_input=masked, every position of the teacher's input is a target
             wanted = masked if run.cfg.data.teacher_input == "full" else target
-            total += encoder_flops(target, wanted, cfg)
+            total += encoder(target, wanted)
     return total
 
 
@@ -64,30 +57,29 @@ class Matmuls:
     """Square matmuls in the type that training uses: the speed that the device can reach."""
 
     def __init__(self, device: Device):
-        self.device = device
-        self.best = 0.0  # FLOP/s
-        self.pairs = []  # of the last two sizes, up to the first that takes long
-        form = dict(device=device.torch_device, dtype=device.amp or torch.float32)
-        for n in SIZES:
-            a, b = torch.randn(2, n, n, **form)
-            self.pairs = [*self.pairs[-1:], (a, b)]
-            timed(device, lambda: a @ b)  # loads the kernel
-            spent = timed(device, lambda: a @ b)
+        self.device, self.best = device, 0.0  # FLOP/s
+        for n in SIZES:  # the first that takes long
+            form = dict(device=device.torch_device, dtype=device.amp or torch.float32)
+            self.a, self.b = torch.randn(2, n, n, **form)
+            self.multiply(1)  # loads the kernel
+            spent = self.multiply(1)
             if spent > 0.05:
                 break
         self.repeat = max(1, min(20, int(0.02 / spent)))
         self.burst(0.2)
 
+    def multiply(self, times: int) -> float:
+        """Seconds for so many matmuls."""
+        return timed(self.device, lambda: [self.a @ self.b for _ in range(times)])
+
     def burst(self, seconds: float = 0.5) -> float:
         """Run matmuls for about this long; returns the best FLOP/s of them."""
-        best = 0.0
-        for a, b in self.pairs:
-            end = time.perf_counter() + seconds / len(self.pairs)
-            while time.perf_counter() < end:
-                spent = timed(self.device, lambda: [a @ b for _ in range(self.repeat)])
-                best = max(best, 2 * len(a) ** 3 * self.repeat / spent)
-        self.best = max(self.best, best)
-        return best
+        fastest, end = float("inf"), time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            fastest = min(fastest, self.multiply(self.repeat))
+        speed = 2 * len(self.a) ** 3 * self.repeat / fastest
+        self.best = max(self.best, speed)
+        return speed
 
 
 def timed(device: Device, work) -> float:

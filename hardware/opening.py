@@ -13,7 +13,7 @@ import sys
 from dataclasses import replace
 
 from config import DeviceConfig, InputError, RunError
-from hardware.device import WORKER_TIMEOUT, Device
+from hardware.device import AMP_TYPES, WORKER_TIMEOUT, Device
 from hardware.kernels import FIRST_GENERATION, VERSION
 
 import torch
@@ -57,8 +57,7 @@ def _choose(kind: str) -> str:
     if kind == "npu":
         _import_npu()
     if kind == "cuda" and not torch.cuda.is_available():
-        built = torch.version.cuda is not None
-        why = "no GPU or no driver is found" if built else "this torch is built for the CPU only"
+        why = "no GPU, no driver, or a torch that is built for the CPU only"
         raise InputError(f"--device cuda: {why}")
     return kind
 
@@ -138,7 +137,7 @@ def _amp_type(amp: str, kind: str, name: str) -> torch.dtype | None:
     # there autocast warns, and does nothing
     if amp == "fp16" and kind == "cpu" and VERSION < (2, 4):
         raise InputError(f"--amp fp16 on a CPU needs torch 2.4; this is {torch.__version__}")
-    return {"off": None, "fp16": torch.float16, "bf16": torch.bfloat16}[amp]
+    return AMP_TYPES[amp]
 
 
 def _has_bf16(kind: str) -> bool:

@@ -120,7 +120,7 @@ def with_amp_of_the_start(cfg: Config, device: Device, found: tuple | None):
         with reading(f"{path}: damaged"):
             # a run that comes from another kind of device takes what this one does best
             if device.type in loaded.content["rng"]:
-                device = with_amp(device, loaded.config["amp"])
+                device = with_amp(device, loaded.config.get("amp", "auto"))
     where = dataclasses.replace(cfg.device, amp=device.amp_name)
     return dataclasses.replace(cfg, device=where), device
 

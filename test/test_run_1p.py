@@ -103,7 +103,7 @@ def test_exit_codes_files_and_a_rerun_that_keeps_log_and_time(tmp_path, corpus_d
         r"E2E Training Duration sec : (\d+)",
         r"UPS \(updates/s\) : [\d.]+",
         r"FPS \(blocks/s\) : [\d.]+",
-        r"\| 1p-cpu \| - \| [\d.]+ \| 1 \| off \| 2\.",
+        r"\| 1p-cpu \| - \| [\d.]+ \| 1 \| (off|bf16) \| 2\.",
     )
     for seconds in (0, 1000):  # of earlier parts of the run
         if seconds:
