@@ -89,6 +89,7 @@ class Log:
         self.began = time.perf_counter()
         self.is_torn = False  # whether the last row was written in part
         self.last_update = 0
+        self.is_speed_told = False
         self.reset()
 
     def open(self, num_updates: int, last_update: int):
@@ -198,7 +199,17 @@ class Log:
             row["hours"] = self.clock.hours
         self.row(row)
         self.reset()
+        if not self.is_speed_told:
+            self.tell_speed(last.number, seconds / n)
         return row
+
+    def tell_speed(self, number: int, each: float):
+        """Say how many updates are left, and how long they take at `each` seconds."""
+        self.is_speed_told = True
+        left = self.left(number, each)
+        if left > 0:
+            flag = "max_hours" if left == self.clock.left else "max_update"
+            self.say(f"{left / each:,.0f} updates at {each:.2g} s: {duration(left)}; see --{flag}")
 
     def left(self, number: int, each: float) -> float:
         """Seconds to the end of the run after this update, if an update takes `each`."""

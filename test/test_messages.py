@@ -182,6 +182,8 @@ def test_a_run_says_what_it_reads_and_how_much_time_is_left(
     assert re.search(rf"; {updates:,} updates read .*{read}$", printed, re.M)
     rows = re.findall(r"^update (\d+) .*\d (?:second|minute)s left$", printed, re.M)
     assert len(rows) == -(-updates // 2) - 1  # all but the last
+    speed = rf"^{updates - 2} updates at \S+ s: \d+ seconds; see --max_update$"
+    assert len(re.findall(speed, printed, re.M)) == 1
 
 
 def test_a_run_shows_the_settings_that_differ_and_warns_of_text_that_is_never_seen(
