@@ -60,14 +60,20 @@ def refuse_pointer(path):
             raise InputError(f"{path}: {what}")
 
 
-def read_text(path, errors: str = "strict", encoding: str = "utf-8") -> str:
-    """The text of an ordinary file; a pipe or a device could be endless. Raises InputError."""
+def read_text(
+    path, errors: str = "strict", encoding: str = "utf-8", newline: str | None = None
+) -> str:
+    """The text of an ordinary file; a pipe or a device could be endless. Raises InputError.
+
+    newline: as for open; "" leaves the ends of lines as they are.
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     try:
         refuse_pointer(path)
-        return path.read_text(encoding=encoding, errors=errors)
+        with open(path, encoding=encoding, errors=errors, newline=newline) as file:
+            return file.read()
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: not UTF-8 at byte {e.start}") from None
     except OSError as e:

@@ -249,6 +249,8 @@ def main(argv: list | None = None) -> int:
         parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags, base=settings)
     flat = {k: v for part in parts for k, v in vars(part).items()}
     student, teacher = own_weights(loaded, parts[PARTS.index(ModelConfig)], path)
+    if not loaded.teacher and loaded.kind != "hf":
+        print(printable(f"{path} has no teacher; its student's encoder is taken for it"))
     content, why = complete(loaded, student, teacher, flat["seed"], path)
     content = fairseq_files.without_objects(content)
     dictionary, bpe = find_dictionary(args, flat["data_path"])

@@ -107,6 +107,9 @@ def read_task(cfg: FinetuneConfig, device: Device) -> Task:
     # a head for other classes is an error, before anything is written
     head = {}
     if source.head and not (cfg.new_head or cfg.freeze):
+        # fairseq's heads name no classes, but its folders number them
+        if cfg.data_path and cfg.task == "none" and source.head.classes is None:
+            source.head.classes = data.names
         new = new_head(cfg, source, data)
         head = heads.fit(source.head, new, data.names, cfg.label_scale, source.path)
     return Task(cfg, device, source, text, data, metric, head)

@@ -17,12 +17,12 @@ from run import checkpoint
 from run.progress import Bar
 from text.binarized import BOS, EOS, PAD, UNK
 from text.files import LONGEST
+from text.tokens import warn_of_unknown
 
 import numpy as np
 import torch
 
 CHUNK = 1 << 18  # bytes of text that are read, sorted by length, and written at a time
-MANY_UNKNOWN = 0.2  # share of <unk> above which a warning is due
 
 
 def read_lines(source: str):
@@ -130,10 +130,7 @@ def write(encoder: Encoder, device: Device, tokenize, source: str, out: str, cfg
     if cut:
         longer = f"longer than {cfg.tokens_per_sample} tokens and were cut there"
         print(f"warning: {cut:,} of {lines:,} lines were {longer}", file=sys.stderr)
-    share = unknown / max(1, tokens - 2 * lines)
-    if share > MANY_UNKNOWN:
-        what = "the model does not know this text"
-        print(f"warning: {share:.0%} of the tokens are <unk>: {what}", file=sys.stderr)
+    share = warn_of_unknown(unknown, tokens - 2 * lines)
     seconds = time.perf_counter() - begin
     facts = dict(cut=cut, unknown=share, width=width, seconds=seconds)
     return dict(out=out, lines=lines, tokens=tokens, **facts)

@@ -248,6 +248,9 @@ def init_from(run, corpus: Corpus, loaded: checkpoint.Loaded, path):
                 del weights[name]
         if warning:
             print(f"warning: {printable(warning)}", file=sys.stderr)
+    if not loaded.teacher and run.cfg.model.objective != "mlm":
+        text = f"{path} has no teacher; its student's encoder is taken for it"
+        print(f"warning: {printable(text)}", file=sys.stderr)
     run.load(weights, loaded.teacher, path)
 
 

@@ -110,6 +110,10 @@ def check_labels(cfg, names: list[str] | None, train: Split):
     if len(names) > MANY_CLASSES and are_scores(names):
         few = ", ".join(names[:5])
         print(f"note: {len(names):,} classes are numbers ({few}, ...): scores need --regression")
+    if len(names) == len(train.labels) > MANY_CLASSES:
+        raise InputError(
+            f"{where}: every row has another label; is --label right? Scores need --regression"
+        )
     # a binarized folder may name classes that no row has
     if len(np.unique(train.labels)) < 2:
         raise InputError(f"{where}: all training labels are {names[train.labels[0]]!r}")

@@ -25,7 +25,7 @@ class Head:
     weights: dict  # its state dict
     classes: list | None = None  # the names of its rows, where the file has them
     scale: float = 0.0  # scores are its outputs times this (0: the file does not say)
-    is_sorted: bool = False  # rows without names are in the order of the names, not of frequency
+    is_sorted: bool = False  # rows without names are in the order of the names
 
 
 def find(loaded: Loaded, entry: dict | None, path: Path) -> Head | None:
@@ -99,14 +99,13 @@ def check_classes(head: Head, names: list | None, path: Path) -> list:
         raise InputError(f"{path}: {what}; {advice}")
     if names is None:
         return ["score"]
-    # nameless: fairseq counts classes by frequency, as we do
+    if known is None and rows != len(names):
+        ours = f"the labelled text has {len(names)}: {shown(names)}"
+        raise InputError(f"{path}: its head is for {rows} classes, {ours}; {advice}")
     if known is None:
-        if rows != len(names):
-            ours = f"the labelled text has {len(names)}: {shown(names)}"
-            raise InputError(f"{path}: its head is for {rows} classes, {ours}; {advice}")
-        known = names
-        if head.is_sorted:
-            known = sorted(names, key=lambda name: (score_of(name) or 0.0, name))
+        if not head.is_sorted:
+            raise InputError(f"{path}: the classes of its head have no names; {advice}")
+        known = sorted(names, key=lambda name: (score_of(name) or 0.0, name))
         say(f"{path} does not name the classes of its head, taken for {shown(known)} in this order")
     new = [name for name in names if name not in known]
     missing = [name for name in known if name not in names]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from config import InputError, read_text
 from tasks.tables import Table, are_scores, score_of
-from text.binarized import BOS, EOS, SPECIAL, Dictionary, TokenFile
+from text.binarized import BOS, EOS, SPECIAL, UNK, Dictionary, TokenFile
+from text.tokens import warn_of_unknown
 
 import numpy as np
 
@@ -108,6 +109,8 @@ def encode(tokenize, texts: list[list[str]], labels: np.ndarray | None, longest:
     for column in texts:
         lines = (re.split("[\t\n\r]+", text) for text in column)
         columns.append(tokenize([" ".join(map(str.strip, parts)) for parts in lines]))
+    rows = [row for column in columns for row in column]
+    warn_of_unknown(sum(int((row == UNK).sum()) for row in rows), sum(map(len, rows)) - len(rows))
     return make_split(columns, labels, longest)
 
 

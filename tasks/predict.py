@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from config import InputError, printable, read_text
+from config import InputError, printable
 from hardware.device import Device
 from run import checkpoint
 from tasks import classifier, labelled, pretrained, tables
@@ -57,11 +57,9 @@ def read_texts(cfg, entry: dict) -> list[list[str]]:
         return columns
     if Path(path).suffix.lower() in (".csv", ".json", ".jsonl"):
         raise InputError(f"--predict {path}: --text says which of its columns to read")
-    # only "\n" ends a line, so that rows of the answer are rows of the file
-    lines = read_text(path, encoding="utf-8-sig").split("\n")
-    if not lines[-1]:
-        lines.pop()
-    if not lines:
+    # as many rows in the answer as in the file
+    lines = tables.lines_of(path)
+    if lines == [""]:
         raise InputError(f"{path}: no lines in it")
     if texts == 1:
         tabs = sum("\t" in line for line in lines)

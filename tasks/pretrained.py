@@ -195,8 +195,6 @@ def folder_of_text(source: Pretrained) -> Path:
     raise InputError(f"no dict.txt in {places}: name that of {source.path} {flags}")
 
 
-
-
 def read_dictionary(path, source: Pretrained) -> Dictionary:
     """A dict.txt that must be the encoder's. Raises InputError."""
     dictionary = Dictionary(path)

@@ -93,6 +93,8 @@ class File:
         """The wanted columns. Raises InputError, with the line, for a row without them."""
         width = self.columns.fields or len(self.first)
         places = [self.place_of(*pair) for pair in zip(self.columns.names, self.places)]
+        if len(set(places)) < len(places):
+            raise InputError(f"{self.path}: --text and --label name one column twice")
         names = [self.first[i] if self.has_header else i + 1 for i in places]
         texts = [[] for _ in self.columns.text]
         table = Table(self.path, [], texts, [], names[: len(texts)] if self.has_header else None)
@@ -107,7 +109,8 @@ class File:
             table.lines.append(line)
             for name, place, outlet in zip(names, places, outlets):
                 text = cells[place].strip()
-                if not text and (outlet is table.labels or not self.columns.fields):
+                may_be_empty = self.columns.fields or self.columns.label is None
+                if not text and (outlet is table.labels or not may_be_empty):
                     raise InputError(f"{where}: the column {name} is empty or missing")
                 outlet.append(text)
         if not table.lines:
@@ -208,31 +211,45 @@ def are_scores(texts: list[str]) -> bool:
 # ------------------------------------------------------------------------------------------ rows
 
 
-def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
-    """(line number, cells) of each row that is not blank. Raises InputError.
+def lines_of(path) -> list[str]:
+    """The lines of a text file. A "\r" alone ends one only in a file without any "\n"."""
+    text = read_text(path, encoding="utf-8-sig", newline="").replace("\r\n", "\n")
+    if "\n" not in text:
+        text = text.replace("\r", "\n")
+    return text.removesuffix("\n").split("\n")
 
-    Of JSON objects these are the cells under `names`, after a row of the names.
+
+def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
+    """(line number, cells) of each row. Raises InputError.
+
+    Empty lines at the end are no rows, nor are any where rows have several cells. Of JSON objects
+    these are the cells under `names`, after a row of the names.
     """
     kind = path.suffix.lower()
     if kind not in (".tsv", ".csv", *JSON):
         raise InputError(f"{path}: expected a name that ends in .tsv, .csv or .jsonl")
-    lines = read_text(path, encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
-    full = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not full:
+    lines = lines_of(path)
+    if not "".join(lines).strip():
         raise InputError(f"{path}: no rows in it")
+    if kind in JSON:
+        full = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        rows = [(n, cells_of_json(line, names, f"{path}, line {n}")) for n, line in full]
+        return [(0, list(map(str, names))), *rows]
+    # quotes mean nothing in a .tsv, as in GLUE's files
+    rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1)]
     if kind == ".csv":
-        return rows_of_csv(lines, path)
-    if kind == ".tsv":  # quotes mean nothing here, as in GLUE's files
-        return [(number, line.split("\t")) for number, line in full]
-    rows = [(number, cells_of_json(line, names, f"{path}, line {number}")) for number, line in full]
-    return [(0, list(map(str, names))), *rows]
+        rows = rows_of_csv(lines, path)
+    while not "".join(rows[-1][1]).strip() and len(rows[-1][1]) == 1:
+        rows.pop()
+    has_one_cell = len(rows[0][1]) == 1
+    return [row for row in rows if has_one_cell or row[1] != [""]]
 
 
 def rows_of_csv(lines: list[str], path: Path) -> list[tuple[int, list[str]]]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader([line + "\n" for line in lines], strict=True)
     try:
-        return [(reader.line_num, cells) for cells in reader if cells]
+        return [(reader.line_num, cells or [""]) for cells in reader]
     except csv.Error as e:
         raise InputError(f"{path}, line {reader.line_num}: not CSV: {e}") from None
 

@@ -17,6 +17,7 @@ import pytest
 
 SYMBOLS = SimpleNamespace(mask_id=9)  # all that a mask without random tokens needs to know
 
+
 def test_hashes_of_three_integers_match_python():
     random = np.random.default_rng(0)
     for first, second in [(0, 0), (2**32 - 1, 10**6), *random.integers(0, 2**20, (50, 2)).tolist()]:

@@ -59,15 +59,12 @@ def as_fairseq(colors, path):
         ("ours", (30, 40, 20)),
         ("transformers", (40, 30, 20)),
         ("transformers LABEL_0", (40, 30, 20)),
-        ("fairseq", (20, 30, 40)),  # its rows are in the order of frequency, as in training
     ],
 )
 def test_the_rows_of_a_head_go_by_class_names(kind, counts, colors, place, tmp_path):  # noqa: F811
     ckpt, names = colors, COLORS
     if kind == "transformers":
         ckpt = as_transformers(colors, tmp_path / "hf")
-    elif kind == "fairseq":
-        ckpt = as_fairseq(colors, tmp_path / "f.pt")
     elif kind != "ours":
         ckpt = as_transformers(colors, tmp_path / "hf", {str(i): f"LABEL_{i}" for i in range(3)})
         names = ["2", "1", "0"]  # their order is that of the rows: blue is 0
@@ -75,7 +72,7 @@ def test_the_rows_of_a_head_go_by_class_names(kind, counts, colors, place, tmp_p
     own = dict(train=train, valid=train, lr=0, max_epoch=1, dict=colors.parent / "dict.txt")
     out = call(finetune.main, *flags(place, tmp_path / "o", ckpt=ckpt, attention_heads=2, **own))
     assert rows_of(tmp_path / "o", "valid_loss")[0]["valid_accuracy"] == 1
-    assert ("does not name the classes" in out) == (kind in ("fairseq", "transformers LABEL_0"))
+    assert ("does not name the classes" in out) == (kind == "transformers LABEL_0")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +95,16 @@ def test_a_head_for_other_classes_is_an_error_that_names_them(
     call(finetune.main, *flags(place, tmp_path / "out", new_head=True, **(own | dict(lr=0))))
     new = head_of(tmp_path / "out" / "checkpoint_best.pt")["dense.weight"]
     assert not torch.equal(new, head_of(colors)["dense.weight"])
+
+
+def test_a_head_without_names_is_refused_but_for_folders_that_number_the_classes(
+    colors, place, tmp_path
+):  # noqa: F811
+    own = dict(ckpt=as_fairseq(colors, tmp_path / "f.pt"), attention_heads=2)
+    own |= dict(dict=colors.parent / "dict.txt", max_epoch=1, lr=0)
+    train = color_table(tmp_path / "t.tsv", (20, 30, 40), COLORS)
+    with pytest.raises(InputError, match="no names; --new_head"):
+        finetune.main(flags(place, tmp_path / "out", train=train, valid=train, **own))
 
 
 @pytest.mark.parametrize("kind", ["another form", "two of fairseq", "transformers for tokens"])

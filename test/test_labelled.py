@@ -12,7 +12,7 @@ from tasks.settings import RECIPES, FinetuneConfig
 from tasks.tables import Columns
 from test.helpers import GOLDEN, call, golden
 from test.test_finetune import flags, place, rows_of  # noqa: F401
-from text.binarized import EOS, Dictionary, write_dataset
+from text.binarized import EOS, UNK, Dictionary, write_dataset
 
 import numpy as np
 import pytest
@@ -116,6 +116,34 @@ def test_predictions_leave_out_the_header_that_training_found(known, content, te
     cfg = FinetuneConfig(predict=str(tmp_path / "x.tsv"), text=text)
     texts = predict.read_texts(cfg, dict(texts=2, header=known))
     assert texts == [["a", "b"], ["c", "d"]]
+
+
+# As many answers as the file has rows.
+ROWS = [
+    ("x.txt", "", "a\rb\nc\n", ["a\rb", "c"]),  # a cell of an old Mac
+    ("x.txt", "", "a\rb", ["a", "b"]),  # a file of one
+    ("x.txt", "", "a\r\n\r\nb", ["a", "", "b"]),
+    ("x.tsv", "text", "text\tmore\na\tx\n\t\nb\ty\n", ["a", "", "b"]),  # pandas' empty cells
+    ("x.tsv", "text", "text\na\n\nb\n\n", ["a", "", "b"]),
+    ("x.csv", "text", 'text\na\n\n"b\rc"\n', ["a", "", "b\rc"]),
+    ("x.csv", "text", "text,more\na,x\n\n,\nb,y\n", ["a", "", "b"]),
+    ("x.jsonl", "text", '{"text": "a"}\n\n{"text": null}\n', ["a", ""]),
+]
+
+
+@pytest.mark.parametrize("name, text, content, answered", ROWS)
+def test_every_row_to_predict_gets_an_answer(name, text, content, answered, tmp_path):
+    (tmp_path / name).write_text(content, newline="")
+    cfg = FinetuneConfig(predict=str(tmp_path / name), text=text)
+    assert predict.read_texts(cfg, dict(texts=1, header=None)) == [answered]
+
+
+def test_text_that_the_dictionary_does_not_know_is_told(tmp_path, capsys):
+    def tokenize(column):
+        return [np.array([UNK, 4, EOS]) for _ in column]
+
+    labelled.encode(tokenize, [["▁the ▁fil", "fil ##m"]], None, 64)
+    assert "50% of the tokens are <unk>" in capsys.readouterr().err
 
 
 def test_a_line_end_or_a_tab_within_a_text_is_a_space(tmp_path):
@@ -265,6 +293,8 @@ TABLE = "text\tlabel\n"
         ("x.tsv", TABLE + "w1\tgood\n", dict(regression=True), "line 2: 'good' is no number"),
         ("x.tsv", TABLE + "w1\tgood\nw2\tgood\n", {}, "all training labels are 'good'"),
         ("x.tsv", TABLE + "".join(f"w1\t{i}\n" for i in range(1001)), {}, "1,001 different"),
+        ("x.tsv", TABLE + "".join(f"w1\t{i}\n" for i in range(11)), {}, "every row has another"),
+        ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(label="text"), "name one column twice"),
         ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(text="body"), "no column body"),
         ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(text="²"), "no column ²"),
         ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(label="9" * 5000), "no column 999"),
@@ -300,9 +330,9 @@ def test_a_text_longer_than_the_table_is_cut_and_counted(place, tmp_path, capsys
 @pytest.mark.parametrize(
     "labels, said",
     [
-        ([f"{i / 4}" for i in range(11)], True),
-        ([str(i % 3) for i in range(11)], False),
-        ([f"c{i}" for i in range(11)], False),
+        ([f"{i % 11 / 4}" for i in range(22)], True),
+        ([str(i % 3) for i in range(22)], False),
+        ([f"c{i % 11}" for i in range(22)], False),
     ],
 )
 def test_scores_that_are_taken_for_classes_get_a_note(labels, said, tmp_path, capsys):

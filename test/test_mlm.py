@@ -6,6 +6,7 @@ import math
 import eval as evaluation
 import train
 from data import Corpus
+from formats import fairseq_names
 from judge import quality
 from model import data2vec_loss, teacher_targets
 from run import checkpoint
@@ -105,6 +106,11 @@ def test_a_run_begins_with_the_encoder_of_another_objective_and_says_which_heads
     assert "no regression head" in said and "the head for words in" in said
     said = start("both", "--init_from", plain, "--mlm_weight", 1)
     assert "no head for words" in said and "regression head" not in said
+    # a student without its teacher, as an average of checkpoints often is
+    state = fairseq_names.to_reference(checkpoint.load(plain).student, {})
+    torch.save(state, tmp_path / "averaged.pt")
+    assert "has no teacher" in start("averaged", "--init_from", tmp_path / "averaged.pt")
+    assert "has no teacher" not in said
     words, both = (checkpoint.load(tmp_path / n / "checkpoint_last.pt") for n in ("words", "both"))
     for name, value in words.student.items():
         if name.startswith("encoder."):

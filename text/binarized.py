@@ -54,6 +54,8 @@ class Dictionary:
         lines = read_text(path).split("\n")
         if not lines[-1]:
             lines.pop()
+        if lines and lines[0].startswith("\ufeff"):
+            raise InputError(f"{path}, line 1: begins with a byte order mark; save it without one")
         for number, line in enumerate(lines, 1):
             symbol, _, count = line.rstrip().rpartition(" ")
             overwrite = count == "#fairseq:overwrite"

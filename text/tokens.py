@@ -26,8 +26,18 @@ SPECIAL_TOKEN = re.compile(r"<.*>|\[.*\]", re.S)  # such as <|endoftext|>, which
 # GPT-2's pattern always cuts before a space between two characters that are not white space, and
 # looks at nothing beyond that space. So the pieces can be encoded, and remembered, one by one.
 CUT = re.compile(r"(?<=\S)(?= \S)")
+MANY_UNKNOWN = 0.2  # share of <unk> above which a warning is due
 MEMO = 1 << 17  # pieces of text that are remembered with their tokens
 TRAINED_PIECE = 3000  # most bytes of a piece that a BPE is trained on; no text has longer words
+
+
+def warn_of_unknown(unknown: int, tokens: int) -> float:
+    """The share of `<unk>` among a text's tokens, with a warning where it is large."""
+    share = unknown / max(1, tokens)
+    if share > MANY_UNKNOWN:
+        what = "the model does not know this text"
+        print(f"warning: {share:.0%} of the tokens are <unk>: {what}", file=sys.stderr)
+    return share
 
 
 def lines_of(chunk: str) -> list[str]:
