@@ -183,6 +183,9 @@ class DataConfig:
             raise InputError("--random_token_prob and --leave_unmasked_prob: at most 1 together")
 
 
+OBJECTIVES = ("data2vec", "data2vec2", "mlm")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     # the encoder: fairseq's roberta_base
@@ -207,8 +210,16 @@ class ModelConfig:
     # the loss
     loss_beta: float = option(4.0, "smooth L1 is linear from here on (0: squared error)", low=0)
     loss_scale: float = option(1.0, "factor of the loss (0 or less: 1 / sqrt(width))")
-    objective: str = option("data2vec", "targets, or hidden words", choices=("data2vec", "mlm"))
+    objective: str = option("data2vec", "targets, or hidden words", choices=OBJECTIVES)
     mlm_weight: float = option(0.0, "of the language model's loss beside data2vec's", low=0)
+    # data2vec 2.0: copies of a block, each with a mask of its own, and the decoder
+    clone_batch: int = option(8, "masked copies of a block, for one target", low=1, high=1000)
+    mask_noise_std: float = option(0.01, "of what the decoder reads at hidden places", low=0)
+    decoder_dim: int = option(768, "width of the decoder", low=1, high=100_000)
+    decoder_kernel: int = option(9, "tokens that a convolution of the decoder spans", low=1)
+    decoder_layers: int = option(5, "convolutions of the decoder", low=1, high=100)
+    decoder_groups: int = option(1, "groups of a convolution's channels", low=1)
+    decoder_residual: bool = option(False, "add each convolution's input to its output")
 
     @property
     def predicts_words(self) -> bool:
@@ -221,6 +232,13 @@ class ModelConfig:
         top = self.average_top_k_layers
         if top > self.layers:
             raise InputError(f"--average_top_k_layers {top}: there are only {self.layers} layers")
+        if self.objective == "data2vec2":
+            groups = self.decoder_groups
+            if width % groups or self.decoder_dim % groups:
+                sizes = f"--embed_dim {width} and --decoder_dim {self.decoder_dim}"
+                raise InputError(f"--decoder_groups {groups} does not divide {sizes}")
+            if self.mlm_weight:
+                raise InputError("--mlm_weight: with --objective data2vec2 no head names words")
 
 
 @dataclass(frozen=True)
@@ -313,12 +331,25 @@ class Config:
             part.check()
         if self.model.objective == "mlm" and self.data.teacher_input == "masked":
             raise InputError("--objective mlm reads whole blocks: --teacher_input full")
+        if self.model.objective == "data2vec2":
+            self.check_data2vec2()
         block, table = self.data.tokens_per_sample, self.model.max_source_positions
         if block > table:
             raise InputError(
                 f"--tokens_per_sample {block} is above --max_source_positions {table}, the length"
                 " of the position table"
             )
+
+    def check_data2vec2(self):
+        """Raise InputError for a setting of version 1 that has no meaning in version 2."""
+        built_in = dict(teacher_input="full", mask_multiple_length=1, mask_stdev=0.0)
+        built_in |= dict(random_token_prob=0.0, leave_unmasked_prob=0.0, fixed_masks=False)
+        built_in |= dict(ema_transformer_layers_only=True)
+        values = self.flat()
+        for name, value in built_in.items():
+            if values[name] != value:
+                only = f"--objective data2vec2 knows only --{name} {value}"
+                raise InputError(f"{only}; --config_name base_v2 or small_v2 sets all of its own")
 
     def flat(self) -> dict:
         """Every setting by its name."""
@@ -354,6 +385,26 @@ PRESETS = {
         log_interval=50, validate_interval=0, validate_interval_updates=625,
         probe_interval_updates=1250, save_interval_updates=0,
     ),
+    "base_v2": dict(  # the release's v2/base_text_only_task.yaml, for one of its 16 devices
+        objective="data2vec2", sample_break_mode="none", batch_size=4,
+        mask_prob=0.48, mask_multiple_length=1,
+        average_top_k_layers=12, instance_norm_target_layer=True, layer_norm_target_layer=False,
+        loss_beta=0.0, clip_norm=1.0, warmup_updates=4000, min_target_var=0.1, min_pred_var=0.01,
+        ema_decay=0.9999, ema_end_decay=0.99999, ema_anneal_end_step=100_000,
+    ),
+    "small_v2": dict(  # the encoder of `small`
+        objective="data2vec2", tokens_per_sample=64, max_tokens=512,
+        mask_prob=0.48, mask_multiple_length=1,
+        embed_dim=256, ffn_embed_dim=1024, layers=4, attention_heads=4,
+        dropout=0.0, attention_dropout=0.0, normalize_before=True,
+        clone_batch=8, decoder_dim=256, decoder_kernel=5, decoder_layers=3, decoder_groups=4,
+        average_top_k_layers=4, instance_norm_target_layer=True, layer_norm_target_layer=False,
+        loss_beta=0.0, clip_norm=1.0,
+        ema_decay=0.999, ema_end_decay=0.9999, ema_anneal_end_step=5000,
+        lr=1e-3, warmup_updates=200, max_update=2500,
+        log_interval=50, validate_interval=0, validate_interval_updates=625,
+        probe_interval_updates=1250, save_interval_updates=0,
+    ),
 }
 # fmt: on
 
@@ -365,3 +416,10 @@ FAIRSEQ_EXACT = dict(
     min_target_var=0.0,
     min_pred_var=0.0,
 )
+
+
+def exact_settings(objective: str | None) -> dict:
+    """What --fairseq_exact implies for an objective."""
+    # version 2's teacher reads the whole block there, too
+    own = dict(teacher_input="full") if objective == "data2vec2" else {}
+    return {**FAIRSEQ_EXACT, **own}

@@ -39,7 +39,8 @@ from hardware.flops import update_flops
 from hardware.opening import check_world_size, open_device
 from hardware.vectors import LongVectors, Separate
 from judge.quality import Validation, verdict
-from model import Data2VecText, data2vec_loss, loss_with_words, places_of, teacher_targets
+from data2vec2 import loss_of_copies, make_student, masked_copies
+from model import data2vec_loss, loss_with_words, places_of, teacher_targets
 from optim import Optimizer, Step
 from run import checkpoint, resume
 from run.guard import Clock, Health, Signals, check_memory, explained_out_of_memory
@@ -70,7 +71,7 @@ class Run:
         self.cfg, self.device = cfg, device
         check_memory(cfg.model, vocabulary_size, device)
         device.seed(cfg.data.seed)  # every worker begins with the same weights
-        self.student = Data2VecText(cfg.model, vocabulary_size).to(device.torch_device).train()
+        self.student = make_student(cfg.model, vocabulary_size).to(device.torch_device).train()
         self.teacher = ema.make_teacher(self.student.encoder)
         layout = LongVectors if device.wants_long_vectors else Separate
         self.weights = layout(self.student, self.teacher, device.amp)
@@ -94,6 +95,12 @@ class Run:
         # differs from fairseq: workers draw different dropout, where its workers all draw the same
         worker = 0 if self.cfg.train.fairseq_exact else 1_000_003 * self.device.rank
         self.device.seed(self.cfg.data.seed + self.num_updates + worker)
+
+    def masked(self, batch: Batch) -> Batch:
+        """The batch as this update learns from it: with data2vec2, its masked copies."""
+        if self.cfg.model.objective != "data2vec2":
+            return batch
+        return masked_copies(batch, self.num_updates, self.cfg)
 
     @record_function("ema")
     def move_teacher(self):
@@ -143,6 +150,7 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
     decay = ema.decay_at(run.num_updates, cfg.ema)
     run.seed_dropout()
     run.move_teacher()  # a no-op, unless fairseq_exact left the last update out
+    batches = [run.masked(batch) for batch in batches]
     loss, last_batch = accumulate(run, batches)
 
     run.clock.look()  # before the step: a worker lost here must find the weights as they were
@@ -170,12 +178,14 @@ def accumulate(run: Run, batches: list[Batch]) -> tuple[torch.Tensor, tuple | No
     Returns the sum of their losses () and (prediction, target) of the last one.
     """
     cfg, device = run.cfg, run.device
+    networks = (run.student, run.teacher)
     total = run.optimizer.begin()
     last = None
     with device.autocast():  # one for all batches: it casts the student's weights once
         for batch in map(device.upload, batches):
-            if cfg.model.predicts_words:
-                networks = (run.student, run.teacher)
+            if cfg.model.objective == "data2vec2":
+                loss, prediction, target = loss_of_copies(*networks, batch, cfg.model)
+            elif cfg.model.predicts_words:
                 loss, prediction, target = loss_with_words(*networks, batch, cfg.model)
             else:
                 target = teacher_targets(run.teacher, batch, cfg.model)  # (M, C), no gradient

@@ -12,7 +12,7 @@ All other names are equal.
 import dataclasses
 import re
 
-from config import FAIRSEQ_EXACT, PARTS, InputError
+from config import PARTS, InputError, exact_settings
 from formats import fairseq_config
 from run.checkpoint import Loaded
 
@@ -118,7 +118,7 @@ def settings(tree: dict, path) -> dict:
     groups = ("task", "dataset", "model", "common")
     tree = {group: tree[group] for group in groups if isinstance(tree.get(group), dict)}
     values, _ = fairseq_config.from_reference(tree, FIELDS, str(path))
-    return {**values, "fairseq_exact": True, **FAIRSEQ_EXACT}
+    return {**values, "fairseq_exact": True, **exact_settings(values.get("objective"))}
 
 
 def _args_tree(args: dict | None, state: dict) -> dict | None:

@@ -20,6 +20,7 @@ FLOORS = [
     ["text", "hardware", "formats.fairseq_config"],
     ["model"],
     ["data"],
+    ["data2vec2"],
     ["ema", "optim"],
     ["run"],
     ["judge", "formats"],
