@@ -389,7 +389,7 @@ PRESETS = {
         objective="data2vec2", sample_break_mode="none", batch_size=4,
         mask_prob=0.48, mask_multiple_length=1,
         average_top_k_layers=12, instance_norm_target_layer=True, layer_norm_target_layer=False,
-        loss_beta=0.0, clip_norm=1.0, warmup_updates=4000, min_target_var=0.1, min_pred_var=0.01,
+        loss_beta=0.0, clip_norm=1.0, warmup_updates=4000, min_pred_var=1e-4,
         ema_decay=0.9999, ema_end_decay=0.99999, ema_anneal_end_step=100_000,
     ),
     "small_v2": dict(  # the encoder of `small`

@@ -62,17 +62,20 @@ class Copies(Batch):
     pads_count: bool  # in the statistics of the targets, and for the decoder
 
 
-def masked_copies(batch: Batch, update: int, cfg: Config) -> Copies:
-    """The copies that a student learns from after `update` updates, on the host.
+def masked_copies(batch: Batch, update: int, cfg: Config, copies: int) -> Batch:
+    """The copies of the blocks that a student learns from after `update` updates, on the host; with
+    another objective, the batch as it is.
 
-    Of a batch that is masked by version 1's rule only the whole blocks are read. The masks are the
-    same on every device.
+    Of a batch, which is masked by version 1's rule, only the whole blocks are read. The masks are
+    the same on every device.
     """
+    if cfg.model.objective != "data2vec2":
+        return batch
     exact, tokens = cfg.train.fairseq_exact, batch.target
-    (B, T), K = tokens.shape, cfg.model.clone_batch
-    ids = batch.ids.tolist()
-    seed = reference_seed if exact else mask_seed
-    seed = seed(cfg.data.seed, update, ids, K)
+    (B, T), K = tokens.shape, copies
+    # differs from fairseq: there a shape has about 15,625 different masks
+    key = cfg.data.seed, update, *batch.ids.tolist()
+    seed = reference_seed(*key, copies=K) if exact else hash(key) % 2**63
     uniform = torch.rand(B * K, T, generator=torch.Generator().manual_seed(seed))
 
     # differs from fairseq: there pads are hidden and predicted like text, and a copy that keeps
@@ -83,11 +86,10 @@ def masked_copies(batch: Batch, update: int, cfg: Config) -> Copies:
     left = np.maximum(1, (length * (1 - cfg.data.mask_prob)).astype(np.int64))
     # text in random order, then pads
     order = (uniform + torch.from_numpy(is_pad)).argsort(1).numpy()  # (BK, T)
-    if is_pad.any():
-        # visible text, pads, hidden text: so each row has as many places that the student reads
-        column = np.arange(T)
-        is_hidden = (left <= column) & (column < length)
-        order = np.take_along_axis(order, np.argsort(is_hidden * T + column, 1), 1)
+    # visible text, pads, hidden text: so the student reads as many places of each row
+    column = np.arange(T)
+    is_hidden = (left <= column) & (column < length)
+    order = np.take_along_axis(order, np.argsort(is_hidden * T + column, 1), 1)
     L = max(1, int(T * (1 - cfg.data.mask_prob)))
     rank = np.argsort(order, 1)  # (BK, T): the inverse of the order
     hidden = rank >= T - (length - left)  # (BK, T) bool
@@ -111,15 +113,11 @@ def masked_copies(batch: Batch, update: int, cfg: Config) -> Copies:
     )
 
 
-def mask_seed(seed: int, update: int, ids: list[int], copies: int) -> int:
-    """The seed of the masks of a batch."""
-    return hash((seed, update, *ids)) % 2**63
+def reference_seed(seed: int, update: int, *ids: int, copies: int) -> int:
+    """fairseq's seed of a batch's masks, to the bit: float remainders of Python's own hash.
 
-
-# differs from fairseq: its seeds are multiples of 64 but for a few, so that a shape has about
-# 15,625 different masks, and depend on the sum of the blocks' numbers only
-def reference_seed(seed: int, update: int, ids: list[int], copies: int) -> int:
-    """fairseq's, to the bit: float remainders of Python's own hash of integers."""
+    It is a multiple of 64, but for a few, and depends on the sum of the blocks' numbers only.
+    """
     offsets = [0] + [int(hash((seed, i)) % 1e10) for i in range(copies - 1)]
     total = sum(number + offset for number in ids for offset in offsets)
     return int(hash((seed, update, total)) % 1e6)
@@ -148,7 +146,7 @@ class Decoder(nn.Module):
         self.residual = cfg.decoder_residual
 
     def forward(self, x: Tensor, places: Tensor, real: Tensor | None) -> Tensor:
-        """x (BK, T, C) -> predictions (N, C) at the flat places (N,).
+        """x (BK, T, C) -> features (N, D) at the flat places (N,).
 
         real (BK, T, 1): True at text, what lies elsewhere is read as 0; None: read all.
         """
@@ -159,7 +157,7 @@ class Decoder(nn.Module):
             y = conv(x.transpose(1, 2))[:, :, :T].transpose(1, 2)  # (BK, T, D)
             y = kernels.gelu(F.layer_norm(y, y.shape[-1:], eps=LAYER_NORM_EPS))
             x = x + y if self.residual and x.shape == y.shape else y
-        return self.proj(at_places(x, places))
+        return at_places(x, places)
 
 
 class Data2Vec2(nn.Module):
@@ -177,7 +175,7 @@ class Data2Vec2(nn.Module):
         self.encoder = Encoder(cfg, vocabulary_size)
         self.decoder = Decoder(cfg)
         self.input_dropout = Dropout(cfg.dropout)
-        self.copies, self.noise_std = cfg.clone_batch, cfg.mask_noise_std
+        self.noise_std = cfg.mask_noise_std
         torch.set_rng_state(state)
         self.draw_weights()
 
@@ -199,6 +197,12 @@ class Data2Vec2(nn.Module):
     def forward(self, batch: Copies) -> tuple[Tensor, Tensor, Tensor | None]:
         """Predictions at the hidden places (N, C), and what the teacher reads: the features of the
         whole blocks (B, T, C), and where text is (B, T) bool, or None for everywhere."""
+        x, features, real = self.decoded(batch, batch.masked)
+        return self.decoder.proj(x), features.detach(), real
+
+    def decoded(self, batch: Copies, places: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `forward`, with the decoder's features (N, D) at any flat places (N,) of the rows in
+        place of the predictions."""
         features, real = self.encoder.features(batch.target, batch.target_padded)
         rows, L = batch.visible.shape
         T = features.shape[1]
@@ -217,8 +221,8 @@ class Data2Vec2(nn.Module):
         x = at_places(x, batch.restore.flatten()).view(rows, T, -1)  # (BK, T, C)
         text = None
         if real is not None and not batch.pads_count:
-            text = real.repeat_interleave(self.copies, 0)[:, :, None]
-        return self.decoder(x, batch.masked, text), features.detach(), real
+            text = real.repeat_interleave(rows // len(real), 0)[:, :, None]
+        return self.decoder(x, places, text), features, real
 
     def noise(self, x: Tensor, count: int, seed: int | None) -> Tensor:
         """N(0, std) for `count` places of each row of x (BK, L, C), in its type."""

@@ -33,13 +33,13 @@ if __name__ == "__main__":
 
 import ema
 from data import Batch, Corpus, prefetch
+from data2vec2 import loss_of_copies, make_student, masked_copies
 from formats.load import load
 from hardware.device import Device, use_all_cores
 from hardware.flops import update_flops
 from hardware.opening import check_world_size, open_device
 from hardware.vectors import LongVectors, Separate
 from judge.quality import Validation, verdict
-from data2vec2 import loss_of_copies, make_student, masked_copies
 from model import data2vec_loss, loss_with_words, places_of, teacher_targets
 from optim import Optimizer, Step
 from run import checkpoint, resume
@@ -74,7 +74,10 @@ class Run:
         self.student = make_student(cfg.model, vocabulary_size).to(device.torch_device).train()
         self.teacher = ema.make_teacher(self.student.encoder)
         layout = LongVectors if device.wants_long_vectors else Separate
-        self.weights = layout(self.student, self.teacher, device.amp)
+        # differs from fairseq: 2.0's second group of weights, biases and norms, is meant to have no
+        # decay, and has it all the same
+        spares_vectors = cfg.model.objective == "data2vec2" and not cfg.train.fairseq_exact
+        self.weights = layout(self.student, self.teacher, device.amp, spares_vectors)
         if cfg.train.compile:
             device.check_compile()
             for layer in (*self.student.encoder.layers, *self.teacher.layers):
@@ -95,12 +98,6 @@ class Run:
         # differs from fairseq: workers draw different dropout, where its workers all draw the same
         worker = 0 if self.cfg.train.fairseq_exact else 1_000_003 * self.device.rank
         self.device.seed(self.cfg.data.seed + self.num_updates + worker)
-
-    def masked(self, batch: Batch) -> Batch:
-        """The batch as this update learns from it: with data2vec2, its masked copies."""
-        if self.cfg.model.objective != "data2vec2":
-            return batch
-        return masked_copies(batch, self.num_updates, self.cfg)
 
     @record_function("ema")
     def move_teacher(self):
@@ -150,7 +147,7 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
     decay = ema.decay_at(run.num_updates, cfg.ema)
     run.seed_dropout()
     run.move_teacher()  # a no-op, unless fairseq_exact left the last update out
-    batches = [run.masked(batch) for batch in batches]
+    batches = [masked_copies(b, run.num_updates, cfg, cfg.model.clone_batch) for b in batches]
     loss, last_batch = accumulate(run, batches)
 
     run.clock.look()  # before the step: a worker lost here must find the weights as they were

@@ -1,11 +1,11 @@
 """fairseq's data2vec 2.0 (`data2vec_multi`, text alone): its names of the weights and ours.
 
-    ours                                  fairseq's
-    encoder.embed_tokens and the like     modality_encoders.TEXT.local_encoder.NAME
-    encoder.layers.N.PART                 blocks.N.PART, the parts as in PARTS
-    decoder.NAME                          modality_encoders.TEXT.decoder.NAME
-    the teacher's layers.N.PART           N.PART in the dict `_ema`; its embeddings are the
-                                          student's
+ours                                  fairseq's
+encoder.embed_tokens and the like     modality_encoders.TEXT.local_encoder.NAME
+encoder.layers.N.PART                 blocks.N.PART, the parts as in PARTS
+decoder.NAME                          modality_encoders.TEXT.decoder.NAME
+the teacher's layers.N.PART           N.PART in the dict `_ema`; its embeddings are the
+                                      student's
 """
 
 import re

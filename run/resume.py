@@ -187,6 +187,10 @@ def take(run, loaded: checkpoint.Loaded, path: Path):
     progress = loaded.content["progress"]
     run.num_updates = progress["num_updates"]
     run.teacher_updates = progress["teacher_updates"]
+    if run.cfg.train.fairseq_exact and run.cfg.model.objective == "data2vec2":
+        # differs from fairseq: nothing is lost; there a resumed run never makes the teacher's step
+        # that was due
+        run.teacher_updates = run.num_updates
     run.optimizer.skipped = progress["skipped"]
     run.best_loss = progress["best_loss"]
     # 0.1.0 had neither of these two, 0.2.0 no hours

@@ -1,12 +1,11 @@
 """data2vec 2.0: equal to recordings of the reference, and by formula."""
 
 import json
-import math
 
 import config
 import train
 from data import Corpus
-from data2vec2 import Data2Vec2, masked_copies
+from data2vec2 import masked_copies
 from formats import fairseq_v2
 from run import flags
 from test.helpers import CPU, GOLDEN, golden
@@ -33,12 +32,13 @@ def flags_of(name: str, **options) -> list:
         values |= {NAMES.get(k, k): v for k, v in part.items() if NAMES.get(k, k) in known}
     values["adam_betas"] = "0.9,0.98"
     values |= dict(ffn_embed_dim=4 * values["embed_dim"], head_layers=2, save_dir="x")
-    values |= dict(fairseq_exact=True, objective="data2vec2", mask_prob=theirs["text"]["mask_prob"])
-    return [str(word) for name, value in {**values, **options}.items() for word in (f"--{name}", value)]
+    values |= dict(fairseq_exact=True, objective="data2vec2")
+    values |= options
+    return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
 
 
 def start(name: str, **options) -> tuple:
-    """The recorded run at its beginning, its training split, and an iterator of its host batches."""
+    """The recorded run at its beginning, its first weights, and an iterator of its batches."""
     cfg = config.Config(*flags.parse(config.PARTS, "", flags_of(name, **options))[0])
     corpus = Corpus(cfg.data)
     run = train.Run(cfg, CPU, len(corpus.dictionary))
@@ -63,7 +63,7 @@ def test_a_run_equals_the_recorded_one(name):
     inputs = np.load(FOLDER / name / "inputs.npz")
     for i, row in enumerate(recorded(f"{name}/trajectory.jsonl")):
         batch = next(batches)
-        copies = run.masked(batch)
+        copies = masked_copies(batch, i, run.cfg, run.cfg.model.clone_batch)
         rows, T = copies.restore.shape
         hidden = np.zeros((rows, T), bool)
         hidden.ravel()[copies.masked] = True
