@@ -13,7 +13,7 @@ import dataclasses
 import re
 
 from config import PARTS, InputError, exact_settings
-from formats import fairseq_config
+from formats import fairseq_config, fairseq_v2
 from run.checkpoint import Loaded
 
 import torch
@@ -36,6 +36,8 @@ def from_reference(state: dict, path="") -> tuple[dict, dict | None]:
 
     Raises InputError.
     """
+    if fairseq_v2.holds(state):
+        return fairseq_v2.from_reference(state)
     student = {}
     for name, tensor in state.items():
         # the first releases; lm_head.dense and the like are of another head
@@ -51,6 +53,8 @@ def from_reference(state: dict, path="") -> tuple[dict, dict | None]:
 
 def to_reference(student: dict, teacher: dict) -> dict:
     """The reverse: a model state dict under fairseq's names, with `encoder._ema` and `version`."""
+    if fairseq_v2.is_ours(student):
+        return fairseq_v2.to_reference(student, teacher)
     version = torch.tensor([3.0])
     state = {"encoder.sentence_encoder.version": version}
     for name, tensor in split_qkv(student).items():
@@ -99,14 +103,16 @@ def loaded(content: dict, path) -> Loaded:
     Raises InputError if it is no data2vec_text model's, and other errors for a damaged file.
     """
     state = content.get("model", content)
-    encoder = "encoder.sentence_encoder."
-    if not isinstance(state, dict) or not any(str(name).startswith(encoder) for name in state):
+    encoders = ("encoder.sentence_encoder.", *fairseq_v2.ENCODERS)
+    if not isinstance(state, dict) or not any(str(name).startswith(encoders) for name in state):
         raise InputError(f"{path}: neither ours nor one of fairseq's data2vec_text")
     student, teacher = from_reference(state, path)
     if "model" not in content:  # weights alone, whose shape comes from flags
         return Loaded("state_dict", {}, student, teacher, content)
     # cfg since 2021, args before
     tree = content.get("cfg") or _args_tree(content.get("args"), state)
+    if isinstance(tree, dict) and fairseq_v2.holds(state):
+        tree = fairseq_v2.pretraining(tree)
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
         advice = "save its `model` entry alone and give its shape by flags"
         raise InputError(f"{path}: has weights but no config; {advice}")

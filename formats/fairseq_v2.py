@@ -1,4 +1,5 @@
-"""fairseq's data2vec 2.0 (`data2vec_multi`, text alone): its names of the weights and ours.
+"""fairseq's data2vec 2.0 (`data2vec_multi`, text alone): its names of the weights and ours, and its
+optimizer.
 
 ours                                  fairseq's
 encoder.embed_tokens and the like     modality_encoders.TEXT.local_encoder.NAME
@@ -12,15 +13,29 @@ import re
 
 TEXT = "modality_encoders.TEXT."
 TEACHER = "_ema"
-PARTS = {  # of a layer: fairseq's -> ours
+PARTS = {  # of a layer: fairseq's -> ours, in fairseq's order
+    "norm1": "self_attn_layer_norm",
     "attn.qkv": "self_attn.qkv",
     "attn.proj": "self_attn.out_proj",
-    "norm1": "self_attn_layer_norm",
+    "norm2": "final_layer_norm",
     "mlp.fc1": "fc1",
     "mlp.fc2": "fc2",
-    "norm2": "final_layer_norm",
 }
+# the parts of the model, in the order in which its optimizer counts them
+ORDER = ("local_encoder.", "decoder.", "blocks.", "norm.")
+# its optimizer's: matrices and convolutions, and biases and norms
+GROUPS = ("default", "c34292026c238657737ef782d45f6878")
+ENCODERS = (f"{TEXT}local_encoder.", f"model.{TEXT}local_encoder.")  # the second: fine-tuned
 OF_OURS = {ours: theirs for theirs, ours in PARTS.items()}
+
+
+def holds(state: dict) -> bool:
+    """Whether a state dict of fairseq's is of version 2."""
+    return any(str(name).startswith(ENCODERS) for name in state)
+
+
+def is_ours(student: dict) -> bool:
+    return any(name.startswith("decoder.") for name in student)
 
 
 def our_name(name: str) -> str | None:
@@ -49,9 +64,21 @@ def their_name(name: str, projections: int) -> str:
     return TEXT + re.sub("^encoder", "local_encoder", name)
 
 
+def place_of(name: str) -> tuple:
+    """By which the reference's names are in its own order, of those that are in ours else."""
+    whole = next(i for i, part in enumerate(ORDER) if part in name)
+    if block := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name):
+        return whole, int(block[1]), list(PARTS).index(block[2])
+    return whole, 0, 0
+
+
 def from_reference(state: dict) -> tuple[dict, dict | None]:
     """fairseq's model state dict -> (student, teacher or None) under our names."""
-    student = {our_name(name): value for name, value in state.items() if our_name(name)}
+    student = {}
+    for name, value in state.items():
+        ours = our_name(str(name).removeprefix("model."))
+        if ours:
+            student[ours] = value
     if TEACHER not in state:
         return student, None
     teacher = {k: v for k, v in student.items() if k.startswith("encoder.")}
@@ -66,7 +93,47 @@ def to_reference(student: dict, teacher: dict) -> dict:
     """The reverse: a model state dict under fairseq's names, with `_ema`."""
     projections = sum(bool(re.match(r"decoder\.proj\.\d+\.weight", name)) for name in student)
     state = {their_name(name, projections): value for name, value in student.items()}
+    state = dict(sorted(state.items(), key=lambda item: place_of(item[0])))
     layers = {k: v for k, v in teacher.items() if k.startswith("layers.")}
     names = {their_name(f"encoder.{k}", projections): v for k, v in layers.items()}
     state[TEACHER] = {name.removeprefix("blocks."): value for name, value in names.items()}
     return state
+
+
+def pretraining(tree: dict) -> dict:
+    """The config of the pretraining, which a fine-tuned model has inside of its own."""
+    model = tree.get("model")
+    inner = model.get("pretrained_model_args") if isinstance(model, dict) else None
+    return inner if isinstance(inner, dict) else tree
+
+
+# -------------------------------------------------------------------------------------- optimizer
+
+
+def numbers_of(weights: list) -> list[list[int]]:
+    """The places of each group's weights among all."""
+    flat = [i for i, weight in enumerate(weights) if weight.dim() == 1]
+    return [[i for i in range(len(weights)) if i not in set(flat)], flat]
+
+
+def split_optimizer(last: dict, weights: list) -> dict:
+    """One Adam's state as those of two groups, each with numbers of its own.
+
+    weights: of the model, in the order of the numbers.
+    """
+    groups = {}
+    for name, numbers in zip(GROUPS, numbers_of(weights)):
+        state = {i: last["state"][old] for i, old in enumerate(numbers) if old in last["state"]}
+        group = {**last["param_groups"][0], "params": list(range(len(numbers)))}
+        groups[name] = dict(state=state, param_groups=[group])
+    return groups
+
+
+def join_optimizer(last: dict, weights: list) -> dict:
+    """The reverse of `split_optimizer`; a loss scale beside the groups stays."""
+    state = {}
+    for name, numbers in zip(GROUPS, numbers_of(weights)):
+        state |= {numbers[i]: moments for i, moments in last[name]["state"].items()}
+    rest = {name: value for name, value in last.items() if name not in GROUPS}
+    groups = last[GROUPS[0]]["param_groups"]
+    return {**rest, "state": dict(sorted(state.items())), "param_groups": groups}

@@ -227,7 +227,8 @@ def init_from(run, corpus: Corpus, loaded: checkpoint.Loaded, path):
     check_dictionary(loaded, corpus, path)
     weights, ours = dict(loaded.student), run.student.state_dict()
     # a head that is missing starts at random, and one that is not used is left out
-    for prefix, head in (("regression_head.", "regression head"), ("lm_head.", "head for words")):
+    heads = {"regression_head.": "regression head", "lm_head.": "head for words"}
+    for prefix, head in {**heads, "decoder.": "decoder"}.items():
         wanted = {name: value for name, value in ours.items() if name.startswith(prefix)}
         held = [name for name in weights if name.startswith(prefix)]
         warning = ""
