@@ -75,6 +75,7 @@ BUILT_IN = {
     "task.d2v2_multi": True,
     f"{TEXT}decoder.projection_ratio": 2,
     f"{TEXT}local_grad_mult": 1,
+    f"{TEXT}type": "TEXT",
     "model.d2v_loss": 1,
 }
 SAME_IN_BOTH = """embed_dim attention_dropout activation_dropout average_top_k_layers loss_beta
@@ -106,7 +107,7 @@ def is_version_2(tree: dict) -> bool:
 
 
 def spelled(flat: dict) -> dict:
-    """Our settings as the groups `model`, `optimizer` and `lr_scheduler` of a config of fairseq's."""
+    """Our settings as the groups `model`, `optimizer`, `lr_scheduler` of a config of fairseq's."""
     entries = {name: flat[ours] for name, ours in OURS.items()}
     entries |= {name: value for name, value in BUILT_IN.items() if "." in name}
     entries |= dict.fromkeys(DROPOUTS, flat["dropout"])
