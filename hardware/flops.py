@@ -2,7 +2,7 @@
 
 import time
 
-from config import ModelConfig
+from config import Config, ModelConfig
 from hardware.device import Device
 from text.binarized import PAD
 
@@ -42,6 +42,8 @@ def update_flops(batches: list, run) -> float:
     the token embedding where words are predicted. Without data2vec's objective there is no teacher.
     """
     student, cfg = run.student, run.cfg.model
+    if cfg.objective == "data2vec2":
+        return sum(copies_flops(batch, run.cfg) for batch in batches)
     heads = [head for head in (student.regression_head, student.lm_head) if head is not None]
     head = 2 * sum(p.numel() for part in heads for p in part.parameters() if p.ndim == 2)
     if cfg.predicts_words:
@@ -58,6 +60,30 @@ def update_flops(batches: list, run) -> float:
             wanted = masked if run.cfg.data.teacher_input == "full" else target
             total += encoder_flops(target, wanted, cfg)
     return total
+
+
+def copies_flops(batch, cfg: Config) -> float:
+    """Model FLOPs of a batch with data2vec2, for K copies, decoder width D, kernel k, groups g.
+
+    Of a block of n tokens, of which each copy shows v and hides m:
+
+    copy   = encoder(v, v)
+           + n * sum of 2 k / g * width * D    convolutions; the first one's width is C, then D
+           + m * 2 * (weights of the projections)
+    update = 3 * K * copy                      forward + backward
+           + encoder(n, n)                     the teacher, once for all copies
+    """
+    model = cfg.model
+    C, D = model.embed_dim, model.decoder_dim
+    n = (batch.target != PAD).sum(1)  # (B,)
+    v = np.maximum(1, (n * (1 - cfg.data.mask_prob)).astype(np.int64))
+    m = n - v
+    channels = C + (model.decoder_layers - 1) * D  # that the convolutions read
+    convolutions = 2 * model.decoder_kernel / model.decoder_groups * channels * D
+    widths = [D] + [2 * D] * (model.head_layers - 1) + [C]
+    projections = 2 * sum(before * after for before, after in zip(widths, widths[1:]))
+    copy = encoder_flops(v, v, model) + n.sum() * convolutions + m.sum() * projections
+    return 3 * model.clone_batch * copy + encoder_flops(n, n, model)
 
 
 class Matmuls:
