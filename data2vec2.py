@@ -58,7 +58,6 @@ class Copies(Batch):
 
     visible: np.ndarray  # (BK, L): flat places in `target` that the student reads
     restore: np.ndarray  # (BK, T): where a place lies in the BK rows of L outputs and T - L noises
-    seed: int | None  # of the noise's own generator; None: it comes from torch's global one
     pads_count: bool  # in the statistics of the targets, and for the decoder
 
 
@@ -108,7 +107,6 @@ def masked_copies(batch: Batch, update: int, cfg: Config, copies: int) -> Batch:
         target_padded=batch.target_padded,
         visible=rows // K * T + order[:, :L],
         restore=rows * T + rank,
-        seed=None if exact else seed,
         pads_count=exact,
     )
 
@@ -216,22 +214,15 @@ class Data2Vec2(nn.Module):
         x, _ = self.encoder(None, embedded=(x, attend))  # (BK, L, C)
 
         # all places in their order, with noise where tokens were left out
-        noise = self.noise(x, T - L, batch.seed)  # (BK, T - L, C)
+        noise = x.new_zeros(rows, T - L, x.shape[2])
+        if self.training:
+            noise.normal_(0, self.noise_std)
         x = torch.cat([self.input_dropout(x), noise], 1)
         x = at_places(x, batch.restore.flatten()).view(rows, T, -1)  # (BK, T, C)
         text = None
         if real is not None and not batch.pads_count:
             text = real.repeat_interleave(rows // len(real), 0)[:, :, None]
         return self.decoder(x, places, text), features, real
-
-    def noise(self, x: Tensor, count: int, seed: int | None) -> Tensor:
-        """N(0, std) for `count` places of each row of x (BK, L, C), in its type."""
-        generator = None
-        if seed is not None:
-            # differs from fairseq: its workers all draw the same noise
-            generator = torch.Generator(x.device).manual_seed(seed)
-        noise = x.new_empty(len(x), count, x.shape[2])
-        return noise.normal_(0, self.noise_std, generator=generator)
 
 
 def make_student(cfg: ModelConfig, vocabulary_size: int) -> nn.Module:

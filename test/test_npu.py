@@ -78,10 +78,14 @@ def test_attention_as_matmuls_matches_torch_and_does_not_overflow_float16(querie
 
 
 PRE_NORM = dict(normalize_before="true", activation_fn="relu")
+COPIES = dict(objective="data2vec2", mask_multiple_length=1, clone_batch=3, decoder_dim=12)
+COPIES |= dict(decoder_kernel=3, decoder_groups=2)
 
 
 @pytest.mark.parametrize(
-    ("amp", "options"), [(None, {}), (torch.bfloat16, PRE_NORM), (torch.float16, {})]
+    ("amp", "options"),
+    [(None, {}), (torch.bfloat16, PRE_NORM), (torch.float16, {})]
+    + [(None, COPIES), (torch.bfloat16, COPIES)],
 )
 def test_weights_in_long_vectors_train_as_separate_weights_do(
     monkeypatch, corpus_dir, amp, options
@@ -96,7 +100,8 @@ def test_weights_in_long_vectors_train_as_separate_weights_do(
         runs.append(run)
     assert figures[0] == pytest.approx(figures[1], rel=1e-5)
     plain, long = runs
-    assert isinstance(long.weights, LongVectors) and len(long.weights.parameters) == 2
+    assert isinstance(long.weights, LongVectors)
+    assert len(long.weights.parameters) == (4 if options is COPIES else 2)
     assert difference(plain.student.state_dict(), long.student.state_dict()) < 2e-6
     assert difference(plain.teacher.state_dict(), long.teacher.state_dict()) < 2e-6
     states = [run.optimizer.state() for run in runs]
