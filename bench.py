@@ -108,6 +108,7 @@ def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
             blocks = sum(batch.nsentences for batch in batches)
             tokens = sum(batch.ntokens for batch in batches)
             flops = update_flops(batches, run)
+            # what is hidden depends on the objective
             copies = [copies_of(batch, run) for batch in batches]
             predictions = sum(len(places_of(batch, run.cfg.model)) for batch in copies)
             rows.append((seconds, blocks, tokens, predictions, flops, matmuls.burst(0.1)))

@@ -150,7 +150,8 @@ class Decoder(nn.Module):
         """
         T = x.shape[1]
         for (conv,) in self.blocks:
-            if real is not None:  # as beyond the ends of a block
+            # differs from fairseq, whose decoder reads pads: as beyond the ends of a block
+            if real is not None:
                 x = x * real
             y = conv(x.transpose(1, 2))[:, :, :T].transpose(1, 2)  # (BK, T, D)
             y = kernels.gelu(F.layer_norm(y, y.shape[-1:], eps=LAYER_NORM_EPS))
@@ -215,7 +216,7 @@ class Data2Vec2(nn.Module):
 
         # all places in their order, with noise where tokens were left out
         noise = x.new_zeros(rows, T - L, x.shape[2])
-        if self.training:
+        if self.training:  # differs from fairseq: none in evaluation, as there is no dropout
             noise.normal_(0, self.noise_std)
         x = torch.cat([self.input_dropout(x), noise], 1)
         x = at_places(x, batch.restore.flatten()).view(rows, T, -1)  # (BK, T, C)

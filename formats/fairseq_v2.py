@@ -81,6 +81,7 @@ def from_reference(state: dict) -> tuple[dict, dict | None]:
             student[ours] = value
     if TEACHER not in state:
         return student, None
+    # its embeddings are the student's, its layers come from the average
     teacher = {k: v for k, v in student.items() if k.startswith("encoder.")}
     for name, tensor in state[TEACHER].items():
         ours = our_name(f"blocks.{name}")
@@ -91,6 +92,7 @@ def from_reference(state: dict) -> tuple[dict, dict | None]:
 
 def to_reference(student: dict, teacher: dict) -> dict:
     """The reverse: a model state dict under fairseq's names, with `_ema`."""
+    # how many Linears the decoder ends with: one alone has another name
     projections = sum(bool(re.match(r"decoder\.proj\.\d+\.weight", name)) for name in student)
     state = {their_name(name, projections): value for name, value in student.items()}
     state = dict(sorted(state.items(), key=lambda item: place_of(item[0])))
@@ -112,6 +114,7 @@ def pretraining(tree: dict) -> dict:
 
 def numbers_of(weights: list) -> list[list[int]]:
     """The places of each group's weights among all."""
+    # by its rule for groups: weights of one dimension are in the second
     flat = [i for i, weight in enumerate(weights) if weight.dim() == 1]
     return [[i for i in range(len(weights)) if i not in set(flat)], flat]
 
@@ -124,6 +127,7 @@ def split_optimizer(last: dict, weights: list) -> dict:
     groups = {}
     for name, numbers in zip(GROUPS, numbers_of(weights)):
         state = {i: last["state"][old] for i, old in enumerate(numbers) if old in last["state"]}
+        # both groups have the same settings, by a slip also the same decay
         group = {**last["param_groups"][0], "params": list(range(len(numbers)))}
         groups[name] = dict(state=state, param_groups=[group])
     return groups

@@ -57,6 +57,7 @@ DROPOUTS = {
     f"{TEXT}decoder.input_dropout": "0.1",
 }
 READ_TOGETHER = (*DROPOUTS, "model.mlp_ratio")
+# the one value that is built in here
 BUILT_IN = {
     "model": "data2vec_multi",
     "model._name": "data2vec_multi",
@@ -78,10 +79,12 @@ BUILT_IN = {
     f"{TEXT}type": "TEXT",
     "model.d2v_loss": 1,
 }
+# names that version 1 has, too
 SAME_IN_BOTH = """embed_dim attention_dropout activation_dropout average_top_k_layers loss_beta
     loss_scale batch_norm_target_layer instance_norm_target_layer layer_norm_target_layer
     layer_norm_targets instance_norm_targets ema_decay ema_end_decay ema_anneal_end_step
     seed""".split()
+# what is off in the release for text, in the whole model and in its text's part
 ZERO = (
     "layerdrop dropout_input start_drop_path_rate end_drop_path_rate cls_loss recon_loss mae_init"
     " skip_ema decoder_group"
@@ -112,12 +115,13 @@ def spelled(flat: dict) -> dict:
     entries |= {name: value for name, value in BUILT_IN.items() if "." in name}
     entries |= dict.fromkeys(DROPOUTS, flat["dropout"])
     entries["model.mlp_ratio"] = flat["ffn_embed_dim"] / flat["embed_dim"]
-    # fairseq reads a tuple or a list, and no text
+    # a list, where version 1 has the text of a tuple
     entries[f"{ADAM}adam_betas"] = list(flat["adam_betas"])
     entries["optimizer.dynamic_groups"] = True
     entries["model.max_update"] = flat["max_update"]
     for name in SAME_IN_BOTH:
         entries[f"model.{name}"] = flat[name]
+    # from names with dots to groups in groups
     tree = {}
     for name, value in entries.items():
         node = tree
@@ -125,7 +129,7 @@ def spelled(flat: dict) -> dict:
         for group in groups:
             node = node.setdefault(group, {})
         node[last] = value
-    del tree["task"]
+    del tree["task"]  # which fairseq_state writes
     return tree
 
 
@@ -134,10 +138,12 @@ def finish(values: dict, flat: dict, where: str):
 
     Raises InputError for what cannot be expressed.
     """
+    # fairseq has four dropouts behind the same kind of places
     dropouts = {name: flat.get(name, (None, text))[1] for name, text in DROPOUTS.items()}
     if len({float(text) for text in dropouts.values()}) > 1:
         listed = ", ".join(f"{name}={text}" for name, text in dropouts.items())
         raise InputError(f"{where}: {listed}: here they are one setting, --dropout")
+    # silent files mean another epsilon than ours
     if "model.norm_eps" not in flat:
         raise InputError(f"{where}: without model.norm_eps it is 1e-06; only 1e-05 is built in")
     ratio = float(flat.get("model.mlp_ratio", (None, "4"))[1])

@@ -6,15 +6,11 @@ import shutil
 from dataclasses import replace
 
 import config
-import convert
-import eval as evaluation
 import train
-from config import InputError
 from data import Batch, Corpus
 from data2vec2 import Data2Vec2, masked_copies, targets_of_copies
-from formats import fairseq_state, fairseq_v2
-from run import checkpoint, flags
-from tasks import pretrained
+from formats import fairseq_v2
+from run import flags
 from test.helpers import (
     CPU,
     GOLDEN,
@@ -23,7 +19,6 @@ from test.helpers import (
     compare_checkpoints,
     few,
     golden,
-    hidden_states,
     make_run,
     rows_of,
     speed_aside,
@@ -283,117 +278,3 @@ def test_biases_and_norms_do_not_decay_but_in_exact_mode(corpus_dir):
             assert torch.allclose(p, before[name] * factor), name
         numbers = [number for group in weights.groups for number in group]
         assert sorted(numbers) == list(range(len(before)))
-
-
-# ------------------------------------------------------------------------------ the other programs
-
-
-@pytest.fixture(scope="module")
-def saved2(tmp_path_factory, corpus_dir):
-    folder = tmp_path_factory.mktemp("saved2")
-    argv = "--max_update 3 --average_top_k_layers 2 --instance_norm_target_layer true"
-    call(train.main, *few2(corpus_dir, folder, *argv.split()))
-    return folder / LAST
-
-
-def shapes_of(state: dict) -> dict:
-    return {k: shapes_of(v) if isinstance(v, dict) else list(v.shape) for k, v in state.items()}
-
-
-def test_a_checkpoint_goes_to_fairseqs_form_and_back_bit_for_bit(saved2, tmp_path):
-    call(convert.main, "--ckpt", saved2, "--to", "fairseq", tmp_path / "fairseq.pt")
-    call(convert.main, "--ckpt", tmp_path / "fairseq.pt", "--to", "native", tmp_path / "native.pt")
-    compare_checkpoints(saved2, tmp_path / "native.pt")
-    file = torch.load(tmp_path / "fairseq.pt", weights_only=False)
-    # names, shapes and settings are found again where no entry of ours tells
-    del file["extra_state"][fairseq_state.OURS]
-    file["cfg"]["distributed_training"] = dict(distributed_world_size=1)
-    torch.save(file, tmp_path / "plain.pt")
-    call(convert.main, "--ckpt", tmp_path / "plain.pt", "--to", "native", tmp_path / "again.pt")
-    ours, again = (checkpoint.load(p).content for p in (saved2, tmp_path / "again.pt"))
-    states = ours["optimizer"]["state"].items(), again["optimizer"]["state"].items()
-    for (i, a), (j, b) in zip(*states, strict=True):
-        assert i == j and all(torch.equal(a[name], b[name]) for name in checkpoint.MOMENTS)
-    elsewhere = {"data_path", "save_dir", "device", *config.FAIRSEQ_EXACT, "fairseq_exact"}
-    for name in set(ours["config"]) - elsewhere:
-        assert ours["config"][name] == again["config"][name], name
-    assert again["config"]["fairseq_exact"] and again["config"]["teacher_input"] == "full"
-
-
-@golden
-def test_names_shapes_and_config_are_those_of_the_recorded_checkpoint(tmp_path):
-    recorded = json.loads((FOLDER / "checkpoint.json").read_text())
-    argv = dict(save_dir=tmp_path, disable_validation=True, device="cpu", max_update=1)
-    call(train.main, *flags_of("small", **argv))
-    call(convert.main, "--ckpt", tmp_path / LAST, "--to", "fairseq", tmp_path / "fairseq.pt")
-    file = torch.load(tmp_path / "fairseq.pt", weights_only=False)
-    assert set(file) == set(recorded["top_level"])
-    assert shapes_of(file["model"]) == recorded["model"]
-    assert list(file["model"])[:-1] == list(recorded["model"])[:-1]  # the optimizer counts so
-    for name, group in recorded["last_optimizer_state"].items():
-        ours = file["last_optimizer_state"][name]
-        assert len(ours["state"]) == group["param_groups"][0]["params"]
-        assert list(ours["state"][0]["exp_avg"].shape) == group["state_of_first"]["exp_avg"]
-    recorded["cfg"]["task"].pop("mask_prob")  # not read there
-    of_run = {"max_update", "min_target_var", "min_pred_var"}
-
-    def same(ours: dict, theirs: dict):
-        for name in set(ours) & set(theirs) - of_run:
-            if isinstance(theirs[name], dict):
-                same(ours[name], theirs[name])
-            else:
-                assert ours[name] == theirs[name], name
-
-    same(file["cfg"], recorded["cfg"])
-    assert len(set(recorded["cfg"]["model"]) - set(file["cfg"]["model"])) <= 5
-
-
-@golden
-@torch.no_grad()
-def test_fine_tuning_reads_whole_text_as_the_recorded_classifier_does():
-    recorded = np.load(FOLDER / "small" / "features.npz")
-    source = pretrained.load(FOLDER / "small" / "init.pt", attention_heads=4)
-    encoder = source.encoder(dropout=0.0).eval()
-    tokens, real = torch.from_numpy(recorded["source"]).long(), ~recorded["pad"]
-    states = hidden_states(encoder, tokens)
-    for ours, theirs in zip(states[1:], recorded["hidden"], strict=True):
-        assert np.allclose(ours[real], theirs[real], atol=1e-6)
-
-
-@torch.no_grad()
-def test_transformers_computes_the_encoders_hidden_states(saved2, tmp_path):
-    transformers = pytest.importorskip("transformers", reason="needs the package transformers")
-    call(convert.main, "--ckpt", saved2, "--to", "hf", tmp_path / "hf")
-    assert "| `clone_batch` | 3 |" in (tmp_path / "hf" / "README.md").read_text()
-    model = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
-    tokens = torch.from_numpy(blocks_of(20, 13, 2).target)
-    theirs = model(tokens, attention_mask=(tokens != PAD).long(), output_hidden_states=True)
-    encoder = pretrained.load(saved2).encoder(dropout=0.0).eval()
-    real = tokens != PAD
-    ours = hidden_states(encoder, tokens)
-    for a, b in zip(ours, theirs.hidden_states, strict=True):
-        assert torch.allclose(a[real], b[real], atol=1e-5)
-
-
-def test_it_is_evaluated_and_gives_features(saved2, corpus_dir, tmp_path):
-    where = ["--ckpt", saved2, "--data_path", corpus_dir, "--device", "cpu", "--json"]
-    result = json.loads(call(evaluation.main, *where, "--untrained", "--probe"))
-    valid = rows_of(saved2.parent, "valid_loss")[-1]
-    assert result["loss"] == pytest.approx(valid["valid_loss"], rel=1e-5)
-    assert {"r2", "r2_block", "gain_position"} <= set(result)
-    assert result["probe"]["valid_places"] > 100
-    (tmp_path / "text").write_text("w1 w2\nw3\n")
-    call(evaluation.main, *where, "--features", tmp_path / "text", "--out", tmp_path / "f.npy")
-    assert np.load(tmp_path / "f.npy").shape == (2, 16)
-
-
-@pytest.mark.parametrize(
-    "flag",
-    ["teacher_input masked", "mask_multiple_length 2", "fixed_masks yes", "mlm_weight 0.5"]
-    + ["ema_transformer_layers_only no", "leave_unmasked_prob 0.1", "decoder_groups 5"],
-)
-def test_what_has_no_meaning_is_refused_in_one_line(flag):
-    name, value = flag.split()
-    with pytest.raises(InputError, match=f"--{name}") as error:
-        settings(**{name: value})
-    assert "\n" not in str(error.value)
