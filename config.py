@@ -148,6 +148,7 @@ READERS = {bool: boolean, int: whole_number, float: number, str: str, tuple: num
 # ------------------------------------------------------------------------------------- pretraining
 
 BREAK_MODES = ("none", "eos", "complete", "complete_doc")
+OBJECTIVES = ("data2vec", "data2vec2", "mlm")
 SEEDS = 2**32 - 1 - 10**6  # the largest: an update's number is added to it
 
 
@@ -183,9 +184,6 @@ class DataConfig:
             raise InputError("--random_token_prob and --leave_unmasked_prob: at most 1 together")
 
 
-OBJECTIVES = ("data2vec", "data2vec2", "mlm")
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     # the encoder: fairseq's roberta_base
@@ -212,7 +210,7 @@ class ModelConfig:
     loss_scale: float = option(1.0, "factor of the loss (0 or less: 1 / sqrt(width))")
     objective: str = option("data2vec", "targets, or hidden words", choices=OBJECTIVES)
     mlm_weight: float = option(0.0, "of the language model's loss beside data2vec's", low=0)
-    # data2vec 2.0: copies of a block, each with a mask of its own, and the decoder
+    # data2vec2's copies and decoder
     clone_batch: int = option(8, "masked copies of a block, for one target", low=1, high=1000)
     mask_noise_std: float = option(0.01, "of what the decoder reads at hidden places", low=0)
     decoder_dim: int = option(768, "width of the decoder", low=1, high=100_000)
@@ -232,13 +230,10 @@ class ModelConfig:
         top = self.average_top_k_layers
         if top > self.layers:
             raise InputError(f"--average_top_k_layers {top}: there are only {self.layers} layers")
-        if self.objective == "data2vec2":
-            groups = self.decoder_groups
-            if width % groups or self.decoder_dim % groups:
-                sizes = f"--embed_dim {width} and --decoder_dim {self.decoder_dim}"
-                raise InputError(f"--decoder_groups {groups} does not divide {sizes}")
-            if self.mlm_weight:
-                raise InputError("--mlm_weight: with --objective data2vec2 no head names words")
+        groups = self.decoder_groups
+        if self.objective == "data2vec2" and math.gcd(width, self.decoder_dim) % groups:
+            sizes = f"--embed_dim {width} and --decoder_dim {self.decoder_dim}"
+            raise InputError(f"--decoder_groups {groups} does not divide {sizes}")
 
 
 @dataclass(frozen=True)
@@ -331,25 +326,18 @@ class Config:
             part.check()
         if self.model.objective == "mlm" and self.data.teacher_input == "masked":
             raise InputError("--objective mlm reads whole blocks: --teacher_input full")
-        if self.model.objective == "data2vec2":
-            self.check_data2vec2()
+        # settings of version 1 that have no meaning in version 2
+        built_in = dict(teacher_input="full", mask_multiple_length=1, ema_transformer_layers_only=1)
+        unused = "mask_stdev random_token_prob leave_unmasked_prob fixed_masks mlm_weight".split()
+        for name, value in {**built_in, **dict.fromkeys(unused, 0)}.items():
+            if self.model.objective == "data2vec2" and self.flat()[name] != value:
+                raise InputError(f"--objective data2vec2 knows only --{name} {value} (see base_v2)")
         block, table = self.data.tokens_per_sample, self.model.max_source_positions
         if block > table:
             raise InputError(
                 f"--tokens_per_sample {block} is above --max_source_positions {table}, the length"
                 " of the position table"
             )
-
-    def check_data2vec2(self):
-        """Raise InputError for a setting of version 1 that has no meaning in version 2."""
-        built_in = dict(teacher_input="full", mask_multiple_length=1, mask_stdev=0.0)
-        built_in |= dict(random_token_prob=0.0, leave_unmasked_prob=0.0, fixed_masks=False)
-        built_in |= dict(ema_transformer_layers_only=True)
-        values = self.flat()
-        for name, value in built_in.items():
-            if values[name] != value:
-                only = f"--objective data2vec2 knows only --{name} {value}"
-                raise InputError(f"{only}; --config_name base_v2 or small_v2 sets all of its own")
 
     def flat(self) -> dict:
         """Every setting by its name."""
@@ -385,27 +373,18 @@ PRESETS = {
         log_interval=50, validate_interval=0, validate_interval_updates=625,
         probe_interval_updates=1250, save_interval_updates=0,
     ),
-    "base_v2": dict(  # the release's v2/base_text_only_task.yaml, for one of its 16 devices
-        objective="data2vec2", sample_break_mode="none", batch_size=4,
-        mask_prob=0.48, mask_multiple_length=1,
-        average_top_k_layers=12, instance_norm_target_layer=True, layer_norm_target_layer=False,
-        loss_beta=0.0, clip_norm=1.0, warmup_updates=4000, min_pred_var=1e-4,
-        ema_decay=0.9999, ema_end_decay=0.99999, ema_anneal_end_step=100_000,
-    ),
-    "small_v2": dict(  # the encoder of `small`
-        objective="data2vec2", tokens_per_sample=64, max_tokens=512,
-        mask_prob=0.48, mask_multiple_length=1,
-        embed_dim=256, ffn_embed_dim=1024, layers=4, attention_heads=4,
-        dropout=0.0, attention_dropout=0.0, normalize_before=True,
-        clone_batch=8, decoder_dim=256, decoder_kernel=5, decoder_layers=3, decoder_groups=4,
-        average_top_k_layers=4, instance_norm_target_layer=True, layer_norm_target_layer=False,
-        loss_beta=0.0, clip_norm=1.0,
-        ema_decay=0.999, ema_end_decay=0.9999, ema_anneal_end_step=5000,
-        lr=1e-3, warmup_updates=200, max_update=2500,
-        log_interval=50, validate_interval=0, validate_interval_updates=625,
-        probe_interval_updates=1250, save_interval_updates=0,
-    ),
 }
+VERSION_2 = dict(objective="data2vec2", mask_prob=0.48, mask_multiple_length=1, loss_beta=0.0)
+VERSION_2 |= dict(instance_norm_target_layer=True, layer_norm_target_layer=False, clip_norm=1.0)
+PRESETS["base_v2"] = VERSION_2 | dict(  # the release's v2/base_text_only_task.yaml, on one device
+    sample_break_mode="none", batch_size=4, average_top_k_layers=12, warmup_updates=4000,
+    ema_decay=0.9999, ema_end_decay=0.99999, ema_anneal_end_step=100_000, min_pred_var=1e-4,
+)
+PRESETS["small_v2"] = PRESETS["small"] | VERSION_2 | dict(  # the encoder of `small`
+    max_tokens=512, mlm_weight=0.0, loss_scale=0.0, lr=1e-3, ema_transformer_layers_only=True,
+    decoder_dim=256, decoder_kernel=5, decoder_layers=3, decoder_groups=4,
+    ema_decay=0.999, ema_end_decay=0.9999,
+)
 # fmt: on
 
 # What the released code does where it differs from the paper or loses text.
@@ -416,10 +395,3 @@ FAIRSEQ_EXACT = dict(
     min_target_var=0.0,
     min_pred_var=0.0,
 )
-
-
-def exact_settings(objective: str | None) -> dict:
-    """What --fairseq_exact implies for an objective."""
-    # version 2's teacher reads the whole block there, too
-    own = dict(teacher_input="full") if objective == "data2vec2" else {}
-    return {**FAIRSEQ_EXACT, **own}

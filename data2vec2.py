@@ -29,7 +29,6 @@ from model import (
     GELU,
     LAYER_NORM_EPS,
     Data2VecText,
-    Dropout,
     Encoder,
     Linear,
     at_places,
@@ -71,7 +70,8 @@ def masked_copies(batch: Batch, update: int, cfg: Config, copies: int) -> Batch:
     if cfg.model.objective != "data2vec2":
         return batch
     exact, tokens = cfg.train.fairseq_exact, batch.target
-    (B, T), K = tokens.shape, copies
+    B, T = tokens.shape
+    K = copies
     # differs from fairseq: there a shape has about 15,625 different masks
     key = cfg.data.seed, update, *batch.ids.tolist()
     seed = reference_seed(*key, copies=K) if exact else hash(key) % 2**63
@@ -89,14 +89,14 @@ def masked_copies(batch: Batch, update: int, cfg: Config, copies: int) -> Batch:
     column = np.arange(T)
     is_hidden = (left <= column) & (column < length)
     order = np.take_along_axis(order, np.argsort(is_hidden * T + column, 1), 1)
+
     L = max(1, int(T * (1 - cfg.data.mask_prob)))
     rank = np.argsort(order, 1)  # (BK, T): the inverse of the order
     hidden = rank >= T - (length - left)  # (BK, T) bool
-    rows = np.arange(B * K)[:, None]
     masked = np.flatnonzero(hidden)  # (N,)
-    source = np.where(hidden, PAD, tokens.repeat(K, 0))
+    rows = np.arange(B * K)[:, None]
     return Copies(
-        source=source,
+        source=np.where(hidden, PAD, tokens.repeat(K, 0)),
         target=tokens,
         masked=masked,
         target_places=masked // (K * T) * T + masked % T,
@@ -173,7 +173,6 @@ class Data2Vec2(nn.Module):
         state = torch.get_rng_state()
         self.encoder = Encoder(cfg, vocabulary_size)
         self.decoder = Decoder(cfg)
-        self.input_dropout = Dropout(cfg.dropout)
         self.noise_std = cfg.mask_noise_std
         torch.set_rng_state(state)
         self.draw_weights()
@@ -218,7 +217,7 @@ class Data2Vec2(nn.Module):
         noise = x.new_zeros(rows, T - L, x.shape[2])
         if self.training:  # differs from fairseq: none in evaluation, as there is no dropout
             noise.normal_(0, self.noise_std)
-        x = torch.cat([self.input_dropout(x), noise], 1)
+        x = torch.cat([self.encoder.dropout(x), noise], 1)
         x = at_places(x, batch.restore.flatten()).view(rows, T, -1)  # (BK, T, C)
         text = None
         if real is not None and not batch.pads_count:

@@ -12,9 +12,10 @@ All other names are equal.
 import dataclasses
 import re
 
-from config import PARTS, InputError, exact_settings
+from config import PARTS, InputError
 from formats import fairseq_config, fairseq_v2
 from run.checkpoint import Loaded
+from run.flags import exact_settings
 
 import torch
 

@@ -218,7 +218,7 @@ def flags_of(parts: list) -> str:
     values = {name: value for part in parts for name, value in vars(part).items()}
     plain = {field.name: field.default for part in parts for field in dataclasses.fields(part)}
     if values.get("fairseq_exact"):
-        plain |= {**config.exact_settings(values["objective"]), "fairseq_exact": None}
+        plain |= {**exact_settings(values["objective"]), "fairseq_exact": None}
     # relative to each preset: the one that leaves the fewest flags
     lines = []
     for name, preset in config.PRESETS.items():
@@ -229,6 +229,13 @@ def flags_of(parts: list) -> str:
                 words.append(f"--{setting} {shlex.quote(words_of(value))}")
         lines.append(words)
     return " ".join(min(lines, key=len))
+
+
+def exact_settings(objective: str | None) -> dict:
+    """What --fairseq_exact implies for an objective."""
+    # version 2's teacher reads the whole block there, too
+    own = dict(teacher_input="full") if objective == "data2vec2" else {}
+    return config.FAIRSEQ_EXACT | own
 
 
 def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: dict | None = None):
@@ -251,7 +258,7 @@ def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: d
     values = starting_values(folder, name, fields)
     values.update(base or {})
     if exact is not None:
-        implied = config.exact_settings(given.get("objective") or values.get("objective"))
+        implied = exact_settings(given.get("objective") or values.get("objective"))
         plain = {name: fields[name].default for name in implied if name in fields}
         values.update(implied if exact else plain, fairseq_exact=exact)
     values.update({k: v for k, v in given.items() if k in fields and v is not None})
