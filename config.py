@@ -381,9 +381,8 @@ PRESETS["base_v2"] = VERSION_2 | dict(  # the release's v2/base_text_only_task.y
     ema_decay=0.9999, ema_end_decay=0.99999, ema_anneal_end_step=100_000, min_pred_var=1e-4,
 )
 PRESETS["small_v2"] = PRESETS["small"] | VERSION_2 | dict(  # the encoder of `small`
-    max_tokens=512, mlm_weight=0.0, loss_scale=0.0, lr=1e-3, ema_transformer_layers_only=True,
-    decoder_dim=256, decoder_kernel=5, decoder_layers=3, decoder_groups=4,
-    ema_decay=0.999, ema_end_decay=0.9999,
+    max_tokens=1024, clone_batch=4, mlm_weight=0.0, loss_scale=0.0, decoder_dim=256,
+    decoder_kernel=5, decoder_layers=3, decoder_groups=4, ema_transformer_layers_only=True,
 )
 # fmt: on
 
