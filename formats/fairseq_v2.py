@@ -1,12 +1,12 @@
 """fairseq's data2vec 2.0 (`data2vec_multi`, text alone): its names of the weights and ours, and its
 optimizer.
 
-ours                                  fairseq's
-encoder.embed_tokens and the like     modality_encoders.TEXT.local_encoder.NAME
-encoder.layers.N.PART                 blocks.N.PART, the parts as in PARTS
-decoder.NAME                          modality_encoders.TEXT.decoder.NAME
-the teacher's layers.N.PART           N.PART in the dict `_ema`; its embeddings are the
-                                      student's
+    ours                                  fairseq's
+    encoder.embed_tokens and the like     modality_encoders.TEXT.local_encoder.NAME
+    encoder.layers.N.PART                 blocks.N.PART, the parts as in PARTS
+    decoder.NAME                          modality_encoders.TEXT.decoder.NAME
+    the teacher's layers.N.PART           N.PART in the dict `_ema`; its embeddings are the
+                                          student's
 """
 
 import re
@@ -35,6 +35,7 @@ def holds(state: dict) -> bool:
 
 
 def is_ours(student: dict) -> bool:
+    """Whether a student of ours is one of version 2."""
     return any(name.startswith("decoder.") for name in student)
 
 
@@ -65,7 +66,7 @@ def their_name(name: str, projections: int) -> str:
 
 
 def place_of(name: str) -> tuple:
-    """By which the reference's names are in its own order, of those that are in ours else."""
+    """What to sort the reference's names by for its own order; equal ones keep theirs."""
     whole = next(i for i, part in enumerate(ORDER) if part in name)
     if block := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name):
         return whole, int(block[1]), list(PARTS).index(block[2])
