@@ -227,7 +227,11 @@ def position_means(run, train: BlockDataset) -> Tensor:
     for host in Bar(hosts, rank=device.rank, what="position guess", total=len(lists)):
         batch = device.upload(masked_copies(host, 0, cfg, 1))
         with device.autocast():
-            _, _, target, _ = answers(run, batch)  # (M, C)
+            # (M, C); with data2vec2 the teacher reads the student's features
+            if cfg.model.objective == "data2vec2":
+                _, _, target, _ = answers(run, batch)
+            else:
+                target = teacher_targets(run.teacher, batch, cfg.model)
         sums.index_add_(0, batch.masked % host.source.shape[1], F.pad(target, (0, 1), value=1.0))
     device.all_reduce(sums)
     sums[width] = sums.sum(0)  # for positions that the batches never masked: the mean over all
