@@ -78,6 +78,8 @@ def test_a_run_equals_the_recorded_one(name):
     for key, value in run.student.state_dict().items():
         assert torch.equal(value, student[key]), key
     inputs = np.load(FOLDER / name / "inputs.npz")
+    read = []  # by the decoder
+    run.student.decoder.register_forward_pre_hook(lambda _, given: read.append(given[0]))
     for i, row in enumerate(recorded(f"{name}/trajectory.jsonl")):
         batch = next(batches)
         copies = masked_copies(batch, i, run.cfg, run.cfg.model.clone_batch)
@@ -90,6 +92,8 @@ def test_a_run_equals_the_recorded_one(name):
         begins = np.arange(len(copies.visible))[:, None] // run.cfg.model.clone_batch * T
         assert np.array_equal(copies.visible - begins, inputs["keep"][i])
         done = train.update(run, [batch])
+        noise = read[-1].detach().numpy()[hidden]
+        assert np.array_equal(noise, inputs["noise"][i].reshape(noise.shape))
         same(done.step, row)
         assert done.lr == pytest.approx(row["lr"], rel=1e-12)
     final, teacher = fairseq_v2.from_reference(
