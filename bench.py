@@ -39,11 +39,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 import ema
 from data import Corpus
+from data2vec2 import masked_copies
 from hardware.check import check, print_check
 from hardware.device import Device
 from hardware.flops import Matmuls, timed, update_flops
 from hardware.opening import open_device
-from model import Data2VecText, data2vec_loss
+from model import Data2VecText, data2vec_loss, places_of
 from run.guard import check_memory
 from run.progress import Bar
 from text.binarized import EOS, PAD, write_dataset
@@ -81,6 +82,11 @@ def endless(run: Run, corpus: Corpus):
 # ---------------------------------------------------------------------------------------- a step
 
 
+def copies_of(batch, run: Run):
+    """The batch as an update learns from it."""
+    return masked_copies(batch, run.num_updates, run.cfg, run.cfg.model.clone_batch)
+
+
 def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
     """Medians over `updates` updates, and the parts' means over as many more."""
     device, source = run.device, endless(run, corpus)
@@ -102,14 +108,18 @@ def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
             blocks = sum(batch.nsentences for batch in batches)
             tokens = sum(batch.ntokens for batch in batches)
             flops = update_flops(batches, run)
-            rows.append((seconds, blocks, tokens, flops, matmuls.burst(0.1)))
+            # what is hidden depends on the objective
+            copies = [copies_of(batch, run) for batch in batches]
+            predictions = sum(len(places_of(batch, run.cfg.model)) for batch in copies)
+            rows.append((seconds, blocks, tokens, predictions, flops, matmuls.burst(0.1)))
     parts = time_parts(device, work, updates)
     source.close()
 
-    seconds, blocks, tokens, flops, peak = np.array(rows).T  # (updates,) each
+    seconds, blocks, tokens, predictions, flops, peak = np.array(rows).T  # (updates,) each
     return dict(
         fps=np.median(blocks / seconds) * device.world_size,
         wps=np.median(tokens / seconds) * device.world_size,
+        predictions=np.median(predictions / seconds) * device.world_size,
         ups=np.median(1 / seconds),
         ms=1e3 * np.median(seconds),
         ms_fastest=1e3 * seconds.min(),
@@ -149,6 +159,7 @@ def print_table(r: dict):
         "update": f"{r['blocks']:g} blocks, {r['tokens']:g} tokens; {r['parameters']:,} parameters",
         "FPS": f"{r['fps']:.2f} blocks/s",
         "tokens/s": f"{r['wps']:.0f}",
+        "predictions/s": f"{r['predictions']:.0f} hidden places",
         "updates/s": f"{r['ups']:.3f}",
         "ms an update": ms,
         **{f"  {part}": f"{spent:.1f}" for part, spent in r["ms_parts"].items()},
@@ -317,6 +328,8 @@ def describe(cfg: Config, device: Device, args, is_synthetic: bool) -> dict:
 
 def bench(cfg: Config, device: Device, corpus: Corpus, args) -> dict:
     """What the flags ask for."""
+    if args.compare and cfg.model.objective == "data2vec2":
+        raise InputError("--compare: what is written plainly is version 1's step")
     if args.check:
         return dict(check=check(cfg, device, corpus, args.updates))
     run = Run(cfg, device, len(corpus.dictionary))

@@ -178,6 +178,7 @@ READERS = {bool: boolean, int: whole_number, float: number, str: str, tuple: num
 # ------------------------------------------------------------------------------------- pretraining
 
 BREAK_MODES = ("none", "eos", "complete", "complete_doc")
+OBJECTIVES = ("data2vec", "data2vec2", "mlm")
 SEEDS = 2**32 - 1 - 10**6  # the largest: an update's number is added to it
 
 
@@ -237,8 +238,16 @@ class ModelConfig:
     # the loss
     loss_beta: float = option(4.0, "smooth L1 is linear from here on (0: squared error)", low=0)
     loss_scale: float = option(1.0, "factor of the loss (0 or less: 1 / sqrt(width))")
-    objective: str = option("data2vec", "targets, or hidden words", choices=("data2vec", "mlm"))
+    objective: str = option("data2vec", "targets, or hidden words", choices=OBJECTIVES)
     mlm_weight: float = option(0.0, "of the language model's loss beside data2vec's", low=0)
+    # data2vec2's copies and decoder
+    clone_batch: int = option(8, "masked copies of a block, for one target", low=1, high=1000)
+    mask_noise_std: float = option(0.01, "of what the decoder reads at hidden places", low=0)
+    decoder_dim: int = option(768, "width of the decoder", low=1, high=100_000)
+    decoder_kernel: int = option(9, "tokens that a convolution of the decoder spans", low=1)
+    decoder_layers: int = option(5, "convolutions of the decoder", low=1, high=100)
+    decoder_groups: int = option(1, "groups of a convolution's channels", low=1)
+    decoder_residual: bool = option(False, "add each convolution's input to its output")
 
     @property
     def predicts_words(self) -> bool:
@@ -251,6 +260,10 @@ class ModelConfig:
         top = self.average_top_k_layers
         if top > self.layers:
             raise InputError(f"--average_top_k_layers {top}: there are only {self.layers} layers")
+        groups = self.decoder_groups
+        if self.objective == "data2vec2" and math.gcd(width, self.decoder_dim) % groups:
+            sizes = f"--embed_dim {width} and --decoder_dim {self.decoder_dim}"
+            raise InputError(f"--decoder_groups {groups} does not divide {sizes}")
 
 
 @dataclass(frozen=True)
@@ -343,6 +356,12 @@ class Config:
             part.check()
         if self.model.objective == "mlm" and self.data.teacher_input == "masked":
             raise InputError("--objective mlm reads whole blocks: --teacher_input full")
+        # settings of version 1 that have no meaning in version 2
+        built_in = dict(teacher_input="full", mask_multiple_length=1, ema_transformer_layers_only=1)
+        unused = "mask_stdev random_token_prob leave_unmasked_prob fixed_masks mlm_weight".split()
+        for name, value in {**built_in, **dict.fromkeys(unused, 0)}.items():
+            if self.model.objective == "data2vec2" and self.flat()[name] != value:
+                raise InputError(f"--objective data2vec2 knows only --{name} {value} (see base_v2)")
         block, table = self.data.tokens_per_sample, self.model.max_source_positions
         if block > table:
             raise InputError(
@@ -385,6 +404,16 @@ PRESETS = {
         probe_interval_updates=3000, save_interval_updates=0,
     ),
 }
+VERSION_2 = dict(objective="data2vec2", mask_prob=0.48, mask_multiple_length=1, loss_beta=0.0)
+VERSION_2 |= dict(instance_norm_target_layer=True, layer_norm_target_layer=False, clip_norm=1.0)
+PRESETS["base_v2"] = VERSION_2 | dict(  # the release's v2/base_text_only_task.yaml, on one device
+    sample_break_mode="none", batch_size=4, average_top_k_layers=12, warmup_updates=4000,
+    ema_decay=0.9999, ema_end_decay=0.99999, ema_anneal_end_step=100_000, min_pred_var=1e-4,
+)
+PRESETS["small_v2"] = PRESETS["small"] | VERSION_2 | dict(  # the encoder of `small`
+    max_tokens=1024, clone_batch=4, mlm_weight=0.0, loss_scale=0.0, decoder_dim=256,
+    decoder_kernel=5, decoder_layers=3, decoder_groups=4, ema_transformer_layers_only=True,
+)
 # fmt: on
 
 # What the released code does where it differs from the paper or loses text.

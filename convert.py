@@ -35,9 +35,9 @@ if __name__ == "__main__":
 
 
 from config import PARTS, InputError, ModelConfig, printable, reading
+from data2vec2 import make_student
 from formats import card, fairseq_files, fairseq_names, fairseq_state, hf, hf_tokenizer
 from formats.load import load
-from model import Data2VecText
 from run import checkpoint
 from run.checkpoint import Loaded
 from text.binarized import SPECIAL, UNK, Dictionary
@@ -99,7 +99,7 @@ def to_hf(source: Source, out: Path) -> list[str]:
 
 def to_fairseq(source: Source, out: Path) -> list[str]:
     heads = {name.split(".")[0] for name in source.content["student"]} - {"encoder"}
-    if heads != {"regression_head"}:
+    if heads not in ({"regression_head"}, {"decoder"}):
         what = "a regression head and no head for words"
         raise InputError(f"{source.path}: fairseq's data2vec_text needs {what}")
     lr = lr_at(source.content["progress"]["num_updates"], source.parts[-1])
@@ -147,7 +147,7 @@ def own_weights(loaded: Loaded, cfg: ModelConfig, path) -> tuple[dict, dict]:
         why = "the student has no embed_tokens.weight; is it a data2vec_text model?"
         raise InputError(f"{path}: {why}")
     with torch.device("meta"):  # for names and shapes
-        model = Data2VecText(cfg, len(tokens))
+        model = make_student(cfg, len(tokens))
     student = {}
     # the encoder and the heads, of which the file may lack some
     for name, module in model.named_children():

@@ -121,17 +121,23 @@ class Encoder(nn.Module):
         self.layer_norm = nn.LayerNorm(C, LAYER_NORM_EPS) if cfg.normalize_before else None
 
     def forward(
-        self, tokens: Tensor, padded: bool = True, top_k: int = 0, places: Tensor | None = None
+        self,
+        tokens: Tensor | None,
+        padded: bool = True,
+        top_k: int = 0,
+        places: Tensor | None = None,
+        embedded: tuple | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """tokens (B, T) int64 -> the last hidden states, and the targets of the last top_k layers.
 
         padded: whether PAD may occur in the tokens. places (M,) int64: the only flat places in
-        B x T whose output is wanted; the last layer computes no others.
+        B x T whose output is wanted; the last layer computes no others. embedded: what `embed`
+        would return, instead of the tokens.
 
         States and targets are (B, T, C), meaningless at padded places, or (M, C) with places.
         Raises InputError if a block is longer than the position table.
         """
-        x, attend = self.embed(tokens, padded)
+        x, attend = self.embed(tokens, padded) if embedded is None else embedded
         targets, last = [], len(self.layers) - 1
         for i, layer in enumerate(self.layers):
             x, target = layer(x, attend, places if i == last else None)
@@ -145,20 +151,23 @@ class Encoder(nn.Module):
     def embed(self, tokens: Tensor, padded: bool) -> tuple[Tensor, Tensor | None]:
         """What the first layer reads (B, T, C), and where attention may look (B, 1, T, T), or None
         for everywhere."""
+        x, real = self.features(tokens, padded)
+        return (x, None) if real is None else (x * real[:, :, None], kernels.mask(real))
+
+    def features(self, tokens: Tensor, padded: bool) -> tuple[Tensor, Tensor | None]:
+        """Tokens and positions (B, T, C), and where text is (B, T) bool, or None for everywhere."""
         B, T = tokens.shape
         longest = self.embed_positions.num_embeddings - PAD - 1
         if T > longest:
             raise InputError(f"a block of {T} tokens: --max_source_positions is {longest}")
+        real = None
         if padded:
-            real = tokens != PAD  # (B, T), True at text
+            real = tokens != PAD
             positions = real.cumsum(1) * real + PAD  # pads are not counted, wherever they are
         else:
             positions = torch.arange(PAD + 1, PAD + 1 + T, device=tokens.device)
         x = self.embed_tokens(tokens) + self.embed_positions(positions)
-        x = self.dropout(self.layernorm_embedding(x))
-        if not padded:
-            return x, None
-        return x * real[:, :, None], kernels.mask(real)
+        return self.dropout(self.layernorm_embedding(x)), real
 
 
 # ----------------------------------------------------------------------------------- the student
@@ -269,19 +278,28 @@ def targets_over_places(teacher: Encoder, batch, cfg: ModelConfig) -> Tensor:
     weight = torch.where(pads, repeats, torch.ones_like(repeats))[:, :, None]  # (B, U or U + 1, 1)
 
     _, layers = teacher(target, padded, cfg.average_top_k_layers)
-    y = torch.stack(layers).float()  # (K, B, U or U + 1, C)
+    y = mean_of_layers(layers, weight, cfg)  # (B, U or U + 1, C)
+    return at_places(y, places)  # (M, C)
+
+
+def mean_of_layers(layers: list[Tensor], weight: Tensor, cfg: ModelConfig) -> Tensor:
+    """The layers' targets (B, T, C), normalized as asked for and averaged; float32 (B, T, C).
+
+    weight (B, T, 1): how many times a place counts in statistics over places.
+    """
+    y = torch.stack(layers).float()  # (K, B, T, C)
     if cfg.batch_norm_target_layer:
         y = standardize(y, weight, (-3, -2))
     if cfg.instance_norm_target_layer:
         y = standardize(y, weight, (-2,))
     if cfg.layer_norm_target_layer:
         y = F.layer_norm(y, y.shape[-1:])
-    y = y.mean(0)  # (B, U or U + 1, C)
+    y = y.mean(0)  # (B, T, C)
     if cfg.layer_norm_targets:
         y = F.layer_norm(y, y.shape[-1:])
     if cfg.instance_norm_targets:
         y = standardize(y, weight, (-2,))
-    return at_places(y, places)  # (M, C)
+    return y
 
 
 def standardize(y: Tensor, weight: Tensor, dims: tuple) -> Tensor:

@@ -34,8 +34,11 @@ class Optimizer:
         """weights: of hardware.vectors."""
         self.weights, self.cfg, self.device = weights, cfg, device
         self.is_fused = device.has_fused_adam
+        groups = [dict(params=weights.parameters[: weights.decayed])]
+        if weights.decayed < len(weights.parameters):
+            groups.append(dict(params=weights.parameters[weights.decayed :], weight_decay=0.0))
         rules = dict(betas=cfg.adam_betas, weight_decay=cfg.weight_decay)
-        self.adam = torch.optim.AdamW(weights.parameters, **rules, **device.adam_form)
+        self.adam = torch.optim.AdamW(groups, **rules, **device.adam_form)
         if device.world_size > 1:
             # what the workers sum: all gradients, each a view of this vector, and the loss
             self.sizes = [*(p.numel() for p in weights.parameters), 1]
@@ -107,9 +110,9 @@ class Optimizer:
         steps = updates + 1  # that Adam has counted, with this one
         if self.is_fused:
             steps -= self.skipped
-        group = self.adam.param_groups[0]
-        group["lr"] = lr
-        group["eps"] = self.cfg.adam_eps / math.sqrt(1 - self.cfg.adam_betas[1] ** steps)
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+            group["eps"] = self.cfg.adam_eps / math.sqrt(1 - self.cfg.adam_betas[1] ** steps)
 
     def move(self, grads: list, factor: Tensor, skipped: Tensor):
         """Adam's step with gradients times `factor`, none where `skipped`; waits for no device."""
@@ -128,7 +131,8 @@ class Optimizer:
         """The state of torch's AdamW over the student's parameters, however the weights lie."""
         content = self.adam.state_dict()
         content["state"] = self.weights.split_state(content["state"])
-        content["param_groups"][0]["params"] = list(range(self.weights.count))
+        for group, numbers in zip(content["param_groups"], self.weights.groups):
+            group["params"] = numbers
         return content
 
     def load(self, state: dict, scaler: dict):

@@ -33,12 +33,13 @@ if __name__ == "__main__":
 
 import ema
 from data import Batch, Corpus
+from data2vec2 import loss_of_copies, make_student, masked_copies
 from formats.load import load
 from hardware.device import Device, use_all_cores
 from hardware.opening import check_world_size, open_device
 from hardware.vectors import LongVectors, Separate
 from judge.quality import Validation, verdict
-from model import Data2VecText, data2vec_loss, loss_with_words, places_of, teacher_targets
+from model import data2vec_loss, loss_with_words, places_of, teacher_targets
 from optim import Optimizer, Step
 from run import checkpoint, resume
 from run.guard import Clock, Health, Signals, check_memory, explained_out_of_memory
@@ -70,10 +71,13 @@ class Run:
         self.cfg, self.device = cfg, device
         check_memory(cfg.model, vocabulary_size, device)
         device.seed(cfg.data.seed)  # every worker begins with the same weights
-        self.student = Data2VecText(cfg.model, vocabulary_size).to(device.torch_device).train()
+        self.student = make_student(cfg.model, vocabulary_size).to(device.torch_device).train()
         self.teacher = ema.make_teacher(self.student.encoder)
         layout = LongVectors if device.wants_long_vectors else Separate
-        self.weights = layout(self.student, self.teacher, device.amp)
+        # differs from fairseq: 2.0's second group of weights, biases and norms, is meant to have no
+        # decay, and has it all the same
+        spares_vectors = cfg.model.objective == "data2vec2" and not cfg.train.fairseq_exact
+        self.weights = layout(self.student, self.teacher, device.amp, spares_vectors)
         if cfg.train.compile:
             device.check_compile()
             for layer in (*self.student.encoder.layers, *self.teacher.layers):
@@ -142,6 +146,7 @@ def update(run: Run, batches: list[Batch]) -> Update | None:
     decay = ema.decay_at(run.num_updates, cfg.ema)
     run.seed_dropout()
     run.move_teacher()  # a no-op, unless fairseq_exact left the last update out
+    batches = [masked_copies(b, run.num_updates, cfg, cfg.model.clone_batch) for b in batches]
     loss, last_batch = accumulate(run, batches)
 
     run.clock.look()  # before the step: a worker lost here must find the weights as they were
@@ -168,12 +173,14 @@ def accumulate(run: Run, batches: list[Batch]) -> tuple[torch.Tensor, tuple | No
     Returns the sum of their losses () and (prediction, target) of the last one.
     """
     cfg, device = run.cfg, run.device
+    networks = (run.student, run.teacher)
     total = run.optimizer.begin()
     last = None
     with device.autocast():  # one for all batches: it casts the student's weights once
         for batch in map(device.upload, batches):
-            if cfg.model.predicts_words:
-                networks = (run.student, run.teacher)
+            if cfg.model.objective == "data2vec2":
+                loss, prediction, target = loss_of_copies(*networks, batch, cfg.model)
+            elif cfg.model.predicts_words:
                 loss, prediction, target = loss_with_words(*networks, batch, cfg.model)
             else:
                 target = teacher_targets(run.teacher, batch, cfg.model)  # (M, C), no gradient

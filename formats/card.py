@@ -9,6 +9,7 @@ SETTINGS = """layers embed_dim ffn_embed_dim attention_heads activation_fn max_s
 objective mlm_weight tokens_per_sample sample_break_mode max_tokens batch_size update_freq lr
 warmup_updates max_update weight_decay dropout mask_prob average_top_k_layers ema_decay
 ema_end_decay ema_anneal_end_step seed fairseq_exact""".split()
+OF_VERSION_2 = "clone_batch decoder_dim decoder_kernel decoder_layers decoder_groups".split()
 
 CARD = """---
 library_name: transformers
@@ -35,6 +36,7 @@ A text encoder after {updates:,} updates of pretraining, exported by data2vec-te
 
 def text(name: str, task: str, updates: int, flat: dict) -> str:
     """The card of the folder `name`. task: a pipeline of transformers; flat: all settings."""
-    rows = [f"| `{setting}` | {flat[setting]} |" for setting in SETTINGS]
+    names = SETTINGS + (OF_VERSION_2 if flat["objective"] == "data2vec2" else [])
+    rows = [f"| `{setting}` | {flat[setting]} |" for setting in names]
     named = dict(name=printable(name), task=task, updates=updates, version=VERSION)
     return CARD.format(**named, settings="\n".join(rows))

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from config import READERS, InputError, printable, read_text, reading
+from formats import fairseq_v2_config as version_2
 
 # fairseq's groups and those of our settings that are in them, under its names.
 GROUPS = {
@@ -153,6 +154,7 @@ for group, options in OTHERS.items():
     for names, entry in options.items():
         for name in names.split():
             THEIRS |= dict.fromkeys(_spellings(group, name), entry)
+OURS |= version_2.OURS
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -292,9 +294,13 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
     with reading(f"{where}: not a fairseq config"):
         # Python does not print an integer of thousands of digits
         flat = {name: (value, str(value)) for name, value in _leaves(tree)}
+    is_2 = version_2.is_version_2(tree)
+    answers = THEIRS | version_2.THEIRS if is_2 else THEIRS
     for name, (value, text) in flat.items():
-        ours = OURS.get(name)
+        ours = None if is_2 and name in version_2.UNREAD else OURS.get(name)
         if value is None or text == "???":  # OmegaConf's 'must be given'
+            continue
+        if is_2 and name in version_2.READ_TOGETHER and ours is None:
             continue
         if ours in fields:
             # OmegaConf's link to another entry
@@ -305,10 +311,13 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
                 raise InputError(f"{what} cannot be resolved; write the value")
             with reading(what):
                 values[ours] = READERS[fields[ours].type](text)
-        elif name in THEIRS and not THEIRS[name][1]:
-            _check_built_in(name, value, THEIRS[name][0])
+        elif name in answers and not answers[name][1]:
+            _check_built_in(name, value, answers[name][0])
         else:
             others[name] = text
+    if is_2:
+        with reading(f"{where}: not a config of data2vec_multi"):
+            version_2.finish(values, flat, where)
     return values, others
 
 

@@ -12,9 +12,10 @@ All other names are equal.
 import dataclasses
 import re
 
-from config import FAIRSEQ_EXACT, PARTS, InputError
-from formats import fairseq_config, fairseq_files
+from config import PARTS, InputError
+from formats import fairseq_config, fairseq_files, fairseq_v2
 from run.checkpoint import Loaded
+from run.flags import exact_settings
 
 import torch
 
@@ -42,8 +43,10 @@ def our_name(name: str) -> str | None:
 
 
 def is_known(name: str) -> bool:
-    """Whether an entry of fairseq's model is taken over."""
-    return name == TEACHER or our_name(name) is not None
+    """Whether an entry of fairseq's model is taken over, of either version."""
+    if name in (TEACHER, fairseq_v2.TEACHER) or our_name(name):
+        return True
+    return fairseq_v2.our_name(name.removeprefix("model.")) is not None
 
 
 def from_reference(state: dict, path="") -> tuple[dict, dict | None]:
@@ -51,6 +54,8 @@ def from_reference(state: dict, path="") -> tuple[dict, dict | None]:
 
     Raises InputError.
     """
+    if fairseq_v2.holds(state):
+        return fairseq_v2.from_reference(state)
     student = {our_name(name): tensor for name, tensor in state.items()}
     student.pop(None, None)
     teacher = state.get(TEACHER)
@@ -61,6 +66,8 @@ def from_reference(state: dict, path="") -> tuple[dict, dict | None]:
 
 def to_reference(student: dict, teacher: dict) -> dict:
     """The reverse: a model state dict under fairseq's names, with `encoder._ema` and `version`."""
+    if fairseq_v2.is_ours(student):
+        return fairseq_v2.to_reference(student, teacher)
     version = torch.tensor([3.0])
     state = {"encoder.sentence_encoder.version": version}
     for name, tensor in split_qkv(student).items():
@@ -109,8 +116,8 @@ def loaded(content: dict, path) -> Loaded:
     Raises InputError if it is no data2vec_text model's, and other errors for a damaged file.
     """
     state = content.get("model", content)
-    encoder = "encoder.sentence_encoder."
-    if not isinstance(state, dict) or not any(str(name).startswith(encoder) for name in state):
+    encoders = ("encoder.sentence_encoder.", *fairseq_v2.ENCODERS)
+    if not isinstance(state, dict) or not any(str(name).startswith(encoders) for name in state):
         what = "neither ours nor one of fairseq's data2vec_text"
         if isinstance(state, fairseq_files.Inert):
             what = f"its model is a {type(state).__name__}, which is not loaded, not a state dict"
@@ -120,6 +127,8 @@ def loaded(content: dict, path) -> Loaded:
         return Loaded("state_dict", {}, student, teacher, content)
     # cfg since 2021, args before
     tree = content.get("cfg") or _args_tree(content.get("args"), state)
+    if isinstance(tree, dict) and fairseq_v2.holds(state):
+        tree = fairseq_v2.pretraining(tree)
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
         kind = "no config" if tree is None else f"a config that is a {type(tree).__name__}"
         advice = "save its `model` entry alone and give its shape by flags"
@@ -132,7 +141,7 @@ def settings(tree: dict, path) -> dict:
     groups = ("task", "dataset", "model", "common")
     tree = {group: tree[group] for group in groups if isinstance(tree.get(group), dict)}
     values, _ = fairseq_config.from_reference(tree, FIELDS, str(path))
-    return {**values, "fairseq_exact": True, **FAIRSEQ_EXACT}
+    return {**values, "fairseq_exact": True, **exact_settings(values.get("objective"))}
 
 
 def _args_tree(args: dict | None, state: dict) -> dict | None:

@@ -9,7 +9,7 @@ Both ways keep weights, teacher, optimizer and the position in the data bit for 
 from collections import OrderedDict
 
 from config import InputError
-from formats import fairseq_config
+from formats import fairseq_config, fairseq_v2, fairseq_v2_config
 from formats.fairseq_names import FIELDS, TEACHER, from_reference, to_reference
 from run.checkpoint import MOMENTS, Loaded, checked_moments
 
@@ -49,6 +49,10 @@ def reference_config(flat: dict) -> dict:
         for name in names:
             node[name] = spelled[name] if name in spelled else flat[name]
     tree["common"]["user_dir"] = "examples/data2vec"
+    if flat["objective"] == "data2vec2":
+        tree |= fairseq_v2_config.spelled(flat)
+        tree["task"] |= dict(skip_masking=True, d2v2_multi=True, include_index=True)
+        return tree
     tree["model"]["max_positions"] = flat["tokens_per_sample"]
     transformer = tree["model"]["transformer"]
     transformer.update(layernorm_embedding=True, no_scale_embedding=True)
@@ -60,7 +64,8 @@ def reference_config(flat: dict) -> dict:
 
 def optimizer_names(model: dict) -> list[str]:
     """The parameters of a model of fairseq's, in the order in which its optimizer counts them."""
-    names = [k for k in model if k != TEACHER and not k.endswith(".version")]
+    teachers = (TEACHER, fairseq_v2.TEACHER)
+    names = [k for k in model if k not in teachers and not k.endswith(".version")]
     modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
     # a module's weight, then its bias
     return sorted(names, key=lambda name: modules.index(name.rpartition(".")[0]))
@@ -87,7 +92,10 @@ def to_fairseq(content: dict, flat: dict, lr: float) -> dict:
         )
     file["model"] = OrderedDict(to_reference(content["student"], content["teacher"]))
     state = _their_moments(content, names)
-    file["last_optimizer_state"] = dict(state=state, param_groups=[group])
+    last = dict(state=state, param_groups=[group])
+    if flat["objective"] == "data2vec2":
+        last = fairseq_v2.split_optimizer(last, [file["model"][name] for name in names])
+    file["last_optimizer_state"] = last
     if content["scaler"]:
         file["last_optimizer_state"]["loss_scale"] = content["scaler"]["scale"]
     return file
@@ -102,6 +110,9 @@ def _new_file(content: dict, flat: dict) -> dict:
         lr_scheduler_state={"best": None},
         num_updates=progress["num_updates"],
     )
+    if flat["objective"] == "data2vec2":
+        history["optimizer_name"] = "FairseqCompositeOptimizer"
+        history["lr_scheduler_state"] = {group: {"best": None} for group in fairseq_v2.GROUPS}
     iterator = dict(
         version=2, epoch=progress["epoch"], iterations_in_epoch=progress["batches"], shuffle=True
     )
@@ -152,6 +163,9 @@ def from_fairseq(content: dict, template: dict, path) -> dict:
     """
     extra = content["extra_state"]
     last = content["last_optimizer_state"]
+    if fairseq_v2.GROUPS[0] in last:
+        weights = [content["model"][name] for name in optimizer_names(content["model"])]
+        last = fairseq_v2.join_optimizer(last, weights)
     updates = content["optimizer_history"][-1]["num_updates"]
     best = extra.get("best")  # in old files a number of numpy's, which is not loaded
     state = _our_moments(last["state"], content["model"], template, path)
@@ -214,7 +228,9 @@ def settings_of(loaded: Loaded, path) -> tuple[dict, str]:
         return dict(ours["config"]), ""
     values = {k: v for k, v in loaded.config.items() if k != "data_path"}  # on another machine
     tree = loaded.content.get("cfg") or {}
-    training = {group: tree[group] for group in TRAINING_GROUPS if group in tree}
+    # the model's group says of which version the others are
+    groups = (*TRAINING_GROUPS, "model")
+    training = {group: tree[group] for group in groups if group in tree}
     try:
         return {**values, **fairseq_config.from_reference(training, FIELDS, str(path))[0]}, ""
     except InputError as e:

@@ -2,6 +2,7 @@
 
 import time
 
+from config import Config, ModelConfig
 from hardware.device import Device
 from text.binarized import PAD
 
@@ -9,6 +10,16 @@ import numpy as np
 import torch
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192)  # of the square matrices of `Matmuls`
+
+
+def encoder_flops(n: np.ndarray, m: np.ndarray, cfg: ModelConfig) -> float:
+    """encoder(n, m) of `update_flops`, forward, summed over blocks: n and m are (B,)."""
+    C, F = cfg.embed_dim, cfg.ffn_embed_dim
+
+    def layer(q):
+        return (n * 6 * C**2 + 4 * n**2 * C + q * (2 * C**2 + 4 * C * F)).sum()
+
+    return float((cfg.layers - 1) * layer(n) + layer(m))
 
 
 def update_flops(batches: list, run) -> float:
@@ -27,14 +38,8 @@ def update_flops(batches: list, run) -> float:
     the token embedding where words are predicted. Without data2vec's objective there is no teacher.
     """
     student, cfg = run.student, run.cfg.model
-    L, C, F = cfg.layers, cfg.embed_dim, cfg.ffn_embed_dim
-
-    def encoder(n: np.ndarray, m: np.ndarray) -> float:
-        def layer(q):
-            return (n * 6 * C**2 + 4 * n**2 * C + q * (2 * C**2 + 4 * C * F)).sum()
-
-        return float((L - 1) * layer(n) + layer(m))
-
+    if cfg.objective == "data2vec2":
+        return sum(copies_flops(batch, run.cfg) for batch in batches)
     heads = [head for head in (student.regression_head, student.lm_head) if head is not None]
     head = 2 * sum(p.numel() for part in heads for p in part.parameters() if p.ndim == 2)
     if cfg.predicts_words:
@@ -45,12 +50,36 @@ def update_flops(batches: list, run) -> float:
         target = (batch.target != PAD).sum(1)  # and the teacher
         places = batch.chosen if cfg.objective == "mlm" else batch.masked
         masked = np.bincount(places // batch.source.shape[1], minlength=len(source))
-        total += 3 * (encoder(source, masked) + head * len(places))
+        total += 3 * (encoder_flops(source, masked, cfg) + head * len(places))
         if cfg.objective == "data2vec":
             # with teacher_input=masked, every position of the teacher's input is a target
             wanted = masked if run.cfg.data.teacher_input == "full" else target
-            total += encoder(target, wanted)
+            total += encoder_flops(target, wanted, cfg)
     return total
+
+
+def copies_flops(batch, cfg: Config) -> float:
+    """Model FLOPs of a batch with data2vec2, for K copies, decoder width D, kernel k, groups g.
+
+    Of a block of n tokens, of which each copy shows v and hides m:
+
+    copy   = encoder(v, v)
+           + n * sum of 2 k / g * width * D    convolutions; the first one's width is C, then D
+           + m * 2 * (weights of the projections)
+    update = 3 * K * copy                      forward + backward
+           + encoder(n, n)                     the teacher, once for all copies
+    """
+    model = cfg.model
+    C, D = model.embed_dim, model.decoder_dim
+    n = (batch.target != PAD).sum(1)  # (B,)
+    v = np.maximum(1, (n * (1 - cfg.data.mask_prob)).astype(np.int64))
+    m = n - v
+    channels = C + (model.decoder_layers - 1) * D  # that the convolutions read
+    convolutions = 2 * model.decoder_kernel / model.decoder_groups * channels * D
+    widths = [D] + [2 * D] * (model.head_layers - 1) + [C]
+    projections = 2 * sum(before * after for before, after in zip(widths, widths[1:]))
+    copy = encoder_flops(v, v, model) + n.sum() * convolutions + m.sum() * projections
+    return 3 * model.clone_batch * copy + encoder_flops(n, n, model)
 
 
 class Matmuls:

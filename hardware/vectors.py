@@ -17,27 +17,51 @@ from torch.func import functional_call
 class Separate:
     """Every weight by itself, as the modules have them."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, amp: torch.dtype | None):
-        self.parameters = list(student.parameters())  # what the optimizer moves
-        self.count = len(self.parameters)  # of the student's weights
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        amp: torch.dtype | None,
+        spares_vectors: bool = False,
+    ):
+        """spares_vectors: weights of one dimension, biases and norms, are not decayed."""
+        weights = list(student.parameters())
+        spared = [i for i, p in enumerate(weights) if spares_vectors and p.ndim == 1]
+        decayed = [i for i in range(len(weights)) if i not in set(spared)]
+        self.groups = [decayed, spared]  # the numbers of the student's weights
+        self.order = decayed + spared
+        self.parameters = [weights[i] for i in self.order]  # what the optimizer moves
+        self.decayed = len(decayed)  # so many of these, the first ones, are decayed
         self.averaged = teacher, student.encoder  # what `ema.step` reads: (teacher's, student's)
 
     def split_state(self, state: dict) -> dict:
         """An optimizer's state of `parameters` -> its state of the student's parameters."""
-        return state
+        return dict(sorted((self.order[i], moments) for i, moments in state.items()))
 
     def join_state(self, state: dict) -> dict:
         """The reverse of `split_state`."""
-        return state
+        return {i: state[number] for i, number in enumerate(self.order) if number in state}
 
 
 class LongVectors:
     """The weights of student and teacher in two long vectors each; same names as `Separate`."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, amp: torch.dtype | None):
-        """amp: the type in which autocast lets Linear layers compute, or None."""
-        self.student, self.teacher = _Vectors(student, amp), _Vectors(teacher, amp)
-        self.parameters, self.count = self.student.vectors, len(self.student.order)
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        amp: torch.dtype | None,
+        spares_vectors: bool = False,
+    ):
+        """amp: the type in which autocast lets layers compute, or None. `spares_vectors` as above,
+        for which biases and norms get vectors of their own."""
+        self.student = _Vectors(student, amp, spares_vectors)
+        self.teacher = _Vectors(teacher, amp, spares_vectors)
+        self.parameters = self.student.vectors
+        self.decayed = len(self.parameters) // 2 if spares_vectors else len(self.parameters)
+        order, names = self.student.order, self.student.names
+        parts = names[: self.decayed], names[self.decayed :]
+        self.groups = [sorted(order[name] for part in of for name in part) for of in parts]
         self.averaged = _Stretches(self.teacher), _Stretches(self.student, "encoder.")
 
     def split_state(self, state: dict) -> dict:
@@ -70,9 +94,9 @@ class _Vectors:
     Its parameters become views of them, and its `forward` reads them there.
     """
 
-    def __init__(self, module: nn.Module, amp: torch.dtype | None):
+    def __init__(self, module: nn.Module, amp: torch.dtype | None, spares_vectors: bool):
         self.amp = amp
-        layers = [part for part in module.modules() if isinstance(part, nn.Linear)]
+        layers = [part for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv1d))]
         linear = {id(p) for part in layers for p in part.parameters()}
         named = dict(module.named_parameters())
         # the numbers that an optimizer's state has
@@ -81,6 +105,10 @@ class _Vectors:
         # what autocast casts, and the rest; a model's names begin with its encoder's in both
         cast = [name for name, p in named.items() if id(p) in linear]
         self.names = [cast, [name for name in named if name not in set(cast)]]
+        if spares_vectors:
+            flat = {name for name, p in named.items() if p.ndim == 1}
+            matrices = [[name for name in names if name not in flat] for names in self.names]
+            self.names = matrices + [[n for n in names if n in flat] for names in self.names]
         self.vectors = []
         for names in self.names:
             vector = torch.cat([named[name].detach().flatten() for name in names])
@@ -97,11 +125,12 @@ class _Vectors:
         return {name: part.view(self.shapes[name]) for name, part in zip(names, parts)}
 
     def forward(self, *inputs, **named):
-        linear, rest = self.vectors
-        if self.amp is not None:
-            linear = linear.to(self.amp)  # one cast here, and one of the gradient
-        parts = self.split(self.names[0], linear) | self.split(self.names[1], rest)
-        weights = {f"module.{name}": part for name, part in parts.items()}
+        weights = {}
+        for i, vector in enumerate(self.vectors):
+            if self.amp is not None and i % 2 == 0:
+                vector = vector.to(self.amp)  # one cast here, and one of the gradient
+            parts = self.split(self.names[i], vector)
+            weights |= {f"module.{name}": part for name, part in parts.items()}
         return functional_call(self.inner, weights, inputs, named)
 
 

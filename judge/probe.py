@@ -23,8 +23,9 @@ less about a hidden word than the two tokens beside it. Nothing can name all wor
 import copy
 from dataclasses import dataclass
 
-from config import InputError
+from config import Config, InputError
 from data import Batch, BlockDataset, Corpus
+from data2vec2 import Data2Vec2, masked_copies
 from hardware.device import Device
 from judge.neighbours import Neighbours, beside
 from run.progress import Bar
@@ -71,10 +72,12 @@ class Places:
         return np.concatenate([beside(batch, flat) for batch, flat in self.batches], 1)
 
 
-def find_places(dataset: BlockDataset, classes: np.ndarray, least: int) -> Places:
+def find_places(
+    dataset: BlockDataset, classes: np.ndarray, least: int, cfg: Config | None = None
+) -> Places:
     """At least `least` places, or all that the split has, from batches in random order.
 
-    Raises InputError if there are none.
+    cfg: a run's, whose objective may mask in its own way. Raises InputError if there are none.
     """
     dataset = copy.copy(dataset)
     # for validation too: shuffled instead of sorted by length, and new masks in each epoch
@@ -87,6 +90,8 @@ def find_places(dataset: BlockDataset, classes: np.ndarray, least: int) -> Place
             if count >= least:
                 break
             batch = dataset.batch(ids, epoch)
+            if cfg is not None:
+                batch = masked_copies(batch, epoch, cfg, 1)
             label = classes[batch.target.ravel()[batch.target_places]]
             flat = batch.masked[label >= 0]
             batches.append((batch, flat))
@@ -102,13 +107,19 @@ def find_places(dataset: BlockDataset, classes: np.ndarray, least: int) -> Place
 
 @torch.no_grad()
 def features(student, device: Device, places: Places) -> torch.Tensor:
-    """The frozen student's last hidden states at the places, (N, C) float32."""
+    """The frozen student's last hidden states at the places, (N, C) float32.
+
+    Those of data2vec2 are the decoder's, since its encoder has none at hidden places.
+    """
     student.eval()
     parts = []
     for batch, flat in Bar(places.batches, rank=device.rank, what="probe, reading"):
-        source = device.tensor(batch.source)
+        batch, places = device.upload(batch), device.tensor(flat)
         with device.autocast():
-            x, _ = student.encoder(source, batch.source_padded, places=device.tensor(flat))
+            if isinstance(student, Data2Vec2):
+                x, _, _ = student.decoded(batch, places)
+            else:
+                x, _ = student.encoder(batch.source, batch.source_padded, places=places)
         parts.append(x.float())
     student.train()
     return torch.cat(parts)
@@ -145,8 +156,8 @@ class Probe:
         classes = frequent_tokens(dataset.stream, corpus.dictionary)
         self.run = run
         self.classes = int(classes.max()) + 1
-        self.train = find_places(dataset, classes, places)
-        self.valid = find_places(corpus.split(split), classes, places)
+        self.train = find_places(dataset, classes, places, run.cfg)
+        self.valid = find_places(corpus.split(split), classes, places, run.cfg)
         counts = Neighbours(self.train.beside(), self.train.labels, self.classes, corpus.dictionary)
         self.counted = counts.answer(self.valid.beside(), self.valid.labels)
         self.log_share = np.log(counts.share)  # (K,), of each class among the labels of the fit

@@ -21,8 +21,9 @@ import math
 
 from config import InputError
 from data import Batch, BlockDataset, Corpus
+from data2vec2 import loss_of_copies, make_student, masked_copies
 from judge import neighbours, probe
-from model import Data2VecText, data2vec_loss, places_of, teacher_targets, word_loss, words_of
+from model import data2vec_loss, places_of, teacher_targets, word_loss, words_of
 from run.guard import ALIKE
 from run.log import moments, quality
 from run.progress import Bar
@@ -49,28 +50,25 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
     run: a train.Run. Raises InputError if nothing is masked.
     """
     device, cfg = run.device, run.cfg.model
-    has_targets = cfg.objective == "data2vec"
+    has_targets = cfg.objective != "mlm"
+    run.student.eval()
     guesses = Guesses(run, train) if train and has_targets else None
     words = WordFigures(device, train) if cfg.predicts_words else None
     loss = torch.zeros((), device=device.torch_device)
     sums = torch.zeros(6, cfg.embed_dim, device=device.torch_device)
     sample_size = batches = 0
 
-    run.student.eval()
     lists = dataset.epoch_batches(1, device.rank, device.world_size)
     hosts = dataset.batches(lists, 1)
     for host in Bar(hosts, rank=device.rank, what=dataset.split, total=len(lists)):
+        host = masked_copies(host, 0, run.cfg, 1)
         sample_size += len(places_of(host, cfg))
         batches += 1
         batch = device.upload(host)
         with device.autocast():
-            output = run.student(batch.source, places_of(batch, cfg), batch.source_padded)
-            # (M, C) and (M, V); the student returns both if it has both heads
-            prediction, logits = output if has_targets and words else (output, output)
-            if has_targets:
-                target = teacher_targets(run.teacher, batch, cfg)  # (M, C)
-                loss += data2vec_loss(prediction, target, cfg)
+            part, prediction, target, logits = answers(run, batch)
         if has_targets:
+            loss += part
             sums += moments(prediction, target)
         if guesses:
             guesses.add(batch, prediction, target)
@@ -96,6 +94,22 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
     if not has_targets:
         figures["loss"] = figures["mlm_loss"]
     return figures
+
+
+def answers(run, batch: Batch) -> tuple:
+    """The loss () of a batch on the device, prediction and target (M, C), and logits (M, V).
+
+    None for what the objective has not.
+    """
+    student, teacher, cfg = run.student, run.teacher, run.cfg.model
+    if cfg.objective == "data2vec2":
+        return *loss_of_copies(student, teacher, batch, cfg), None
+    output = student(batch.source, places_of(batch, cfg), batch.source_padded)
+    if cfg.objective == "mlm":
+        return None, None, None, output
+    prediction, logits = output if cfg.predicts_words else (output, None)
+    target = teacher_targets(teacher, batch, cfg)  # (M, C)
+    return data2vec_loss(prediction, target, cfg), prediction, target, logits
 
 
 class Validation:
@@ -127,12 +141,12 @@ class Validation:
             probe_accuracy=result["trained"]["accuracy"],
         )
 
-    def first_student(self) -> Data2VecText:
+    def first_student(self) -> torch.nn.Module:
         """The student before its first update; a resumed run no longer has it."""
         device, cfg = self.run.device, self.run.cfg
         state = device.rng_state()
         device.seed(cfg.data.seed)
-        student = Data2VecText(cfg.model, len(self.corpus.dictionary)).to(device.torch_device)
+        student = make_student(cfg.model, len(self.corpus.dictionary)).to(device.torch_device)
         device.set_rng_state(state)
         return student
 
@@ -211,9 +225,13 @@ def position_means(run, train: BlockDataset) -> Tensor:
     lists = train.epoch_batches(1, device.rank, device.world_size)[:share]
     hosts = train.batches(lists, 1)
     for host in Bar(hosts, rank=device.rank, what="position guess", total=len(lists)):
-        batch = device.upload(host)
+        batch = device.upload(masked_copies(host, 0, cfg, 1))
         with device.autocast():
-            target = teacher_targets(run.teacher, batch, cfg.model)  # (M, C)
+            # (M, C); with data2vec2 the teacher reads the student's features
+            if cfg.model.objective == "data2vec2":
+                _, _, target, _ = answers(run, batch)
+            else:
+                target = teacher_targets(run.teacher, batch, cfg.model)
         sums.index_add_(0, batch.masked % host.source.shape[1], F.pad(target, (0, 1), value=1.0))
     device.all_reduce(sums)
     sums[width] = sums.sum(0)  # for positions that the batches never masked: the mean over all

@@ -223,7 +223,7 @@ def flags_of(parts: list) -> str:
     values = {name: value for part in parts for name, value in vars(part).items()}
     plain = {field.name: field.default for part in parts for field in dataclasses.fields(part)}
     if values.get("fairseq_exact"):
-        plain |= {**config.FAIRSEQ_EXACT, "fairseq_exact": None}
+        plain |= {**exact_settings(values["objective"]), "fairseq_exact": None}
     # relative to each preset: the one that leaves the fewest flags
     lines = []
     for name, preset in config.PRESETS.items():
@@ -234,6 +234,13 @@ def flags_of(parts: list) -> str:
                 words.append(f"--{setting} {shlex.quote(words_of(value))}")
         lines.append(words)
     return " ".join(min(lines, key=len))
+
+
+def exact_settings(objective: str | None) -> dict:
+    """What --fairseq_exact implies for an objective."""
+    # version 2's teacher reads the whole block there, too
+    own = dict(teacher_input="full") if objective == "data2vec2" else {}
+    return config.FAIRSEQ_EXACT | own
 
 
 def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: dict | None = None):
@@ -254,11 +261,15 @@ def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: d
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(max(0, local_rank)))
     # from the weakest source to the strongest
-    values = starting_values(given.pop("config_dir"), given.pop("config_name"), fields)
+    folder, name = given.pop("config_dir"), given.pop("config_name")
+    if given.get("objective") == "data2vec2" and not (folder or name or base):
+        name = "base_v2"  # the defaults are version 1's
+    values = starting_values(folder, name, fields)
     values.update(base or {})
     if exact is not None:
-        plain = {name: fields[name].default for name in config.FAIRSEQ_EXACT if name in fields}
-        values.update(config.FAIRSEQ_EXACT if exact else plain, fairseq_exact=exact)
+        implied = exact_settings(given.get("objective") or values.get("objective"))
+        plain = {name: fields[name].default for name in implied if name in fields}
+        values.update(implied if exact else plain, fairseq_exact=exact)
     values.update({k: v for k, v in given.items() if k in fields and v is not None})
     instances = []
     for kind in configs:

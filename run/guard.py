@@ -189,6 +189,9 @@ def check_memory(cfg: ModelConfig, vocabulary_size: int, device: Device, copies:
     weights = (vocabulary_size + cfg.max_source_positions) * C
     weights += cfg.layers * (4 * C * C + 2 * C * F)
     weights += 4 * C * C * (cfg.head_layers - 1)  # and few more
+    if cfg.objective == "data2vec2":  # convolutions, too
+        D = cfg.decoder_dim
+        weights += cfg.decoder_layers * cfg.decoder_kernel * D * D // cfg.decoder_groups
     needed = weights * 4 * copies
     memory = device.memory()
     if needed > memory:

@@ -199,6 +199,10 @@ def take(run, loaded: checkpoint.Loaded, path: Path):
     progress = loaded.content["progress"]
     run.num_updates = progress["num_updates"]
     run.teacher_updates = progress["teacher_updates"]
+    if run.cfg.train.fairseq_exact and run.cfg.model.objective == "data2vec2":
+        # differs from fairseq: nothing is lost; there a resumed run never makes the teacher's step
+        # that was due
+        run.teacher_updates = run.num_updates
     run.optimizer.skipped = progress["skipped"]
     run.best_loss = progress["best_loss"]
     # 0.1.0 had neither of these two, 0.2.0 no hours
@@ -235,7 +239,8 @@ def init_from(run, corpus: Corpus, loaded: checkpoint.Loaded, path):
     corpus.dictionary.check_checkpoint(loaded.content.get("dictionary"), path)
     weights, ours = dict(loaded.student), run.student.state_dict()
     # a head that is missing starts at random, and one that is not used is left out
-    for prefix, head in (("regression_head.", "regression head"), ("lm_head.", "head for words")):
+    heads = {"regression_head.": "regression head", "lm_head.": "head for words"}
+    for prefix, head in {**heads, "decoder.": "decoder"}.items():
         wanted = {name: value for name, value in ours.items() if name.startswith(prefix)}
         held = [name for name in weights if name.startswith(prefix)]
         warning = ""

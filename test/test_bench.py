@@ -61,7 +61,11 @@ def test_parts_are_timed_by_their_names_and_a_part_without_a_name_is_0():
     assert parts["data"] == parts["backward"] == parts["optimizer"] == parts["ema"] == 0
 
 
-@pytest.mark.parametrize("options", [{}, dict(mlm_weight=1), dict(objective="mlm")])
+COPIES = dict(objective="data2vec2", mask_multiple_length=1, decoder_dim=12, decoder_kernel=3)
+COPIES |= dict(clone_batch=3, decoder_layers=3, head_layers=3)
+
+
+@pytest.mark.parametrize("options", [{}, dict(mlm_weight=1), dict(objective="mlm"), COPIES])
 def test_the_flop_formula_gives_what_torch_counts(corpus_dir, monkeypatch, options):
     run, dataset = make_run(corpus_dir, **options)
     batch = dataset.batch(np.array([int(dataset.lengths.argmax())]), 1)

@@ -78,10 +78,14 @@ def test_attention_as_matmuls_matches_torch_and_does_not_overflow_float16(querie
 
 
 PRE_NORM = dict(normalize_before="true", activation_fn="relu")
+COPIES = dict(objective="data2vec2", mask_multiple_length=1, clone_batch=3, decoder_dim=12)
+COPIES |= dict(decoder_kernel=3, decoder_groups=2)
 
 
 @pytest.mark.parametrize(
-    ("amp", "options"), [(None, {}), (torch.bfloat16, PRE_NORM), (torch.float16, {})]
+    ("amp", "options"),
+    [(None, {}), (torch.bfloat16, PRE_NORM), (torch.float16, {})]
+    + [(None, COPIES), (torch.bfloat16, COPIES)],
 )
 def test_weights_in_long_vectors_train_as_separate_weights_do(
     monkeypatch, corpus_dir, amp, options
@@ -96,7 +100,8 @@ def test_weights_in_long_vectors_train_as_separate_weights_do(
         runs.append(run)
     assert figures[0] == pytest.approx(figures[1], rel=1e-5)
     plain, long = runs
-    assert isinstance(long.weights, LongVectors) and len(long.weights.parameters) == 2
+    assert isinstance(long.weights, LongVectors)
+    assert len(long.weights.parameters) == (4 if options is COPIES else 2)
     assert difference(plain.student.state_dict(), long.student.state_dict()) < 2e-6
     assert difference(plain.teacher.state_dict(), long.teacher.state_dict()) < 2e-6
     states = [run.optimizer.state() for run in runs]
@@ -253,8 +258,13 @@ def check_the_random_state_of_the_device_is_saved_and_restored(tmp_path, corpus_
     assert difference(whole.student, parts.student) < 1e-6
 
 
-@pytest.mark.parametrize(("amp", "reads"), [("off", 0), ("auto", 0), ("fp16", 2)])
-def check_nothing_waits_between_two_log_rows(monkeypatch, tmp_path, corpus_dir, amp, reads):
+@pytest.mark.parametrize(
+    ("amp", "reads", "options"),
+    [("off", 0, {}), ("auto", 0, {}), ("fp16", 2, {}), ("auto", 0, COPIES)],
+)
+def check_nothing_waits_between_two_log_rows(
+    monkeypatch, tmp_path, corpus_dir, amp, reads, options
+):
     """reads: whether gradients overflowed, and then the loss scale."""
     quiet = []  # (updates, where the host waited) between two rows
     end_of_row = None  # how many waits there were by then
@@ -277,16 +287,20 @@ def check_nothing_waits_between_two_log_rows(monkeypatch, tmp_path, corpus_dir, 
     monkeypatch.setattr(Log, "write", end)
     with waits() as seen:
         flags = "--max_update 9 --log_interval 3 --disable_validation"
+        flags += "".join(f" --{name} {value}" for name, value in options.items())
         pretrain(corpus_dir, tmp_path, "npu", amp, flags)
     assert [updates for updates, _ in quiet] == [3, 3]
     assert all(len(where) <= reads * updates for updates, where in quiet), quiet
     assert len(seen) > 0  # a log row does wait
 
 
+FLAGS2 = " ".join(f"--{name} {value}" for name, value in COPIES.items())
 OTHER = "--update_freq 2 --fairseq_exact --normalize_before --instance_norm_targets"
 
 
-@pytest.mark.parametrize("flags", ["--amp off", "--amp auto", "--amp fp16", f"--amp off {OTHER}"])
+@pytest.mark.parametrize(
+    "flags", ["--amp off", "--amp auto", "--amp fp16", f"--amp off {OTHER}", f"--amp off {FLAGS2}"]
+)
 def check_the_check_finds_the_cpus_numbers(capsys, corpus_dir, flags):
     where = ["--data_path", str(corpus_dir), "--device", "npu", "--lr", "1e-3", *flags.split()]
     code = bench.main([*FEW, *where, "--check", "--updates", "4"])
@@ -320,4 +334,4 @@ def test_the_checks_pass_on_a_card_or_an_emulated_device():
     command = [sys.executable, "-m", "pytest", *flags, __file__]
     run = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
     printed = run.stdout[-6000:] + run.stderr[-2000:]
-    assert run.returncode == 0 and "10 passed" in run.stdout, printed
+    assert run.returncode == 0 and "12 passed" in run.stdout, printed

@@ -1,0 +1,261 @@
+"""data2vec 2.0 in the other programs: forms of checkpoints, fairseq's YAML, evaluation,
+fine-tuning."""
+
+import copy
+import json
+
+import config
+import convert
+import eval as evaluation
+import finetune
+import train
+from config import InputError
+from formats import fairseq_state
+from run import checkpoint, flags
+from tasks import pretrained
+from test.helpers import call, compare_checkpoints, golden, hidden_states, rows_of
+from test.test_data2vec2 import FOLDER, LAST, blocks_of, few2, flags_of, settings
+from text.binarized import PAD
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def saved2(tmp_path_factory, corpus_dir):
+    folder = tmp_path_factory.mktemp("saved2")
+    argv = "--max_update 3 --average_top_k_layers 2 --instance_norm_target_layer true"
+    call(train.main, *few2(corpus_dir, folder, *argv.split()))
+    return folder / LAST
+
+
+def shapes_of(state: dict) -> dict:
+    return {k: shapes_of(v) if isinstance(v, dict) else list(v.shape) for k, v in state.items()}
+
+
+def test_a_checkpoint_goes_to_fairseqs_form_and_back_bit_for_bit(saved2, tmp_path):
+    call(convert.main, "--ckpt", saved2, "--to", "fairseq", tmp_path / "fairseq.pt")
+    call(convert.main, "--ckpt", tmp_path / "fairseq.pt", "--to", "native", tmp_path / "native.pt")
+    compare_checkpoints(saved2, tmp_path / "native.pt")
+    file = torch.load(tmp_path / "fairseq.pt", weights_only=False)
+    # names, shapes and settings are found again where no entry of ours tells
+    del file["extra_state"][fairseq_state.OURS]
+    file["cfg"]["distributed_training"] = dict(distributed_world_size=1)
+    torch.save(file, tmp_path / "plain.pt")
+    call(convert.main, "--ckpt", tmp_path / "plain.pt", "--to", "native", tmp_path / "again.pt")
+    ours, again = (checkpoint.load(p).content for p in (saved2, tmp_path / "again.pt"))
+    states = ours["optimizer"]["state"].items(), again["optimizer"]["state"].items()
+    for (i, a), (j, b) in zip(*states, strict=True):
+        assert i == j and all(torch.equal(a[name], b[name]) for name in checkpoint.MOMENTS)
+    elsewhere = {"data_path", "save_dir", "device", *config.FAIRSEQ_EXACT, "fairseq_exact"}
+    for name in set(ours["config"]) - elsewhere:
+        assert ours["config"][name] == again["config"][name], name
+    assert again["config"]["fairseq_exact"] and again["config"]["teacher_input"] == "full"
+
+
+@golden
+def test_names_shapes_and_config_are_those_of_the_recorded_checkpoint(tmp_path):
+    recorded = json.loads((FOLDER / "checkpoint.json").read_text())
+    argv = dict(save_dir=tmp_path, disable_validation=True, device="cpu", max_update=1)
+    call(train.main, *flags_of("small", **argv))
+    call(convert.main, "--ckpt", tmp_path / LAST, "--to", "fairseq", tmp_path / "fairseq.pt")
+    file = torch.load(tmp_path / "fairseq.pt", weights_only=False)
+    assert set(file) == set(recorded["top_level"])
+    assert shapes_of(file["model"]) == recorded["model"]
+    assert list(file["model"])[:-1] == list(recorded["model"])[:-1]  # the optimizer counts so
+    for name, group in recorded["last_optimizer_state"].items():
+        ours = file["last_optimizer_state"][name]
+        assert len(ours["state"]) == group["param_groups"][0]["params"]
+        assert list(ours["state"][0]["exp_avg"].shape) == group["state_of_first"]["exp_avg"]
+    recorded["cfg"]["task"].pop("mask_prob")  # not read there
+    of_run = {"max_update", "min_target_var", "min_pred_var"}
+
+    def same(ours: dict, theirs: dict):
+        for name in set(ours) & set(theirs) - of_run:
+            if isinstance(theirs[name], dict):
+                same(ours[name], theirs[name])
+            else:
+                assert ours[name] == theirs[name], name
+
+    same(file["cfg"], recorded["cfg"])
+    assert len(set(recorded["cfg"]["model"]) - set(file["cfg"]["model"])) <= 5
+
+
+@golden
+@torch.no_grad()
+def test_fine_tuning_reads_whole_text_as_the_recorded_classifier_does():
+    recorded = np.load(FOLDER / "small" / "features.npz")
+    source = pretrained.load(FOLDER / "small" / "init.pt", attention_heads=4)
+    encoder = source.encoder(dropout=0.0).eval()
+    tokens, real = torch.from_numpy(recorded["source"]).long(), ~recorded["pad"]
+    states = hidden_states(encoder, tokens)
+    for ours, theirs in zip(states[1:], recorded["hidden"], strict=True):
+        assert np.allclose(ours[real], theirs[real], atol=1e-6)
+
+
+@torch.no_grad()
+def test_transformers_computes_the_encoders_hidden_states(saved2, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the package transformers")
+    call(convert.main, "--ckpt", saved2, "--to", "hf", tmp_path / "hf")
+    assert "| `clone_batch` | 3 |" in (tmp_path / "hf" / "README.md").read_text()
+    model = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
+    tokens = torch.from_numpy(blocks_of(20, 13, 2).target)
+    theirs = model(tokens, attention_mask=(tokens != PAD).long(), output_hidden_states=True)
+    encoder = pretrained.load(saved2).encoder(dropout=0.0).eval()
+    real = tokens != PAD
+    ours = hidden_states(encoder, tokens)
+    for a, b in zip(ours, theirs.hidden_states, strict=True):
+        assert torch.allclose(a[real], b[real], atol=1e-5)
+
+
+def test_it_is_evaluated_and_gives_features(saved2, corpus_dir, tmp_path):
+    where = ["--ckpt", saved2, "--data_path", corpus_dir, "--device", "cpu", "--json"]
+    result = json.loads(call(evaluation.main, *where, "--untrained", "--probe"))
+    valid = rows_of(saved2.parent, "valid_loss")[-1]
+    assert result["loss"] == pytest.approx(valid["valid_loss"], rel=1e-5)
+    assert {"r2", "r2_block", "gain_position"} <= set(result)
+    assert result["probe"]["valid_places"] > 100
+    (tmp_path / "text").write_text("w1 w2\nw3\n")
+    call(evaluation.main, *where, "--features", tmp_path / "text", "--out", tmp_path / "f.npy")
+    assert np.load(tmp_path / "f.npy").shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["teacher_input masked", "mask_multiple_length 2", "fixed_masks yes", "mlm_weight 0.5"]
+    + ["ema_transformer_layers_only no", "leave_unmasked_prob 0.1", "decoder_groups 5"],
+)
+def test_what_has_no_meaning_is_refused_in_one_line(flag):
+    name, value = flag.split()
+    with pytest.raises(InputError, match=f"--{name}") as error:
+        settings(**{name: value})
+    assert "\n" not in str(error.value)
+
+
+RELEASED = dict(  # the settings of the release's v2/base_text_only_task.yaml
+    common=dict(fp16=True, log_format="json", log_interval=200, fp16_no_flatten_grads=True),
+    checkpoint=dict(no_epoch_checkpoints=True, save_interval_updates=50000),
+    task=dict(_name="masked_lm", sample_break_mode="none", tokens_per_sample=512)
+    | dict(include_target_tokens=True, include_index=True, skip_masking=True, d2v2_multi=True),
+    criterion=dict(_name="model", log_keys=["ema_decay", "masked_pct"]),
+    dataset=dict(batch_size=4),
+    optimization=dict(clip_norm=1, lr=[2e-4], max_update=1000000, update_freq=[1]),
+    optimizer=dict(
+        _name="composite",
+        dynamic_groups=True,
+        groups=dict(
+            default=dict(
+                lr_float=2e-4,
+                optimizer=dict(_name="adam", adam_betas=[0.9, 0.98], adam_eps=1e-6)
+                | dict(weight_decay=0.01),
+                lr_scheduler=dict(_name="cosine", warmup_updates=4000),
+            )
+        ),
+    ),
+    lr_scheduler="pass_through",
+    model=dict(
+        _name="data2vec_multi",
+        loss_beta=0,
+        loss_scale=1,
+        depth=12,
+        embed_dim=768,
+        clone_batch=8,
+        ema_decay=0.9999,
+        ema_end_decay=0.99999,
+        ema_anneal_end_step=100000,
+        ema_encoder_only=True,
+        average_top_k_layers=12,
+        layer_norm_target_layer=False,
+        instance_norm_target_layer=True,
+        layerdrop=0,
+        norm_eps=1e-5,
+        supported_modality="TEXT",
+        modalities=dict(
+            text=dict(
+                mask_prob=0.48,
+                mask_length=1,
+                mask_noise_std=0.01,
+                prenet_depth=0,
+                decoder=dict(input_dropout=0.1, decoder_dim=768, decoder_groups=1)
+                | dict(decoder_kernel=9, decoder_layers=5, decoder_residual=False)
+                | dict(projection_layers=2, projection_ratio=2.0),
+            )
+        ),
+    ),
+)
+
+
+def changed(tree: dict, name: str, value) -> dict:
+    tree = copy.deepcopy(tree)
+    *groups, last = name.split(".")
+    node = tree
+    for group in groups:
+        node = node[group]
+    node[last] = value
+    return tree
+
+
+def read_tree(tree: dict, folder, *argv) -> dict:
+    """The settings of a run with this YAML."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML is optional")
+    (folder / "base_text_only_task.yaml").write_text(yaml.safe_dump(tree))
+    words = ["--config-dir", folder, "--config-name", "base_text_only_task", "task.data=x", *argv]
+    return config.Config(*flags.parse(config.PARTS, "", [str(w) for w in words])[0]).flat()
+
+
+def test_fairseqs_yaml_gives_the_preset_and_its_words_change_it(tmp_path, capsys):
+    preset = config.Config(
+        *flags.parse(config.PARTS, "", ["--config_name", "base_v2", "--data_path", "x"])[0]
+    ).flat()
+    del preset["min_pred_var"]  # the code's own, which no YAML has
+    ours = read_tree(RELEASED, tmp_path)
+    assert {name: ours[name] for name in preset} == preset
+    assert "input_dropout" not in capsys.readouterr().err  # not ignored
+    words = ["model.clone_batch=4", "model.modalities.text.decoder.decoder_kernel=5", "--depth", 12]
+    ours = read_tree(RELEASED, tmp_path, *words)
+    assert (ours["clone_batch"], ours["decoder_kernel"]) == (4, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fact"),
+    [
+        ("model.norm_eps", 1e-6, "model.norm_eps"),
+        ("model.modalities.text.decoder.projection_ratio", 3, "projection_ratio"),
+        ("model.modalities.text.decoder.input_dropout", 0.2, "--dropout"),
+        ("model.modalities.text.mask_length", 3, "--mask_multiple_length"),
+        ("model.modalities.text.prenet_depth", 1, "prenet_depth"),
+        ("model.end_of_block_targets", True, "end_of_block_targets"),
+        ("optimizer.groups.default.optimizer._name", "adafactor", "adam"),
+    ],
+)
+def test_a_yaml_of_another_model_is_refused(tmp_path, name, value, fact):
+    with pytest.raises(InputError, match=fact):
+        read_tree(changed(RELEASED, name, value), tmp_path)
+
+
+def test_a_fine_tuned_model_of_fairseqs_gives_its_encoder_and_head(saved2, tmp_path):
+    call(convert.main, "--ckpt", saved2, "--to", "fairseq", tmp_path / "fairseq.pt")
+    file = torch.load(tmp_path / "fairseq.pt", weights_only=False)
+    names = [name for name in file["model"] if "decoder" not in name and name != "_ema"]
+    weights = {f"model.{name}": file["model"][name] for name in names}
+    head = {"dense.weight": torch.ones(16, 16), "dense.bias": torch.ones(16)}
+    head |= {"out_proj.weight": torch.ones(3, 16), "out_proj.bias": torch.ones(3)}
+    weights |= {
+        f"classification_heads.sentence_classification_head.{k}": v for k, v in head.items()
+    }
+    model = dict(_name="data2vec_text_classification", pretrained_model_args=file["cfg"])
+    torch.save(dict(model=weights, cfg=dict(model=model)), tmp_path / "classifier.pt")
+    first, second = (pretrained.load(p) for p in (saved2, tmp_path / "classifier.pt"))
+    assert second.shape == first.shape and second.head.keys() == head.keys()
+    assert all(torch.equal(first.weights[k], v) for k, v in second.weights.items())
+
+
+def test_it_is_fine_tuned(saved2, corpus_dir, tmp_path):
+    rows = "".join(f"w{i} w{i + 1}\t{i % 2}\n" for i in range(40))
+    (tmp_path / "all.tsv").write_text(f"text\tlabel\n{rows}")
+    table = tmp_path / "all.tsv"
+    argv = ["--ckpt", saved2, "--train", table, "--valid", table, "--text", "text"]
+    argv += ["--label", "label", "--max_epoch", 1, "--dict", corpus_dir / "dict.txt"]
+    call(finetune.main, *argv, "--device", "cpu", "--save_dir", tmp_path / "out")
+    assert (tmp_path / "out" / "checkpoint_best.pt").is_file()
