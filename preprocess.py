@@ -31,8 +31,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import config
 from config import InputError, printable, read_text
+from formats.readers import whole_number
 from run import flags
 from run.lock import Lock
 from text import files
@@ -214,7 +214,7 @@ def preprocess(args: argparse.Namespace, dest: Path):
 def parse(argv: list | None) -> argparse.Namespace:
     parser = flags.Parser(description=__doc__)
     add = parser.add_argument
-    number = dict(type=config.whole_number, metavar="N")
+    number = dict(type=whole_number, metavar="N")
     kinds = ("gpt2", "train", "none")
     for split in reversed(SPLITS):
         add(f"--{split}", nargs="+", default=[], metavar="F", help=f"text of the {split} split")

@@ -14,8 +14,9 @@ import re
 import sys
 from pathlib import Path
 
-from config import READERS, InputError, printable, read_text, reading
+from config import InputError, printable, read_text, reading
 from formats import fairseq_v2_config as version_2
+from formats import readers
 
 # fairseq's groups and those of our settings that are in them, under its names.
 GROUPS = {
@@ -217,6 +218,7 @@ def as_flags(argv: list, parser) -> list:
             print(f"{printable(word)} ignored: {why}", file=sys.stderr)
         elif match := WORD.fullmatch(word):
             name, _, value = match.groups()
+            # no value: for some settings 0 means that, others have a default
             if value == "null" and name in OURS:
                 value = NULL.get(OURS[name])
                 if value is None:
@@ -294,6 +296,7 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
     with reading(f"{where}: not a fairseq config"):
         # Python does not print an integer of thousands of digits
         flat = {name: (value, str(value)) for name, value in _leaves(tree)}
+    # of data2vec 2.0 some entries are read together, and some names mean something else
     is_2 = version_2.is_version_2(tree)
     answers = THEIRS | version_2.THEIRS if is_2 else THEIRS
     for name, (value, text) in flat.items():
@@ -310,7 +313,8 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
             if text.startswith("${"):
                 raise InputError(f"{what} cannot be resolved; write the value")
             with reading(what):
-                values[ours] = READERS[fields[ours].type](text)
+                values[ours] = readers.READERS[fields[ours].type](text)
+        # what is built in here must have that value; anything else changes no number
         elif name in answers and not answers[name][1]:
             _check_built_in(name, value, answers[name][0])
         else:

@@ -81,6 +81,7 @@ def merge_qkv(state: dict, path) -> dict:
     """The state dict with each q, k and v matrix joined into one. Raises InputError."""
     merged = {}
     for name, tensor in state.items():
+        # the rows of ours are q, k, v; K and V come with their Q
         if Q in name:
             parts = [tensor, state.get(name.replace(Q, K)), state.get(name.replace(Q, V))]
             if any(part is None for part in parts):
@@ -138,6 +139,7 @@ def loaded(content: dict, path) -> Loaded:
 
 def settings(tree: dict, path) -> dict:
     """The settings of the model and its data in fairseq's config, and how the released code is."""
+    # the rest is of a run that is over
     groups = ("task", "dataset", "model", "common")
     tree = {group: tree[group] for group in groups if isinstance(tree.get(group), dict)}
     values, _ = fairseq_config.from_reference(tree, FIELDS, str(path))

@@ -105,6 +105,7 @@ def draw(runs: dict, path: Path):
             place = dict(loc="outside upper center", ncols=4, frameon=False)
             for text in figure.legend(lines, runs, **place).get_texts():
                 text.set_parse_math(False)
+        # matplotlib's own errors for these are pages
         known = figure.canvas.get_supported_filetypes()
         form = path.suffix[1:].lower()
         if form not in known:
@@ -123,7 +124,7 @@ def colour(number: int) -> str:
 def draw_panel(axis, panel: tuple, runs: list):
     """One panel: a style for each figure; a colour for each run, or for each figure of one run."""
     title, unit, keys = panel
-    lines = {}
+    lines = {}  # one of each name, for the legend
     for number, (key, name) in enumerate(keys):
         for run, series in enumerate(runs):
             if key not in series:
@@ -138,6 +139,7 @@ def draw_panel(axis, panel: tuple, runs: list):
         if len(runs) > 1:  # there colours are the runs'
             for line in legend.get_lines():
                 line.set_color("0.3")
+    # the same frame for all, but for two panels where the scale says something
     axis.set_title(f"{title} ({unit})" if unit else title)
     axis.set_xlabel("updates")
     axis.grid(color="0.9", linewidth=0.6)

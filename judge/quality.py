@@ -46,8 +46,8 @@ PROBE_PLACES = 10_000
 def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> dict:
     """The loss per masked place and the figures of `run.log.quality`, of all workers, no dropout.
 
-    With the training split also those of `Guesses`, with a head for words those of `WordFigures`.
-    run: a train.Run. Raises InputError if nothing is masked.
+    Also those of `Guesses` with a training split, and of `WordFigures` with a head for words.
+    Raises InputError if nothing is masked.
     """
     device, cfg = run.device, run.cfg.model
     has_targets = cfg.objective != "mlm"
@@ -59,8 +59,7 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
     sample_size = batches = 0
 
     lists = dataset.epoch_batches(1, device.rank, device.world_size)
-    hosts = dataset.batches(lists, 1)
-    for host in Bar(hosts, rank=device.rank, what=dataset.split, total=len(lists)):
+    for host in Bar(dataset.batches(lists, 1), device.rank, what=dataset.split, total=len(lists)):
         host = masked_copies(host, 0, run.cfg, 1)
         sample_size += len(places_of(host, cfg))
         batches += 1

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import config
 from config import InputError, RunError, printable
-from formats import fairseq_config
+from formats import fairseq_config, readers
 
 TITLES = dict(Data="data", Model="model", Ema="teacher", Device="device", Finetune="fine-tuning")
 FORMS = {bool: "yes|no", int: "N", float: "X", str: "TEXT", tuple: "X,Y"}  # of values, in --help
@@ -146,7 +146,7 @@ def make_parser(configs: list, doc: str, extra, everything: bool) -> Parser:
     parser.add_argument("--help_all", action="help", help="the same with all settings, and exit")
     parser.add_argument("--config_name", metavar="NAME", help="a preset, or a YAML's name")
     parser.add_argument("--config_dir", metavar="DIR", help="the folder of fairseq's YAML")
-    switch = dict(nargs="?", const=True, type=config.boolean, metavar="yes|no")
+    switch = dict(nargs="?", const=True, type=readers.boolean, metavar="yes|no")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--fairseq_exact", help="the released code bug for bug", **switch)
     # a group of --help for each class of settings
@@ -156,7 +156,7 @@ def make_parser(configs: list, doc: str, extra, everything: bool) -> Parser:
         for field in dataclasses.fields(kind):
             if field.name == "fairseq_exact":
                 continue
-            read = config.READERS[field.type]
+            read = readers.READERS[field.type]
             value = switch if field.type is bool else dict(type=read, metavar=form_of(field))
             text = help_of(field) if everything or is_shown(field, title) else argparse.SUPPRESS
             action = groups[title].add_argument(f"--{field.name}", help=text, **value)

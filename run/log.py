@@ -170,6 +170,7 @@ class Log:
         last = self.done[-1]
         # a skipped update moved nothing, so its loss and gradient count for nothing
         good = [done.step for done, skipped in zip(self.done, self.skipped) if not skipped]
+        # of this worker's clock; counts are of all workers already
         n, seconds = len(self.done), time.perf_counter() - self.since
         counts = torch.stack([done.step.counts for done in self.done]).sum(0).tolist()
         sample_size, nsentences, ntokens = counts
@@ -187,6 +188,7 @@ class Log:
             lr=last.lr,
             ema_decay=last.ema_decay,
             loss_scale=last.step.loss_scale,
+            # of the last batch alone: over an interval they would mix many teachers
             **self.variances(),
             num_updates=last.number,
             epoch=last.epoch,
@@ -207,6 +209,7 @@ class Log:
         """Say how many updates are left, and how long they take at `each` seconds."""
         self.is_speed_told = True
         left = self.left(number, each)
+        # the limit that ends the run is the one to change
         if left > 0:
             flag = "max_hours" if left == self.clock.left else "max_update"
             self.say(f"{left / each:,.0f} updates at {each:.2g} s: {duration(left)}; see --{flag}")

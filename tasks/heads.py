@@ -89,6 +89,7 @@ def fit(head: Head, new: nn.Module, names: list | None, scale: float, path: Path
 def check_classes(head: Head, names: list | None, path: Path) -> list:
     """The names of the head's rows. Raises InputError unless they are those of `names`."""
     advice = "--new_head draws another head"
+    # a score has one output, whatever it is called
     bias = head.weights["out_proj.bias"]
     rows = len(bias) if isinstance(bias, torch.Tensor) and bias.ndim else 0
     known = head.classes or ["score"] if rows == 1 else head.classes

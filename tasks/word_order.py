@@ -26,6 +26,7 @@ WORD = re.compile(rf"{IDEOGRAPH}|(?:(?!{IDEOGRAPH})[^\W\d_])+(?:['\-][^\W\d_]+)*
 def swap(sentence: str, rng: random.Random) -> str | None:
     """The sentence with two different neighbouring words swapped; None if it has no such two."""
     words = list(WORD.finditer(sentence))
+    # of a few words the order is free, of many the swap is hard to see for a person, too
     if not FEWEST <= len(words) <= MOST:
         return None
     pairs = []
@@ -45,7 +46,7 @@ def swap(sentence: str, rng: random.Random) -> str | None:
 def rows_of(sentences: list[str], most: int = ROWS) -> list[tuple[str, str]]:
     """Up to `most` (text, label) in random order, half of them swapped; the same at each call."""
     rng = random.Random(1)
-    sentences = list(dict.fromkeys(sentences))
+    sentences = list(dict.fromkeys(sentences))  # each once, in the order of the text
     rng.shuffle(sentences)
     rows = []
     for sentence in sentences:
@@ -55,7 +56,7 @@ def rows_of(sentences: list[str], most: int = ROWS) -> list[tuple[str, str]]:
         if swapped:  # drawn for both labels, so that both have sentences that can be swapped
             is_swapped = len(rows) % 2
             rows.append((swapped, "swapped") if is_swapped else (sentence, "original"))
-    rng.shuffle(rows)
+    rng.shuffle(rows)  # so that no split has them in turn
     return rows
 
 

@@ -307,7 +307,6 @@ def test_old_command_lines_work_as_they_are(line, expected):
         ("--max_steps 5", "did you mean --max_update"),
         ("--resume", r"here \("),  # not --no_resume
         ("--pretrained x", r"here \("),  # not --untrained
-        ("--decoder_layers 1", r"here \("),  # not --head_layers
         (".", r"\.: no option .*--data_path"),
     ],
 )

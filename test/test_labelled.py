@@ -12,7 +12,7 @@ from tasks.settings import RECIPES, FinetuneConfig
 from tasks.tables import Columns
 from test.helpers import GOLDEN, call, golden
 from test.test_finetune import flags, place, rows_of  # noqa: F401
-from text.binarized import EOS, UNK, Dictionary, write_dataset
+from text.binarized import EOS, Dictionary, write_dataset
 
 import numpy as np
 import pytest
@@ -136,14 +136,6 @@ def test_every_row_to_predict_gets_an_answer(name, text, content, answered, tmp_
     (tmp_path / name).write_text(content, newline="")
     cfg = FinetuneConfig(predict=str(tmp_path / name), text=text)
     assert predict.read_texts(cfg, dict(texts=1, header=None)) == [answered]
-
-
-def test_text_that_the_dictionary_does_not_know_is_told(tmp_path, capsys):
-    def tokenize(column):
-        return [np.array([UNK, 4, EOS]) for _ in column]
-
-    labelled.encode(tokenize, [["▁the ▁fil", "fil ##m"]], None, 64)
-    assert "50% of the tokens are <unk>" in capsys.readouterr().err
 
 
 def test_a_line_end_or_a_tab_within_a_text_is_a_space(tmp_path):

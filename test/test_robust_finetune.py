@@ -9,9 +9,12 @@ import signal
 import finetune
 from config import InputError, RunError
 from run import checkpoint
+from tasks import labelled
 from test.helpers import call
 from test.test_finetune import flags, place  # noqa: F401
+from text.binarized import EOS, UNK
 
+import numpy as np
 import pytest
 import torch
 
@@ -218,3 +221,11 @@ def test_predictions_replace_neither_what_they_read_nor_a_device(tuned, place, t
         finetune.main([*argv, "--out", str(tmp_path / "pipe")])
     assert (tmp_path / "lines").read_text() == "w1\n" and (tmp_path / "pipe").is_fifo()
     assert checkpoint.load(best) and not list(tmp_path.glob("*.tmp"))
+
+
+def test_text_that_the_dictionary_does_not_know_is_told(tmp_path, capsys):
+    def tokenize(column):
+        return [np.array([UNK, 4, EOS]) for _ in column]
+
+    labelled.encode(tokenize, [["▁the ▁fil", "fil ##m"]], None, 64)
+    assert "50% of the tokens are <unk>" in capsys.readouterr().err

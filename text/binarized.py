@@ -51,11 +51,9 @@ class Dictionary:
             raise InputError(missing(path))
         self.symbols = list(SPECIAL)
         self.ids = {symbol: i for i, symbol in enumerate(SPECIAL)}
-        lines = read_text(path).split("\n")
+        lines = read_text(path, encoding="utf-8-sig").split("\n")
         if not lines[-1]:
             lines.pop()
-        if lines and lines[0].startswith("\ufeff"):
-            raise InputError(f"{path}, line 1: begins with a byte order mark; save it without one")
         for number, line in enumerate(lines, 1):
             symbol, _, count = line.rstrip().rpartition(" ")
             overwrite = count == "#fairseq:overwrite"
@@ -85,8 +83,7 @@ class Dictionary:
 
     def check_same(self, path):
         """Raise InputError if there is another dict.txt at `path` that gives a token another id."""
-        path = Path(path)
-        if not path.is_file():
+        if not Path(path).is_file():
             return
         other = Dictionary(path)
         if other.digest() == self.digest():
@@ -164,8 +161,7 @@ def missing(path: Path) -> str:
     if below:
         parts.append(f"is {folder / below[0]} meant?")
     # fairseq-preprocess with a language, as for translation: dict.en.txt and train.en-None.en.idx
-    stem, suffix = path.stem, path.suffix
-    if any(name.startswith(f"{stem}.") and name.endswith(suffix) for name in names):
+    if any(name.startswith(f"{path.stem}.") and name.endswith(path.suffix) for name in names):
         parts.append("fairseq-preprocess writes names without a language with --only-source")
     return "; ".join(parts)
 
