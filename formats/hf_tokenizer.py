@@ -1,8 +1,8 @@
 """The tokenizer of a folder of transformers, written and read.
 
 What is read must give the ids that AutoTokenizer gives. So tokenizer.json may do what our own
-tokenizers do and nothing else. Two things stay as in training: white space around a text is left
-out, and <s>, </s> and <mask> in a text are text.
+tokenizers do and nothing else. Three things stay as in training: white space around a text and
+byte order marks at its beginning are left out, and <s>, </s> and <mask> in a text are text.
 """
 
 import json

@@ -133,7 +133,9 @@ def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position:
     path, loaded = found
     workers = run.device.world_size
     with reading(f"{path}: damaged"):
-        corpus.dictionary.check_checkpoint(loaded.content.get("dictionary"), path)
+        saved = loaded.content["dictionary"]  # which ours must have
+        ours = dict(digest=saved["digest"], size=saved["size"])
+        corpus.dictionary.check_checkpoint(ours, path)
         progress = loaded.content["progress"]
         batches = progress["batches"] * progress["world_size"]  # of all workers
         changed = changes({**loaded.config, **progress["data"]}, {**run.cfg.flat(), **fingerprint})

@@ -257,7 +257,7 @@ def rows_of_csv(lines: list[str], path: Path) -> list[tuple[int, list[str]]]:
 def cells_of_json(line: str, names: list, where: str) -> list[str]:
     """The values under `names` of a JSON object. Raises InputError, which begins with `where`."""
     with reading(f"{where}: not JSON"):
-        values = json.loads(line)
+        values = json.loads(line, parse_constant=lambda name: None)  # NaN is null
         json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected a JSON object, such as {{...}}")

@@ -7,6 +7,7 @@ from formats import hf_tokenizer
 from test.converting import edit, write_bpe
 from test.helpers import make_dataset
 from text.binarized import BOS, UNK, Dictionary
+from text.files import visible
 from text.tokens import load_tokenizer
 
 import pytest
@@ -26,7 +27,7 @@ def lines_of(parts) -> list[str]:
         odd = chr(code if rng.random() < 0.7 else 0x10000 + code)
         return rng.choice([*parts, " ", " ", " ", odd])
 
-    return ["".join(part() for _ in range(rng.randrange(14))) for _ in range(1000)]
+    return ["".join(part() for _ in range(rng.randrange(14))) for _ in range(1100)]
 
 
 def by_transformers(folder):
@@ -125,6 +126,8 @@ def test_a_tokenizer_gives_the_ids_of_transformers_or_is_refused_by_name(
         lines = lines_of([*PARTS, *TYPED])
     else:  # what read's page says of such a tokenizer
         lines = [line.strip() for line in lines_of(PARTS)]
+    # marks at the beginning of a line are left out wherever we read text
+    lines = [line for line in lines if visible(line) == line][:1000]
     for line, row in zip(lines, theirs(lines)["input_ids"]):
         # the tokens that the dictionary lacks
         known = [i if i < len(dictionary) else UNK for i in row]

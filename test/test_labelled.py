@@ -127,7 +127,7 @@ ROWS = [
     ("x.tsv", "text", "text\na\n\nb\n\n", ["a", "", "b"]),
     ("x.csv", "text", 'text\na\n\n"b\rc"\n', ["a", "", "b\rc"]),
     ("x.csv", "text", "text,more\na,x\n\n,\nb,y\n", ["a", "", "b"]),
-    ("x.jsonl", "text", '{"text": "a"}\n\n{"text": null}\n', ["a", ""]),
+    ("x.jsonl", "text", '{"text": "a"}\n\n{"text": null}\n{"text": NaN}\n', ["a", "", ""]),
 ]
 
 
