@@ -49,7 +49,9 @@ def class_numbers(table: Table, names: list[str]) -> np.ndarray:
             known = ", ".join(name[:80] for name in names[:10])
             where = f"{table.path}, line {line}: label {label[:80]!r}"
             text = f"{where} does not occur in training, which has {known}"
-            if are_scores([label, *names]):
+            if score_of(label) in map(score_of, names) and score_of(label) is not None:
+                text += "; it is an equal number, so write both alike"
+            elif are_scores([label, *names]):
                 text += "; --regression predicts numbers"
             raise InputError(text)
     return np.array([numbers[label] for label in table.labels], np.int64)

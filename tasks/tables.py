@@ -123,6 +123,8 @@ class File:
     def place_of(self, name, place: int | None) -> int:
         """Where a column is. Raises InputError if it is nowhere."""
         if place is None and self.has_header and name in self.first:
+            if self.first.count(name) > 1:
+                raise InputError(f"{self.path}: two columns {name[:80]}; give the number of one")
             place = self.first.index(name)
         if place is None or not 0 <= place < len(self.first):
             cells = f"{len(self.first)} columns"

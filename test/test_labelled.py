@@ -286,6 +286,7 @@ TABLE = "text\tlabel\n"
         ("x.tsv", TABLE + "w1\tgood\nw2\tgood\n", {}, "all training labels are 'good'"),
         ("x.tsv", TABLE + "".join(f"w1\t{i}\n" for i in range(1001)), {}, "1,001 different"),
         ("x.tsv", TABLE + "".join(f"w1\t{i}\n" for i in range(11)), {}, "every row has another"),
+        ("x.tsv", "text\ttext\tlabel\nw1\tw2\tgood\n", {}, "two columns text"),
         ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(label="text"), "name one column twice"),
         ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(text="body"), "no column body"),
         ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(text="²"), "no column ²"),

@@ -9,7 +9,7 @@ import signal
 import finetune
 from config import InputError, RunError
 from run import checkpoint
-from tasks import labelled
+from tasks import labelled, tables
 from test.helpers import call
 from test.test_finetune import flags, place  # noqa: F401
 from text.binarized import EOS, UNK
@@ -229,3 +229,10 @@ def test_text_that_the_dictionary_does_not_know_is_told(tmp_path, capsys):
 
     labelled.encode(tokenize, [["▁the ▁fil", "fil ##m"]], None, 64)
     assert "50% of the tokens are <unk>" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("label", "hint"), [("0", "equal number"), ("2", "--regression")])
+def test_a_new_label_among_numbers_gets_the_hint_that_fits(label, hint):
+    table = tables.Table("t.tsv", [2], [["w1"]], [label])
+    with pytest.raises(InputError, match=rf"t\.tsv, line 2: label '{label}' .*{hint}"):
+        labelled.class_numbers(table, ["0.0", "1.0"])
