@@ -133,8 +133,8 @@ def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position:
     path, loaded = found
     workers = run.device.world_size
     with reading(f"{path}: damaged"):
-        saved = loaded.content["dictionary"]  # which ours must have
-        ours = dict(digest=saved["digest"], size=saved["size"])
+        saved = loaded.content["dictionary"]  # a conversion may know nothing of it
+        ours = dict(digest=saved["digest"], size=saved["size"]) if saved else {}
         corpus.dictionary.check_checkpoint(ours, path)
         progress = loaded.content["progress"]
         batches = progress["batches"] * progress["world_size"]  # of all workers

@@ -1,9 +1,14 @@
 """The fixtures that all test files here can ask for."""
 
+import signal
+
 from hardware import opening
 from test.helpers import block_dataset, corpus_dir, saved, tokenizers  # noqa: F401
 
 import pytest
+
+# Under nohup all that the tests start would ignore it, too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
