@@ -11,7 +11,7 @@ import pytest
 # 600 of tests) and files that mean something else (700 and 900). Behind some stands the goal.
 LIMITS = {
     "product lines": 12_820,  # 8,200 without data2vec 2.0
-    "test lines": 10_050,  # 6,500
+    "test lines": 10_055,  # 6,500
     "lines that decide a number": 1239,  # 1,150
     "files of over 60 lines of code with under 8": 0,
     "lines over 100 columns": 0,
