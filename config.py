@@ -358,7 +358,7 @@ PRESETS = {
         lr=1e-3, warmup_updates=40, max_update=400,
         log_interval=20, validate_interval=0, validate_interval_updates=200,
     ),
-    "small": dict(  # learns from some megabytes of text in two hours of one core (docs/results.md)
+    "small": dict(  # learns from megabytes of text in 2 to 3 hours of a core (docs/results.md)
         tokens_per_sample=128, max_tokens=4096, mask_prob=0.3, mask_multiple_length=1,
         embed_dim=256, ffn_embed_dim=1024, layers=4, attention_heads=4,
         dropout=0.0, attention_dropout=0.0, normalize_before=True,
