@@ -6,7 +6,7 @@ Four ideas make data2vec cheaper by several times (section 3 of the paper):
      target is the mean over its last layers, each normalized over the places of the block. Student
      and teacher read the same features: tokens and positions, embedded once.
 3.2  The encoder sees only what is visible. Hidden tokens are left out, not replaced by `<mask>`:
-     the layers work on half the tokens. Behind them noise is put at the hidden places, and a
+     the layers work on half the tokens. After them noise is put at the hidden places, and a
      decoder of a few convolutions predicts there.
 3.3  Many masks for one target. A block is copied, and each copy gets a mask of its own, so that one
      pass of the teacher serves all of them.
@@ -26,11 +26,10 @@ from config import Config, ModelConfig
 from data import Batch
 from hardware import kernels
 from model import (
-    GELU,
     LAYER_NORM_EPS,
     Data2VecText,
     Encoder,
-    Linear,
+    RegressionHead,
     at_places,
     data2vec_loss,
     init_weights,
@@ -136,11 +135,7 @@ class Decoder(nn.Module):
         for width in [C] + [D] * (cfg.decoder_layers - 1):
             conv = nn.Conv1d(width, D, cfg.decoder_kernel, **form)
             self.blocks.append(nn.ModuleList([conv]))
-        widths = [D] + [2 * D] * (cfg.head_layers - 1) + [C]
-        parts = []
-        for before, after in zip(widths, widths[1:]):
-            parts += [Linear(before, after), GELU()]
-        self.proj = nn.Sequential(*parts[:-1])
+        self.proj = RegressionHead(cfg, D)
         self.residual = cfg.decoder_residual
 
     def forward(self, x: Tensor, places: Tensor, real: Tensor | None) -> Tensor:

@@ -174,14 +174,14 @@ class Encoder(nn.Module):
 
 
 class RegressionHead(nn.Sequential):
-    """`head_layers` Linears with GELU between, widths C, 2C, 2C, ..., C.
+    """`head_layers` Linears with GELU between, widths D, 2D, 2D, ..., C.
 
-    Numbered 0, 2, 4, ... as in the reference.
+    D is what it reads: C, unless another width is given. Numbered 0, 2, 4, ... as in the reference.
     """
 
-    def __init__(self, cfg: ModelConfig):
-        C = cfg.embed_dim
-        widths = [C] + [2 * C] * (cfg.head_layers - 1) + [C]
+    def __init__(self, cfg: ModelConfig, width: int = 0):
+        D = width or cfg.embed_dim
+        widths = [D] + [2 * D] * (cfg.head_layers - 1) + [cfg.embed_dim]
         parts = []
         for before, after in zip(widths, widths[1:]):
             parts += [Linear(before, after), GELU()]
