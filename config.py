@@ -322,18 +322,23 @@ class Config:
             part.check()
         if self.model.objective == "mlm" and self.data.teacher_input == "masked":
             raise InputError("--objective mlm reads whole blocks: --teacher_input full")
-        # settings of version 1 that have no meaning in version 2
-        built_in = dict(teacher_input="full", mask_multiple_length=1, ema_transformer_layers_only=1)
-        unused = "mask_stdev random_token_prob leave_unmasked_prob fixed_masks mlm_weight".split()
-        for name, value in {**built_in, **dict.fromkeys(unused, 0)}.items():
-            if self.model.objective == "data2vec2" and self.flat()[name] != value:
-                raise InputError(f"--objective data2vec2 knows only --{name} {value} (see base_v2)")
+        if self.model.objective == "data2vec2":
+            self._check_version_2()
         block, table = self.data.tokens_per_sample, self.model.max_source_positions
         if block > table:
             raise InputError(
                 f"--tokens_per_sample {block} is above --max_source_positions {table}, the length"
                 " of the position table"
             )
+
+    def _check_version_2(self):
+        """Raise InputError for settings of version 1 that have no meaning in version 2."""
+        built_in = dict(teacher_input="full", mask_multiple_length=1, ema_transformer_layers_only=1)
+        unused = "mask_stdev random_token_prob leave_unmasked_prob fixed_masks mlm_weight".split()
+        values = self.flat()
+        for name, value in {**built_in, **dict.fromkeys(unused, 0)}.items():
+            if values[name] != value:
+                raise InputError(f"--objective data2vec2 knows only --{name} {value} (see base_v2)")
 
     def flat(self) -> dict:
         """Every setting by its name."""

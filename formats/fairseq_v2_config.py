@@ -138,7 +138,7 @@ def finish(values: dict, flat: dict, where: str):
 
     Raises InputError for what cannot be expressed.
     """
-    # fairseq has four dropouts behind the same kind of places
+    # fairseq has four dropouts after the same kind of places
     dropouts = {name: flat.get(name, (None, text))[1] for name, text in DROPOUTS.items()}
     if len({float(text) for text in dropouts.values()}) > 1:
         listed = ", ".join(f"{name}={text}" for name, text in dropouts.items())

@@ -55,7 +55,7 @@ def read_texts(cfg, entry: dict) -> list[list[str]]:
         if len(columns) != texts:
             raise InputError(f"--text {cfg.text}: the classifier has {texts} text columns")
         return columns
-    if Path(path).suffix.lower() in (".csv", ".json", ".jsonl"):
+    if Path(path).suffix.lower() in (".csv", *tables.JSON):
         raise InputError(f"--predict {path}: --text says which of its columns to read")
     # as many rows in the answer as in the file
     lines = tables.lines_of(path)

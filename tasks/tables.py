@@ -100,6 +100,7 @@ class File:
         table = Table(self.path, [], texts, [], names[: len(texts)] if self.has_header else None)
         outlets = [*texts, table.labels]
         begin = 1 if self.has_header else 0
+        may_be_empty = self.columns.fields or self.columns.label is None
         for line, cells in self.rows[begin:]:
             if len(cells) != width and self.columns.fields:
                 continue
@@ -109,7 +110,6 @@ class File:
             table.lines.append(line)
             for name, place, outlet in zip(names, places, outlets):
                 text = cells[place].strip()
-                may_be_empty = self.columns.fields or self.columns.label is None
                 if not text and (outlet is table.labels or not may_be_empty):
                     raise InputError(f"{where}: the column {name} is empty or missing")
                 outlet.append(text)

@@ -8,7 +8,7 @@ from test import form
 import pytest
 
 # None may grow without a reason that is worth it: 0.4.0 gained data2vec 2.0 (about 1,000 lines and
-# 600 of tests) and files that mean something else (700 and 900). Behind some stands the goal.
+# 600 of tests) and files that mean something else (700 and 900). Beside some stands the goal.
 LIMITS = {
     "product lines": 12_820,  # 8,200 without data2vec 2.0
     "test lines": 10_055,  # 6,500
