@@ -130,11 +130,10 @@ class Decoder(nn.Module):
         super().__init__()
         C, D = cfg.embed_dim, cfg.decoder_dim
         form = dict(padding=cfg.decoder_kernel // 2, groups=cfg.decoder_groups)
+        widths = [C] + [D] * (cfg.decoder_layers - 1)
+        convolutions = [nn.Conv1d(width, D, cfg.decoder_kernel, **form) for width in widths]
         # names blocks.0.0, proj.0, proj.2 as in the reference
-        self.blocks = nn.ModuleList()
-        for width in [C] + [D] * (cfg.decoder_layers - 1):
-            conv = nn.Conv1d(width, D, cfg.decoder_kernel, **form)
-            self.blocks.append(nn.ModuleList([conv]))
+        self.blocks = nn.ModuleList(nn.ModuleList([conv]) for conv in convolutions)
         self.proj = RegressionHead(cfg, D)
         self.residual = cfg.decoder_residual
 
@@ -175,15 +174,12 @@ class Data2Vec2(nn.Module):
     def draw_weights(self):
         """Version 1's first weights, but torch's own for convolutions; in the reference's order, so
         that on a CPU they are equal to the bit."""
-        embeddings = [self.encoder.embed_tokens, self.encoder.embed_positions]
-        modules = [m for part in (self.decoder, self.encoder.layers) for m in part.modules()]
-        for embedding in embeddings:
-            embedding.reset_parameters()
-        nn.init.normal_(self.encoder.embed_positions.weight)
-        for module in modules:
-            if isinstance(module, (nn.Conv1d, nn.Linear)):
+        words, positions = self.encoder.embed_tokens, self.encoder.embed_positions
+        rest = [*self.decoder.modules(), *self.encoder.layers.modules()]
+        for module in (words, positions, positions, *rest):  # the reference draws these twice
+            if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
-        for module in (*embeddings, *modules):
+        for module in (words, positions, *rest):
             init_weights(module)
 
     @record_function("student")
@@ -204,7 +200,7 @@ class Data2Vec2(nn.Module):
         x = at_places(features, batch.visible.flatten()).view(rows, L, -1)  # (BK, L, C)
         attend = None
         if real is not None:
-            seen = real.flatten().index_select(0, batch.visible.flatten())
+            seen = at_places(real, batch.visible.flatten())
             attend = kernels.mask(seen.view(rows, L))
         x, _ = self.encoder(None, embedded=(x, attend))  # (BK, L, C)
 

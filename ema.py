@@ -31,17 +31,12 @@ def step(teacher: Encoder, student: Encoder, decay: float, cfg: EmaConfig):
     if decay == 1:
         return
     averaged, averaged_from = [], []
-    copied, copied_from = [], []
-    # the reference averages the layers and copies what embeds the tokens
     for (name, old), new in zip(teacher.named_parameters(), student.parameters(), strict=True):
+        # the reference averages the layers and copies what embeds the tokens
         if cfg.ema_transformer_layers_only and name.startswith(EMBEDDINGS):
-            copied.append(old)
-            copied_from.append(new)
+            old.copy_(new)
         else:
             averaged.append(old)
             averaged_from.append(new)
-    # old + (1 - decay) * (new - old), in one launch for all weights; lerp takes no empty list
-    if averaged:
-        torch._foreach_lerp_(averaged, averaged_from, 1 - decay)
-    if copied:
-        torch._foreach_copy_(copied, copied_from)
+    # old + (1 - decay) * (new - old), in one launch for all weights
+    torch._foreach_lerp_(averaged, averaged_from, 1 - decay)

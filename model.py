@@ -27,11 +27,7 @@ LAYER_NORM_EPS = 1e-5
 # ----------------------------------------------------------------------------------- the encoder
 
 
-class Dropout(nn.Module):
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
+class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.dropout(x, self.p) if self.training and self.p else x
 
@@ -47,7 +43,7 @@ class GELU(nn.Module):
 
 
 def at_places(x: Tensor, places: Tensor) -> Tensor:
-    """x (B, T, C) at flat places (M,) of B x T: (M, C)."""
+    """x (B, T, ...) at flat places (M,) of B x T: (M, ...)."""
     return x.flatten(0, 1).index_select(0, places)
 
 
@@ -256,11 +252,7 @@ def teacher_targets(teacher: Encoder, batch, cfg: ModelConfig) -> Tensor:
         return targets_over_places(teacher, batch, cfg)
     top_k = cfg.average_top_k_layers
     _, layers = teacher(batch.target, batch.target_padded, top_k, batch.target_places)
-    y = torch.stack(layers).float()  # (K, M, C)
-    if cfg.layer_norm_target_layer:
-        y = F.layer_norm(y, y.shape[-1:])
-    y = y.mean(0)  # (M, C)
-    return F.layer_norm(y, y.shape[-1:]) if cfg.layer_norm_targets else y
+    return mean_of_layers(layers, None, cfg)  # (M, C)
 
 
 def targets_over_places(teacher: Encoder, batch, cfg: ModelConfig) -> Tensor:
@@ -282,10 +274,11 @@ def targets_over_places(teacher: Encoder, batch, cfg: ModelConfig) -> Tensor:
     return at_places(y, places)  # (M, C)
 
 
-def mean_of_layers(layers: list[Tensor], weight: Tensor, cfg: ModelConfig) -> Tensor:
-    """The layers' targets (B, T, C), normalized as asked for and averaged; float32 (B, T, C).
+def mean_of_layers(layers: list[Tensor], weight: Tensor | None, cfg: ModelConfig) -> Tensor:
+    """The layers' targets, normalized as asked for and averaged; (B, T, C) -> float32 (B, T, C).
 
-    weight (B, T, 1): how many times a place counts in statistics over places.
+    weight (B, T, 1): how many times a place counts in statistics over places. Without such norms
+    the targets may be (M, C), and weight None.
     """
     y = torch.stack(layers).float()  # (K, B, T, C)
     if cfg.batch_norm_target_layer:
@@ -337,7 +330,7 @@ def places_of(batch, cfg: ModelConfig) -> Tensor:
 def words_of(batch, cfg: ModelConfig) -> Tensor:
     """The tokens (M,) that were there before masking; with objective=mlm the blocks are whole."""
     places = batch.chosen if cfg.objective == "mlm" else batch.target_places
-    return batch.target.flatten().index_select(0, places)
+    return at_places(batch.target, places)
 
 
 def word_loss(logits: Tensor, words: Tensor) -> Tensor:

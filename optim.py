@@ -123,7 +123,9 @@ class Optimizer:
         else:
             torch._foreach_mul_(grads, factor)
             if not self.scaler.is_enabled():  # a scaler skips by itself
-                hide_from_step(grads, skipped)
+                # a kernel that cannot skip sees gradients of 0: only its momentum moves the weights
+                for g in grads:
+                    g.masked_fill_(skipped, 0.0)
         self.scaler.step(self.adam)
         self.scaler.update()
 
@@ -143,15 +145,6 @@ class Optimizer:
         if self.scaler.is_enabled() and scaler:
             self.scaler.load_state_dict({**self.scaler.state_dict(), **scaler})
             self.loss_scale = self.scaler.get_scale()
-
-
-def hide_from_step(grads: list, skipped: Tensor):
-    """For an optimizer that cannot skip a step: zero the gradients where `skipped` is true.
-
-    Then only its momentum moves the weights. Does not wait for the device.
-    """
-    for g in grads:
-        g.masked_fill_(skipped, 0.0)
 
 
 def norm_and_factor(grads: list, sample_size: int | Tensor, clip_norm: float):
