@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -38,14 +39,27 @@ golden = pytest.mark.skipif(
 
 CPU = Device(torch.device("cpu"), "test", None)
 
-SIZES = "layers=2 embed_dim=16 ffn_embed_dim=32 attention_heads=2 average_top_k_layers=2"
-SMALL = {name: int(value) for name, value in (word.split("=") for word in SIZES.split())}
+SMALL = dict(layers=2, embed_dim=16, ffn_embed_dim=32, attention_heads=2, average_top_k_layers=2)
 SMALL |= dict(dropout=0.0, attention_dropout=0.0, max_source_positions=64)
+# data2vec 2.0
+COPIES = dict(objective="data2vec2", mask_multiple_length=1, clone_batch=3, decoder_dim=12)
+COPIES |= dict(decoder_kernel=3, decoder_groups=2)
+
+
+def flags_of(settings: dict) -> list[str]:
+    """Settings as a command line."""
+    return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+
 
 FEW = (
     "--config_name tiny --device cpu --amp off --log_interval 1 --tokens_per_sample 32"
     " --max_tokens 256 --warmup_updates 2 --validate_interval_updates 0"
-).split() + [str(word) for name, value in SMALL.items() for word in (f"--{name}", value)]
+).split() + flags_of(SMALL)
+
+
+def config_of(*argv) -> config.Config:
+    """The settings of a run with these arguments."""
+    return config.Config(*flags.parse(config.PARTS, "", [str(word) for word in argv])[0])
 
 
 def few(corpus_dir, folder, *argv) -> list[str]:
@@ -69,6 +83,15 @@ def rows_of(folder, key="loss") -> list:
 def progress_of(folder, name: str = "checkpoint_last.pt") -> dict:
     """How far a checkpoint is."""
     return checkpoint.load(Path(folder) / name).content["progress"]
+
+
+def same_figures(ours: list, theirs: list):
+    """Compare the rows of updates with those that fairseq logged, of float32."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a["sample_size"], a["nsentences"]) == (b["sample_size"], b["nsentences"])
+        assert [a["lr"], a["ema_decay"]] == pytest.approx([b["lr"], b["ema_decay"]], abs=1e-12)
+        assert a["loss"] == pytest.approx(b["loss"], rel=5e-6)
+        assert a["gnorm"] == pytest.approx(b["gnorm"], rel=5e-5)
 
 
 def speed_aside(rows: list) -> list:
@@ -125,21 +148,15 @@ def block_dataset(corpus_dir):
 def write_index(prefix, sentences, code, order=None):
     """An .idx and .bin of any integer type, with the sentences in the file in another order if
     asked."""
-    dtype = np.dtype(DTYPES[code])
-    order = range(len(sentences)) if order is None else order
-    offsets, blob = {}, b""
-    for i in order:
-        offsets[i] = len(blob)
-        blob += np.asarray(sentences[i], dtype).tobytes()
-    Path(f"{prefix}.bin").write_bytes(blob)
-    Path(f"{prefix}.idx").write_bytes(
-        MAGIC
-        + (1).to_bytes(8, "little")
-        + bytes([code])
-        + len(sentences).to_bytes(8, "little")
-        + np.asarray([len(s) for s in sentences], "<i4").tobytes()
-        + np.asarray([offsets[i] for i in range(len(sentences))], "<i8").tobytes()
-    )
+    blobs = [np.asarray(sentence, DTYPES[code]).tobytes() for sentence in sentences]
+    order = range(len(blobs)) if order is None else order
+    Path(f"{prefix}.bin").write_bytes(b"".join(blobs[i] for i in order))
+    begins = np.cumsum([0] + [len(blobs[i]) for i in order])
+    offsets = np.zeros(len(blobs), "<i8")
+    offsets[list(order)] = begins[:-1]
+    lengths = np.asarray([len(sentence) for sentence in sentences], "<i4")
+    head = MAGIC + struct.pack("<QBQ", 1, code, len(blobs))
+    Path(f"{prefix}.idx").write_bytes(head + lengths.tobytes() + offsets.tobytes())
 
 
 def blocks_by_walking(sizes, mode, block_size):
@@ -193,9 +210,7 @@ def hidden_states(encoder, tokens) -> list:
 def make_run(corpus_dir, device=CPU, **options):
     """A train.Run and its training split."""
     plain = dict(SMALL, tokens_per_sample=32, max_tokens=256, lr=1e-3, warmup_updates=0)
-    values = {**plain, "data_path": corpus_dir, **options}
-    argv = [str(word) for name, value in values.items() for word in (f"--{name}", value)]
-    cfg = config.Config(*flags.parse(config.PARTS, "", argv)[0])
+    cfg = config_of(*flags_of({**plain, "data_path": corpus_dir, **options}))
     corpus = Corpus(cfg.data)
     return train.Run(cfg, device, len(corpus.dictionary)), corpus.split("train")
 

@@ -10,18 +10,19 @@ import train
 from data import Batch, Corpus
 from data2vec2 import Data2Vec2, masked_copies, targets_of_copies
 from formats import fairseq_v2
-from run import flags
 from test.helpers import (
+    COPIES,
     CPU,
     GOLDEN,
     SMALL,
     call,
     compare_checkpoints,
+    config_of,
     few,
+    flags_of,
     golden,
     make_run,
     rows_of,
-    speed_aside,
     torchrun,
 )
 from text.binarized import BOS, PAD
@@ -39,7 +40,7 @@ def recorded(name: str) -> list:
     return [json.loads(line) for line in (FOLDER / name).read_text().splitlines()]
 
 
-def flags_of(name: str, **options) -> list:
+def argv_of(name: str, **options) -> list:
     """train.py's arguments for the recorded run `name`."""
     theirs = json.loads((FOLDER / name / "config.json").read_text())
     parts = (theirs, theirs["optimizer"], theirs["model"], theirs["text"], theirs["decoder"])
@@ -51,12 +52,12 @@ def flags_of(name: str, **options) -> list:
     values |= dict(ffn_embed_dim=4 * values["embed_dim"], head_layers=2, save_dir="x")
     values |= dict(fairseq_exact=True, objective="data2vec2", min_target_var=0, min_pred_var=0)
     values |= options
-    return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
+    return flags_of(values)
 
 
 def start(name: str, **options) -> tuple:
     """The recorded run at its beginning, its first weights, and an iterator of its batches."""
-    cfg = config.Config(*flags.parse(config.PARTS, "", flags_of(name, **options))[0])
+    cfg = config_of(*argv_of(name, **options))
     corpus = Corpus(cfg.data)
     run = train.Run(cfg, CPU, len(corpus.dictionary))
     state = torch.load(FOLDER / name / "init.pt", weights_only=True)
@@ -109,7 +110,7 @@ def test_a_run_equals_the_recorded_one(name):
 def test_the_resumed_run_and_two_batches_an_update_equal_the_recorded_ones(tmp_path):
     def argv(folder, **options):
         options |= dict(save_dir=tmp_path / folder, disable_validation=True, log_interval=1)
-        return flags_of("small", **options, device="cpu")
+        return argv_of("small", **options, device="cpu")
 
     call(train.main, *argv("two", update_freq=2, max_update=8))
     call(train.main, *argv("whole", save_interval_updates=8, keep_interval_updates=-1))
@@ -126,23 +127,10 @@ def test_the_resumed_run_and_two_batches_an_update_equal_the_recorded_ones(tmp_p
 
 # ------------------------------------------------------------------------- by default, without it
 
-SMALL2 = "--objective data2vec2 --mask_multiple_length 1 --clone_batch 3 --decoder_dim 12".split()
-SMALL2 += "--decoder_kernel 3 --decoder_layers 2 --decoder_groups 2 --mask_prob 0.48".split()
-
 
 def few2(corpus_dir, folder, *argv) -> list[str]:
-    return few(corpus_dir, folder, *SMALL2, *argv)
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(corpus_dir, tmp_path):
-    argv = "--max_update 12 --save_interval_updates 3 --keep_interval_updates -1 --dropout 0.1"
-    call(train.main, *few2(corpus_dir, tmp_path / "whole", *argv.split()))
-    (tmp_path / "parts").mkdir()
-    for name in ("train.jsonl", "checkpoint_1_3.pt", "checkpoint_1_6.pt"):
-        shutil.copy(tmp_path / "whole" / name, tmp_path / "parts")
-    call(train.main, *few2(corpus_dir, tmp_path / "parts", *argv.split()))
-    compare_checkpoints(tmp_path / "whole" / LAST, tmp_path / "parts" / LAST)
-    assert speed_aside(rows_of(tmp_path / "whole")) == speed_aside(rows_of(tmp_path / "parts"))
+    copies = flags_of(COPIES | dict(decoder_layers=2, mask_prob=0.48))
+    return few(corpus_dir, folder, *copies, *argv)
 
 
 def test_two_workers_equal_one(corpus_dir, tmp_path):
@@ -169,13 +157,9 @@ def blocks_of(*lengths: int, words: int = 60) -> Batch:
 
 
 def settings(**options) -> config.Config:
-    values = dict(
-        SMALL, data_path="x", save_dir="x", clone_batch=3, decoder_dim=12, decoder_kernel=4
-    )
-    values |= dict(decoder_layers=3, decoder_groups=2, head_layers=3, mask_noise_std=0.5)
-    values |= dict(tokens_per_sample=64)
-    argv = [str(word) for item in (values | options).items() for word in (f"--{item[0]}", item[1])]
-    return config.Config(*flags.parse(config.PARTS, "", ["--objective", "data2vec2", *argv])[0])
+    values = SMALL | COPIES | dict(data_path="x", tokens_per_sample=64, head_layers=3)
+    values |= dict(decoder_kernel=4, decoder_layers=3, mask_noise_std=0.5)
+    return config_of(*flags_of(values | options))
 
 
 @pytest.mark.parametrize("lengths", [(20, 20), (20, 19, 7, 2, 1), (1, 1), (3, 40)])
@@ -197,12 +181,10 @@ def test_each_copy_hides_its_share_of_the_text_and_no_pad(lengths, mask_prob):
     )
     # each update has masks of its own, and so has each set of blocks
     if copies.sample_size > 20:
-        others = (
-            masked_copies(batch, 4, cfg, 4),
-            masked_copies(replace(batch, ids=batch.ids + 1), 3, cfg, 4),
-        )
-        assert not any(np.array_equal(copies.masked, other.masked) for other in others)
-        assert np.array_equal(copies.masked, masked_copies(batch, 3, cfg, 4).masked)
+        others = replace(batch, ids=batch.ids + 1)
+        for blocks, update in ((batch, 3), (batch, 4), (others, 3)):
+            masked = masked_copies(blocks, update, cfg, 4).masked
+            assert np.array_equal(copies.masked, masked) == (blocks is batch and update == 3)
 
 
 def conv_by_formula(x, conv):
@@ -270,8 +252,7 @@ def test_predictions_and_targets_follow_the_formula_row_by_row(options):
 
 def test_biases_and_norms_do_not_decay_but_in_exact_mode(corpus_dir):
     for exact in (False, True):
-        options = dict(objective="data2vec2", mask_multiple_length=1, fairseq_exact=exact, lr=0.5)
-        run, dataset = make_run(corpus_dir, **options, weight_decay=0.5)
+        run, _ = make_run(corpus_dir, **COPIES, fairseq_exact=exact, weight_decay=0.5)
         before = {name: p.detach().clone() for name, p in run.student.named_parameters()}
         weights = run.optimizer.weights
         for p in run.student.parameters():

@@ -1,7 +1,6 @@
 """data2vec 2.0 in the other programs: forms of checkpoints, fairseq's YAML, evaluation,
 fine-tuning."""
 
-import copy
 import json
 
 import config
@@ -11,10 +10,10 @@ import finetune
 import train
 from config import InputError
 from formats import fairseq_state
-from run import checkpoint, flags
+from run import checkpoint
 from tasks import pretrained
-from test.helpers import call, compare_checkpoints, golden, hidden_states, rows_of
-from test.test_data2vec2 import FOLDER, LAST, blocks_of, few2, flags_of, settings
+from test.helpers import call, compare_checkpoints, config_of, golden, hidden_states, rows_of
+from test.test_data2vec2 import FOLDER, LAST, argv_of, blocks_of, few2, settings
 from text.binarized import PAD
 
 import numpy as np
@@ -58,7 +57,7 @@ def test_a_checkpoint_goes_to_fairseqs_form_and_back_bit_for_bit(saved2, tmp_pat
 def test_names_shapes_and_config_are_those_of_the_recorded_checkpoint(tmp_path):
     recorded = json.loads((FOLDER / "checkpoint.json").read_text())
     argv = dict(save_dir=tmp_path, disable_validation=True, device="cpu", max_update=1)
-    call(train.main, *flags_of("small", **argv))
+    call(train.main, *argv_of("small", **argv))
     call(convert.main, "--ckpt", tmp_path / LAST, "--to", "fairseq", tmp_path / "fairseq.pt")
     file = torch.load(tmp_path / "fairseq.pt", weights_only=False)
     assert set(file) == set(recorded["top_level"])
@@ -133,105 +132,88 @@ def test_what_has_no_meaning_is_refused_in_one_line(flag):
     assert "\n" not in str(error.value)
 
 
-RELEASED = dict(  # the settings of the release's v2/base_text_only_task.yaml
-    common=dict(fp16=True, log_format="json", log_interval=200, fp16_no_flatten_grads=True),
-    checkpoint=dict(no_epoch_checkpoints=True, save_interval_updates=50000),
-    task=dict(_name="masked_lm", sample_break_mode="none", tokens_per_sample=512)
-    | dict(include_target_tokens=True, include_index=True, skip_masking=True, d2v2_multi=True),
-    criterion=dict(_name="model", log_keys=["ema_decay", "masked_pct"]),
-    dataset=dict(batch_size=4),
-    optimization=dict(clip_norm=1, lr=[2e-4], max_update=1000000, update_freq=[1]),
-    optimizer=dict(
-        _name="composite",
-        dynamic_groups=True,
-        groups=dict(
-            default=dict(
-                lr_float=2e-4,
-                optimizer=dict(_name="adam", adam_betas=[0.9, 0.98], adam_eps=1e-6)
-                | dict(weight_decay=0.01),
-                lr_scheduler=dict(_name="cosine", warmup_updates=4000),
-            )
-        ),
-    ),
-    lr_scheduler="pass_through",
-    model=dict(
-        _name="data2vec_multi",
-        loss_beta=0,
-        loss_scale=1,
-        depth=12,
-        embed_dim=768,
-        clone_batch=8,
-        ema_decay=0.9999,
-        ema_end_decay=0.99999,
-        ema_anneal_end_step=100000,
-        ema_encoder_only=True,
-        average_top_k_layers=12,
-        layer_norm_target_layer=False,
-        instance_norm_target_layer=True,
-        layerdrop=0,
-        norm_eps=1e-5,
-        supported_modality="TEXT",
-        modalities=dict(
-            text=dict(
-                mask_prob=0.48,
-                mask_length=1,
-                mask_noise_std=0.01,
-                prenet_depth=0,
-                decoder=dict(input_dropout=0.1, decoder_dim=768, decoder_groups=1)
-                | dict(decoder_kernel=9, decoder_layers=5, decoder_residual=False)
-                | dict(projection_layers=2, projection_ratio=2.0),
-            )
-        ),
-    ),
-)
+# what the release's file sets
+RELEASED = """
+common: {fp16: true, log_format: json, log_interval: 200, fp16_no_flatten_grads: true}
+checkpoint: {no_epoch_checkpoints: true, save_interval_updates: 50000}
+task:
+  {_name: masked_lm, sample_break_mode: none, tokens_per_sample: 512, include_index: true,
+  include_target_tokens: true, skip_masking: true, d2v2_multi: true}
+criterion: {_name: model, log_keys: [ema_decay, masked_pct]}
+dataset: {batch_size: 4}
+optimization: {clip_norm: 1, lr: [2.0e-4], max_update: 1000000, update_freq: [1]}
+optimizer:
+  _name: composite
+  dynamic_groups: true
+  groups:
+    default:
+      lr_float: 2.0e-4
+      optimizer: {_name: adam, adam_betas: [0.9, 0.98], adam_eps: 1.0e-6, weight_decay: 0.01}
+      lr_scheduler: {_name: cosine, warmup_updates: 4000}
+lr_scheduler: pass_through
+model:
+  _name: data2vec_multi
+  depth: 12
+  embed_dim: 768
+  norm_eps: 1.0e-5
+  layerdrop: 0
+  loss_beta: 0
+  loss_scale: 1
+  clone_batch: 8
+  ema_decay: 0.9999
+  ema_end_decay: 0.99999
+  ema_anneal_end_step: 100000
+  ema_encoder_only: true
+  average_top_k_layers: 12
+  layer_norm_target_layer: false
+  instance_norm_target_layer: true
+  supported_modality: TEXT
+  modalities:
+    text:
+      mask_prob: 0.48
+      mask_length: 1
+      mask_noise_std: 0.01
+      prenet_depth: 0
+      decoder:
+        {input_dropout: 0.1, decoder_dim: 768, decoder_groups: 1, decoder_kernel: 9,
+        decoder_layers: 5, decoder_residual: false, projection_layers: 2, projection_ratio: 2.0}
+"""
 
 
-def changed(tree: dict, name: str, value) -> dict:
-    tree = copy.deepcopy(tree)
-    *groups, last = name.split(".")
-    node = tree
-    for group in groups:
-        node = node[group]
-    node[last] = value
-    return tree
-
-
-def read_tree(tree: dict, folder, *argv) -> dict:
-    """The settings of a run with this YAML."""
-    yaml = pytest.importorskip("yaml", reason="PyYAML is optional")
-    (folder / "base_text_only_task.yaml").write_text(yaml.safe_dump(tree))
-    words = ["--config-dir", folder, "--config-name", "base_text_only_task", "task.data=x", *argv]
-    return config.Config(*flags.parse(config.PARTS, "", [str(w) for w in words])[0]).flat()
+def read_yaml(text: str, folder, *argv) -> dict:
+    """The settings of a run with this file."""
+    pytest.importorskip("yaml", reason="PyYAML is optional")
+    (folder / "base_text_only_task.yaml").write_text(text)
+    where = ["--config-dir", folder, "--config-name", "base_text_only_task"]
+    return config_of(*where, "task.data=x", *argv).flat()
 
 
 def test_fairseqs_yaml_gives_the_preset_and_its_words_change_it(tmp_path, capsys):
-    preset = config.Config(
-        *flags.parse(config.PARTS, "", ["--config_name", "base_v2", "--data_path", "x"])[0]
-    ).flat()
+    preset = config_of("--config_name", "base_v2", "--data_path", "x").flat()
     del preset["min_pred_var"]  # the code's own, which no YAML has
-    ours = read_tree(RELEASED, tmp_path)
+    ours = read_yaml(RELEASED, tmp_path)
     assert {name: ours[name] for name in preset} == preset
     assert "input_dropout" not in capsys.readouterr().err  # not ignored
     words = ["model.clone_batch=4", "model.modalities.text.decoder.decoder_kernel=5", "--depth", 12]
-    ours = read_tree(RELEASED, tmp_path, *words)
+    ours = read_yaml(RELEASED, tmp_path, *words)
     assert (ours["clone_batch"], ours["decoder_kernel"]) == (4, 5)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "fact"),
+    ("line", "other", "fact"),
     [
-        ("model.norm_eps", 1e-6, "model.norm_eps"),
-        ("model.modalities.text.decoder.projection_ratio", 3, "projection_ratio"),
-        ("model.modalities.text.decoder.input_dropout", 0.2, "--dropout"),
-        ("model.modalities.text.mask_length", 3, "--mask_multiple_length"),
-        ("model.modalities.text.prenet_depth", 1, "prenet_depth"),
-        ("model.end_of_block_targets", True, "end_of_block_targets"),
-        ("optimizer.groups.default.optimizer._name", "adafactor", "adam"),
+        ("norm_eps: 1.0e-5", "norm_eps: 1.0e-6", "model.norm_eps"),
+        ("projection_ratio: 2.0", "projection_ratio: 3", "projection_ratio"),
+        ("input_dropout: 0.1", "input_dropout: 0.2", "--dropout"),
+        ("mask_length: 1", "mask_length: 3", "--mask_multiple_length"),
+        ("prenet_depth: 0", "prenet_depth: 1", "prenet_depth"),
+        ("layerdrop: 0", "end_of_block_targets: true", "end_of_block_targets"),
+        ("_name: adam,", "_name: adafactor,", "adam"),
     ],
 )
-def test_a_yaml_of_another_model_is_refused(tmp_path, name, value, fact):
+def test_a_yaml_of_another_model_is_refused(tmp_path, line, other, fact):
     with pytest.raises(InputError, match=fact):
-        read_tree(changed(RELEASED, name, value), tmp_path)
+        read_yaml(RELEASED.replace(line, other), tmp_path)
 
 
 def test_a_fine_tuned_model_of_fairseqs_gives_its_encoder_and_head(saved2, tmp_path):

@@ -11,7 +11,16 @@ import data
 import train
 from run import checkpoint, describe
 from test.golden import rule
-from test.helpers import HERE, call, compare_checkpoints, dataset_files, preprocess_words, rows_of
+from test.helpers import (
+    HERE,
+    call,
+    compare_checkpoints,
+    dataset_files,
+    flags_of,
+    preprocess_words,
+    rows_of,
+    same_figures,
+)
 
 import numpy as np
 import pytest
@@ -34,7 +43,7 @@ def batches(request, monkeypatch):
 def flags(batches: str, settings: dict) -> list:
     last = ["--drop_remainder", batches == "changed"]  # the release keeps the last batch
     corpus = ["--data_path", FOLDER / "corpus", "--fairseq_exact", *last]
-    return corpus + [word for k, v in settings.items() for word in (f"--{k}", v)]
+    return corpus + flags_of(settings)
 
 
 def test_the_text_of_the_rule_gives_the_files_that_fairseq_wrote(tmp_path):
@@ -58,14 +67,6 @@ def test_batches_equal_those_that_fairseq_made(batches, name):
         facts = json.loads(call(describe.main, *argv, "--json"))
         ours = dict(empty="empty_batches", sentences="sentences_used", tokens="tokens_used")
         assert {k: facts[ours.get(k, k)] for k in theirs} == theirs, key
-
-
-def same_figures(ours: list, theirs: list):
-    for a, b in zip(ours, theirs, strict=True):
-        assert (a["sample_size"], a["nsentences"]) == (b["sample_size"], b["nsentences"])
-        assert [a["lr"], a["ema_decay"]] == pytest.approx([b["lr"], b["ema_decay"]], abs=1e-12)
-        assert a["loss"] == pytest.approx(b["loss"], rel=5e-6)
-        assert a["gnorm"] == pytest.approx(b["gnorm"], rel=5e-5)
 
 
 def tensors_of(path) -> list:

@@ -83,17 +83,6 @@ def test_the_encoder_equals_the_formula_also_with_pads_inside(options):
     )
 
 
-@torch.no_grad()
-def test_padding_does_not_change_a_block_s_output():
-    model, cfg = random_encoder()
-    block = torch.randint(4, 40, (1, 9))
-    alone, _ = model.encoder(block, False)
-    for width in (10, 30):
-        padded = torch.full((2, width), PAD)
-        padded[0, :9], padded[1] = block, torch.randint(4, 40, (width,))
-        assert torch.allclose(model.encoder(padded)[0][0, :9], alone[0], atol=1e-5)
-
-
 @pytest.mark.parametrize("before", [False, True])
 def test_the_last_layer_at_the_wanted_places_alone_equals_the_whole_layer_there(before):
     model, cfg = random_encoder(normalize_before=before, layers=3)
@@ -171,39 +160,25 @@ def test_all_target_normalizations_squeezed_or_padded(block_dataset, on, teacher
 @torch.no_grad()
 def test_a_block_with_nothing_masked_gives_no_nan():
     model, cfg = random_encoder(**{name: True for name in NORMS})
-    source, none = torch.randint(4, 40, (2, 10)), torch.zeros(0, dtype=torch.int64)
-    batch = Batch(
-        source=source,
-        target=torch.tensor([[5, 6, 7], [PAD, PAD, PAD]]),
-        masked=torch.tensor([0, 1, 2]),
-        target_places=torch.tensor([0, 1, 2]),
-        chosen=torch.tensor([0, 1, 2]),
-        ids=np.arange(2),
-        ntokens=20,
-        source_padded=False,
-        target_padded=True,
-    )
+    source, places = torch.randint(4, 40, (2, 10)), torch.arange(3)
+    target = torch.tensor([[5, 6, 7], [PAD, PAD, PAD]])
+    batch = Batch(source, target, places, places, places, np.arange(2), 20, False, True)
     assert teacher_targets(model.encoder, batch, cfg).isfinite().all()
-    batch = dataclasses.replace(
-        batch, target=torch.full((2, 1), PAD), masked=none, target_places=none
-    )
-    y = teacher_targets(model.encoder, batch, cfg)
-    prediction = model(source, none)
-    assert float(data2vec_loss(prediction, y, cfg)) == 0
+    none = dict(target=torch.full((2, 1), PAD), masked=places[:0], target_places=places[:0])
+    y = teacher_targets(model.encoder, dataclasses.replace(batch, **none), cfg)
+    assert float(data2vec_loss(model(source, places[:0]), y, cfg)) == 0
 
 
-def test_the_head_has_the_references_widths():
-    shapes = {1: [(16, 16)], 2: [(32, 16), (16, 32)], 3: [(32, 16), (32, 32), (16, 32)]}
-    for layers, expected in shapes.items():
-        head = RegressionHead(ModelConfig(**SMALL, head_layers=layers))
-        assert [tuple(p.shape) for p in head.parameters() if p.ndim == 2] == expected
-        assert {name.split(".")[0] for name in head.state_dict()} == {
-            str(2 * i) for i in range(layers)
-        }
-    x = torch.randn(5, 16)
-    head = RegressionHead(ModelConfig(**SMALL, head_layers=2))
-    a, b = [m for m in head if isinstance(m, torch.nn.Linear)]
-    assert torch.allclose(head(x), b(F.gelu(a(x))))
+@pytest.mark.parametrize("widths", [(16, 16), (16, 32, 16), (16, 32, 32, 16)])
+def test_the_head_has_the_references_widths_and_names(widths):
+    head = RegressionHead(ModelConfig(**SMALL, head_layers=len(widths) - 1))
+    shapes = {name: tuple(p.shape) for name, p in head.named_parameters() if p.ndim == 2}
+    pairs = enumerate(zip(widths[1:], widths))
+    assert shapes == {f"{2 * i}.weight": shape for i, shape in pairs}
+    x = y = torch.randn(5, 16)
+    for i, part in enumerate(list(head)[::2]):
+        y = part(F.gelu(y) if i else y)
+    assert torch.allclose(head(x), y)
 
 
 def test_initial_weights():
@@ -214,13 +189,10 @@ def test_initial_weights():
         elif p.ndim == 1:
             assert (p == 1).all()
         else:
-            assert (
-                float(p.detach().std()) == pytest.approx(0.02, rel=0.1)
-                and abs(float(p.detach().mean())) < 2e-3
-            )
-    assert (model.encoder.embed_tokens.weight[PAD] == 0).all() and (
-        model.encoder.embed_positions.weight[PAD] == 0
-    ).all()
+            assert float(p.detach().std()) == pytest.approx(0.02, rel=0.1)
+            assert abs(float(p.detach().mean())) < 2e-3
+    for embedding in (model.encoder.embed_tokens, model.encoder.embed_positions):
+        assert (embedding.weight[PAD] == 0).all()
     assert model.encoder.embed_positions.num_embeddings == SMALL["max_source_positions"] + 2
 
 
@@ -230,14 +202,18 @@ def test_dropout_is_where_the_reference_has_it(monkeypatch, before):
         dropout=0.25, attention_dropout=0.4, activation_dropout=0.125, normalize_before=before
     )
     encoder, events = model.encoder.train(), []
-    monkeypatch.setattr(kernels, "dropout", lambda x, p: (events.append((p, x.clone())), x)[1])
-    plain = kernels.attention
-    monkeypatch.setattr(
-        kernels,
-        "attention",
-        lambda q, k, v, m, p: (events.append((p, None)), plain(q, k, v, m, 0.0))[1],
-    )
-    outputs = {}
+    plain, outputs = kernels.attention, {}
+
+    def dropout(x, p):
+        events.append((p, x.clone()))
+        return x
+
+    def attention(q, k, v, attend, p):
+        events.append((p, None))
+        return plain(q, k, v, attend, 0.0)
+
+    monkeypatch.setattr(kernels, "dropout", dropout)
+    monkeypatch.setattr(kernels, "attention", attention)
     for name, module in encoder.named_modules():
         module.register_forward_hook(lambda m, i, out, name=name: outputs.setdefault(name, out))
     tokens = torch.randint(4, 40, (2, 9))
