@@ -176,7 +176,7 @@ class Data2Vec2(nn.Module):
         that on a CPU they are equal to the bit."""
         words, positions = self.encoder.embed_tokens, self.encoder.embed_positions
         rest = [*self.decoder.modules(), *self.encoder.layers.modules()]
-        for module in (words, positions, positions, *rest):  # the reference draws these twice
+        for module in (words, positions, positions, *rest):  # positions twice, as there
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()
         for module in (words, positions, *rest):
