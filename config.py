@@ -114,8 +114,8 @@ def option(default, help, low=None, high=None, above=None, below=None, choices=N
     return dataclasses.field(default=default, metadata=metadata)
 
 
-COMPARE = {"at least": operator.ge, "at most": operator.le, "above": operator.gt}
-COMPARE["below"] = operator.lt
+COMPARE = {"at least": operator.ge, "at most": operator.le}
+COMPARE |= {"above": operator.gt, "below": operator.lt}
 NO_PATH = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # characters that no path can hold
 
 
@@ -326,10 +326,7 @@ class Config:
             self._check_version_2()
         block, table = self.data.tokens_per_sample, self.model.max_source_positions
         if block > table:
-            raise InputError(
-                f"--tokens_per_sample {block} is above --max_source_positions {table}, the length"
-                " of the position table"
-            )
+            raise InputError(f"--tokens_per_sample {block} is above --max_source_positions {table}")
 
     def _check_version_2(self):
         """Raise InputError for settings of version 1 that have no meaning in version 2."""
@@ -385,13 +382,9 @@ PRESETS["small_v2"] = PRESETS["small"] | VERSION_2 | dict(  # the encoder of `sm
     max_tokens=1024, clone_batch=4, mlm_weight=0.0, loss_scale=0.0, decoder_dim=256,
     decoder_kernel=5, decoder_layers=3, decoder_groups=4, ema_transformer_layers_only=True,
 )
-# fmt: on
-
 # What the released code does where it differs from the paper or loses text.
 FAIRSEQ_EXACT = dict(
-    teacher_input="masked",
-    long_sentences="skip",
-    drop_remainder=True,
-    min_target_var=0.0,
-    min_pred_var=0.0,
+    teacher_input="masked", long_sentences="skip", drop_remainder=True,
+    min_target_var=0.0, min_pred_var=0.0,
 )
+# fmt: on

@@ -32,7 +32,7 @@ from collections import Counter
 from pathlib import Path
 
 from config import InputError, printable, read_text
-from formats.readers import whole_number
+from formats.fairseq_config import whole_number
 from run import flags
 from run.lock import Lock
 from text import files

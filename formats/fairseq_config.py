@@ -3,12 +3,11 @@ checkpoints.
 
     train.py --config-dir D --config-name base task.data=DIR --optimization.max_update 5000
 
-GROUPS says where fairseq keeps each setting that we have too. `add_spellings` gives argparse
-fairseq's names for our flags, with a group (`--optimization.max_update`) or without one; `as_flags`
-turns hydra's words (`group.name=value`) into flags. OTHERS answers whatever else fairseq has.
+GROUPS says where fairseq keeps each setting that we have. `as_flags` turns fairseq's names, with
+a group (`--optimization.max_update`) or without one, and hydra's words (`group.name=value`) into
+our flags. BUILT_IN and IGNORED answer whatever else fairseq has.
 """
 
-import argparse
 import importlib.util
 import re
 import sys
@@ -16,7 +15,6 @@ from pathlib import Path
 
 from config import InputError, printable, read_text, reading
 from formats import fairseq_v2_config as version_2
-from formats import readers
 
 # fairseq's groups and those of our settings that are in them, under its names.
 GROUPS = {
@@ -58,78 +56,77 @@ CLASSES = dict(
     model="data2vec_text",
 )
 
-# What fairseq has and we have not: by group {names: (value, sentence)}. An empty sentence: only the
-# value is built in, at which the option is taken without a word. Else the option is ignored with
-# the sentence at that value, or at ANY, and refused with it at others; in a YAML always ignored.
-ANY = object()
-OTHERS = {
-    "checkpoint": {
-        "finetune_from_model": ("null", "use --init_from FILE"),
-        "keep_best_checkpoints": (-1, "checkpoint_best.pt is the only one of its kind"),
-        "keep_last_epochs": (-1, "use --save_interval_updates and --keep_interval_updates"),
-        "no_epoch_checkpoints": (ANY, "there is no checkpoint for each epoch"),
-        "no_save": (False, "use --save_interval_updates 0; the end of a run is always saved"),
-        "patience": (-1, "--max_update or --max_epoch ends a run"),
-        "reset_dataloader": (False, "use --reset_data_position"),
-        "reset_lr_scheduler reset_meters reset_optimizer": (
-            False,
-            "--init_from FILE starts afresh",
-        ),
-        "restore_file": ("checkpoint_last.pt", "a run continues by itself; else --init_from FILE"),
-    },
-    "common": {
-        "amp bf16 fp16 memory_efficient_fp16": (False, "the precision is --amp auto|off|fp16|bf16"),
-        "cpu": (False, "use --device cpu"),
-        "fp16_init_scale": (128, "the loss scale begins at 128 and finds its own way"),
-        "fp16_scale_tolerance fp16_scale_window min_loss_scale threshold_loss_scale": (
-            ANY,
-            "the loss scale finds its own way",
-        ),
-        "log_format wandb_project": (ANY, "see train.jsonl in --save_dir, or --tensorboard_logdir"),
-        "user_dir": (ANY, "no code is loaded from there"),
-    },
-    "dataset": {
-        "batch_size_valid": ("null", "--batch_size applies to validation too"),
-        "curriculum": (0, ""),
-        "ignore_unused_valid_subsets": (ANY, "the only validation split is valid"),
-        "max_tokens_valid": ("null", "--max_tokens applies to validation too"),
-        "num_shards": (1, ""),
-        "num_workers": (ANY, "one background thread prepares the batches"),
-        "skip_invalid_size_inputs_valid_test": (ANY, "long sentences follow --long_sentences"),
-        "train_subset": ("train", "training always reads the split named train"),
-        "valid_subset": ("valid", "training validates on valid; eval.py has --split"),
-    },
-    "distributed_training": {
-        "ddp_backend find_unused_parameters": (ANY, "gradients are summed in one way only"),
-        "device_id": (ANY, "torchrun gives each worker its card"),
-        "distributed_init_method distributed_no_spawn": (ANY, "torchrun connects the workers"),
-        "distributed_port nprocs_per_node": (ANY, "torchrun starts the workers"),
-    },
-    "ema": {"store_ema": (ANY, "the teacher is always stored")},
-    "lr_scheduler": {
-        "lr_period_updates warmup_init_lr": (-1, ""),
-        "min_lr": (0, ""),
-        "t_mult": (1, ""),
-        "total_num_update": ("null", "--max_update is where the schedule ends"),
-    },
-    "model.transformer": {
-        "checkpoint_activations no_token_positional_embeddings share_all_embeddings": (False, ""),
-        "layernorm_embedding no_scale_embedding": (True, ""),
-    },
-    "model.transformer.encoder": {"layerdrop": (0, ""), "learned_pos": (True, "")},
-    "optimization": {
-        "sentence_avg": (False, ""),
-        "skip_remainder_batch": (False, "an epoch's last batches are always trained on"),
-        "stop_min_lr": (-1, "--max_update or --max_epoch ends a run"),
-        "stop_time_hours": (0, "--max_hours H saves and ends a run"),
-    },
-    "task": {
-        "d2v2_multi freq_weighted_replacement mask_whole_words skip_masking": (False, ""),
-        "include_target_tokens": (True, ""),
-        "required_seq_len_multiple": (1, ""),
-        "shorten_method": ("none", ""),
-    },
+# What fairseq has and we have not, by the one value that is built in; at it, an option is taken
+# without a word.
+ONE_VALUE = {
+    "none": "task.shorten_method",
+    "-1": "lr_scheduler.lr_period_updates lr_scheduler.warmup_init_lr",
+    "0": """dataset.curriculum lr_scheduler.min_lr
+        model.transformer.encoder.layerdrop""",
+    "1": "dataset.num_shards lr_scheduler.t_mult task.required_seq_len_multiple",
+    "True": """model.transformer.layernorm_embedding model.transformer.no_scale_embedding
+        model.transformer.encoder.learned_pos task.include_target_tokens""",
+    "False": """model.transformer.checkpoint_activations model.transformer.share_all_embeddings
+        model.transformer.no_token_positional_embeddings optimization.sentence_avg
+        task.d2v2_multi task.freq_weighted_replacement task.mask_whole_words task.skip_masking""",
 }
+# In any group these change no number here, and are ignored with a line.
+NO_NUMBER = """ddp_backend device_id distributed_init_method distributed_no_spawn distributed_port
+    find_unused_parameters fp16_scale_tolerance fp16_scale_window ignore_unused_valid_subsets
+    log_format min_loss_scale no_epoch_checkpoints nprocs_per_node num_workers
+    skip_invalid_size_inputs_valid_test store_ema threshold_loss_scale user_dir
+    wandb_project""".split()
+# The rest, in any group: {names: (value, sentence)}. An option is ignored with the sentence at that
+# value, and refused with it at others; in a YAML it is always ignored.
+REST = {
+    "amp bf16 fp16 memory_efficient_fp16": (False, "the precision is --amp auto|off|fp16|bf16"),
+    "batch_size_valid": ("null", "--batch_size applies to validation too"),
+    "cpu": (False, "use --device cpu"),
+    "finetune_from_model": ("null", "use --init_from FILE"),
+    "fp16_init_scale": (128, "the loss scale begins at 128 and finds its own way"),
+    "keep_best_checkpoints": (-1, "checkpoint_best.pt is the only one of its kind"),
+    "keep_last_epochs": (-1, "use --save_interval_updates and --keep_interval_updates"),
+    "max_tokens_valid": ("null", "--max_tokens applies to validation too"),
+    "no_save": (False, "use --save_interval_updates 0; the end of a run is always saved"),
+    "patience stop_min_lr": (-1, "--max_update or --max_epoch ends a run"),
+    "reset_dataloader": (False, "use --reset_data_position"),
+    "reset_lr_scheduler reset_meters reset_optimizer": (False, "--init_from FILE starts afresh"),
+    "restore_file": ("checkpoint_last.pt", "a run continues by itself; else --init_from FILE"),
+    "skip_remainder_batch": (False, "an epoch's last batches are always trained on"),
+    "stop_time_hours": (0, "--max_hours H saves and ends a run"),
+    "total_num_update": ("null", "--max_update is where the schedule ends"),
+    "train_subset": ("train", "training always reads the split named train"),
+    "valid_subset": ("valid", "training validates on valid; eval.py has --split"),
+}
+
+
+# ----------------------------------------------------------- the text of a value becomes a setting
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+        raise ValueError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def number(text: str) -> float:
+    return float(text.strip("[] "))  # fairseq writes lr=[0.0002]
+
+
+def whole_number(text: str) -> int:
+    if not number(text).is_integer():  # 1e6 is a whole number, too
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(number(text))
+
+
+def numbers(text: str) -> tuple:
+    return tuple(number(part) for part in text.strip("()[] ").split(",") if part.strip())
+
+
+# by the type of the setting
+READERS = {bool: boolean, int: whole_number, float: number, str: str, tuple: numbers}
+
+# ---------------------------------------------------------------------------------- the spellings
 
 # hydra's null, where it is a value of ours.
 NULL = {"tensorboard_logdir": "", "batch_size": "0", "loss_scale": "0"}
@@ -138,50 +135,106 @@ HYDRA = re.compile(r"[+]{0,2}(hydra[./].+|run_config)=.*", re.S)  # hydra's own 
 WORD = re.compile(r"\+{0,2}([A-Za-z_]\w*(?:\.\w+)*)=(['\"]?)(.*)\2", re.S)
 
 
-def _spellings(group: str, name: str) -> list[str]:
+# the value of an option that can be without one
+VALUE = re.compile(r"(?!-\D)[^=]+")
+
+
+def _spelled(group: str, name: str, entry) -> dict:
     """`model.transformer.encoder.layers` can be `model.layers`, and is in old checkpoints."""
-    return list(dict.fromkeys([f"{group}.{name}", f"{group.split('.')[0]}.{name}"]))
+    return {f"{group}.{name}": entry, f"{group.partition('.')[0]}.{name}": entry}
 
 
-# Every spelling -> our setting, and every spelling of the others -> its entry in OTHERS.
+# Every spelling -> our setting, or the value that is built in.
 OURS = dict(FLAT)
 for group, names in GROUPS.items():
     for name in names.split():
-        OURS |= dict.fromkeys(_spellings(group, name), RENAMED.get(name, name))
-THEIRS = {"arch": (CLASSES["model"], ""), "encoder_layerdrop": (0, "")}
-for group, name in CLASSES.items():
-    THEIRS |= {group: (name, ""), f"{group}._name": (name, "")}
-for group, options in OTHERS.items():
-    for names, entry in options.items():
-        for name in names.split():
-            THEIRS |= dict.fromkeys(_spellings(group, name), entry)
+        OURS |= _spelled(group, name, RENAMED.get(name, name))
 OURS |= version_2.OURS
+BUILT_IN = {"arch": CLASSES["model"], "encoder_layerdrop": "0"}
+for group, name in CLASSES.items():
+    BUILT_IN |= {group: name, f"{group}._name": name}
+for value, names in ONE_VALUE.items():
+    for name in names.split():
+        group, _, name = name.rpartition(".")
+        BUILT_IN |= _spelled(group, name, value)
+IGNORED = {name: entry for names, entry in REST.items() for name in names.split()}
 
 
 # ----------------------------------------------------------------------------- the command line
 
 
-class Answer(argparse.Action):
-    """A hidden flag, for what fairseq has and we do not: its `dest` is fairseq's name."""
+def _flat(name: str) -> str:
+    """A name without its groups."""
+    return name.rpartition(".")[2]
 
-    def __call__(self, parser, namespace, value, option_string=None):
-        harmless, why = THEIRS[self.dest]
-        if not why:
-            _check_built_in(option_string, value, harmless)
-            return
-        if harmless is not ANY and not _same(value, harmless):
-            raise InputError(f"{option_string}: no option of that name here; {why}")
-        print(f"{option_string}={printable(value)} ignored: {why}", file=sys.stderr)
+
+# on the command line, most have a name without a group, too
+OUR_FLAGS = {_flat(name): ours for name, ours in OURS.items()} | OURS
+BUILT_IN_FLAGS = {_flat(name): value for name, value in BUILT_IN.items()} | BUILT_IN
+
+
+def as_flags(argv: list, parser) -> list:
+    """The command line under our names; what fairseq has and we have not is answered here.
+
+    Raises InputError.
+    """
+    flags, words = [], list(argv)
+    while words:
+        word = words.pop(0)
+        if word in ("-m", "--multirun"):  # hydra's switch for several runs
+            continue
+        if HYDRA.fullmatch(word):
+            why = "it is for hydra; output goes to --save_dir"
+            print(f"{printable(word)} ignored: {why}", file=sys.stderr)
+            continue
+        if word.startswith("~"):
+            why = "hydra's way to drop a setting; give the value that you want instead"
+            raise InputError(f"{printable(word)}: {why}")
+        if match := WORD.fullmatch(word):
+            word = f"--{match[1]}={match[3]}"
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--"):
+            flags.append(word)
+        elif action := parser.flag(f"--{name}") or parser.flag(f"--{OUR_FLAGS.get(name)}"):
+            if value == "null" and name in OUR_FLAGS:
+                # no value: for some settings 0 means that, others have a default
+                value = NULL.get(OUR_FLAGS[name])
+                if value is None:
+                    raise InputError(f"{name}=null: give a value, or leave it out for the default")
+            flags.append(f"{action.option_strings[0]}{equals}{value}")
+            # its value may look like one of hydra's words, such as a path called run.1=a/b
+            if not equals and action.nargs is None:
+                flags += words[:1]
+                del words[:1]
+        elif name in BUILT_IN_FLAGS or _flat(name) in (*IGNORED, *NO_NUMBER):
+            if not equals:
+                has_value = words and VALUE.fullmatch(words[0])
+                value = words.pop(0) if has_value else "true"
+            _answer(flag, name, value)
+        else:
+            flags.append(word)
+    return flags
+
+
+def _answer(flag: str, name: str, value: str):
+    """Take, ignore or refuse an option that fairseq has and we have not. Raises InputError."""
+    if name in BUILT_IN_FLAGS:
+        return _check_built_in(flag, value, BUILT_IN_FLAGS[name])
+    harmless, why = IGNORED.get(_flat(name), (value, "it has no meaning here"))
+    if not _same(value, harmless):
+        raise InputError(f"{flag}: no option of that name here; {why}")
+    print(f"{flag}={printable(value)} ignored: {why}", file=sys.stderr)
 
 
 def _same(value, built_in) -> bool:
     """Whether fairseq's value, which may be text, is the one that is built in here."""
-    if not isinstance(built_in, (bool, str)):
-        try:
-            return float(value) == built_in
-        except (ValueError, TypeError):
-            return False
-    return str(value).lower() == str(built_in).lower()
+    if str(value).lower() == str(built_in).lower():
+        return True
+    try:
+        return float(value) == float(built_in)
+    except (ValueError, TypeError, OverflowError):
+        return False
 
 
 def _check_built_in(name: str, value, built_in):
@@ -193,45 +246,6 @@ def _check_built_in(name: str, value, built_in):
         raise InputError(text)
 
 
-def add_spellings(parser):
-    """Let the Parser take fairseq's names for its flags, and answer fairseq's other flags."""
-    for spelling, name in OURS.items():
-        if action := parser.flag(f"--{name}"):
-            parser.also(action, f"--{spelling}", f"--{spelling.split('.')[-1]}")
-    hidden = dict(default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    for name in THEIRS:
-        if parser.flag(f"--{name}"):  # finetune.py has a --task of its own
-            continue
-        action = parser.add_argument(f"--{name}", action=Answer, nargs="?", const="true", **hidden)
-        parser.also(action, f"--{name.split('.')[-1]}")
-
-
-def as_flags(argv: list, parser) -> list:
-    """The command line with hydra's words as flags, and without its switch for several runs."""
-    out = []
-    for before, word in zip(["", *argv], argv):
-        flag = parser.flag(before)
-        if flag is not None and flag.nargs is None:  # its value, such as a path called run.1=a/b
-            out.append(word)
-        elif HYDRA.fullmatch(word):
-            why = "it is for hydra; output goes to --save_dir"
-            print(f"{printable(word)} ignored: {why}", file=sys.stderr)
-        elif match := WORD.fullmatch(word):
-            name, _, value = match.groups()
-            # no value: for some settings 0 means that, others have a default
-            if value == "null" and name in OURS:
-                value = NULL.get(OURS[name])
-                if value is None:
-                    raise InputError(f"{name}=null: give a value, or leave it out for the default")
-            out.append(f"--{name}={value}")
-        elif word.startswith("~"):
-            why = "hydra's way to drop a setting; give the value that you want instead"
-            raise InputError(f"{printable(word)}: {why}")
-        elif word not in ("-m", "--multirun"):
-            out.append(word)
-    return out
-
-
 # ------------------------------------------------------------------------------- config trees
 
 
@@ -240,17 +254,20 @@ def read_yaml(path: Path, fields: dict, explain: bool) -> dict:
     if not path.is_file():
         raise InputError(f"{path}: no such file (from --config_dir and --config_name)")
     values, others = from_reference(_tree_of(path), fields, str(path))
-    tensorboard = values.get("tensorboard_logdir")
+    notes = ["without --fairseq_exact this trains the paper's way, not the released code's"]
     # base.yaml asks for it, and most machines have no such package
-    if tensorboard and not importlib.util.find_spec("tensorboard"):
-        others["common.tensorboard_logdir"] = values.pop("tensorboard_logdir")
-    if explain:
-        notes = ["without --fairseq_exact this trains the paper's way, not the released code's"]
-        for name, text in others.items():
-            why = _why_ignored(name, text, values.get("update_freq", 1))
-            notes.append(f"{printable(name)[:100]}={printable(text)[:100]} ignored: {why}")
-        for note in notes:
-            print(f"{path.name}: {note}", file=sys.stderr)
+    if values.get("tensorboard_logdir") and not importlib.util.find_spec("tensorboard"):
+        folder = values.pop("tensorboard_logdir")
+        why = "the tensorboard package is missing: pip install tensorboard"
+        notes.append(f"common.tensorboard_logdir={printable(folder)} ignored: {why}")
+    for name, text in others.items():
+        why = IGNORED.get(_flat(name), ("", "it has no meaning here"))[1]
+        if _flat(name) == "distributed_world_size" and re.fullmatch(r"[1-9]\d{0,8}", text):
+            freq = int(text) * values.get("update_freq", 1)
+            why = f"torchrun starts the workers; with one, --update_freq {freq} keeps the batch"
+        notes.append(f"{printable(name)[:100]}={printable(text)[:100]} ignored: {why}")
+    for note in notes if explain else ():
+        print(f"{path.name}: {note}", file=sys.stderr)
     return values
 
 
@@ -274,18 +291,6 @@ def _tree_of(path: Path) -> dict:
     return tree
 
 
-def _why_ignored(name: str, text: str, update_freq: int) -> str:
-    if name == "common.tensorboard_logdir":
-        return "the tensorboard package is missing: pip install tensorboard"
-    if name == "distributed_training.distributed_world_size":
-        why = "torchrun sets the number of workers"
-        if re.fullmatch(r"[1-9]\d{0,8}", text) and text != "1":
-            smaller = f"with one worker the batch is {text} times smaller than with {text}"
-            why += f"; {smaller}, and --update_freq {int(text) * update_freq} keeps it"
-        return why
-    return THEIRS[name][1] if name in THEIRS else "it has no meaning here"
-
-
 def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
     """A fairseq config tree -> (values of our fields, the other entries by fairseq's name).
 
@@ -298,7 +303,7 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
         flat = {name: (value, str(value)) for name, value in _leaves(tree)}
     # of data2vec 2.0 some entries are read together, and some names mean something else
     is_2 = version_2.is_version_2(tree)
-    answers = THEIRS | version_2.THEIRS if is_2 else THEIRS
+    built_in = BUILT_IN | version_2.BUILT_IN if is_2 else BUILT_IN
     for name, (value, text) in flat.items():
         ours = None if is_2 and name in version_2.UNREAD else OURS.get(name)
         if value is None or text == "???":  # OmegaConf's 'must be given'
@@ -313,10 +318,10 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
             if text.startswith("${"):
                 raise InputError(f"{what} cannot be resolved; write the value")
             with reading(what):
-                values[ours] = readers.READERS[fields[ours].type](text)
+                values[ours] = READERS[fields[ours].type](text)
         # what is built in here must have that value; anything else changes no number
-        elif name in answers and not answers[name][1]:
-            _check_built_in(name, value, answers[name][0])
+        elif name in built_in:
+            _check_built_in(name, value, built_in[name])
         else:
             others[name] = text
     if is_2:

@@ -1,7 +1,7 @@
 """The spellings of fairseq's data2vec 2.0 (config/v2/base_text_only_task.yaml) for text.
 
-`OURS` and `THEIRS` are as in fairseq_config.py, which reads them: what is another name of a setting
-of ours, and what is built in. Of three modalities in a checkpoint's config only the text counts.
+`OURS` and `BUILT_IN` are as in fairseq_config.py, which reads them: other names of our settings,
+and what is built in. Of three modalities in a checkpoint's config only the text counts.
 """
 
 from config import InputError
@@ -62,9 +62,7 @@ BUILT_IN = {
     "model": "data2vec_multi",
     "model._name": "data2vec_multi",
     "model.norm_eps": 1e-5,
-    "model.norm_affine": True,
     "model.end_of_block_targets": False,
-    "model.ema_encoder_only": True,
     "model.supported_modality": "TEXT",
     "optimizer": "composite",
     "optimizer._name": "composite",
@@ -72,8 +70,6 @@ BUILT_IN = {
     "lr_scheduler._name": "pass_through",
     f"{ADAM}_name": "adam",
     f"{SCHEDULE}_name": "cosine",
-    "task.skip_masking": True,
-    "task.d2v2_multi": True,
     f"{TEXT}decoder.projection_ratio": 2,
     f"{TEXT}local_grad_mult": 1,
     f"{TEXT}type": "TEXT",
@@ -84,7 +80,9 @@ SAME_IN_BOTH = """embed_dim attention_dropout activation_dropout average_top_k_l
     loss_scale batch_norm_target_layer instance_norm_target_layer layer_norm_target_layer
     layer_norm_targets instance_norm_targets ema_decay ema_end_decay ema_anneal_end_step
     seed""".split()
-# what is off in the release for text, in the whole model and in its text's part
+# what is on, and off, in the release for text, in the whole model and in its text's part
+ON = "model.norm_affine model.ema_encoder_only task.skip_masking task.d2v2_multi".split()
+ON_OF_TEXT = ("learned_pos", "no_scale_embedding", "layernorm_embedding")
 ZERO = (
     "layerdrop dropout_input start_drop_path_rate end_drop_path_rate cls_loss recon_loss mae_init"
     " skip_ema decoder_group"
@@ -96,12 +94,8 @@ ZERO_OF_TEXT = (
 ).split()
 BUILT_IN |= {f"model.{name}": 0 for name in ZERO}
 BUILT_IN |= {f"{TEXT}{name}": 0 for name in ZERO_OF_TEXT}
-BUILT_IN |= {
-    f"{TEXT}{name}": True for name in ("learned_pos", "no_scale_embedding", "layernorm_embedding")
-}
-VARIANCE = "here it is a variance, there a standard deviation"
-THEIRS = {name: (value, "") for name, value in BUILT_IN.items()}
-THEIRS |= {f"model.min_{what}_var": (None, VARIANCE) for what in ("target", "pred")}
+BUILT_IN |= {f"{TEXT}{name}": True for name in ON_OF_TEXT}
+BUILT_IN |= dict.fromkeys(ON, True)
 
 
 def is_version_2(tree: dict) -> bool:

@@ -25,9 +25,10 @@ from pathlib import Path
 
 import config
 from config import InputError, RunError, printable
-from formats import fairseq_config, readers
+from formats import fairseq_config
 
-TITLES = dict(Data="data", Model="model", Ema="teacher", Device="device", Finetune="fine-tuning")
+# The groups of --help, in its order; a class of settings that is named nowhere is in the last.
+TITLES = dict(Data="data", Model="model", Ema="teacher", Finetune="fine-tuning", Device="device")
 FORMS = {bool: "yes|no", int: "N", float: "X", str: "TEXT", tuple: "X,Y"}  # of values, in --help
 # --help shows these settings of a run, --help_all the others, too.
 OFTEN = (
@@ -40,25 +41,6 @@ MEANT |= dict(num_layers="layers", trainpref="train", validpref="valid", testpre
 MEANT |= dict(destdir="dest", srcdict="dict")
 OPPOSITES = ("--no_", "--un")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM)  # a disk or the memory
-# Options that a program had until 0.3.0, and what to do instead.
-GONE = {
-    "train.py": {
-        "schedule_by": "schedules go by updates; --max_hours ends a run, validated and saved",
-        "init": "weights start from N(0, 0.02), as the reference's",
-    },
-    "eval.py": {
-        "layer": "--features gives the last layer's",
-        "pool": "--features gives the mean over a line's tokens",
-    },
-    "finetune.py": {
-        "teacher": "convert.py --to hf --teacher writes a folder for --ckpt",
-        "patience": "--max_epoch or --max_update ends it",
-        "warmup_share": "--warmup_updates",
-        "attention_dropout": "--dropout is that of attention, too",
-        "init_from": "--ckpt takes the head, too, where it has these classes",
-        "num_classes": "there are as many classes as the training split has",
-    },
-}
 
 
 # ------------------------------------------------------------------------------------- the parser
@@ -73,31 +55,22 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are InputErrors; each flag --a_b is --a-b, too."""
+    """An ArgumentParser whose errors are InputErrors; each flag --a_b may be written --a-b."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=Formatter, **options)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's takes -1e-3 for a flag
         self.add_argument("--version", action="version", version=f"data2vec-text {config.VERSION}")
 
-    def add_argument(self, *names, **options):
-        action = super().add_argument(*names, **options)
-        self.also(action, *names)
-        return action
-
     def flag(self, name: str):
         """The action of the flag that is spelled like this, or None."""
         return self._option_string_actions.get(name)
 
-    def also(self, action, *spellings):
-        """Accept these spellings of a flag, too. Help and errors show only add_argument's."""
-        for spelling in spellings:
-            if spelling.startswith("--"):
-                for text in (spelling, "--" + spelling[2:].replace("_", "-")):
-                    self._option_string_actions.setdefault(text, action)
-
     def parse_args(self, args=None, namespace=None):
-        arguments, unknown = self.parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        # - for _ in the names of flags, not in their values
+        words = [re.sub("^--[^=]+", underscored, word) for word in words]
+        arguments, unknown = self.parse_known_args(words, namespace)
         # argparse would list all unknown words; one is enough, with what may have been meant
         if unknown:
             flags = [word for word in unknown if word.startswith("-")]
@@ -112,14 +85,11 @@ class Parser(argparse.ArgumentParser):
     def hint(self, word: str) -> str:
         """What may have been meant by an option that does not exist."""
         asked = word.lstrip("-").split(".")[-1].replace("-", "_")
-        if instead := GONE.get(self.prog, {}).get(asked):
-            return f" since 0.4.0; {instead}"
         if Path(word).is_dir() and self.flag("--data_path"):
             return "; the folder of a dataset is --data_path"
         names = [
             name[2:]
             for action in self._actions
-            if not isinstance(action, fairseq_config.Answer)
             for name in action.option_strings
             # --no_resume is the opposite of --resume, and --untrained of --pretrained
             if name.startswith(OPPOSITES) == f"--{asked}".startswith(OPPOSITES)
@@ -129,6 +99,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def underscored(match: re.Match) -> str:
+    return "--" + match[0][2:].replace("-", "_")
 
 
 def at_home(value):
@@ -146,39 +120,23 @@ def make_parser(configs: list, doc: str, extra, everything: bool) -> Parser:
     parser.add_argument("--help_all", action="help", help="the same with all settings, and exit")
     parser.add_argument("--config_name", metavar="NAME", help="a preset, or a YAML's name")
     parser.add_argument("--config_dir", metavar="DIR", help="the folder of fairseq's YAML")
-    switch = dict(nargs="?", const=True, type=readers.boolean, metavar="yes|no")
+    switch = dict(nargs="?", const=True, type=fairseq_config.boolean, metavar="yes|no")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--fairseq_exact", help="the released code bug for bug", **switch)
-    # a group of --help for each class of settings
-    titles = {kind: title_of(kind) for kind in configs}
-    groups = {title: parser.add_argument_group(title) for title in order_of(titles.values())}
-    for kind, title in titles.items():
+    groups = {title: parser.add_argument_group(title) for title in (*TITLES.values(), "training")}
+    for kind in configs:
+        title = TITLES.get(kind.__name__.removesuffix("Config"), "training")
         for field in dataclasses.fields(kind):
             if field.name == "fairseq_exact":
                 continue
-            read = readers.READERS[field.type]
+            read = fairseq_config.READERS[field.type]
             value = switch if field.type is bool else dict(type=read, metavar=form_of(field))
-            text = help_of(field) if everything or is_shown(field, title) else argparse.SUPPRESS
-            action = groups[title].add_argument(f"--{field.name}", help=text, **value)
-            parser.also(action, f"--{field.name}")
-    if "data" in groups and "model" in groups:  # of pretraining
+            is_shown = everything or title == "fine-tuning" or field.name in OFTEN
+            text = help_of(field) if is_shown else argparse.SUPPRESS
+            groups[title].add_argument(f"--{field.name}", help=text, **value)
+    if config.ModelConfig in configs:
         parser.epilog = presets_text(everything)
-    fairseq_config.add_spellings(parser)
     return parser
-
-
-def title_of(kind) -> str:
-    """The group of --help in which the settings of a class are shown."""
-    return TITLES.get(kind.__name__.removesuffix("Config"), "training")
-
-
-def order_of(titles) -> list:
-    """Each title once, 'training' last: it has the most."""
-    return sorted(dict.fromkeys(titles), key=lambda title: title == "training")
-
-
-def is_shown(field, title: str) -> bool:
-    return title == "fine-tuning" or field.name in OFTEN
 
 
 def form_of(field) -> str:
@@ -273,9 +231,8 @@ def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: d
     values.update({k: v for k, v in given.items() if k in fields and v is not None})
     instances = []
     for kind in configs:
-        names = {field.name for field in dataclasses.fields(kind)} & set(values)
-        settings = kind(**{name: values[name] for name in names})
-        instances.append(config.check_ranges(settings))
+        names = [field.name for field in dataclasses.fields(kind) if field.name in values]
+        instances.append(config.check_ranges(kind(**{name: values[name] for name in names})))
     own = {name: value for name, value in given.items() if name not in fields}
     return instances, argparse.Namespace(**own)
 

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent.parent
 # From the ground up: a file imports only what is on its own floor or below.
 FLOORS = [
     ["config"],
-    ["text", "hardware", "formats.fairseq_config", "formats.fairseq_v2_config", "formats.readers"],
+    ["text", "hardware", "formats.fairseq_config", "formats.fairseq_v2_config"],
     ["model"],
     ["data"],
     ["data2vec2"],

@@ -68,7 +68,6 @@ def run_1p(folder: Path, env: dict, *argv, cwd=HERE, shell="bash"):
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=cwd)
 
 
-@pytest.mark.parametrize("shell", ["bash", "sh"])
 @pytest.mark.parametrize(
     ("device_id", "argv", "fact"),
     [
@@ -79,8 +78,9 @@ def run_1p(folder: Path, env: dict, *argv, cwd=HERE, shell="bash"):
         (".", [], "ASCEND_DEVICE_ID '.'"),
     ],
 )
-def test_bad_requests_are_refused_in_one_line(shell, device_id, argv, fact):
-    result = run_1p(HERE, {**os.environ, "ASCEND_DEVICE_ID": device_id}, *argv, shell=shell)
+def test_bad_requests_are_refused_in_one_line(device_id, argv, fact):
+    env = {**os.environ, "ASCEND_DEVICE_ID": device_id}
+    result = run_1p(HERE, env, *argv, shell="sh")  # which starts bash
     assert result.returncode == 2 and fact in result.stderr and result.stderr.count("\n") == 1
 
 
@@ -89,8 +89,6 @@ def test_bad_requests_are_refused_in_one_line(shell, device_id, argv, fact):
 
 def test_exit_codes_files_and_a_rerun_that_keeps_log_and_time(tmp_path, corpus_dir):
     env = {**copy_of_the_project(tmp_path), "ASCEND_DEVICE_ID": "3"}
-    if shutil.which("python3", path=env["PATH"]) is None:
-        pytest.skip("no python3 beside this Python")
     output, short = tmp_path / "output" / "3", [*FEW, "--max_update", "4"]
     # a relative path starts at the caller's folder, not at the script's
     relative = os.path.relpath(tmp_path / "none", HERE)
@@ -241,14 +239,10 @@ def test_a_raw_folder_is_preprocessed_once_then_trained_on(tmp_path, tokenizers)
     for name in ("encoder.json", "vocab.bpe"):
         shutil.copy(folder / name, raw_dir)
     (raw_dir / "wiki.test.raw").unlink()
-    result, other = full("--data_path=other"), tmp_path / "other"
-    assert result.returncode == 3, result.stdout + result.stderr
-    assert f"{begin} {other} " in project.calls("train.py")[-1]
+    assert full("--data_path=other").returncode == 3
+    other = tmp_path / "other"
     assert (other / "train.bin").read_bytes() == (folder / "train.bin").read_bytes()
     assert not (other / "test.idx").exists()
-    (raw_dir / "wiki.train.raw").unlink()
-    result = full()
-    assert result.returncode == 2 and "wiki.train.raw: no such file" in result.stderr
 
 
 # ------------------------------------------------------------------------------------ installation
@@ -285,32 +279,29 @@ def test_the_projects_own_environment_gets_the_tests_packages_when_asked_for(tmp
     project = Project(tmp_path, lacks="*torch*|*pytest*")
     assert project.run("test", "-k", "some").returncode == 0
     assert project.calls()[-1] == "python -m pytest -q -n 2 --dist loadfile -k some"
-    pinned = (HERE / "test/requirements.txt").read_text().splitlines()
-    assert "-r ../requirements.txt" in pinned
-    assert all("==" in line for line in pinned if line and line[0] not in "#-")
 
 
 def test_the_extras_name_the_packages_that_the_requirements_pin():
     tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11 or newer")
     project = tomllib.loads((HERE / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    npu = set(extras.pop("npu"))
-    own = f"data2vec-text[{','.join(name for name in extras if name != 'dev')}]"
-    assert own in extras["dev"]  # all the optional parts
-    named = {package for packages in extras.values() for package in packages}
     pins = {}
     for room in ("test", "hardware"):
-        text = (HERE / room / "requirements.txt").read_text()
-        pins[room] = set(re.findall(r"^(\w[\w-]*)(?:==\S+)?(?: .*)?$", text, re.M))
-    assert named - {own, "ruff"} == pins["test"] - {"numpy"}
-    assert npu <= pins["hardware"]
+        lines = (HERE / room / "requirements.txt").read_text().splitlines()
+        pins[room] = {re.split("==| ", line)[0] for line in lines if line and line[0] not in "#-"}
+        assert room != "test" or all("==" in line for line in lines if line and line[0] not in "#-")
+    assert set(extras.pop("npu")) <= pins["hardware"]
+    named = {package for packages in extras.values() for package in packages}
+    named -= {package for package in named if package.startswith("data2vec-text[")}
+    assert named - {"ruff"} == pins["test"] - {"numpy"}
 
 
 # -------------------------------------------------------------------------------------- the report
 
 
 def test_rows_and_seconds_that_no_run_wrote_do_not_end_the_report(tmp_path):
-    good = json.dumps(dict(loss=2.5, ups=1.0, fps=1.0, epoch=1))
+    row = dict(loss=2.5, ups=1.0, fps=1.0, epoch=1)
+    good = json.dumps(row)
     odd = ["7", "[" * 100_000, '{"loss": 1}', '{"loss": "x", "ups": 1.0, "fps": 1.0}', good[:20]]
     odd += ['{"valid_best_loss": "x"}', "\udcff"]
     rows = "\n".join([*odd, good, *odd, good]) + "\n"
@@ -322,10 +313,6 @@ def test_rows_and_seconds_that_no_run_wrote_do_not_end_the_report(tmp_path):
         assert "E2E Training Duration sec : 7" in report(tmp_path, tmp_path, "0", mode)
         assert f"CaseName = {case}\n" in (tmp_path / f"{case}.log").read_text()
         assert (tmp_path / f"train_{case}_loss.txt").read_text().split() == ["2.5", "2.5"]
-
-
-def test_a_run_without_a_logged_loss_has_nothing_to_report(tmp_path):
-    row = dict(num_updates=1, epoch=1, ups=1.0, fps=2.0, loss=None)
-    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "train.jsonl").write_text(json.dumps({**row, "loss": None}))
     with pytest.raises(InputError, match="train.jsonl: no update was logged"):
         report(tmp_path, tmp_path, "0", "full")
