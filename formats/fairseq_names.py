@@ -24,8 +24,7 @@ OURS = "self_attn.qkv."
 Q, K, V = (f"self_attn.{part}_proj." for part in "qkv")
 TEACHER = "encoder._ema"
 # fairseq 0.12.2 has these in every layer, for a fast path that training does not take
-PARTS_OF_PATH = ("in_proj", "out_proj", "fc1", "fc2")
-UNUSED = {f"{part}_{kind}" for part in PARTS_OF_PATH for kind in ("weight", "bias")}
+UNUSED = re.compile(r"(.*\.)?(version|(in_proj|out_proj|fc1|fc2)_(weight|bias))")
 FIELDS = {field.name: field for part in PARTS for field in dataclasses.fields(part)}
 
 
@@ -88,8 +87,7 @@ def merge_qkv(state: dict, path) -> dict:
                 raise InputError(f"{path}: {name} has no k_proj or v_proj beside it")
             merged[name.replace(Q, OURS)] = torch.cat(parts)
             continue
-        is_unused = name.rpartition(".")[2] in {"version", *UNUSED}
-        if not (is_unused or K in name or V in name):
+        if not (UNUSED.fullmatch(name) or K in name or V in name):
             merged[name] = tensor
     return merged
 

@@ -267,16 +267,11 @@ def answer_early(configs: list, doc: str, extra=None, check=None):
     except InputError as e:
         end(2, f"error: {e}")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background: ignored
-        signal.signal(signal.SIGINT, interrupted)
+        # while modules are imported nothing is to be kept
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 # --------------------------------------------------------------------------- how a program ends
-
-
-def interrupted(*_):
-    """Ctrl-C while modules are imported: nothing is to be kept."""
-    os.write(2, f"\n{Path(sys.argv[0]).name}: interrupted\n".encode())
-    os._exit(130)
 
 
 def program(main):
@@ -285,7 +280,7 @@ def program(main):
     An InputError becomes one line on stderr and exit code 2, a RunError or a full disk 1, Ctrl-C
     130.
     """
-    if signal.getsignal(signal.SIGINT) is interrupted:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by answer_early
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # a terminal may have no character for a text, a class or a path
     for stream in (sys.stdout, sys.stderr):

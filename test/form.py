@@ -49,6 +49,10 @@ def is_test(path: Path) -> bool:
     return path.parts[0] == "test" or path.name == "test_core.py"
 
 
+def product() -> list[Path]:
+    return [path for path in sources() if not is_test(path)]
+
+
 def lines_of(path: Path) -> list[str]:
     return (HERE / path).read_text(encoding="utf-8").splitlines()
 
@@ -63,7 +67,8 @@ def module_of(path: Path) -> str:
 
 def floor_of(module: str) -> int | None:
     """The number of a module's floor; None: not one of ours."""
-    for name in (module, module.split(".")[0]):
+    # a name may be of a function; a room's files may have floors of their own
+    for name in (module, module.rpartition(".")[0], module.split(".")[0]):
         for number, floor in enumerate(FLOORS):
             if name in floor:
                 return number
@@ -87,27 +92,23 @@ def imports_of(path: Path) -> set[str]:
 def climbing_imports() -> list[str]:
     """Imports that go up from a floor to a higher one."""
     climbs = []
-    for path in sources():
+    for path in product():
         own = floor_of(module_of(path))
-        if is_test(path) or own is None:
-            continue
         for module in imports_of(path):
             floor = floor_of(module)
-            if floor is None and floor_of(module.rpartition(".")[0]) is not None:
-                floor = floor_of(module.rpartition(".")[0])
-            if floor is not None and floor > own:
+            if None not in (own, floor) and floor > own:
                 climbs.append(f"{path} imports {module}")
     return sorted(climbs)
 
 
 def circles() -> list[str]:
     """Pairs of files that reach each other by imports."""
-    names = {module_of(path): path for path in sources() if not is_test(path)}
+    names = {module_of(path) for path in product()}
     reach = {}
-    for name, path in names.items():
-        used = {other for other in imports_of(path)}
+    for path in product():
+        used = imports_of(path)
         used |= {other.rpartition(".")[0] for other in used}
-        reach[name] = used & set(names) - {name}
+        reach[module_of(path)] = used & names - {module_of(path)}
     for _ in names:  # as often as the longest chain could be
         for name, others in reach.items():
             reach[name] = others.union(*(reach[other] for other in others))
@@ -117,11 +118,10 @@ def circles() -> list[str]:
 def functions() -> dict[str, int]:
     """Lines of every function of the product."""
     sizes = {}
-    for path in sources():
-        if not is_test(path):
-            for node in ast.walk(tree_of(path)):
-                if isinstance(node, ast.FunctionDef):
-                    sizes[f"{path}:{node.name}"] = node.end_lineno - node.lineno + 1
+    for path in product():
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef):
+                sizes[f"{path}:{node.name}"] = node.end_lineno - node.lineno + 1
     return sizes
 
 
@@ -145,24 +145,22 @@ def code_and_comments(path: Path) -> tuple[int, int]:
 def few_comments(least: int = 8) -> list[str]:
     """Product files of over 60 lines of code with fewer comments for 100 of them."""
     rows = []
-    for path in sources():
+    for path in product():
         code, comments = code_and_comments(path)
-        if not is_test(path) and code > 60 and 100 * comments < least * code:
+        if code > 60 and 100 * comments < least * code:
             rows.append(f"{path} {100 * comments / code:.0f}")
     return sorted(rows)
 
 
 def numbers() -> dict:
     """The table of the form."""
-    product = [path for path in sources() if not is_test(path)]
     size = {path: len(lines_of(path)) for path in sources()}
-    shares = [code_and_comments(path) for path in product]
-    longest = max(functions().items(), key=lambda item: item[1])
+    shares = [code_and_comments(path) for path in product()]
+    lengths = functions()
     pages = [path for path in files() if path.suffix == ".md" and path.parts[0] == "docs"]
     shell = [path for path in files() if path.suffix == ".sh"]
-    train = {name: n for name, n in functions().items() if name.startswith("train.py")}
     return {
-        "product lines": sum(size[path] for path in product),
+        "product lines": sum(size[path] for path in product()),
         "test lines": sum(size[path] for path in size if path.parts[0] == "test"),
         "lines that decide a number": sum(size[Path(name)] for name in DECIDING),
         "comments for 100 lines of code, median": statistics.median(
@@ -173,9 +171,9 @@ def numbers() -> dict:
             len(line) > 100 for path in [*size, *shell] for line in lines_of(path)
         ),
         "longest file": max(size.values()),
-        "longest function": longest[1],
-        "loop": train["train.py:loop"],
-        "update": train["train.py:update"],
+        "longest function": max(lengths.values()),
+        "loop": lengths["train.py:loop"],
+        "update": lengths["train.py:update"],
         "settings of a run": sum(len(part.__dataclass_fields__) for part in config.PARTS),
         "settings of fine-tuning": len(FinetuneConfig.__dataclass_fields__),
         "README": len(lines_of(Path("README.md"))),

@@ -35,8 +35,8 @@ def test_the_numbers_of_the_form_are_within_their_limits():
 
 
 def test_only_the_room_of_hardware_compares_the_type_of_a_device():
-    for path in form.sources():
-        if not form.is_test(path) and path.parts[0] != "hardware":
+    for path in form.product():
+        if path.parts[0] != "hardware":
             match = form.DEVICE_TYPE.search("\n".join(form.lines_of(path)))
             assert not match, (path, match[0])
 

@@ -136,7 +136,7 @@ def test_an_interruption_and_a_full_disk_are_one_line_with_the_file(capsys, monk
 
 
 @pytest.mark.parametrize("where", ["in torch", "in the work"])
-def test_ctrl_c_ends_a_benchmark_with_one_line(tmp_path, where):
+def test_ctrl_c_ends_a_benchmark_without_a_traceback(tmp_path, where):
     command = [sys.executable, "-u", HERE / "bench.py", *FEW, "--updates", "100000"]
     env = dict(os.environ)
     if where == "in torch":
@@ -157,7 +157,8 @@ def test_ctrl_c_ends_a_benchmark_with_one_line(tmp_path, where):
                 break
     finally:
         process.kill()
-    assert process.returncode == 130 and errors.strip() == "bench.py: interrupted"
+    said = (-signal.SIGINT, "") if where == "in torch" else (130, "bench.py: interrupted")
+    assert (process.returncode, errors.strip()) == said
 
 
 @pytest.mark.parametrize(
