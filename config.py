@@ -59,9 +59,7 @@ def refuse_pointer(path):
             raise InputError(f"{path}: {what}")
 
 
-def read_text(
-    path, errors: str = "strict", encoding: str = "utf-8", newline: str | None = None
-) -> str:
+def read_text(path, errors="strict", encoding="utf-8", newline=None) -> str:
     """The text of an ordinary file; a pipe or a device could be endless. Raises InputError.
 
     newline: as for open; "" leaves the ends of lines as they are.
@@ -69,14 +67,10 @@ def read_text(
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    try:
+    with reading(f"{path}"):
         refuse_pointer(path)
         with open(path, encoding=encoding, errors=errors, newline=newline) as file:
             return file.read()
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not UTF-8 at byte {e.start}") from None
-    except OSError as e:
-        raise InputError(f"{path}: {e.strerror}") from None
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -99,6 +93,8 @@ def reading(what: str):
         if isinstance(e, (InputError, RunError)) or is_out_of_memory(e):
             raise
         why = str(getattr(e, "strerror", None) or e).strip() or type(e).__name__
+        if isinstance(e, UnicodeDecodeError):
+            why = f"not UTF-8 at byte {e.start}"
         raise InputError(f"{what}: {why.splitlines()[0][:200]}") from None
 
 

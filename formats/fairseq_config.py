@@ -126,17 +126,8 @@ def numbers(text: str) -> tuple:
 # by the type of the setting
 READERS = {bool: boolean, int: whole_number, float: number, str: str, tuple: numbers}
 
+
 # ---------------------------------------------------------------------------------- the spellings
-
-# hydra's null, where it is a value of ours.
-NULL = {"tensorboard_logdir": "", "batch_size": "0", "loss_scale": "0"}
-HYDRA = re.compile(r"[+]{0,2}(hydra[./].+|run_config)=.*", re.S)  # hydra's own settings
-# hydra's word: `group.name=value`, or `+group.name=value` to add it; the value may be quoted twice
-WORD = re.compile(r"\+{0,2}([A-Za-z_]\w*(?:\.\w+)*)=(['\"]?)(.*)\2", re.S)
-
-
-# the value of an option that can be without one
-VALUE = re.compile(r"(?!-\D)[^=]+")
 
 
 def _spelled(group: str, name: str, entry) -> dict:
@@ -161,6 +152,14 @@ IGNORED = {name: entry for names, entry in REST.items() for name in names.split(
 
 
 # ----------------------------------------------------------------------------- the command line
+
+
+# hydra's null, where it is a value of ours.
+NULL = {"tensorboard_logdir": "", "batch_size": "0", "loss_scale": "0"}
+HYDRA = re.compile(r"[+]{0,2}(hydra[./].+|run_config)=.*", re.S)  # hydra's own settings
+# hydra's word: `group.name=value`, or `+group.name=value` to add it; the value may be quoted twice
+WORD = re.compile(r"\+{0,2}([A-Za-z_]\w*(?:\.\w+)*)=(['\"]?)(.*)\2", re.S)
+VALUE = re.compile(r"(?!-\D)[^=]+")  # of an option that can be without one
 
 
 def _flat(name: str) -> str:
