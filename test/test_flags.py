@@ -171,13 +171,20 @@ def test_notes_on_ignored_options_are_printed_once(without_torch):
 
 
 @pytest.mark.parametrize(
-    "change, needed",
-    [("version_info = (3, 9, 18)", "Python 3.10"), ("modules['fcntl'] = None", "Linux or macOS")],
+    ("words", "code", "needed"),
+    [
+        (["-c", "import sys; sys.version_info = (3, 9, 18); import config"], 1, "Python 3.10"),
+        (["-c", "import sys; sys.modules['fcntl'] = None; import config"], 1, "Linux or macOS"),
+        (
+            ["-S", "train.py", "--data_path", "x"],
+            2,
+            "has no numpy: pip install -r requirements.txt",
+        ),
+    ],
 )
-def test_another_python_or_system_is_refused_in_one_line(change, needed):
-    command = [sys.executable, "-c", f"import sys; sys.{change}; import config"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    assert result.returncode == 1 and result.stderr.startswith(needed)
+def test_another_python_or_system_or_a_missing_package_is_one_line(words, code, needed):
+    result = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=HERE)
+    assert result.returncode == code and needed in result.stderr
     assert result.stderr.count("\n") == 1
 
 
@@ -203,13 +210,6 @@ def test_every_path_may_begin_with_a_tilde(monkeypatch):
     assert settings("--save_dir=~/run")["save_dir"] == "/home/me/run"
     args = preprocess.parse(["--dest=~/d", "--bpe=none", "--train", "~/t", "u", "--dict=~"])
     assert (args.dest, args.dict, args.train) == ("/home/me/d", "/home/me", ["/home/me/t", "u"])
-
-
-def test_a_missing_package_is_named_in_one_line():
-    command = [sys.executable, "-S", "train.py", "--data_path", "x"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "has no numpy: pip install -r requirements.txt" in result.stderr
 
 
 # --------------------------------------------------------------------------- fairseq's spellings
