@@ -13,7 +13,7 @@ import dataclasses
 import re
 
 from config import PARTS, InputError
-from formats import fairseq_config, fairseq_v2
+from formats import fairseq_config, fairseq_files, fairseq_v2
 from run.checkpoint import Loaded
 from run.flags import exact_settings
 
@@ -117,7 +117,10 @@ def loaded(content: dict, path) -> Loaded:
     state = content.get("model", content)
     encoders = ("encoder.sentence_encoder.", *fairseq_v2.ENCODERS)
     if not isinstance(state, dict) or not any(str(name).startswith(encoders) for name in state):
-        raise InputError(f"{path}: neither ours nor one of fairseq's data2vec_text")
+        what = "neither ours nor one of fairseq's data2vec_text"
+        if isinstance(state, fairseq_files.Inert):
+            what = f"its model is a {type(state).__name__}, which is not loaded, not a state dict"
+        raise InputError(f"{path}: {what}")
     student, teacher = from_reference(state, path)
     if "model" not in content:  # weights alone, whose shape comes from flags
         return Loaded("state_dict", {}, student, teacher, content)
@@ -127,7 +130,8 @@ def loaded(content: dict, path) -> Loaded:
         tree = fairseq_v2.pretraining(tree)
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
         advice = "save its `model` entry alone and give its shape by flags"
-        raise InputError(f"{path}: has weights but no config that can be read; {advice}")
+        kind = "no config" if tree is None else f"a config that is a {type(tree).__name__}"
+        raise InputError(f"{path}: has weights but {kind}; {advice}")
     return Loaded("fairseq", settings(tree, path), student, teacher, content)
 
 
