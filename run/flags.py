@@ -66,11 +66,15 @@ class Parser(argparse.ArgumentParser):
         """The action of the flag that is spelled like this, or None."""
         return self._option_string_actions.get(name)
 
+    def with_underscores(self, word: str) -> str:
+        """--a-b=c-d as --a_b=c-d; a word that is no flag of ours stays as it is."""
+        flag, equals, value = word.partition("=")
+        ours = flag.replace("-", "_").replace("__", "--", 1)
+        return f"{ours}{equals}{value}" if self.flag(ours) else word
+
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
-        # - for _ in the names of flags, not in their values
-        words = [re.sub("^--[^=]+", underscored, word) for word in words]
-        arguments, unknown = self.parse_known_args(words, namespace)
+        arguments, unknown = self.parse_known_args(map(self.with_underscores, words), namespace)
         # argparse would list all unknown words; one is enough, with what may have been meant
         if unknown:
             flags = [word for word in unknown if word.startswith("-")]
@@ -99,10 +103,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")
-
-
-def underscored(match: re.Match) -> str:
-    return "--" + match[0][2:].replace("-", "_")
 
 
 def at_home(value):
