@@ -258,7 +258,7 @@ def read_yaml(path: Path, fields: dict, explain: bool) -> dict:
     if values.get("tensorboard_logdir") and not importlib.util.find_spec("tensorboard"):
         folder = values.pop("tensorboard_logdir")
         why = "the tensorboard package is missing: pip install tensorboard"
-        notes.append(f"common.tensorboard_logdir={printable(folder)} ignored: {why}")
+        notes.append(f"common.tensorboard_logdir={printable(folder)[:100]} ignored: {why}")
     for name, text in others.items():
         why = IGNORED.get(_flat(name), ("", "it has no meaning here"))[1]
         if _flat(name) == "distributed_world_size" and re.fullmatch(r"[1-9]\d{0,8}", text):

@@ -71,7 +71,8 @@ def test_the_labels_of_the_probe_are_the_tokens_under_the_masks(tmp_path, teache
 
 def test_whitening_gives_mean_0_and_unit_covariance():
     rng = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 5, generator=rng) * torch.tensor([0.1, 1, 1, 10, 1]) + 3
+    x = torch.randn(400, 5, generator=rng) @ torch.randn(5, 5, generator=rng)
+    x = x * torch.tensor([0.1, 1, 1, 10, 1]) + 3
     white, first = probe.whiten(x, x[:7])
     assert torch.allclose(white.mean(0), torch.zeros(5), atol=1e-3)
     assert torch.allclose(white.T @ white / len(x), torch.eye(5), atol=1e-2)
