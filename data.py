@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import DataConfig, InputError
-from text.binarized import BOS, PAD, SPECIAL, Dictionary, TokenStream, no_folder
+from text.binarized import BOS, PAD, SPECIAL, Dictionary, TokenStream, missing
 from text.blocks import cut_batches, cut_blocks, order_by_length
 from text.masks import hide_blocks, hide_blocks_is_exact, ranges
 
@@ -277,7 +277,7 @@ class Corpus:
             raise InputError(f"--data_path {cfg.data_path}: names no folder")
         for folder in self.folders:
             if not folder.is_dir():
-                raise InputError(no_folder(folder))
+                raise InputError(missing(folder / "dict.txt"))
         self.dictionary = Dictionary(self.folders[0] / "dict.txt")
         for folder in self.folders[1:]:
             self.dictionary.check_same(folder / "dict.txt")

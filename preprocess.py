@@ -36,22 +36,20 @@ from formats.fairseq_config import whole_number
 from run import flags
 from run.lock import Lock
 from text import files
-from text.binarized import Dictionary, build_dictionary, publish, token_type, write_parts
-from text.tokens import TEXT_FILES, Tokenizer, need_tokenizers, read_bpe, text_ids, train_bpe
+from text.binarized import Dictionary, build_dictionary, publish, write_parts
+from text.tokens import TEXT_FILES, Tokenizer, need_tokenizers, read_bpe, tokenizer_of, train_bpe
 from text.workers import tokenize
 
+# which --bpe a flag belongs to
+BELONGS = dict(vocab_size="train", bpe_sample_mb="train", encoder_json="gpt2", vocab_bpe="gpt2")
 SPLITS = ("test", "valid", "train")  # train last: a folder without it is not taken for a dataset
-LEAST = dict(vocab_size=256, bpe_sample_mb=1, nwords=5, threshold=0, workers=1)
+# the least value of each number, and what it is if it is not named
+NUMBERS = dict(vocab_size=(256, 32000), bpe_sample_mb=(1, 20), nwords=(5, 0), threshold=(0, 0))
+NUMBERS |= dict(workers=(1, min(16, os.cpu_count() or 1)))
 MOST = 10**6  # of each of these; memory for all tokens of a BPE is taken at once
 MANY_UNKNOWN = 0.05  # share of <unk> above which a warning is due
 
 # ------------------------------------------------------------------------------------------- steps
-
-
-def contents(path) -> bytes:
-    """The bytes of a text file. Raises InputError if it is none."""
-    read_text(path)
-    return Path(path).read_bytes()
 
 
 def write_file(path: Path, content: bytes):
@@ -102,19 +100,12 @@ def check_folder(dest: Path, settings: dict, texts: dict, given: dict[str, bytes
     # without a log of ours these may be someone's
     for name in () if log.exists() else TEXT_FILES:
         path = dest / name
-        if path.exists() and contents(path) != given.get(name):
+        if path.exists() and read_text(path, newline="").encode() != given.get(name):
             raise InputError(f"{path} was not made by preprocess.py; --overwrite replaces it")
 
 
-def build_text_files(args: argparse.Namespace, dest: Path, bpe):
-    """Write dict.txt and the BPE's files, where they are not given; returns the BPE."""
-    if args.bpe == "train":
-        encoder, merges = train_bpe(args.train, args.vocab_size, args.bpe_sample_mb)
-        write_file(dest / "encoder.json", encoder)
-        write_file(dest / "vocab.bpe", merges)
-        bpe = read_bpe(dest / "encoder.json", dest / "vocab.bpe")
-    if args.dict:
-        return bpe
+def new_dictionary(args: argparse.Namespace, bpe) -> bytes:
+    """The dict.txt of the tokens of --train."""
     # differs from fairseq-preprocess: ids that do not occur in train are listed too, after the
     # others, so that these keep their places; else rare characters elsewhere would be <unk>
     ids = {str(i): i for i in bpe.get_vocab().values()} if bpe else {}
@@ -124,8 +115,7 @@ def build_text_files(args: argparse.Namespace, dest: Path, bpe):
         counts.update(part)
     if not counts.total():
         raise InputError(f"--train {' '.join(args.train)}: no text in it")
-    write_file(dest / "dict.txt", build_dictionary(counts, args.nwords, args.threshold).encode())
-    return bpe
+    return build_dictionary(counts, args.nwords, args.threshold).encode()
 
 
 def write_split(prefix: Path, names: list[str], tokenizer: Tokenizer, workers: int) -> dict:
@@ -145,34 +135,33 @@ def write_split(prefix: Path, names: list[str], tokenizer: Tokenizer, workers: i
     if sentences == tokens:  # nothing but the </s> that ends each
         raise InputError(f"--{split} {' '.join(names)}: no text in it")
     seconds = round(time.perf_counter() - began, 3)
-    percent = 100 * unknown / tokens
-    print(
-        f"{printable(str(prefix))}: {sentences:,} sentences, {empty:,} of them empty,"
-        f" {tokens:,} tokens, {percent:.1f}% <unk>, {seconds:.1f} s"
-    )
-    if unknown > MANY_UNKNOWN * tokens:
+    share = unknown / tokens
+    about = f"{sentences:,} sentences, {empty:,} of them empty, {tokens:,} tokens"
+    print(f"{printable(str(prefix))}: {about}, {share:.1%} <unk>, {seconds:.1f} s")
+    if share > MANY_UNKNOWN:
         advice = "--bpe train knows every text"
         if tokenizer.bpe:
             advice = "is it the dictionary of this BPE?"
-        lacking = f"dict.txt lacks {percent:.0f}% of the tokens of {split}"
+        lacking = f"dict.txt lacks {share:.0%} of the tokens of {split}"
         print(f"warning: {lacking}; {advice}", file=sys.stderr)
     facts = dict(sentences=sentences, empty=empty, tokens=tokens, unk=unknown, seconds=seconds)
-    return dict(step=split, **facts)
+    return dict(step=split) | facts
 
 
 def preprocess(args: argparse.Namespace, dest: Path):
     # read everything that is given before anything is removed
-    paths = dict(zip(TEXT_FILES, (args.dict, args.encoder_json, args.vocab_bpe)))
-    given = {name: contents(path) for name, path in paths.items() if path}
+    given = {}
+    for name, path in zip(TEXT_FILES, (args.dict, args.encoder_json, args.vocab_bpe)):
+        if path:
+            given[name] = read_text(path, newline="").encode()
     asked = {split: getattr(args, split) for split in SPLITS if getattr(args, split)}
     texts = {split: [files.identity(name) for name in names] for split, names in asked.items()}
     settings = settings_of(args, given)
     if args.dict:
         Dictionary(args.dict)
-    bpe = None
     if args.bpe == "gpt2":
-        bpe = read_bpe(args.encoder_json, args.vocab_bpe)
-    elif args.bpe == "train":
+        read_bpe(args.encoder_json, args.vocab_bpe)
+    if args.bpe == "train":
         need_tokenizers()
     if args.overwrite:  # the indexes first
         names = [f"{split}.{kind}" for kind in ("idx", "bin") for split in reversed(SPLITS)]
@@ -180,19 +169,24 @@ def preprocess(args: argparse.Namespace, dest: Path):
             (dest / name).unlink(missing_ok=True)
     check_folder(dest, settings, texts, given)
 
-    (dest / "preprocess.log").touch()  # from here on the folder is ours
+    log = dest / "preprocess.log"
+    log.touch()  # from here on the folder is ours
     done = [split for split in SPLITS if (dest / f"{split}.idx").exists()]
     # the dictionary and the BPE: those of the finished splits, or new ones
     if not done:
         for name in TEXT_FILES:  # a killed run's may be of another kind
             (dest / name).unlink(missing_ok=True)
+        if args.bpe == "train":
+            trained = train_bpe(args.train, args.vocab_size, args.bpe_sample_mb)
+            given = dict(zip(TEXT_FILES[1:], trained))
         for name, content in given.items():
             write_file(dest / name, content)
-        bpe = build_text_files(args, dest, bpe)
-    elif args.bpe == "train":
+    bpe = None
+    if args.bpe != "none":
         bpe = read_bpe(dest / "encoder.json", dest / "vocab.bpe")
-    dictionary = Dictionary(dest / "dict.txt")
-    tokenizer = Tokenizer(text_ids(dictionary), token_type(dictionary.rows), bpe)
+    if not done and not args.dict:
+        write_file(dest / "dict.txt", new_dictionary(args, bpe))
+    tokenizer = tokenizer_of(Dictionary(dest / "dict.txt"), bpe)
 
     for split, names in asked.items():
         if split in done:
@@ -201,11 +195,8 @@ def preprocess(args: argparse.Namespace, dest: Path):
         row = write_split(dest / split, names, tokenizer, args.workers)
         row["made_from"] = settings | dict(text=texts[split])
         # first the row, then the index: a split whose index exists has a row
-        with open(dest / "preprocess.log", "a") as log:
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            os.fsync(log.fileno())
-        publish([dest / f"{split}.bin", dest / f"{split}.idx"])
+        write_file(log, log.read_bytes() + json.dumps(row).encode() + b"\n")
+        publish(dest / split)
 
 
 # ----------------------------------------------------------------------------------------- command
@@ -227,34 +218,31 @@ def parse(argv: list | None) -> argparse.Namespace:
     add("--dict", metavar="F", help="use this dict.txt instead of building one")
     add("--nwords", help="most symbols in a built one, 4 special included [no limit]", **number)
     add("--threshold", help="least occurrences of a symbol in a built one [0]", **number)
-    add("--workers", default=min(16, os.cpu_count() or 1), help="processes [%(default)s]", **number)
+    add("--workers", help=f"processes [{NUMBERS['workers'][1]}]", **number)
     add("--overwrite", action="store_true", help="remove the dataset in DIR and start over")
     args = parser.parse_args(argv)
     check(args)
-    args.vocab_size = args.vocab_size or 32000
-    args.bpe_sample_mb = args.bpe_sample_mb or 20
-    args.nwords = args.nwords or 0
-    args.threshold = args.threshold or 0
     return args
 
 
 def check(args: argparse.Namespace):
-    """Refuse flags that do not go together, and numbers out of range."""
+    """Refuse flags that do not go together and numbers out of range; set those not named."""
     # a flag that would be ignored is a mistake
-    meaningless = {"gpt2": ["vocab_size", "bpe_sample_mb"], "train": ["encoder_json", "vocab_bpe"]}
-    meaningless["none"] = meaningless["gpt2"] + meaningless["train"]
-    meaningless["train"].append("dict")
-    for name in meaningless[args.bpe]:
-        if getattr(args, name) is not None:
+    for name, kind in BELONGS.items():
+        if args.bpe != kind and getattr(args, name) is not None:
             raise InputError(f"--{name} has no meaning with --bpe {args.bpe}")
+    if args.bpe == "train" and args.dict:
+        raise InputError("--dict has no meaning with --bpe train")
     if args.bpe == "gpt2" and not (args.encoder_json and args.vocab_bpe):
         raise InputError("--bpe gpt2 needs --encoder_json and --vocab_bpe")
     if args.dict and (args.nwords or args.threshold):
         raise InputError("--nwords and --threshold have no meaning with --dict")
-    for name, low in LEAST.items():
+    for name, (least, default) in NUMBERS.items():
         value = getattr(args, name)
-        if value is not None and not low <= value <= MOST:
-            raise InputError(f"--{name} {value}: must be from {low} to {MOST:,}")
+        if value is None:
+            setattr(args, name, default)
+        elif not least <= value <= MOST:
+            raise InputError(f"--{name} {value}: must be from {least} to {MOST:,}")
     if not (args.train or args.valid or args.test):
         raise InputError("no text: give --train F, --valid F or --test F")
     if not args.dict and not args.train:

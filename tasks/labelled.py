@@ -145,7 +145,7 @@ def read_binarized(
         if not part.is_dir():
             continue
         file = TokenFile(part / split)
-        tokens = file.take(np.arange(file.tokens)).astype(np.int64)
+        tokens = file.items[: file.tokens].astype(np.int64)
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(dictionary):
             known = f"but dict.txt has {len(dictionary)}"
             raise InputError(f"{part / split}: holds token id {tokens.max()}, {known}")
@@ -172,7 +172,7 @@ def read_binarized_labels(folder: Path, split: str) -> tuple[np.ndarray, list[st
         raise InputError(f"{folder / split}: row {int(file.sizes.argmin())} is empty, not a label")
     # a row is the label and EOS
     ends = np.cumsum(file.sizes, dtype=np.int64)
-    numbers = file.take(ends - file.sizes).astype(np.int64) - len(SPECIAL)
+    numbers = file.items[ends - file.sizes].astype(np.int64) - len(SPECIAL)
     unknown = np.flatnonzero((numbers < 0) | (numbers >= len(names)))
     if len(unknown):
         where = f"{folder / split}: row {unknown[0]}"

@@ -13,7 +13,6 @@ import tarfile
 import time
 import zipfile
 
-import preprocess
 from config import InputError
 from test.helpers import (
     GOLDEN,
@@ -80,34 +79,31 @@ def test_text_files_are_those_named_else_those_of_the_folder(tmp_path):
 
 
 @golden
-def test_cut_or_foreign_bpe_files_are_refused(tokenizers, tmp_path):
+def test_cut_or_foreign_bpe_files_are_refused_and_special_tokens_need_no_merge(
+    tokenizers, tmp_path
+):
     encoder, vocab = ((GPT2 / name).read_text() for name in BPE_FILES)
     few = "#version: 0.2\n" + "\n".join(vocab.split("\n")[1:900])
+    special = json.dumps(json.loads(encoder) | {"@@PADDING@@": 50257, "[CLS]": 50258})
     for texts, message in (
-        ((encoder[:1000], vocab), "encoder.json: not JSON"),
-        (("[" * 100_000, vocab), "encoder.json: not JSON"),
-        (('{"a": 1e999}', vocab), "expected GPT-2's encoder.json"),
-        ((r'{"\ud800": 1}', vocab), "encoder.json: not JSON"),
-        (("[1, 2]", vocab), "expected GPT-2's encoder.json"),
+        ((encoder[:1000], vocab), "not GPT-2's encoder.json"),
+        (("[" * 100_000, vocab), "not GPT-2's encoder.json"),
+        (('{"a": 1e999}', vocab), "not GPT-2's encoder.json"),
+        ((r'{"\ud800": 1}', vocab), "not GPT-2's encoder.json"),
+        (("[1, 2]", vocab), "not GPT-2's encoder.json"),
         ((encoder, vocab[: len(vocab) // 2]), "does not merge two tokens|has no merge"),
         ((encoder, few), "one of the files is cut"),
         ((json.dumps({"a": 0}), "#version: 0.2\n"), "255 of the 256 single bytes"),
+        ((special, vocab), ""),
     ):
         for name, content in zip(BPE_FILES, texts):
             (tmp_path / name).write_text(content)
+        files_of_bpe = tmp_path / "encoder.json", tmp_path / "vocab.bpe"
+        if not message:
+            assert 50257 not in tokens.read_bpe(*files_of_bpe).encode("@@PADDING@@").ids
+            continue
         with pytest.raises(InputError, match=message):
-            tokens.read_bpe(tmp_path / "encoder.json", tmp_path / "vocab.bpe")
-
-
-@golden
-def test_a_special_token_without_a_merge_is_named_as_one(tokenizers, tmp_path, capsys):
-    vocab = json.loads((GPT2 / "encoder.json").read_text())
-    vocab["@@PADDING@@"] = len(vocab)
-    (tmp_path / "encoder.json").write_text(json.dumps(vocab))
-    bpe = tokens.read_bpe(tmp_path / "encoder.json", GPT2 / "vocab.bpe")
-    said = capsys.readouterr().err
-    assert "'@@PADDING@@' is a special token" in said and said.count("note") == 1
-    assert vocab["@@PADDING@@"] not in bpe.encode("@@PADDING@@").ids
+            tokens.read_bpe(*files_of_bpe)
 
 
 # --------------------------------------------------------------------------------------- own BPE
@@ -182,14 +178,13 @@ def test_ctrl_c_is_answered_while_a_bpe_is_trained_and_an_error_of_the_trainer_i
     # a shell's background job begins with it ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(tokens, "byte_level", Trainer)
-    argv = ["--train", str(tmp_path / "t.txt"), "--dest", str(tmp_path / "out"), "--bpe", "train"]
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        preprocess.main(argv)
+        tokens.train_bpe([str(tmp_path / "t.txt")], 300, 1)
     assert time.monotonic() < began + 0.9
     monkeypatch.setattr(Trainer, "train_from_iterator", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        preprocess.main(argv)
+        tokens.train_bpe([str(tmp_path / "t.txt")], 300, 1)
 
 
 def test_without_the_tokenizers_package_the_error_names_the_command(tmp_path, monkeypatch):
@@ -318,15 +313,16 @@ def test_a_damaged_encrypted_or_oddly_packed_zip_is_one_line(tmp_path, method):
     good = path.read_bytes()
     assert "".join(files.read_chunks(f"{path}:t.txt")) == content
     central = good.rindex(b"PK\x01\x02")
-    changes = [[(at, good[at] | 1)] for at in (6, central + 8)]  # encrypted
+    places = [6, central + 8]  # whether it is encrypted
+    places += [*range(60), *range(central, len(good)), *rng.sample(range(len(good)), 100)]
+    changes = [{at: good[at] | 1} for at in places[:2]]
+    changes += [{at: rng.randrange(256)} for at in places[2:]]
     # Deflate64, LZMA, a method that does not exist
-    changes += [[(8, packed), (central + 10, packed)] for packed in (9, 14, 99)]
-    places = [*range(60), *range(central, len(good)), *rng.sample(range(len(good)), 100)]
-    changes += [[(at, rng.randrange(256))] for at in places]
+    changes += [{8: packed, central + 10: packed} for packed in (9, 14, 99)]
     refused = 0
     for change in changes:
         raw = bytearray(good)
-        for at, value in change:
+        for at, value in change.items():
             raw[at] = value
         path.write_bytes(raw)
         try:

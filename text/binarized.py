@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from config import InputError, read_text, reading, refuse_pointer
-from text.files import note
+from text.files import lines_of, note
 
 import numpy as np
 
@@ -21,7 +21,8 @@ BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 
 MAGIC = b"MMIDIDX\0\0"
-HEADER = len(MAGIC) + 8 + 1 + 8  # magic, version u64, dtype code u8, sentence count u64
+FIELDS = ((9, 17), (17, 18), (18, 26))  # bytes of the version, the dtype's code, the sentences
+HEADER = 26
 # the code of each integer type; 6 and 7 are floating point
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64}
 DTYPES |= {8: np.uint16, 9: np.uint32, 10: np.uint64}
@@ -50,10 +51,8 @@ class Dictionary:
         if not path.exists():
             raise InputError(missing(path))
         self.symbols = list(SPECIAL)
-        self.ids = {symbol: i for i, symbol in enumerate(SPECIAL)}
-        lines = read_text(path, encoding="utf-8-sig").split("\n")
-        if not lines[-1]:
-            lines.pop()
+        known = set(SPECIAL)
+        lines = lines_of(read_text(path, encoding="utf-8-sig"))
         for number, line in enumerate(lines, 1):
             symbol, _, count = line.rstrip().rpartition(" ")
             overwrite = count == "#fairseq:overwrite"
@@ -62,17 +61,16 @@ class Dictionary:
             where = f"{path}, line {number}"
             if not symbol or not count.lstrip("+-").isdigit():
                 raise InputError(f"{where}: expected '<symbol> <count>', not {line[:80]!r}")
-            if symbol in self.ids and not overwrite:
+            if symbol in known and not overwrite:
                 raise InputError(f"{where}: {symbol!r} is listed twice")
-            self._add(symbol)
+            known.add(symbol)
+            self.symbols.append(symbol)
         self.rows = len(self.symbols)  # without an unlisted <mask>: the type of the .bin needs it
-        if "<mask>" not in self.ids:
-            self._add("<mask>")
+        if "<mask>" not in known:
+            self.symbols.append("<mask>")
+        # an overwrite's id is that of its own line
+        self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.mask_id = self.ids["<mask>"]
-
-    def _add(self, symbol: str):
-        self.ids[symbol] = len(self.symbols)
-        self.symbols.append(symbol)
 
     def __len__(self):
         return len(self.symbols)
@@ -85,17 +83,12 @@ class Dictionary:
         """Raise InputError if there is another dict.txt at `path` that gives a token another id."""
         if not Path(path).is_file():
             return
-        other = Dictionary(path)
-        if other.digest() == self.digest():
-            return
-        pairs = itertools.zip_longest(self.symbols, other.symbols)
-        id_, (ours, theirs) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
-        how = f"--dict {self.path}"
-        if (self.path.parent / "vocab.bpe").is_file():
-            bpe = [self.path.parent / name for name in ("encoder.json", "vocab.bpe")]
-            how = "--bpe gpt2 --encoder_json {} --vocab_bpe {} {}".format(*bpe, how)
-        what = f"token {id_} is {theirs!r} instead of {ours!r}"
-        raise InputError(f"{path} is not {self.path}: {what}; binarize that text with {how}")
+        pairs = itertools.zip_longest(self.symbols, Dictionary(path).symbols)
+        for i, (ours, theirs) in enumerate(pairs):
+            if ours != theirs:
+                what = f"token {i} is {theirs!r} instead of {ours!r}"
+                how = f"binarize that text with --dict {self.path}"
+                raise InputError(f"{path} is not {self.path}: {what}; {how}")
 
     def check_checkpoint(self, saved: dict | None, path):
         """Raise InputError if the checkpoint at `path` was trained with another dictionary.
@@ -143,35 +136,26 @@ def build_dictionary(counts: dict, nwords: int = 0, threshold: int = 0) -> str:
 # ----------------------------------------------------------------------------------------- reading
 
 
-def no_folder(folder: Path) -> str:
-    what = "no such folder"
-    if folder.is_file():
-        what = "a file, not a dataset's folder; preprocess.py makes one of text"
-    return f"{folder}: {what} (--data_path)"
-
-
 def missing(path: Path) -> str:
     """What to say of a file of a dataset that is not there: what its folder holds instead."""
     folder = path.parent
+    if folder.is_file():
+        what = "a file, not a dataset's folder; preprocess.py makes one of text"
+        return f"{folder}: {what} (--data_path)"
     if not folder.is_dir():
-        return no_folder(folder)
+        return f"{folder}: no such folder (--data_path)"
     names = sorted(os.listdir(folder))
-    parts = [f"no {path.name} in {folder}", f"it holds {', '.join(names[:8]) or 'nothing'}"]
-    below = [name for name in names if (folder / name / path.name).is_file()]
-    if below:
-        parts.append(f"is {folder / below[0]} meant?")
+    text = f"no {path.name} in {folder}; it holds {', '.join(names[:8]) or 'nothing'}"
     # fairseq-preprocess with a language, as for translation: dict.en.txt and train.en-None.en.idx
     if any(name.startswith(f"{path.stem}.") and name.endswith(path.suffix) for name in names):
-        parts.append("fairseq-preprocess writes names without a language with --only-source")
-    return "; ".join(parts)
+        text += "; fairseq-preprocess writes names without a language with --only-source"
+    return text
 
 
 def map_file(path: Path) -> np.ndarray:
     """The bytes of a file, memory-mapped: uint8. Raises InputError."""
-    if not path.exists():
-        raise InputError(missing(path))
     if not path.is_file():
-        raise InputError(f"{path}: not a file")
+        raise InputError(f"{path}: not a file" if path.exists() else missing(path))
     with reading(f"{path}: cannot be read"):
         refuse_pointer(path)
         if path.stat().st_size == 0:  # which cannot be mapped
@@ -182,63 +166,42 @@ def map_file(path: Path) -> np.ndarray:
 class TokenFile:
     """The sentences of one PREFIX.idx and PREFIX.bin as a flat run of tokens, memory-mapped.
 
-    `sizes`, int32 (N,), is a view of the index: the number of tokens in each sentence; `tokens` is
-    their sum. Every field of the index is checked against the sizes of both files, so no later read
-    can leave them. Raises InputError.
+    `items` are the tokens in the file's own integer type. `sizes`, int32 (N,), is a view of the
+    index: the number of tokens in each sentence; `tokens` is their sum. Every field of the index is
+    checked against the sizes of both files, so no later read can leave them. Raises InputError.
     """
 
     def __init__(self, prefix):
-        # the sizes and offsets are views of the index, the tokens one of the .bin
         idx = Path(f"{prefix}.idx")
         raw = map_file(idx)
         items = map_file(Path(f"{prefix}.bin"))
-        dtype, count = self._read_header(idx, raw)
+        head = raw[:HEADER].tobytes()
+        # fairseq's older formats and Megatron's variant of this one end here
+        if not head.startswith(MAGIC):
+            raise InputError(f"{idx}: not an mmap index (wrong magic); {REBUILD}")
+        version, code, count = (int.from_bytes(head[a:b], "little") for a, b in FIELDS)
+        # after the header an int32 and an int64 for each sentence
+        if version != 1 or code not in DTYPES or len(raw) != HEADER + 12 * count:
+            what = f"version {version}, dtype code {code}, {count} sentences in {len(raw)} bytes"
+            expected = "expected version 1, integers, 12 bytes a sentence"
+            raise InputError(f"{idx}: {what}; {expected}; {REBUILD}")
+        dtype = np.dtype(DTYPES[code]).newbyteorder("<")
+        self.items = items[: len(items) // dtype.itemsize * dtype.itemsize].view(dtype)
         self.sizes = raw[HEADER : HEADER + 4 * count].view("<i4")
         offsets = raw[HEADER + 4 * count :].view("<i8")
-        self._items = items[: len(items) // dtype.itemsize * dtype.itemsize].view(dtype)
         self.tokens = 0
         for part in pieces(count):
             # the sentences must lie back to back, in order, within the .bin
             size = self.sizes[part].astype(np.int64)
             start = self.tokens + np.cumsum(size) - size
-            moved = offsets[part] != start * dtype.itemsize
-            wrong = moved | (size < 0) | (start + size > len(self._items))
+            wrong = (offsets[part] != start * dtype.itemsize) | (size < 0)
+            wrong |= start + size > len(self.items)
             if wrong.any():
                 i = int(wrong.argmax())
                 where = f"sentence {part.start + i} has {size[i]} tokens at byte {offsets[part][i]}"
-                why = "not right after the sentence before it"
-                if not moved[i]:
-                    why = f"outside the .bin ({len(items)} bytes): one of the two files is cut"
-                raise InputError(f"{idx}: {where}, {why}; {REBUILD}")
+                right = f"expected byte {start[i] * dtype.itemsize} of a .bin of {len(items)} bytes"
+                raise InputError(f"{idx}: {where}; {right}; {REBUILD}")
             self.tokens += int(size.sum())
-
-    @staticmethod
-    def _read_header(idx: Path, raw: np.ndarray) -> tuple[np.dtype, int]:
-        """The type of the tokens and the number of sentences; checks the length of the index."""
-        head = raw[:HEADER].tobytes()
-        version = int.from_bytes(head[9:17], "little")
-        code = head[17] if len(head) == HEADER else 0
-        count = int.from_bytes(head[18:26], "little")
-        expected = HEADER + 12 * count  # an int32 and an int64 for each sentence
-        wrong = ""
-        # fairseq's older formats and Megatron's variant of this one end here, too
-        if not head.startswith(MAGIC):
-            wrong = "not an mmap index (wrong magic)"
-        elif len(head) < HEADER:
-            wrong = f"cut off after {len(head)} bytes"
-        elif version != 1:
-            wrong = f"version {version}, expected 1"
-        elif code not in DTYPES:
-            wrong = f"dtype code {code}, expected an integer type"
-        elif len(raw) != expected:
-            wrong = f"{len(raw)} bytes, but {count} sentences need {expected}"
-        if wrong:
-            raise InputError(f"{idx}: {wrong}; {REBUILD}")
-        return np.dtype(DTYPES[code]).newbyteorder("<"), count
-
-    def take(self, places: np.ndarray) -> np.ndarray:
-        """The tokens at these places of the run, in the file's own integer type."""
-        return self._items[places]
 
 
 class TokenStream:
@@ -276,13 +239,13 @@ class TokenStream:
         int64 if there are several files.
         """
         if len(self._files) == 1:
-            return self._files[0].take(places)
+            return self._files[0].items[places]
         # each place belongs to the first file that ends after it
         tokens = np.empty(len(places), np.int64)
         file_of = np.searchsorted(self._file_ends, places, side="right")
         for i, file in enumerate(self._files):
             mine = file_of == i
-            tokens[mine] = file.take(places[mine] - (self._file_ends[i] - file.tokens))
+            tokens[mine] = file.items[places[mine] - (self._file_ends[i] - file.tokens)]
         return tokens
 
     def read(self, start: int, end: int) -> np.ndarray:
@@ -298,9 +261,6 @@ class TokenStream:
             digest.update(self.read(start, min(start + 1024, self.tokens)))
         return digest.hexdigest()
 
-    def sentence_at(self, position: int) -> int:
-        return int(np.searchsorted(self.starts, position, side="right")) - 1
-
     def check_tokens(self, tokens: np.ndarray, places: np.ndarray, dictionary: Dictionary):
         """Raise InputError, naming the sentence, for a token that training cannot take.
 
@@ -311,7 +271,8 @@ class TokenStream:
             return
         i = int(wrong.argmax())
         token = int(tokens[i])
-        where = f"{self.folder / self.split}: sentence {self.sentence_at(int(places[i]))}"
+        sentence = np.searchsorted(self.starts, places[i], side="right") - 1
+        where = f"{self.folder / self.split}: sentence {sentence}"
         if token == dictionary.mask_id:
             raise InputError(f"{where} holds <mask> (id {token}); remove it from the text")
         symbols = f"dict.txt has {len(dictionary)} symbols"
@@ -345,44 +306,36 @@ def write_parts(prefix, chunks, dtype: np.dtype) -> tuple[int, int]:
     """Write chunks to PREFIX.bin.tmp and PREFIX.idx.tmp, byte for byte as fairseq's mmap writer.
 
     A chunk is (the tokens of some sentences as bytes of `dtype`, the sentences' sizes). Returns
-    (sentences, tokens). Memory does not grow with their number. `publish` renames the files.
+    (sentences, tokens). Memory: 4 bytes a sentence. `publish` renames the files.
     """
-    codes = {np.dtype(kind): code for code, kind in DTYPES.items()}
-    count = tokens = 0
-    with open(f"{prefix}.bin.tmp", "wb") as bin_, open(f"{prefix}.idx.tmp", "w+b") as idx:
-        idx.write(bytes(HEADER))
-        for blob, sizes in chunks:
+    code = next(code for code, kind in DTYPES.items() if kind == dtype)
+    sizes = [np.zeros(0, "<i4")]
+    tokens = 0
+    with open(f"{prefix}.bin.tmp", "wb") as bin_, open(f"{prefix}.idx.tmp", "wb") as idx:
+        for blob, lengths in chunks:
             bin_.write(blob)
-            idx.write(np.asarray(sizes, "<i4").tobytes())
-            count += len(sizes)
-        # where each sentence begins, from the sizes just written
-        for part in pieces(count):
-            idx.seek(HEADER + 4 * part.start)
-            sizes = np.frombuffer(idx.read(4 * (min(part.stop, count) - part.start)), "<i4")
-            ends = tokens + np.cumsum(sizes, dtype=np.int64)
-            idx.seek(0, os.SEEK_END)
-            idx.write(((ends - sizes) * dtype.itemsize).astype("<i8").tobytes())
+            sizes.append(np.asarray(lengths, "<i4"))
+        sizes = np.concatenate(sizes)
+        idx.write(MAGIC + (1).to_bytes(8, "little") + bytes([code]))
+        idx.write(len(sizes).to_bytes(8, "little"))
+        idx.write(sizes)
+        # then where each sentence begins
+        for part in pieces(len(sizes)):
+            ends = tokens + np.cumsum(sizes[part], dtype=np.int64)
+            idx.write(((ends - sizes[part]) * dtype.itemsize).astype("<i8"))
             tokens = int(ends[-1])
-        # the header last: without it a half-written index is refused
-        idx.seek(0)
-        idx.write(MAGIC + (1).to_bytes(8, "little") + bytes([codes[np.dtype(dtype)]]))
-        idx.write(count.to_bytes(8, "little"))
         for file in (bin_, idx):
             file.flush()
             os.fsync(file.fileno())
-    return count, tokens
+    return len(sizes), tokens
 
 
-def publish(paths: list):
-    """Rename each PATH.tmp to PATH.
-
-    The last path marks the set as complete: its old version is deleted first, its new one renamed
-    last.
-    """
-    Path(paths[-1]).unlink(missing_ok=True)
-    for path in paths:
-        os.replace(f"{path}.tmp", path)
-    folder = os.open(Path(paths[-1]).parent, os.O_RDONLY)
+def publish(prefix):
+    """Rename PREFIX.bin.tmp and PREFIX.idx.tmp: once there is an index, its .bin is there, too."""
+    Path(f"{prefix}.idx").unlink(missing_ok=True)
+    for kind in ("bin", "idx"):
+        os.replace(f"{prefix}.{kind}.tmp", f"{prefix}.{kind}")
+    folder = os.open(Path(prefix).parent, os.O_RDONLY)
     os.fsync(folder)  # so that the names outlive a power cut, too
     os.close(folder)
 
@@ -396,5 +349,5 @@ def write_dataset(prefix, sentences, vocabulary_size: int) -> tuple[int, int]:
     dtype = token_type(vocabulary_size)
     chunks = ((np.asarray(sentence, dtype).tobytes(), [len(sentence)]) for sentence in sentences)
     counts = write_parts(prefix, chunks, dtype)
-    publish([f"{prefix}.bin", f"{prefix}.idx"])
+    publish(prefix)
     return counts

@@ -3,10 +3,8 @@
 It is the work of `python data.py --make_demo DIR`.
 """
 
-import filecmp
 import itertools
 import re
-import tempfile
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -24,27 +22,20 @@ def make_demo(folder):
 
     train, valid and test share no topic. The dictionary holds the most frequent words of train,
     padded to a multiple of 8 as fairseq-preprocess does. The same Python version writes the same
-    bytes. Raises InputError if the folder holds anything else: it may be someone's dataset.
+    bytes. Raises InputError if the folder holds anything: it may be someone's dataset.
     """
     if not str(folder):
         raise InputError("--make_demo needs a folder")
     folder = Path(folder)
     with reading(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as part:
-        try:
-            lines = _write_demo(Path(part))
-        except OSError as e:  # a full disk, of which Python names no file
-            e.filename = str(folder)
-            raise
-        for path in folder.iterdir():
-            ours = Path(part) / path.name
-            if not ours.exists() or not filecmp.cmp(path, ours, shallow=False):
-                what = f"{path.name} in it is not this demo's; choose a new folder"
-                raise InputError(f"--make_demo {folder}: {what}")
-        # train.idx marks the set as complete, so it is the last
-        for path in sorted(Path(part).iterdir(), key=lambda path: path.name == "train.idx"):
-            path.replace(folder / path.name)
+    if any(folder.iterdir()):
+        raise InputError(f"--make_demo {folder}: is not empty; choose a new folder")
+    try:
+        lines = _write_demo(folder)
+    except OSError as e:  # a full disk, of which Python names no file
+        e.filename = str(folder)
+        raise
     for line in lines:
         print(printable(f"{folder}/{line}"))
 
@@ -52,6 +43,7 @@ def make_demo(folder):
 def _write_demo(folder: Path) -> list[str]:
     """The files of `make_demo`; returns a line about each split."""
     names = sorted(topics)
+    # train marks the set as complete, so it is the last
     splits = {"valid": names[3::8], "test": names[7::8]}
     splits["train"] = [name for i, name in enumerate(names) if i % 8 not in (3, 7)]
     # sentences of each document, as lists of words

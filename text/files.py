@@ -5,9 +5,12 @@ ARCHIVE.zip:MEMBER. A damaged, encrypted or unusual file is an InputError of one
 """
 
 import bz2
+import codecs
 import contextlib
 import functools
 import gzip
+import io
+import itertools
 import json
 import lzma
 import re
@@ -63,6 +66,12 @@ def visible(text: str) -> str:
     return text
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text; only "\\n" ends one."""
+    lines = text.split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 def format_of(beginning: bytes) -> str | None:
     """The suffix of files that begin so; None for a text."""
     for suffix, pattern in FORMATS.items():
@@ -72,20 +81,6 @@ def format_of(beginning: bytes) -> str | None:
         tarfile.TarInfo.frombuf(beginning[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
         return ".tar"
     return None
-
-
-def look_at(text: str, name: str, is_first: bool):
-    """Note what may not be meant to be text. is_first: whether the file begins with it."""
-    if "\0" in text:
-        note(f"{name}: holds NUL characters, as files in UTF-16 do, and files that are no text")
-    if any(mark in text for mark in MARKS) and TYPED.search(text):
-        how = "leave it out: every line gets its </s>, and every block its <s>, by itself"
-        note(f"{name}: holds {' or '.join(MARKS)} as a word; {how}")
-    if is_first:
-        lines = [line for line in text.split("\n", LOOK)[:LOOK] if line.strip()]
-        if len(json_objects(lines)) > 0.9 * len(lines):
-            what = "are JSON objects, so keys and braces become text, too"
-            note(f"{name}: its lines {what}; write the texts alone into a file")
 
 
 def locate(name: str) -> Source:
@@ -130,54 +125,62 @@ def open_file(name: str):
         yield file, raw
 
 
-def whole_lines(name: str, advance):
-    """Yield the bytes of a file in pieces of about CHUNK that end where a line ends."""
-    rest = b""  # of a line whose end has not been read yet
-    with reading(f"{name}: cannot be read"), open_file(name) as (file, raw):
-        at = raw.tell()
-        block = file.read(CHUNK)
-        if kind := format_of(block):
-            raise InputError(f"{name}: a {kind} file, not a text; take the text out of it first")
-        while block:
-            advance(raw.tell() - at)
-            at = raw.tell()
-            rest += block
-            # a last \r may be half of a \r\n
-            end = 1 + max(rest.rfind(b"\n"), rest.rfind(b"\r", 0, -1))
-            if end:
-                yield rest[:end]
-                rest = rest[end:]
-            if len(rest) > LONGEST:
-                raise InputError(f"{name}: a line of over {LONGEST >> 20} MiB; not a text")
-            block = file.read(CHUNK)
-    if rest:
-        yield rest
-
-
 def read_chunks(name: str, advance=lambda n: None):
-    """The text of a file in pieces of whole lines.
+    """The text of a file in pieces of about CHUNK bytes that end where a line ends.
 
     "\\n", "\\r" and "\\r\\n" end a line, as in Python's text files, and become "\\n". `advance` is
     called with each number of bytes read from the disk. Raises InputError if the file cannot be
     read, or, with the number of the line, if it is not UTF-8.
     """
-    line = 1
-    for number, chunk in enumerate(whole_lines(name, advance)):
-        if b"\r" in chunk:  # rare, and looking for it is fast
-            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        try:
-            text = chunk.decode("utf-8")
-        except UnicodeDecodeError as e:
-            line += chunk.count(b"\n", 0, e.start)
-            advice = "convert the file first, as iconv does"
-            raise InputError(f"{name}, line {line}: not UTF-8 ({e.reason}); {advice}") from None
-        line += chunk.count(b"\n")
-        seen = visible(text)
-        if len(seen) < len(text):
-            what = "byte order marks are left out, and lines of characters without width are empty"
-            note(f"{name}: {what}")
-        look_at(seen, name, number == 0)
-        yield seen
+    utf8 = codecs.getincrementaldecoder("utf-8")()
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    rest = ""  # of a line whose end has not been read yet
+    lines = 0  # before it
+    with reading(f"{name}: cannot be read"), open_file(name) as (file, raw):
+        if kind := format_of(file.read(tarfile.BLOCKSIZE)):
+            raise InputError(f"{name}: a {kind} file, not a text; take the text out of it first")
+        file.seek(0)
+        at = raw.tell()
+        blocks = iter(lambda: file.read(CHUNK), b"")
+        for block in itertools.chain(blocks, [b""]):
+            advance(raw.tell() - at)
+            at = raw.tell()
+            try:
+                text = rest + decoder.decode(block, final=not block)
+            except UnicodeDecodeError as e:
+                line = lines + len((e.object[: e.start] + b".").splitlines())
+                advice = "convert the file first, as iconv does"
+                raise InputError(f"{name}, line {line}: not UTF-8 ({e.reason}); {advice}") from None
+            # at the end of the file a line needs no "\n"
+            end = text.rfind("\n") + 1 if block else len(text)
+            rest = text[end:]
+            if len(rest) > LONGEST:
+                raise InputError(f"{name}: a line of over {LONGEST >> 20} MiB; not a text")
+            if end:
+                yield seen(text[:end], name, lines == 0)
+            lines += text.count("\n")
+
+
+def seen(text: str, name: str, is_first: bool) -> str:
+    """`visible` of a piece of a file, with notes on what may not be meant to be text.
+
+    is_first: whether the file begins with it.
+    """
+    text, before = visible(text), len(text)
+    if len(text) < before:
+        what = "byte order marks are left out, and lines of characters without width are empty"
+        note(f"{name}: {what}")
+    if "\0" in text:
+        note(f"{name}: holds NUL characters, as files in UTF-16 do, and files that are no text")
+    if any(mark in text for mark in MARKS) and TYPED.search(text):
+        how = "leave it out: every line gets its </s>, and every block its <s>, by itself"
+        note(f"{name}: holds {' or '.join(MARKS)} as a word; {how}")
+    if is_first:
+        lines = [line for line in text.split("\n", LOOK)[:LOOK] if line.strip()]
+        if len(json_objects(lines)) > 0.9 * len(lines):
+            what = "are JSON objects, so keys and braces become text, too"
+            note(f"{name}: its lines {what}; write the texts alone into a file")
+    return text
 
 
 def read_all(names: list[str], label: str):

@@ -16,13 +16,12 @@ from pathlib import Path
 
 from config import InputError, read_text, reading
 from text.binarized import EOS, UNK, Dictionary, token_type
-from text.files import disk_size, note, read_all, visible
+from text.files import disk_size, lines_of, read_all, visible
 
 import numpy as np
 
 BPE_FILES = ("encoder.json", "vocab.bpe")
 TEXT_FILES = ("dict.txt", *BPE_FILES)
-SPECIAL_TOKEN = re.compile(r"<.*>|\[.*\]", re.S)  # such as <|endoftext|>, which no merge makes
 # GPT-2's pattern always cuts before a space between two characters that are not white space, and
 # looks at nothing beyond that space. So the pieces can be encoded, and remembered, one by one.
 CUT = re.compile(r"(?<=\S)(?= \S)")
@@ -38,12 +37,6 @@ def warn_of_unknown(unknown: int, tokens: int) -> float:
         what = "the model does not know this text"
         print(f"warning: {share:.0%} of the tokens are <unk>: {what}", file=sys.stderr)
     return share
-
-
-def lines_of(chunk: str) -> list[str]:
-    """The lines of a piece of text; only "\\n" ends one."""
-    lines = chunk.split("\n")
-    return lines if lines[-1] else lines[:-1]
 
 
 # --------------------------------------------------------------------------------------- BPE files
@@ -71,15 +64,11 @@ def byte_level(bpe_model=None):
 
 def read_bpe_files(encoder_json, vocab_bpe) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """GPT-2's two files: {token: id} and the merges. Raises InputError if they do not agree."""
-    with reading(f"{encoder_json}: not JSON"):
+    with reading(f"{encoder_json}: not GPT-2's encoder.json, an object of tokens and their ids"):
         vocab = json.loads(read_text(encoder_json))
         json.dumps(vocab, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    expected = "expected GPT-2's encoder.json, an object of tokens and their ids"
-    if not isinstance(vocab, dict):
-        raise InputError(f"{encoder_json}: {expected}")
-    for number in vocab.values():
-        if type(number) is not int or not 0 <= number < 1 << 24:
-            raise InputError(f"{encoder_json}: {expected}")
+        if not all(type(number) is int and 0 <= number < 1 << 24 for number in vocab.values()):
+            raise ValueError("an id is no number, or too large")
     rows = read_text(vocab_bpe).split("\n")
     if rows[0].startswith("#version"):
         rows = rows[1:]
@@ -103,18 +92,16 @@ def read_bpe(encoder_json, vocab_bpe):
         what = f"{len(missing)} of the 256 single bytes have no token; not a byte-level BPE"
         raise InputError(f"{encoder_json}: {what}")
     bpe = byte_level(tokenizers.models.BPE(vocab, merges))
+    # special tokens, such as <|endoftext|>, are cut before any merge; all others need a merge
     unmade = vocab.keys() - {"".join(merge) for merge in merges} - alphabet
-    unmade = sorted(token for token in unmade if not SPECIAL_TOKEN.fullmatch(token))
     cut = bpe.pre_tokenizer.pre_tokenize_str
-    words = [token for token in unmade if len(cut(bpe.decoder.decode([token]))) < 2]
+    words = sorted(token for token in unmade if len(cut(bpe.decoder.decode([token]))) < 2)
     if words:
         raise InputError(
             f"{vocab_bpe} has no merge for {len(words)} tokens of {encoder_json}, such as"
             f" {words[0]!r}: take it out if it is a special token, which no text becomes; else one"
             " of the files is cut, or they do not belong together"
         )
-    for token in unmade:  # the others are cut before any merge
-        note(f"{encoder_json}: {token!r} is a special token, which no text becomes")
     return bpe
 
 
@@ -242,6 +229,12 @@ class Tokenizer:
         return Counter({str(i): int(counts[i]) for i in np.flatnonzero(counts).tolist()})
 
 
+def tokenizer_of(dictionary: Dictionary, bpe) -> Tokenizer:
+    """The tokenizer of a dataset: a text may hold any symbol but <mask>."""
+    ids = {symbol: i for symbol, i in dictionary.ids.items() if i != dictionary.mask_id}
+    return Tokenizer(ids, token_type(dictionary.rows), bpe)
+
+
 # ---------------------------------------------------------------------------- the files of a folder
 
 
@@ -282,9 +275,4 @@ def load_tokenizer(folder, dictionary: Dictionary, encoder_json=None, vocab_bpe=
             f"{folder}: its dict.txt holds the ids of a BPE, but encoder.json and vocab.bpe are not"
             " beside it; put them there, or name them (--encoder_json F --vocab_bpe F)"
         )
-    return Tokenizer(text_ids(dictionary), token_type(dictionary.rows), bpe)
-
-
-def text_ids(dictionary: Dictionary) -> dict:
-    """{symbol: id} of the symbols that a text may hold: all but <mask>."""
-    return {symbol: i for symbol, i in dictionary.ids.items() if i != dictionary.mask_id}
+    return tokenizer_of(dictionary, bpe)
