@@ -23,6 +23,7 @@ from text.tokens import load_tokenizer
 import numpy as np
 
 FIRST_BLOCK = 600  # characters of it that are printed
+MANY_UNKNOWN = 0.05  # share of <unk> above which a warning is due
 
 
 def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int) -> dict:
@@ -32,7 +33,7 @@ def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int)
     # what the blocks are, and what is lost
     too_long, remainder = dataset.dropped_tokens()
     lengths = dataset.lengths
-    quantiles = np.quantile(lengths, [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1]) if len(lengths) else []
+    quantiles = np.quantile(lengths, [0, 0.1, 0.25, 0.5, 0.75, 0.9, 1])
     # a document begins at a sentence that is no separator and comes first or after a separator
     separators = stream.sizes == 1
     begins = ~separators & np.concatenate([[True], separators])[:-1]
@@ -46,7 +47,7 @@ def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int)
         dictionary_size=len(corpus.dictionary),
         mask_id=corpus.dictionary.mask_id,
         blocks=len(lengths),
-        block_length_quantiles=[float(q) for q in quantiles],
+        block_length_quantiles=quantiles.tolist(),
         blocks_too_long=len(dataset.too_long),
         blocks_in_remainder=len(dataset.remainder),
         tokens_too_long=too_long,
@@ -131,15 +132,13 @@ def shared_text(folder: Path) -> str:
 def warnings(facts: dict, dataset: BlockDataset) -> list[str]:
     """What should be looked at before training."""
     rows = notes(dataset)
-    unknown = 100 * facts["unknown"] / max(1, facts["tokens"])
+    unknown = facts["unknown"] / max(1, facts["tokens"])
     if facts["dropped_percent"] > 1:
         rows.append(f"{facts['dropped_percent']:.1f}% of the tokens are never seen")
-    if unknown > 5:
-        advice = "with --bpe train there would be none"
-        rows.append(f"{unknown:.0f}% of the tokens are <unk>; {advice}")
+    if unknown > MANY_UNKNOWN:
+        rows.append(f"{unknown:.0%} of the tokens are <unk>; with --bpe train there would be none")
     if shared := shared_text(dataset.stream.folder):
-        advice = "a figure on valid then says little of new text"
-        rows.append(f"train and valid share {shared}; {advice}")
+        rows.append(f"train and valid share {shared}; figures on valid say little of new text")
     return rows
 
 
@@ -151,25 +150,24 @@ def first_block(dataset: BlockDataset) -> str:
         text = load_tokenizer(dataset.stream.folder, dictionary).decode(tokens, dictionary)
     except InputError as e:
         text = f"({e}) {dictionary.decode(tokens)}"
-    if len(text) > FIRST_BLOCK:
-        text = text[:FIRST_BLOCK] + " ..."
-    return printable(text)
+    return printable(text if len(text) <= FIRST_BLOCK else f"{text[:FIRST_BLOCK]} ...")
 
 
 def print_description(facts: dict, dataset: BlockDataset):
     def lost(why: str) -> str:
         tokens = facts[f"tokens_{why}"]
-        percent = 100 * tokens / max(1, facts["tokens"])
-        return f"{tokens:,} tokens ({percent:.2f}%) in {facts[f'blocks_{why}']:,} blocks"
+        return f"{tokens:,} tokens ({share(tokens):.2f}%) in {facts[f'blocks_{why}']:,} blocks"
+
+    def share(tokens: int) -> float:
+        return 100 * tokens / max(1, facts["tokens"])
 
     # each row is a name and a text; the figures are those of --json
-    unknown = 100 * facts["unknown"] / max(1, facts["tokens"])
     quantiles = " ".join(f"{q:.0f}" for q in facts["block_length_quantiles"])
     batches = f"{facts['batches']:,} batches, {facts['empty_batches']} empty"
     used = f"{facts['sentences_used']:,} blocks, {facts['tokens_used']:,} tokens with <s>"
     rows = {
         "sentences": f"{facts['sentences']:,} in {facts['documents']:,} documents",
-        "tokens": f"{facts['tokens']:,}, {unknown:.1f}% <unk>",
+        "tokens": f"{facts['tokens']:,}, {share(facts['unknown']):.1f}% <unk>",
         "dictionary": f"{facts['dictionary_size']:,} symbols, <mask> is {facts['mask_id']}",
         "blocks": f"{facts['blocks']:,}",
         "block length": f"min 10% 25% 50% 75% 90% max: {quantiles}",
@@ -178,7 +176,7 @@ def print_description(facts: dict, dataset: BlockDataset):
         f"epoch {facts['epoch']}": f"{batches}; {used}",
         "padding": f"{facts['padding_percent']:.2f}%",
         "masked": f"{facts['masked_percent']:.2f}% ({facts['masked']:,} tokens)",
-        "first block": first_block(dataset) if facts["blocks"] else "",
+        "first block": first_block(dataset),
     }
     for name, text in rows.items():
         print(f"{name:16} {text}")
