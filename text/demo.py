@@ -3,14 +3,14 @@
 It is the work of `python data.py --make_demo DIR`.
 """
 
-import itertools
 import re
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
 
 from config import InputError, printable, reading
-from text.binarized import EOS, SPECIAL, UNK, Dictionary, build_dictionary, write_dataset
+from text.binarized import SPECIAL, Dictionary, build_dictionary, write_dataset
+from text.tokens import tokenizer_of
 
 SENTENCE_END = re.compile(r"\n\s*\n")
 WORD = re.compile(r"\w+|[^\w\s]+")
@@ -32,12 +32,12 @@ def make_demo(folder):
     if any(folder.iterdir()):
         raise InputError(f"--make_demo {folder}: is not empty; choose a new folder")
     try:
-        lines = _write_demo(folder)
+        rows = _write_demo(folder)
     except OSError as e:  # a full disk, of which Python names no file
         e.filename = str(folder)
         raise
-    for line in lines:
-        print(printable(f"{folder}/{line}"))
+    for row in rows:
+        print(printable(f"{folder}/{row}"))
 
 
 def _write_demo(folder: Path) -> list[str]:
@@ -46,26 +46,21 @@ def _write_demo(folder: Path) -> list[str]:
     # train marks the set as complete, so it is the last
     splits = {"valid": names[3::8], "test": names[7::8]}
     splits["train"] = [name for i, name in enumerate(names) if i % 8 not in (3, 7)]
-    # sentences of each document, as lists of words
-    documents = {}
-    for name in names:
-        paragraphs = SENTENCE_END.split(topics[name])
-        documents[name] = [WORD.findall(text) for text in paragraphs if text.strip()]
+    # each sentence is a line; an empty line ends a document
+    lines = {}
+    for split, members in splits.items():
+        lines[split] = []
+        for name in members:
+            paragraphs = [text for text in SENTENCE_END.split(topics[name]) if text.strip()]
+            lines[split] += [" ".join(WORD.findall(text)) for text in paragraphs] + [""]
 
-    counts = Counter()
-    for name in splits["train"]:
-        counts.update(itertools.chain.from_iterable(documents[name]))
-    text = build_dictionary(counts, WORDS + len(SPECIAL))
+    text = build_dictionary(Counter(" ".join(lines["train"]).split()), WORDS + len(SPECIAL))
     (folder / "dict.txt").write_text(text, encoding="utf-8")
     dictionary = Dictionary(folder / "dict.txt")
-    lines = []
+    tokenize = tokenizer_of(dictionary, None)
+    rows = []
     for split, members in splits.items():
-        sentences = []
-        for name in members:
-            for words in documents[name]:
-                sentences.append([dictionary.ids.get(word, UNK) for word in words] + [EOS])
-            sentences.append([EOS])  # ends the document
-        count, tokens = write_dataset(folder / split, sentences, dictionary.rows)
+        count, tokens = write_dataset(folder / split, tokenize(lines[split]), dictionary.rows)
         about = f"{count:,} sentences, {tokens:,} tokens, {len(members)} documents"
-        lines.append(f"{split}: {about}")
-    return lines
+        rows.append(f"{split}: {about}")
+    return rows
