@@ -82,13 +82,12 @@ def check_folder(dest: Path, settings: dict, texts: dict, given: dict[str, bytes
 
     A split's row in preprocess.log says from which texts and settings it was made.
     """
-    log = dest / "preprocess.log"
-    rows = {str(row.get("step")): row for row in files.json_rows(log)}
+    made_from = files.splits_made_from(dest)
     for split in SPLITS:
         path = dest / f"{split}.idx"
         if not path.exists():
             continue
-        old = rows.get(split, {}).get("made_from")
+        old = made_from.get(split)
         if not isinstance(old, dict):
             raise InputError(f"{path} was not made by preprocess.py; --overwrite replaces it")
         # a split that is not asked for must fit the settings, too
@@ -98,7 +97,7 @@ def check_folder(dest: Path, settings: dict, texts: dict, given: dict[str, bytes
                 values = f"{json.dumps(old.get(key))}, not {json.dumps(new.get(key))}"
                 raise InputError(f"{path} was made with {key} {values}; --overwrite makes it anew")
     # without a log of ours these may be someone's
-    for name in () if log.exists() else TEXT_FILES:
+    for name in () if (dest / "preprocess.log").exists() else TEXT_FILES:
         path = dest / name
         if path.exists() and read_text(path, newline="").encode() != given.get(name):
             raise InputError(f"{path} was not made by preprocess.py; --overwrite replaces it")
@@ -122,17 +121,19 @@ def write_split(prefix: Path, names: list[str], tokenizer: Tokenizer, workers: i
     """Write PREFIX.bin.tmp and PREFIX.idx.tmp; returns their row for preprocess.log."""
     began = time.perf_counter()
     split = prefix.name
-    empty = unknown = 0
+    unknown = 0
 
     def chunks():
-        nonlocal empty, unknown
+        nonlocal unknown
         for tokens, sizes, unk in tokenize("encode", tokenizer, names, split, workers):
-            empty += int((sizes == 1).sum())
             unknown += unk
             yield tokens, sizes
 
-    sentences, tokens = write_parts(prefix, chunks(), tokenizer.dtype)
-    if sentences == tokens:  # nothing but the </s> that ends each
+    sizes = write_parts(prefix, chunks(), tokenizer.dtype)
+    sentences = len(sizes)
+    tokens = int(sizes.sum())
+    empty = int((sizes == 1).sum())
+    if sentences == empty:
         raise InputError(f"--{split} {' '.join(names)}: no text in it")
     seconds = round(time.perf_counter() - began, 3)
     share = unknown / tokens

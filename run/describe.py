@@ -17,13 +17,12 @@ from data import BlockDataset, Corpus
 from run import flags
 from text.binarized import PAD, UNK, TokenStream
 from text.demo import make_demo
-from text.files import json_rows
+from text.files import splits_made_from
 from text.tokens import load_tokenizer
 
 import numpy as np
 
 FIRST_BLOCK = 600  # characters of it that are printed
-MANY_UNKNOWN = 0.05  # share of <unk> above which a warning is due
 
 
 def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int) -> dict:
@@ -95,20 +94,16 @@ def notes(dataset: BlockDataset) -> list[str]:
     cfg = dataset.cfg
     rows = []
     if dataset.limit < cfg.tokens_per_sample and cfg.long_sentences == "split":
-        rows.append(
-            f"--max_tokens {cfg.max_tokens} is below --tokens_per_sample {cfg.tokens_per_sample}:"
-            f" blocks are cut to {dataset.limit} tokens"
-        )
+        wanted = f"--tokens_per_sample {cfg.tokens_per_sample}"
+        rows.append(f"blocks are cut to --max_tokens {cfg.max_tokens}, which is below {wanted}")
     # empty lines may part paragraphs instead of documents
     median = np.median(dataset.lengths)
     separators = dataset.stream.sizes[:-1] == 1
     short = 4 * median < dataset.limit
     if cfg.sample_break_mode == "complete_doc" and short and separators.any():
-        rows.append(
-            f"half of the blocks have at most {median:.0f} of {dataset.limit} tokens, since no"
-            " block crosses an empty line; where empty lines part paragraphs,"
-            " --sample_break_mode complete joins them"
-        )
+        what = f"half of the blocks have at most {median:.0f} of {dataset.limit} tokens"
+        how = "--sample_break_mode complete joins paragraphs that empty lines part"
+        rows.append(f"{what}, since no block crosses an empty line; {how}")
     return rows
 
 
@@ -117,29 +112,16 @@ def shared_text(folder: Path) -> str:
 
     "" if nothing is known to be in both.
     """
-    steps = {str(row.get("step")): row for row in json_rows(folder / "preprocess.log")}
     # there may be no valid, and the log may have been edited
     with contextlib.suppress(InputError, KeyError, TypeError):
         # the same tokens, whoever made the dataset
         if TokenStream(folder, "train").digest() == TokenStream(folder, "valid").digest():
             return "everything"
         # the same file, by name, size and time
-        train, valid = (steps[split]["made_from"]["text"] for split in ("train", "valid"))
+        made_from = splits_made_from(folder)
+        train, valid = (made_from[split]["text"] for split in ("train", "valid"))
         return ", ".join(text["file"] for text in train if text in valid)
     return ""
-
-
-def warnings(facts: dict, dataset: BlockDataset) -> list[str]:
-    """What should be looked at before training."""
-    rows = notes(dataset)
-    unknown = facts["unknown"] / max(1, facts["tokens"])
-    if facts["dropped_percent"] > 1:
-        rows.append(f"{facts['dropped_percent']:.1f}% of the tokens are never seen")
-    if unknown > MANY_UNKNOWN:
-        rows.append(f"{unknown:.0%} of the tokens are <unk>; with --bpe train there would be none")
-    if shared := shared_text(dataset.stream.folder):
-        rows.append(f"train and valid share {shared}; figures on valid say little of new text")
-    return rows
 
 
 def first_block(dataset: BlockDataset) -> str:
@@ -154,12 +136,12 @@ def first_block(dataset: BlockDataset) -> str:
 
 
 def print_description(facts: dict, dataset: BlockDataset):
+    def share(tokens: int, digits: int) -> str:
+        return f"{100 * tokens / max(1, facts['tokens']):.{digits}f}%"
+
     def lost(why: str) -> str:
         tokens = facts[f"tokens_{why}"]
-        return f"{tokens:,} tokens ({share(tokens):.2f}%) in {facts[f'blocks_{why}']:,} blocks"
-
-    def share(tokens: int) -> float:
-        return 100 * tokens / max(1, facts["tokens"])
+        return f"{tokens:,} tokens ({share(tokens, 2)}) in {facts[f'blocks_{why}']:,} blocks"
 
     # each row is a name and a text; the figures are those of --json
     quantiles = " ".join(f"{q:.0f}" for q in facts["block_length_quantiles"])
@@ -167,7 +149,7 @@ def print_description(facts: dict, dataset: BlockDataset):
     used = f"{facts['sentences_used']:,} blocks, {facts['tokens_used']:,} tokens with <s>"
     rows = {
         "sentences": f"{facts['sentences']:,} in {facts['documents']:,} documents",
-        "tokens": f"{facts['tokens']:,}, {share(facts['unknown']):.1f}% <unk>",
+        "tokens": f"{facts['tokens']:,}, {share(facts['unknown'], 1)} <unk>",
         "dictionary": f"{facts['dictionary_size']:,} symbols, <mask> is {facts['mask_id']}",
         "blocks": f"{facts['blocks']:,}",
         "block length": f"min 10% 25% 50% 75% 90% max: {quantiles}",
@@ -212,6 +194,10 @@ def main(argv: list | None = None) -> int:
         return 0
     dataset = corpus.split(args.split, args.epoch)
     print_description(facts, dataset)
-    for text in warnings(facts, dataset):
+    warnings = notes(dataset)
+    if shared := shared_text(dataset.stream.folder):
+        advice = "figures on valid say little of new text"
+        warnings.append(f"train and valid share {shared}; {advice}")
+    for text in warnings:
         print(f"warning: {printable(text)}", file=sys.stderr)
     return 0

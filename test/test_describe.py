@@ -26,7 +26,7 @@ def test_why_blocks_are_short_is_said_here_and_by_a_run(tmp_path, corpus_dir, ca
     long, _ = make_dataset(tmp_path / "long", [[*range(4, 24), 2], [2]] * 50)
     for folder, flags, note in (
         (short, [], "half of the blocks have at most 5 of 32 tokens"),
-        (corpus_dir, ["--max_tokens", 20], "blocks are cut to 20 tokens"),
+        (corpus_dir, ["--max_tokens", 20], "blocks are cut to --max_tokens 20"),
         (short, ["--sample_break_mode", "complete"], ""),
         (long, [], ""),
     ):
@@ -38,18 +38,16 @@ def test_why_blocks_are_short_is_said_here_and_by_a_run(tmp_path, corpus_dir, ca
         (tmp_path / "run").rename(tmp_path / f"run{len(list(tmp_path.iterdir()))}")
 
 
-def test_unknown_words_and_text_that_train_and_valid_share_are_noticed(tmp_path, capsys):
+def test_text_that_train_and_valid_share_is_noticed(tmp_path, capsys):
     texts = small_corpus(tmp_path)
     train_text, valid_text = texts["train"], texts["valid"]
     preprocess_words(tmp_path / "good", **texts)
-    preprocess_words(tmp_path / "few", "--nwords", 20, **texts)
     preprocess_words(tmp_path / "both", train=train_text + valid_text, valid=valid_text)
     preprocess_words(tmp_path / "same", train=train_text, valid=train_text)
     (tmp_path / "same" / "preprocess.log").unlink()
     capsys.readouterr()
     for name, expected in (
         ("good", ""),
-        ("few", "% of the tokens are <unk>"),
         ("both", "train and valid share valid.txt;"),
         ("same", "train and valid share everything;"),
     ):
@@ -65,7 +63,7 @@ def test_unknown_words_and_text_that_train_and_valid_share_are_noticed(tmp_path,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--data_path FILE", "t.txt: a file, not a dataset's folder"),
+        ("--data_path FILE", "test_describe.py: a file, not a dataset's folder"),
         ("--data_path nowhere", "nowhere: no such folder"),
         ("", "--data_path is missing"),
         ("--data_path :", "names no folder"),
@@ -73,7 +71,6 @@ def test_unknown_words_and_text_that_train_and_valid_share_are_noticed(tmp_path,
         ("--data_path x --rank 1", "--rank from 0"),
     ],
 )
-def test_a_mistake_in_the_command_line_is_one_line(tmp_path, flags, message):
-    (tmp_path / "t.txt").write_text("text\n")
+def test_a_mistake_in_the_command_line_is_one_line(flags, message):
     with pytest.raises(InputError, match=message):
-        describe.main(flags.replace("FILE", str(tmp_path / "t.txt")).split())
+        describe.main(flags.replace("FILE", __file__).split())

@@ -220,6 +220,12 @@ def json_rows(path) -> list[dict]:
     return json_objects(read_text(path, "replace").splitlines())
 
 
+def splits_made_from(folder: Path) -> dict:
+    """{split: the texts and settings it was made from}, as preprocess.log says."""
+    rows = json_rows(folder / "preprocess.log")
+    return {str(row.get("step")): row.get("made_from") for row in rows}
+
+
 def disk_size(names: list[str]) -> int:
     """Bytes that the files take on the disk, packed as they are."""
     return sum(locate(name).size for name in names)
