@@ -64,68 +64,54 @@ def test_a_dictionary_takes_what_fairseq_takes_and_names_the_line_of_an_error(tm
             Dictionary(path)
 
 
-def folders_of_two_dictionaries(folder, saved):
-    """Datasets of the same words in two orders, each with a checkpoint that tells nothing of it."""
-    a, b, same = (make_dataset(folder / name)[0] for name in ("a", "b", "same"))
+def test_every_dict_txt_that_data_bring_must_be_the_one_that_is_used(tmp_path, saved):
+    """Each door: folders of a run, a checkpoint that does not tell its own, pairs of texts."""
+    # datasets of the same words in two orders
+    a, b, same = (make_dataset(tmp_path / name)[0] for name in ("a", "b", "same"))
     rows = (a / "dict.txt").read_text().splitlines()
     (same / "dict.txt").write_bytes("\r\n".join(rows).encode())  # as a's
-    rows[0], rows[1] = rows[1], rows[0]
-    (b / "dict.txt").write_text("\n".join(rows) + "\n")
-    shutil.copytree(a, folder / "none", ignore=lambda *_: ["dict.txt"])
+    (b / "dict.txt").write_text("\n".join([rows[1], rows[0], *rows[2:], ""]))
+    shutil.copytree(a, tmp_path / "none", ignore=lambda *_: ["dict.txt"])
     for part, source in (("input0", a), ("input1", b), ("label", a)):
-        shutil.copytree(source, folder / "pairs" / part)
-    bare = folder / "bare.pt"
-    call(convert.main, "--ckpt", saved / "checkpoint_last.pt", "--to", "fairseq", bare)
+        shutil.copytree(source, tmp_path / "pairs" / part)
+    # each with a checkpoint that tells nothing of it
+    last, bare = saved / "checkpoint_last.pt", tmp_path / "bare.pt"
+    call(convert.main, "--ckpt", last, "--to", "fairseq", bare)
     content = torch.load(bare)
     del content["extra_state"][fairseq_state.OURS]
     for path in (bare, a / "bare.pt", b / "bare.pt"):
         torch.save(content, path)
-    (folder / "text").write_text("w1 w2\n")
-    rows = ["text\tlabel", *["w1 w2\tx", "w3\ty"] * 4]
-    (folder / "t.tsv").write_text("\n".join(rows) + "\n")
-    return a, b
+    (tmp_path / "t.tsv").write_text("\n".join(["text\tlabel", *["w1 w2\tx", "w3\ty"] * 4, ""]))
 
-
-def test_every_dict_txt_that_data_bring_must_be_the_one_that_is_used(tmp_path, saved):
-    """Each door: folders of a run, a checkpoint that does not tell its own, pairs of texts."""
-    a, b = folders_of_two_dictionaries(tmp_path, saved)
-    bare, last = tmp_path / "bare.pt", saved / "checkpoint_last.pt"
     one = [*FEW, "--disable_validation", "--max_update", 1, "--save_dir", tmp_path / "r"]
-    same = f"{a}:{tmp_path / 'same'}:{tmp_path / 'none'}"
+    same = f"{a}:{same}:{tmp_path / 'none'}"
     tune = ["--device", "cpu", "--max_epoch", 1, "--save_dir", tmp_path / "tuned"]
     table = ["--train", tmp_path / "t.tsv", "--valid", tmp_path / "t.tsv", *tune]
     table += ["--text", "text", "--label", "label"]
     judge = ["--ckpt", b / "bare.pt", "--data_path", a, "--device", "cpu", *FEW[2:]]
-    vectors = ["--features", tmp_path / "text", "--out", tmp_path / "f.npy"]
-    for main, argv, names in (
-        (describe.main, ["--data_path", f"{a}:{b}"], "ba"),
-        (train.main, [*one, "--data_path", f"{a}:{tmp_path / 'none'}:{b}"], "ba"),
-        (train.main, [*one, "--data_path", a, "--init_from", b / "bare.pt"], "ab"),
-        (evaluation.main, judge, "ab"),
-        (evaluation.main, [*judge, "--probe"], "ab"),
-        (evaluation.main, [*judge, *vectors], "ab"),
-        (evaluation.main, ["--ckpt", last, "--data_path", f"{a}:{b}", *vectors], "ba"),
-        (convert.main, [*judge[:4], "--to", "hf", tmp_path / "hf"], "ab"),
-        (finetune.main, ["--ckpt", b / "bare.pt", "--dict", a / "dict.txt", *table], "ab"),
-        (finetune.main, ["--ckpt", last, "--dict", b / "dict.txt", *table], "b "),
-        (finetune.main, ["--ckpt", bare, "--data_path", tmp_path / "pairs", *tune], "10"),
-        (describe.main, ["--data_path", same], ""),
-        (train.main, [*one, "--data_path", same, "--init_from", a / "bare.pt"], ""),
-        (evaluation.main, ["--ckpt", a / "bare.pt", *judge[2:]], ""),
+    vectors = ["--features", tmp_path / "t.tsv", "--out", tmp_path / "f.npy"]
+    for main, argv, wrong, used in (
+        (describe.main, ["--data_path", f"{a}:{b}"], "b", "a"),
+        (train.main, [*one, "--data_path", f"{a}:{tmp_path / 'none'}:{b}"], "b", "a"),
+        (train.main, [*one, "--data_path", a, "--init_from", b / "bare.pt"], "a", "b"),
+        (evaluation.main, judge, "a", "b"),
+        (evaluation.main, [*judge, *vectors], "a", "b"),
+        (convert.main, [*judge[:4], "--to", "hf", tmp_path / "hf"], "a", "b"),
+        (finetune.main, ["--ckpt", b / "bare.pt", "--dict", a / "dict.txt", *table], "a", "b"),
+        (finetune.main, ["--ckpt", last, "--dict", b / "dict.txt", *table], "b", ""),
+        (finetune.main, ["--ckpt", bare, "--data_path", tmp_path / "pairs", *tune], "1", "0"),
     ):
-        if not names:
-            call(main, *argv)
-            continue
         with pytest.raises(InputError) as error:
             call(main, *argv)
-        text = str(error.value)
-        wrong, used = names
-        if used == " ":
-            assert "another dictionary" in text
-        else:
-            assert re.search(rf"{wrong}/dict.txt is not .*{used}/dict.txt: .*'w0'", text), text
-            assert f"--dict {re.search('is not (.*?): ', text)[1]}" in text
-        assert "\n" not in text
+        message = "another dictionary"
+        if used:
+            message = (
+                rf"{wrong}/dict.txt is not .*{used}/dict.txt: .*'w0'.* --dict .*{used}/dict.txt"
+            )
+        assert re.search(message, str(error.value)) and "\n" not in str(error.value)
+    call(describe.main, "--data_path", same)
+    call(train.main, *one, "--data_path", same, "--init_from", a / "bare.pt")
+    call(evaluation.main, "--ckpt", a / "bare.pt", *judge[2:])
 
 
 @pytest.mark.parametrize(

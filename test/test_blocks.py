@@ -77,17 +77,6 @@ def test_order_is_by_length_with_ties_by_the_legacy_permutation():
         assert np.array_equal(order_by_length(lengths, seed), np.lexsort((shuffled, lengths)))
 
 
-def test_an_epoch_holds_every_token_of_the_corpus_once(block_dataset):
-    dataset = block_dataset(long_sentences="split")
-    stream, rows = dataset.stream, []
-    for rank in range(3):
-        for i in np.concatenate(dataset.epoch_batches(2, rank, 3)).tolist():
-            rows += enumerate(dataset.read_block(i)[1:].tolist(), int(dataset.starts[i]))
-    flat = enumerate(stream.read(0, stream.tokens).tolist())
-    separators = {*stream.starts[:-1][stream.sizes == 1].tolist()}
-    assert sorted(rows) == [(i, token) for i, token in flat if i not in separators]
-
-
 def batches_by_walking(lengths, max_tokens, batch_size, multiple):
     """The rule for cutting batches, block by block. Also whether a tail became too large."""
     done, batch, tail, overflowed = [], [], [], False

@@ -19,23 +19,6 @@ import pytest
 SYMBOLS = SimpleNamespace(mask_id=9)  # all that a mask without random tokens needs to know
 
 
-def test_hashes_of_three_integers_match_python():
-    random = np.random.default_rng(0)
-    for first, second in [(0, 0), (2**32 - 1, 10**6), *random.integers(0, 2**20, (50, 2)).tolist()]:
-        thirds = np.concatenate([np.arange(20), random.integers(0, 2**61 - 1, 50)])
-        expected = [hash((first, second, third)) for third in thirds.tolist()]
-        assert masks.tuple_hashes(first, second, thirds).tolist() == expected
-
-
-def test_words_of_many_generators_match_numpy():
-    seeds = np.random.default_rng(1).integers(0, 10**6, 500)
-    for count in (1, 2, 7):
-        words = masks.random_words(seeds.astype(np.uint32), count)
-        for i, seed in enumerate(seeds.tolist()):
-            expected = np.random.default_rng(seed).bit_generator.random_raw(count)
-            assert np.array_equal(words[:, i], expected)
-
-
 # ----------------------------------------------------------------------------------------- masks
 
 
@@ -172,9 +155,8 @@ def test_batches_match_the_plain_loop(corpus_dir, teacher_input, options):
 def test_a_pad_symbol_in_the_text_counts_as_padding(tmp_path):
     folder, _ = make_dataset(tmp_path, [[1, 5, 6, 2], [2], [7, 8, 9, 2], [2]] * 8)
     dataset = dataset_of(folder, tokens_per_sample=8, max_tokens=16)
-    lists = dataset.epoch_batches(1)
-    batches = list(dataset.batches(lists, 1))
-    check_same_batches(batches, [plain_batch(dataset, ids, 1) for ids in lists])
+    batches = list(dataset.batches(dataset.epoch_batches(1), 1))
+    check_same_batches(batches, [plain_batch(dataset, batch.ids, 1) for batch in batches])
     assert {batch.target_padded for batch in batches} == {True, False}
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 
 from config import InputError, read_text, reading
@@ -133,20 +134,17 @@ def train_bpe(names: list[str], vocab_size: int, sample_mb: int) -> list[bytes]:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    errors = []
+    done = Future()
 
     def train():
         try:
-            bpe.train_from_iterator(sample, trainer, len(sample))
+            done.set_result(bpe.train_from_iterator(sample, trainer, len(sample)))
         except BaseException as e:
-            errors.append(e)
+            done.set_exception(e)
 
     # in a thread, since the trainer does not return to Python, where Ctrl-C is answered
-    thread = threading.Thread(target=train, daemon=True)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
+    threading.Thread(target=train, daemon=True).start()
+    done.result()
     with tempfile.TemporaryDirectory() as folder:
         _, merges = bpe.model.save(folder)
         merges = Path(merges).read_bytes()
