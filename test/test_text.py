@@ -14,21 +14,11 @@ import time
 import zipfile
 
 from config import InputError
-from test.helpers import (
-    GOLDEN,
-    GPT2,
-    RAW,
-    dataset_files,
-    golden,
-    preprocess_words,
-    run_preprocess,
-    sentences_of,
-)
+from test.helpers import GPT2, dataset_files, golden, preprocess_words, run_preprocess, sentences_of
 from text import files, tokens
 from text.binarized import BOS, EOS, UNK, Dictionary
 from text.tokens import BPE_FILES, find_text_files, load_tokenizer
 
-import numpy as np
 import pytest
 
 CHINESE = ["自监督学习 不需要 人工标注的数据。", "2022年，data2vec 统一了语音、图像和文本。", ""]
@@ -49,17 +39,6 @@ def test_words_encoded_one_by_one_give_the_tokens_of_the_whole_line(tokenizers):
         ids = tokenizer.bpe.encode(text, add_special_tokens=False).ids
         expected = [dictionary.ids[str(i)] for i in ids] + [EOS]
         assert tokenizer([line])[0].tolist() == expected, repr(line)
-
-
-@golden
-@pytest.mark.parametrize("name", ["bpe-bin", "words-bin"])
-def test_the_tokenizer_of_a_folder_gives_its_sentences(tokenizers, name):
-    lines = (RAW / "wiki.test.raw").read_text(encoding="utf-8").split("\n")[:-1]
-    folder = GOLDEN / "corpora" / name
-    bpe = [GPT2 / file for file in BPE_FILES] if name == "bpe-bin" else []
-    rows = load_tokenizer(folder, Dictionary(folder / "dict.txt"), *bpe)(lines)
-    assert all(row.dtype == np.int64 for row in rows)
-    assert [row.tolist() for row in rows] == sentences_of(folder, "test")
 
 
 def test_text_files_are_those_named_else_those_of_the_folder(tmp_path):

@@ -113,15 +113,14 @@ def open_file(name: str):
     """Open a file as (file of its plain bytes, file of its bytes on the disk)."""
     source = locate(name)
     refuse_pointer(source.path)
-    with contextlib.ExitStack() as stack:
-        file = raw = stack.enter_context(open(source.path, "rb"))
+    with open(source.path, "rb") as raw:
         kind = format_of(raw.read(tarfile.BLOCKSIZE)) or source.path.suffix.lower()
         raw.seek(0)
+        file = raw
         if source.member is not None:
-            archive = stack.enter_context(zipfile.ZipFile(raw))
-            file = stack.enter_context(archive.open(source.member))
+            file = zipfile.ZipFile(raw).open(source.member)
         elif kind in OPENERS:
-            file = stack.enter_context(OPENERS[kind](raw))
+            file = OPENERS[kind](raw)
         yield file, raw
 
 
@@ -189,8 +188,7 @@ def read_all(names: list[str], label: str):
     Between two files an empty line is added if there is none: a new file is a new document.
     """
     total = disk_size(names)
-    hidden = not sys.stderr.isatty()
-    with tqdm(desc=label, total=total, unit="B", unit_scale=True, disable=hidden) as bar:
+    with tqdm(desc=label, total=total, unit="B", unit_scale=True, disable=None) as bar:
         last = ""  # line of the file before
         for name in names:
             separator = "\n" if last.strip() else ""

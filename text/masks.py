@@ -35,11 +35,6 @@ def tuple_hashes(first: int, second: int, thirds: np.ndarray) -> np.ndarray:
     return (hashed + u64(3 ^ p5 ^ 3527539)).view(np.int64)
 
 
-def block_seeds(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
-    """mask_block's seed of each block: int(hash((seed, epoch, id)) % 1e6), uint32 (N,)."""
-    return np.remainder(tuple_hashes(seed, epoch, ids).astype(np.float64), 1e6).astype(u32)
-
-
 def _constants(value: int, factor: int, count: int) -> np.ndarray:
     """SeedSequence's constants: each is the one before times `factor`; (count + 1, 1)."""
     values = [value * pow(factor, i, 2**32) % 2**32 for i in range(count + 1)]
@@ -143,7 +138,9 @@ def hide_blocks(
     ends = np.cumsum(lengths)
     expected = cfg.mask_prob * lengths / cfg.mask_multiple_length  # (N,)
     draws = int(expected.max()) + 2  # at most
-    words = random_words(block_seeds(cfg.seed, epoch, ids), 1 + (draws + 1) // 2)
+    # mask_block's seed of each block: int(hash((seed, epoch, id)) % 1e6)
+    seeds = np.remainder(tuple_hashes(cfg.seed, epoch, ids).astype(np.float64), 1e6).astype(u32)
+    words = random_words(seeds, 1 + (draws + 1) // 2)
     # how many spans: rng.random() rounds their expected number up or down
     counts = (expected + (words[0] >> u64(11)) * 2.0**-53).astype(np.int64)
     too_long = lengths > FLOYD_LIMIT
