@@ -58,6 +58,7 @@ def describe(corpus: Corpus, split: str, epoch: int, rank: int, world_size: int)
 
 def describe_batches(dataset: BlockDataset, lists: list[np.ndarray], epoch: int) -> dict:
     """Counts of one epoch's batches, and sha256 digests of what is in them."""
+    # docs/golden.md has the same digests of fairseq's batches
     digests = {name: hashlib.sha256() for name in ("source", "target", "ids")}
     tokens_used = masked = places = 0
     for ids in lists:
@@ -187,7 +188,7 @@ def main(argv: list | None = None) -> int:
         make_demo(args.make_demo)
         return 0
 
-    corpus = Corpus(cfg)
+    corpus = Corpus(cfg)  # the same that a run makes
     facts = describe(corpus, args.split, args.epoch, args.rank, args.world_size)
     if args.json:
         print(json.dumps(facts))

@@ -226,7 +226,7 @@ class TokenStream:
             self.sizes = np.concatenate([file.sizes for file in self._files])
         self._file_ends = np.cumsum([file.tokens for file in self._files])
         self.tokens = int(self._file_ends[-1])
-        self._counts = None
+        self._counts = None  # of each token id, once they are asked for
 
     @functools.cached_property
     def starts(self) -> np.ndarray:
@@ -324,7 +324,7 @@ def write_parts(prefix, chunks, dtype: np.dtype) -> np.ndarray:
             ends = at + np.cumsum(sizes[part], dtype=np.int64)
             idx.write(((ends - sizes[part]) * dtype.itemsize).astype("<i8"))
             at = ends[-1]
-        for file in (bin_, idx):
+        for file in (bin_, idx):  # whole on the disk before they get their names
             file.flush()
             os.fsync(file.fileno())
     return sizes

@@ -29,7 +29,7 @@ def make_demo(folder):
     folder = Path(folder)
     with reading(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if any(folder.iterdir()):  # also what a killed run has left
         raise InputError(f"--make_demo {folder}: is not empty; choose a new folder")
     try:
         rows = _write_demo(folder)

@@ -116,7 +116,7 @@ def open_file(name: str):
     with open(source.path, "rb") as raw:
         kind = format_of(raw.read(tarfile.BLOCKSIZE)) or source.path.suffix.lower()
         raw.seek(0)
-        file = raw
+        file = raw  # a plain file
         if source.member is not None:
             file = zipfile.ZipFile(raw).open(source.member)
         elif kind in OPENERS:
@@ -141,7 +141,7 @@ def read_chunks(name: str, advance=lambda n: None):
         file.seek(0)
         at = raw.tell()
         blocks = iter(lambda: file.read(CHUNK), b"")
-        for block in itertools.chain(blocks, [b""]):
+        for block in itertools.chain(blocks, [b""]):  # the last one ends the text
             advance(raw.tell() - at)
             at = raw.tell()
             try:

@@ -130,11 +130,11 @@ def train_bpe(names: list[str], vocab_size: int, sample_mb: int) -> list[bytes]:
     print(f"training a BPE of {vocab_size:,} tokens on {sum(map(len, sample)):,} characters")
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=2,
+        min_frequency=2,  # a pair that occurs once is no part of the language
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    done = Future()
+    done = Future()  # brings an error of the trainer here
 
     def train():
         try:

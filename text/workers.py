@@ -18,7 +18,7 @@ _tokenizer = None  # a worker process has its own
 def _end_with_parent():
     """A parent that gets SIGKILL cannot end its workers."""
     parent_process().join()
-    os._exit(1)
+    os._exit(1)  # sys.exit would end this thread alone
 
 
 def _begin(*arguments):
@@ -45,7 +45,7 @@ def tokenize(method: str, tokenizer: Tokenizer, names: list[str], label: str, wo
     # not fork: threads of tokenizers may be running
     parts = (tokenizer.ids, tokenizer.dtype, tokenizer.bpe)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, parts)
-    ahead = deque()
+    ahead = deque()  # results to come, in order
     try:
         for chunk in chunks:
             ahead.append(pool.submit(_work, method, chunk))
@@ -67,7 +67,7 @@ def prefetch(iterable, depth: int, begin=None):
     generator is closed, or its consumer fails, the thread stops after the item it is working on.
     """
     items = iter(iterable)
-    end = object()
+    end = object()  # no item can be it
     maker = ThreadPoolExecutor(1, "prefetch", begin)
     try:
         ahead = deque(maker.submit(next, items, end) for _ in range(depth))
