@@ -120,14 +120,6 @@ def test_batches_follow_the_rule_walked_block_by_block():
     assert overflows >= 10  # so the rare branch is tested
 
 
-def test_batch_size_limits_a_batch_and_a_dropped_remainder_is_counted(block_dataset):
-    assert max(map(len, block_dataset(batch_size=8).epoch_batches(1))) == 8
-    whole, dropped = block_dataset(), block_dataset(drop_remainder=True)
-    lost = len(whole.order) - sum(map(len, dropped.epoch_batches(1)))
-    assert lost == len(dropped.remainder)
-    assert sum(map(len, whole.epoch_batches(1))) == len(whole.order)
-
-
 def test_workers_share_an_epoch_and_one_with_too_few_batches_gets_an_empty_one(block_dataset):
     dataset = block_dataset()
     one = [ids.tolist() for ids in dataset.epoch_batches(4)]

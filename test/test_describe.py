@@ -18,7 +18,7 @@ def test_the_first_block_of_a_bpe_is_shown_as_text(tokenizers, tmp_path):
     printed = call(describe.main, "--data_path", tmp_path)
     assert "first block      <s>The first line.</s>第二行 of it</s>\n" in printed
     (tmp_path / "vocab.bpe").rename(tmp_path / "gone")
-    assert "first block      (no vocab.bpe in" in call(describe.main, "--data_path", tmp_path)
+    assert "first block      (no vocab.bpe," in call(describe.main, "--data_path", tmp_path)
 
 
 def test_why_blocks_are_short_is_said_here_and_by_a_run(tmp_path, corpus_dir, capsys):

@@ -53,7 +53,7 @@ def test_text_files_are_those_named_else_those_of_the_folder(tmp_path):
     with pytest.raises(InputError, match="holds the ids of a BPE"):
         load_tokenizer(tmp_path, dictionary)
     (tmp_path / "encoder.json").write_text("{}")
-    with pytest.raises(InputError, match="no vocab.bpe in"):
+    with pytest.raises(InputError, match="no vocab.bpe,"):
         load_tokenizer(tmp_path, dictionary)
 
 

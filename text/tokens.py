@@ -251,11 +251,9 @@ def find_text_files(folder, named: dict) -> dict[str, Path]:
                 raise InputError(f"{paths[name]}: no such file, for {name}")
         elif folder and (Path(folder) / name).is_file():
             paths[name] = Path(folder) / name
-    bpe = [name for name in BPE_FILES if name in paths]
-    if len(bpe) == 1:
-        (missing,) = {*BPE_FILES} - {*bpe}
-        place = f" in {folder}" if folder else ""
-        raise InputError(f"no {missing}{place}, which belongs to {paths[bpe[0]]}")
+    for name, other in (BPE_FILES, BPE_FILES[::-1]):
+        if name in paths and other not in paths:
+            raise InputError(f"no {other}, which belongs to {paths[name]}")
     return paths
 
 
