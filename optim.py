@@ -38,7 +38,8 @@ class Optimizer:
         if weights.decayed < len(weights.parameters):
             groups.append(dict(params=weights.parameters[weights.decayed :], weight_decay=0.0))
         rules = dict(betas=cfg.adam_betas, weight_decay=cfg.weight_decay)
-        self.adam = torch.optim.AdamW(groups, **rules, **device.adam_form)
+        # None: torch's choice, operators for lists of weights where a device has them
+        self.adam = torch.optim.AdamW(groups, **rules, fused=device.has_fused_adam or None)
         if device.world_size > 1:
             # what the workers sum: all gradients, each a view of this vector, and the loss
             self.sizes = [*(p.numel() for p in weights.parameters), 1]

@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 import resource
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -57,17 +57,9 @@ class Device:
         return getattr(torch, self.type)  # torch.npu, torch.cuda, torch.cpu
 
     @property
-    def is_first_generation(self) -> bool:
-        return self.type == "npu" and self.name in FIRST_GENERATION
-
-    @property
     def asking_is_free(self) -> bool:
         """Whether a tensor can be read without waiting for a device."""
         return self.type == "cpu"
-
-    @property
-    def has_cuda_profiler(self) -> bool:
-        return self.type == "cuda"
 
     @property
     def has_fused_adam(self) -> bool:
@@ -76,14 +68,6 @@ class Device:
         An NPU's ignores the loss scaler; the CPU's is from torch 2.4 on.
         """
         return self.type == "cuda" or (self.type == "cpu" and VERSION >= (2, 4))
-
-    @property
-    def adam_form(self) -> dict:
-        """Which form of torch's AdamW to make."""
-        if self.has_fused_adam:
-            return dict(fused=True)
-        # foreach: operators for lists of weights. torch has none for a CPU, torch_npu's need a card
-        return dict(foreach=False if self.type == "cpu" else None)
 
     @property
     def wants_long_vectors(self) -> bool:
@@ -103,7 +87,7 @@ class Device:
         # A chip that saturates has finite gradients even after an overflow: only a sticky hardware
         # flag tells. torch_npu's own scaler clears it at an update's first scale(), and its workers
         # agree on what it said.
-        needs_flag = enabled and self.is_first_generation
+        needs_flag = enabled and self.name in FIRST_GENERATION
         if needs_flag or not hasattr(torch.amp, "GradScaler"):  # which is from torch 2.3 on
             module = torch.npu if self.type == "npu" else torch.cuda
             return module.amp.GradScaler(**rules)
@@ -127,24 +111,21 @@ class Device:
         if not updates:
             yield lambda: None
             return
-        if self.type != "npu":
-            raise InputError(f"--npu_profile: the profiler is torch_npu's, and this is {self.type}")
         needed = PROFILE_FROM + updates - 1
-        if needed > left:
-            raise InputError(f"--npu_profile {updates}: needs {needed} updates; {left} are left")
+        if self.type != "npu" or needed > left:
+            here = f"this is {self.type}, and {left} are left"
+            raise InputError(f"--npu_profile {updates}: needs an npu and {needed} updates; {here}")
         from torch_npu import profiler
 
         # the update before is the profiler's own warm-up
         when = dict(wait=0, warmup=1, active=updates, repeat=1, skip_first=PROFILE_FROM - 2)
-        level = profiler._ExperimentalConfig(
-            profiler_level=profiler.ProfilerLevel.Level1,
-            aic_metrics=profiler.AiCMetrics.PipeUtilization,
-        )
+        metrics = profiler.AiCMetrics.PipeUtilization
+        level = dict(profiler_level=profiler.ProfilerLevel.Level1, aic_metrics=metrics)
         with profiler.profile(
             activities=[profiler.ProfilerActivity.CPU, profiler.ProfilerActivity.NPU],
             schedule=profiler.schedule(**when),
             on_trace_ready=profiler.tensorboard_trace_handler(cfg.save_dir),
-            experimental_config=level,
+            experimental_config=profiler._ExperimentalConfig(**level),
         ) as running:
             yield running.step
 
@@ -152,8 +133,7 @@ class Device:
         torch.manual_seed(seed)  # seeds the accelerator's generator too
 
     def synchronize(self):
-        if self.type != "cpu":
-            self._module.synchronize()
+        self._module.synchronize()
 
     def memory(self) -> int:
         """Bytes that the device has in all, also those in use."""
@@ -187,27 +167,22 @@ class Device:
         if self.type == "cpu":
             return batch
         self._module.set_device(self.torch_device)  # of this thread
-        arrays = [torch.from_numpy(array).flatten() for array in self._arrays(batch).values()]
-        return replace(batch, pinned=torch.cat(arrays).pin_memory())
+        parts = [torch.from_numpy(array).flatten() for array in arrays_of(batch).values()]
+        return replace(batch, pinned=torch.cat(parts).pin_memory())
 
     @record_function("data")
     def upload(self, batch):
         """The batch with its arrays as tensors on this device; block ids stay on the host."""
-        arrays = self._arrays(batch)
+        arrays = arrays_of(batch)
         if self.type == "cpu":
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
             return replace(batch, **tensors)
-        pinned = (batch if batch.pinned is not None else self.pin(batch)).pinned
+        if batch.pinned is None:
+            batch = self.pin(batch)
         sizes = [array.size for array in arrays.values()]
-        parts = pinned.to(self.torch_device, non_blocking=True).split(sizes)
-        shapes = [array.shape for array in arrays.values()]
-        tensors = {name: part.view(shape) for name, part, shape in zip(arrays, parts, shapes)}
+        parts = batch.pinned.to(self.torch_device, non_blocking=True).split(sizes)
+        tensors = {name: part.view(arrays[name].shape) for name, part in zip(arrays, parts)}
         return replace(batch, pinned=None, **tensors)
-
-    def _arrays(self, batch) -> dict[str, np.ndarray]:
-        """What the device needs of a batch, all int64."""
-        arrays = {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "ids"}
-        return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
 
     def tensor(self, array: np.ndarray) -> torch.Tensor:
         """The array as a tensor on this device, without waiting for what the device is doing."""
@@ -235,12 +210,10 @@ class Device:
         text = str(error)
         if self.world_size == 1 or not re.search(LOST, text):
             return ""
+        why = "another worker ended; its own message says why"
         if re.search("timed ?out", text, re.I):
-            return (
-                f"worker {self.rank}: no answer from another worker for {WORKER_TIMEOUT}; it hangs"
-                " or is unreachable"
-            )
-        return f"worker {self.rank}: another worker ended; its own message says why"
+            why = f"no answer from another worker for {WORKER_TIMEOUT}; it hangs or is unreachable"
+        return f"worker {self.rank}: {why}"
 
     def barrier(self):
         if self.world_size > 1:
@@ -249,6 +222,13 @@ class Device:
     def close(self):
         if self.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def arrays_of(batch) -> dict[str, np.ndarray]:
+    """What a device needs of a batch, all int64: every array but the block ids."""
+    arrays = {name: value for name, value in vars(batch).items() if isinstance(value, np.ndarray)}
+    del arrays["ids"]
+    return arrays
 
 
 def _host_memory(root: str = "/") -> int:

@@ -12,13 +12,13 @@ import platform
 import sys
 from dataclasses import replace
 
-from config import DeviceConfig, InputError, RunError
+from config import DeviceConfig, InputError, RunError, reading
 from hardware.device import AMP_TYPES, WORKER_TIMEOUT, Device
 from hardware.kernels import FIRST_GENERATION, VERSION
 
 import torch
 
-BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+BACKENDS = {"npu": "hccl", "cuda": "nccl"}
 HCCL_CONNECT_TIMEOUT = "1800"  # seconds; its default of 120 ends workers that start at other times
 
 
@@ -27,7 +27,12 @@ def open_device(cfg: DeviceConfig) -> Device:
     kind = _choose(cfg.device)
     rank, world_size, local_rank = worker()
     if cfg.deterministic and kind != "cpu":  # a CPU is so by itself
-        _make_deterministic()
+        # read when CUDA starts; without it, an error
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # it would also fill all new memory, for code that reads it unset
+        if hasattr(torch.utils, "deterministic"):
+            torch.utils.deterministic.fill_uninitialized_memory = False
     if kind == "cpu":
         device, name = torch.device("cpu"), platform.processor() or platform.machine()
     else:
@@ -57,18 +62,8 @@ def _choose(kind: str) -> str:
     if kind == "npu":
         _import_npu()
     if kind == "cuda" and not torch.cuda.is_available():
-        why = "no GPU, no driver, or a torch that is built for the CPU only"
-        raise InputError(f"--device cuda: {why}")
+        raise InputError("--device cuda: no GPU, no driver, or a torch built for the CPU only")
     return kind
-
-
-def _make_deterministic():
-    # read when CUDA starts; without it, an error
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    # it would also fill all new memory, for code that reads it unset
-    if hasattr(torch.utils, "deterministic"):
-        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def _take_card(kind: str, local_rank: int) -> tuple[torch.device, str]:
@@ -76,20 +71,18 @@ def _take_card(kind: str, local_rank: int) -> tuple[torch.device, str]:
     module = getattr(torch, kind)
     count = module.device_count()
     if local_rank >= count:
-        shows = f"this machine shows {count}"
-        raise InputError(f"worker {local_rank} has no {kind} of its own: {shows}")
-    try:
+        why = f"this machine shows {count}"
+        raise InputError(f"worker {local_rank} has no {kind} of its own: {why}")
+    # it may be in use by another, or the driver does not fit
+    with reading(f"{kind} {local_rank} cannot be opened"):
         module.set_device(local_rank)
         return torch.device(kind, local_rank), module.get_device_name(local_rank)
-    except RuntimeError as e:  # in use by another, or a driver that does not fit
-        raise InputError(f"{kind} {local_rank} cannot be opened: {_first_line(e)}") from None
 
 
 def _join_workers(kind: str, rank: int, world_size: int):
     os.environ.setdefault("HCCL_CONNECT_TIMEOUT", HCCL_CONNECT_TIMEOUT)
-    backend = BACKENDS[kind]
-    if kind != "cpu":  # what is agreed on the host goes by gloo
-        backend = f"cpu:gloo,{kind}:{backend}"
+    # what is agreed on the host goes by gloo
+    backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{BACKENDS[kind]}"
     try:
         torch.distributed.init_process_group(backend, timeout=WORKER_TIMEOUT)
     except RuntimeError as e:
@@ -99,17 +92,14 @@ def _join_workers(kind: str, rank: int, world_size: int):
 
 def worker() -> tuple[int, int, int]:
     """(rank, world size, rank on this machine), as torchrun sets them in the environment."""
-    try:
+    with reading("RANK, WORLD_SIZE or LOCAL_RANK in the environment"):
         rank = int(os.environ.get("RANK", 0))
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    except ValueError as e:
-        raise InputError(f"RANK, WORLD_SIZE or LOCAL_RANK in the environment: {e}") from None
-    named = f"RANK={rank} and WORLD_SIZE={world_size} in the environment"
-    if not (0 <= rank < world_size and local_rank >= 0):
-        raise InputError(f"{named} do not fit; start with torchrun")
-    if world_size > 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ):
-        raise InputError(f"{named} without RANK, MASTER_ADDR, MASTER_PORT; start with torchrun")
+    is_whole = world_size == 1 or {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+    if not (is_whole and 0 <= rank < world_size and local_rank >= 0):
+        named = f"RANK={rank} and WORLD_SIZE={world_size} in the environment"
+        raise InputError(f"{named}: they, or MASTER_ADDR and MASTER_PORT, do not fit; use torchrun")
     return rank, world_size, local_rank
 
 
@@ -118,15 +108,18 @@ def check_world_size(asked: int | None, update_freq: int):
     _, world_size, _ = worker()
     if asked not in (None, world_size):
         freq = -(-asked * update_freq // world_size)
-        raise InputError(
-            f"distributed_world_size {asked}, but there is {world_size} worker; start with:"
-            f" torchrun --nproc_per_node {asked} train.py ..., or leave it out: --update_freq"
-            f" {freq} keeps the batch"
-        )
+        how = f"torchrun --nproc_per_node {asked} train.py ..., or leave it out: --update_freq"
+        why = f"but there is {world_size} worker; start with: {how} {freq} keeps the batch"
+        raise InputError(f"distributed_world_size {asked}, {why}")
 
 
 def _amp_type(amp: str, kind: str, name: str) -> torch.dtype | None:
-    has_bf16 = _has_bf16(kind)
+    has_bf16 = True
+    if kind == "npu":
+        has_bf16 = torch.npu.is_bf16_supported()
+    if kind == "cuda":
+        # is_bf16_supported() counts emulation, unless asked not to, which torch can from 2.5 on
+        has_bf16 = torch.version.hip is not None or torch.cuda.get_device_capability()[0] >= 8
     if amp == "auto":
         amp = "bf16" if has_bf16 else "fp16"
         if kind == "cpu":
@@ -138,15 +131,6 @@ def _amp_type(amp: str, kind: str, name: str) -> torch.dtype | None:
     if amp == "fp16" and kind == "cpu" and VERSION < (2, 4):
         raise InputError(f"--amp fp16 on a CPU needs torch 2.4; this is {torch.__version__}")
     return AMP_TYPES[amp]
-
-
-def _has_bf16(kind: str) -> bool:
-    if kind == "npu":
-        return torch.npu.is_bf16_supported()
-    if kind == "cuda":
-        # is_bf16_supported() counts emulation, unless asked not to, which torch can from 2.5 on
-        return torch.version.hip is not None or torch.cuda.get_device_capability()[0] >= 8
-    return True
 
 
 def is_bf16_fast_on_cpu() -> bool:
@@ -192,11 +176,8 @@ def _import_npu():
             import torch_npu  # noqa: F401
     except Exception as e:  # a missing CANN library is an ImportError, OSError or RuntimeError
         raise InputError(f"--device npu: {_why_no_torch_npu(e)}") from None
-    try:
+    with reading("--device npu: the driver does not answer, as npu-smi info may show"):
         is_available = torch.npu.is_available()
-    except RuntimeError as e:
-        why = f"the driver does not answer ({_first_line(e)}); see npu-smi info"
-        raise InputError(f"--device npu: {why}") from None
     if not is_available:
         visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "not set")
         raise InputError(

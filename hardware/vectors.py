@@ -13,17 +13,13 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+
 
 class Separate:
     """Every weight by itself, as the modules have them."""
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        amp: torch.dtype | None,
-        spares_vectors: bool = False,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, amp, spares_vectors: bool = False):
         """spares_vectors: weights of one dimension, biases and norms, are not decayed."""
         weights = list(student.parameters())
         spared = [i for i, p in enumerate(weights) if spares_vectors and p.ndim == 1]
@@ -46,13 +42,7 @@ class Separate:
 class LongVectors:
     """The weights of student and teacher in two long vectors each; same names as `Separate`."""
 
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        amp: torch.dtype | None,
-        spares_vectors: bool = False,
-    ):
+    def __init__(self, student: nn.Module, teacher: nn.Module, amp, spares_vectors: bool = False):
         """amp: the type in which autocast lets layers compute, or None. `spares_vectors` as above,
         for which biases and norms get vectors of their own."""
         self.student = _Vectors(student, amp, spares_vectors)
@@ -68,12 +58,11 @@ class LongVectors:
         student, out = self.student, {}
         # one entry a vector -> one a weight, under the numbers that torch's AdamW would give
         for i, moments in state.items():
-            first = student.split(student.names[i], moments["exp_avg"])
-            second = student.split(student.names[i], moments["exp_avg_sq"])
             for name in student.names[i]:
-                step = torch.tensor(float(moments["step"]))
-                entry = dict(step=step, exp_avg=first[name], exp_avg_sq=second[name])
-                out[student.order[name]] = entry
+                out[student.order[name]] = dict(step=torch.tensor(float(moments["step"])))
+            for key in MOMENTS:
+                for name, part in student.split(student.names[i], moments[key]).items():
+                    out[student.order[name]][key] = part
         return dict(sorted(out.items()))
 
     def join_state(self, state: dict) -> dict:
@@ -82,9 +71,8 @@ class LongVectors:
         out = {}
         for i, names in enumerate(self.student.names):
             parts = [state[self.student.order[name]] for name in names]
-            first = torch.cat([part["exp_avg"].flatten() for part in parts])
-            second = torch.cat([part["exp_avg_sq"].flatten() for part in parts])
-            out[i] = dict(step=parts[0]["step"], exp_avg=first, exp_avg_sq=second)
+            out[i] = {key: torch.cat([part[key].flatten() for part in parts]) for key in MOMENTS}
+            out[i]["step"] = parts[0]["step"]
         return out
 
 
@@ -108,7 +96,8 @@ class _Vectors:
         if spares_vectors:
             flat = {name for name, p in named.items() if p.ndim == 1}
             matrices = [[name for name in names if name not in flat] for names in self.names]
-            self.names = matrices + [[n for n in names if n in flat] for names in self.names]
+            vectors = [[name for name in names if name in flat] for names in self.names]
+            self.names = matrices + vectors
         self.vectors = []
         for names in self.names:
             vector = torch.cat([named[name].detach().flatten() for name in names])
@@ -158,14 +147,11 @@ class _Stretches:
 
         self.parts = []
         for names, vector in zip(weights.names, weights.vectors):
-            begin = 0
-            for _, group in itertools.groupby(names, first_part):
-                group = list(group)
-                end = begin + sum(weights.shapes[name].numel() for name in group)
-                if group[0].startswith(prefix):
-                    name = group[0].removeprefix(prefix)
-                    self.parts.append((name, vector.detach()[begin:end]))
-                begin = end
+            groups = [list(group) for _, group in itertools.groupby(names, first_part)]
+            sizes = [sum(weights.shapes[name].numel() for name in group) for group in groups]
+            for (name, *_), part in zip(groups, vector.detach().split(sizes)):
+                if name.startswith(prefix):
+                    self.parts.append((name.removeprefix(prefix), part))
 
     def named_parameters(self):
         return iter(self.parts)
