@@ -11,6 +11,7 @@ time: device time on CUDA, else host time (for an NPU's device time use train.py
 Matmuls run after every update, so that a busy machine slows both.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -39,23 +40,20 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 import ema
 from data import Corpus
-from hardware.check import check, print_check
+from hardware.check import check, endless, print_check
 from hardware.device import Device
-from hardware.flops import Matmuls, timed, update_flops
+from hardware.flops import Matmuls, time_parts, timed, update_flops
 from hardware.opening import open_device
 from model import Data2VecText, data2vec_loss
 from run.guard import check_memory
 from run.progress import Bar
 from text.binarized import EOS, PAD, write_dataset
-from train import Run, lr_at, turns, update
+from train import Run, lr_at, update
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, record_function
-
-# as train.update and what it calls name them
-PARTS_OF_AN_UPDATE = ("data", "teacher", "student", "backward", "optimizer", "ema")
+from torch.profiler import record_function
 
 
 def synthetic(cfg: Config, vocabulary: int) -> Config:
@@ -71,40 +69,33 @@ def synthetic(cfg: Config, vocabulary: int) -> Config:
     return dataclasses.replace(cfg, data=dataclasses.replace(data, sample_break_mode="none"))
 
 
-def endless(run: Run, corpus: Corpus):
-    """The batches of each update, epoch after epoch."""
-    for turn in turns(run, corpus):
-        yield turn.batches
-        run.epoch += turn.ends_epoch
-
-
 # ---------------------------------------------------------------------------------------- a step
 
 
 def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
     """Medians over `updates` updates, and the parts' means over as many more."""
     device, source = run.device, endless(run, corpus)
-    batches = []
-    done = []  # the train.Update of the last call
+    last = []  # batches and train.Update of the last call
 
     # train.update names its own parts; the loader's is named here
     def work():
         with record_function("data"):
-            batches[:] = next(source)
-        done[:] = [update(run, batches)]
+            batches = next(source)
+        last[:] = batches, update(run, batches)
 
-    rows, matmuls = [], None
+    rows = []
     for i in Bar(range(warmup + updates), device.rank, unit="update"):
         seconds = timed(device, work)
-        if i == warmup - 1 or matmuls is None:
+        if i == max(0, warmup - 1):
             peak_memory = device.peak_memory()  # before the matmuls allocate theirs
             matmuls = Matmuls(device)
         if i >= warmup:
+            batches, done = last
             blocks = sum(batch.nsentences for batch in batches)
             tokens = sum(batch.ntokens for batch in batches)
             flops = update_flops(batches, run)
             # of all workers; an update whose gradients overflowed was none
-            predictions = int(done[0].step.counts[0]) if done[0] else 0
+            predictions = int(done.step.counts[0]) if done else 0
             rows.append((seconds, blocks, tokens, predictions, flops, matmuls.burst(0.1)))
     parts = time_parts(device, work, updates)
     source.close()
@@ -126,24 +117,6 @@ def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
         blocks=np.median(blocks),
         tokens=np.median(tokens),
     )
-
-
-def time_parts(device: Device, work, calls: int) -> dict[str, float]:
-    """Milliseconds of each named part in one call of `work`, mean over `calls`; 0 where none is."""
-    activities = [ProfilerActivity.CPU]
-    if device.has_cuda_profiler:
-        activities.append(ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in Bar(range(calls), device.rank, what="parts", unit="update"):
-            work()
-        device.synchronize()
-    parts = dict.fromkeys(PARTS_OF_AN_UPDATE, 0.0)
-    for event in profile.key_averages():
-        if event.key in parts:  # CUDA has a second row for the same name: its span on the device
-            on_device = device.has_cuda_profiler and event.key != "data"
-            spent = event.device_time_total if on_device else event.cpu_time_total
-            parts[event.key] = max(parts[event.key], spent / 1e3 / calls)
-    return parts
 
 
 def print_table(r: dict):
@@ -247,18 +220,14 @@ def compare(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
         if i >= warmup:
             pairs.append((1e3 * ours, 1e3 * theirs, theirs / ours))
     source.close()
+    figures = {}
     # the range beside the median: these machines are shared
-    ours, theirs, ratio = np.array(pairs).T  # (updates,) each
-    return dict(
-        ms=np.median(ours),
-        ms_range=[ours.min(), ours.max()],
-        other_ms=np.median(theirs),
-        other_ms_range=[theirs.min(), theirs.max()],
-        ratio=np.median(ratio),
-        ratio_range=[ratio.min(), ratio.max()],
-        tokens=sum(batch.ntokens for batch in batches),
-        blocks=sum(batch.nsentences for batch in batches),
-    )
+    for name, values in zip(("ms", "other_ms", "ratio"), np.array(pairs).T):
+        figures[name] = np.median(values)
+        figures[f"{name}_range"] = [values.min(), values.max()]
+    figures["tokens"] = sum(batch.ntokens for batch in batches)
+    figures["blocks"] = sum(batch.nsentences for batch in batches)
+    return figures
 
 
 def print_compare(r: dict):
@@ -284,17 +253,20 @@ def main(argv: list | None = None) -> int:
         if is_synthetic:
             data = dataclasses.replace(data, data_path=folder)
         cfg = Config(data, *others)
-        device = open_device(cfg.device)
-        try:
+        with contextlib.closing(open_device(cfg.device)) as device:
             if is_synthetic:
                 check_memory(cfg.model, args.vocabulary, device, copies=5)
                 cfg = synthetic(cfg, args.vocabulary)
             result = describe(cfg, device, args, is_synthetic)
             result |= bench(cfg, device, Corpus(cfg.data), args)
-        finally:
-            device.close()
     if device.rank == 0:
-        show(result)
+        if args.check:
+            print_check(result["check"])
+        elif args.compare:
+            print_compare(result)
+        else:
+            print_table(result)
+        print(json.dumps(result))
     return int(args.check and result["check"]["beyond"] > 0)
 
 
@@ -303,6 +275,8 @@ def describe(cfg: Config, device: Device, args, is_synthetic: bool) -> dict:
     if device.rank == 0:
         where = f"{device.world_size} x {device.type} ({device.name})"
         print(f"{'device':16} {where}, amp {device.amp_name}, torch {torch.__version__}")
+    settings = cfg.flat() | vars(args)
+    names = "fairseq_exact teacher_input tokens_per_sample max_tokens updates warmup".split()
     return dict(
         device=device.name,
         device_type=device.type,
@@ -310,12 +284,7 @@ def describe(cfg: Config, device: Device, args, is_synthetic: bool) -> dict:
         world_size=device.world_size,
         torch=torch.__version__,
         threads=torch.get_num_threads() if device.asking_is_free else None,
-        fairseq_exact=cfg.train.fairseq_exact,
-        teacher_input=cfg.data.teacher_input,
-        tokens_per_sample=cfg.data.tokens_per_sample,
-        max_tokens=cfg.data.max_tokens,
-        updates=args.updates,
-        warmup=args.warmup,
+        **{name: settings[name] for name in names},
         data="synthetic" if is_synthetic else cfg.data.data_path,
     )
 
@@ -330,16 +299,6 @@ def bench(cfg: Config, device: Device, corpus: Corpus, args) -> dict:
     work = compare if args.compare else measure
     figures = work(run, corpus, args.warmup, args.updates)
     return dict(parameters=sum(p.numel() for p in run.student.parameters())) | figures
-
-
-def show(result: dict):
-    if "check" in result:
-        print_check(result["check"])
-    elif "ratio" in result:
-        print_compare(result)
-    else:
-        print_table(result)
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import functools
 from config import Config, RunError
 from data import Corpus
 from hardware import kernels
-from hardware.device import CPU, Device
-from train import Run, Update, turns, update
+from hardware.device import CPU, LOWEST_LOSS_SCALE, Device
+from train import Run, turns, update
 
 import torch
 
@@ -70,20 +70,33 @@ def record(cfg: Config, device: Device, corpus: Corpus, updates: int) -> dict:
     run.load(spread(run.student), spread(run.teacher), "")
     outputs, start = watch_layers(run), weights_of(run)
     rows = {}
-    source = turns(run, corpus)
+    source = endless(run, corpus)
     for number in range(1, updates + 1):
-        turn = next(source)
-        done = until_it_counts(run, turn.batches)
-        run.epoch += turn.ends_epoch
+        batches = next(source)
+        done = None
+        while done is None:  # again with half the loss scale where float16 overflowed
+            if run.optimizer.loss_scale < LOWEST_LOSS_SCALE:
+                raise RunError("--check: float16 overflows at any loss scale")
+            done = update(run, batches)
         if number == 1:
             prediction, target = done.last_batch
             rows |= outputs | {"targets": on_host(target), "predictions": on_host(prediction)}
         rows[f"loss {number}"] = on_host(done.step.loss)
         if number == 1:
-            rows |= gradients(run)
+            # Adam's first moment is now the gradient times 1 - its decay; last weights first
+            names = [name for name, _ in run.student.named_parameters()]
+            for i, moments in reversed(run.optimizer.state()["state"].items()):
+                rows[f"gradient of {names[i]}"] = on_host(moments["exp_avg"])
         rows[f"norm of the gradients {number}"] = on_host(done.step.gnorm)
     source.close()
     return rows | {name: end - start[name] for name, end in weights_of(run).items()}
+
+
+def endless(run: Run, corpus: Corpus):
+    """The batches of each update, epoch after epoch."""
+    for turn in turns(run, corpus):
+        yield turn.batches
+        run.epoch += turn.ends_epoch
 
 
 def spread(module: torch.nn.Module) -> dict:
@@ -111,23 +124,6 @@ def watch_layers(run: Run) -> dict:
         for i, layer in enumerate(encoder.layers):
             layer.register_forward_hook(functools.partial(keep, f"{who}'s layer {i}"))
     return outputs
-
-
-def until_it_counts(run: Run, batches: list) -> Update:
-    """train.update, again with half the loss scale where float16 overflowed."""
-    for _ in range(40):
-        done = update(run, batches)
-        if done is not None:
-            return done
-    raise RunError("--check: float16 overflows at any loss scale")
-
-
-def gradients(run: Run) -> dict:
-    """Those of update 1, from the last weight to the first."""
-    # Adam's first moment is then the gradient times 1 - its decay
-    state = run.optimizer.state()["state"]
-    names = [name for name, _ in run.student.named_parameters()]
-    return {f"gradient of {names[i]}": on_host(state[i]["exp_avg"]) for i in reversed(state)}
 
 
 def weights_of(run: Run) -> dict:

@@ -1,4 +1,5 @@
-"""How many FLOPs an update needs, whatever code computes it, and how many a second are possible."""
+"""How many FLOPs an update needs, whatever code computes it, how many a second are possible, and
+how long the parts of an update take."""
 
 import time
 
@@ -8,7 +9,10 @@ from text.binarized import PAD
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity
 
+# as train.update and what it calls name them
+PARTS_OF_AN_UPDATE = ("data", "teacher", "student", "backward", "optimizer", "ema")
 SIZES = (256, 512, 1024, 2048, 4096, 8192)  # of the square matrices of `Matmuls`
 
 
@@ -90,23 +94,21 @@ class Matmuls:
         for n in SIZES:  # the first that takes long
             form = dict(device=device.torch_device, dtype=device.amp or torch.float32)
             self.a, self.b = torch.randn(2, n, n, **form)
-            self.multiply(1)  # loads the kernel
-            spent = self.multiply(1)
-            if spent > 0.05:
+            self.multiply()  # loads the kernel
+            if self.multiply() > 0.05:
                 break
-        self.repeat = max(1, min(20, int(0.02 / spent)))
         self.burst(0.2)
 
-    def multiply(self, times: int) -> float:
-        """Seconds for so many matmuls."""
-        return timed(self.device, lambda: [self.a @ self.b for _ in range(times)])
+    def multiply(self) -> float:
+        """Seconds for one matmul."""
+        return timed(self.device, lambda: self.a @ self.b)
 
-    def burst(self, seconds: float = 0.5) -> float:
+    def burst(self, seconds: float) -> float:
         """Run matmuls for about this long; returns the best FLOP/s of them."""
-        fastest, end = float("inf"), time.perf_counter() + seconds
+        fastest, end = self.multiply(), time.perf_counter() + seconds
         while time.perf_counter() < end:
-            fastest = min(fastest, self.multiply(self.repeat))
-        speed = 2 * len(self.a) ** 3 * self.repeat / fastest
+            fastest = min(fastest, self.multiply())
+        speed = 2 * len(self.a) ** 3 / fastest
         self.best = max(self.best, speed)
         return speed
 
@@ -118,3 +120,20 @@ def timed(device: Device, work) -> float:
     work()
     device.synchronize()
     return time.perf_counter() - begin
+
+
+def time_parts(device: Device, work, calls: int) -> dict[str, float]:
+    """Milliseconds of each named part in one call of `work`, mean over `calls`; 0 where none is."""
+    is_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities[: 1 + is_cuda]) as profile:
+        for _ in range(calls):
+            work()
+        device.synchronize()
+    parts = dict.fromkeys(PARTS_OF_AN_UPDATE, 0.0)
+    for event in profile.key_averages():
+        if event.key in parts:  # CUDA has a second row for the same name: its span on the device
+            on_device = is_cuda and event.key != "data"
+            spent = event.device_time_total if on_device else event.cpu_time_total
+            parts[event.key] = max(parts[event.key], spent / 1e3 / calls)
+    return parts

@@ -6,8 +6,8 @@ import time
 
 import bench
 import train
-from hardware.flops import update_flops
-from test.helpers import CPU, FEW, call, make_run
+from hardware.flops import PARTS_OF_AN_UPDATE, update_flops
+from test.helpers import COPIES, CPU, FEW, call, make_run
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_the_plain_step_trains_as_train_update_does(corpus_dir, teacher_input):
 def test_bench_prints_a_table_and_one_line_of_json(corpus_dir):
     for result in (json_of(), json_of("--data_path", corpus_dir)):
         assert all(result[name] > 0 for name in FIGURES)
-        assert tuple(result["ms_parts"]) == bench.PARTS_OF_AN_UPDATE
+        assert tuple(result["ms_parts"]) == PARTS_OF_AN_UPDATE
         assert result["ms_parts"]["data"] > 0
     result = json_of("--compare")
     for name in ("ms", "other_ms", "ratio"):
