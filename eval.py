@@ -12,6 +12,7 @@ the figures of guesses that read no word are printed beside the student's (judge
 features DIR needs only dict.txt and, where it is not of words, the BPE's files.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from config import PARTS, Config, DeviceConfig, InputError, printable, reading
 from data import Corpus
 from formats.load import load
 from hardware.opening import open_device
+from judge import features
 from judge.probe import Probe
 from judge.probe import table as probe_table
 from judge.quality import GUESSES, evaluate, verdict
@@ -53,8 +55,11 @@ from text.tokens import load_tokenizer
 from train import Run
 
 
-def table(result: dict) -> str:
+def text_of(result: dict) -> str:
     """The figures for a person, and whether anything was learned."""
+    if "out" in result:
+        shown = "{out}: {lines:,} lines, {tokens:,} tokens, {unknown:.1%} <unk>, width {width}"
+        return printable(f"{shown}, {{seconds:.1f}} s".format(**result))
     names = ("loss", "target_var", "pred_var", "cosine", "r2")
     rows = {"trained": [result.get(name) for name in names]}
     if "untrained" in result:
@@ -72,30 +77,22 @@ def table(result: dict) -> str:
         lines.append(f"{label:10}" + "".join(f"{cell:>12}" for cell in cells))
     if "r2" in result:
         lines.append("position, block, constant: guesses that read no word (judge/quality.py)")
-    return "\n".join([*lines, verdict(result)])
+    lines.append(verdict(result))
+    if "probe" in result:
+        lines.append(probe_table(result["probe"], result["split"]))
+    return "\n".join(lines)
 
 
-def write_features(cfg: Config, device, corpus: Corpus, loaded: Loaded, path, args) -> int:
-    from judge import features
-
-    if not args.out:
-        raise InputError("--out is missing: the .npy file for the features")
-    if args.untrained or args.probe:
-        raise InputError("--untrained and --probe go with an evaluation, not with --features")
-    if device.world_size > 1:
-        raise InputError("--features runs in one process; give each a part of the text")
+def write_features(cfg: Config, device, corpus: Corpus, loaded: Loaded, path, args) -> dict:
+    """Vectors of a text into a file; returns what was done."""
+    if args.untrained or args.probe or device.world_size > 1:
+        raise InputError("--features runs alone: without --untrained, --probe and other workers")
     bpe = args.encoder_json, args.vocab_bpe
     tokenize = load_tokenizer(corpus.folders[0], corpus.dictionary, *bpe)
     run = Run(cfg, device, len(corpus.dictionary))
     init_from(run, corpus, loaded, path)
-    encoder = run.student.encoder
-    facts = features.write(encoder, device, tokenize, args.features, args.out, cfg.data)
-    if args.json:
-        print(json.dumps(dict(ckpt=str(path), amp=device.amp_name, **facts)))
-    else:
-        shown = "{out}: {lines:,} lines, {tokens:,} tokens, {unknown:.1%} <unk>, width {width}"
-        print(printable(f"{shown}, {{seconds:.1f}} s".format(**facts)))
-    return 0
+    facts = features.write(run, tokenize, args.features, args.out)
+    return dict(ckpt=str(path), amp=device.amp_name, **facts)
 
 
 def evaluation(cfg: Config, device, corpus: Corpus, loaded: Loaded, path, args) -> dict:
@@ -130,7 +127,7 @@ def main(argv: list | None = None) -> int:
     if not path:
         raise InputError("--ckpt is missing: the checkpoint to evaluate")
     loaded = load(path)
-    # once more, now that the defaults are known; where it runs is this command's matter
+    # where it runs is this command's matter
     left_out = {*DeviceConfig.__dataclass_fields__, "init_from"}
     base = {name: value for name, value in loaded.config.items() if name not in left_out}
     # once more, now that the defaults are known
@@ -142,18 +139,11 @@ def main(argv: list | None = None) -> int:
         if not Path(folder).is_dir() and not data.data_path:
             why = f"{path} was trained on it: name its place now with --data_path"
             raise InputError(f"{folder}: no such folder; {why}")
-    device = open_device(cfg.device)
-    try:
-        corpus = Corpus(cfg.data)
-        if args.features:
-            return write_features(cfg, device, corpus, loaded, path, args)
-        result = evaluation(cfg, device, corpus, loaded, path, args)
-    finally:
-        device.close()
+    with contextlib.closing(open_device(cfg.device)) as device:
+        work = write_features if args.features else evaluation
+        result = work(cfg, device, Corpus(cfg.data), loaded, path, args)
     if device.rank == 0:
-        print(json.dumps(result) if args.json else table(result))
-        if args.probe and not args.json:
-            print(probe_table(result["probe"], args.split))
+        print(json.dumps(result) if args.json else text_of(result))
     return 0
 
 

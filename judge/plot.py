@@ -7,10 +7,9 @@ figure is left out. The suffix of --out chooses the format (png, svg, pdf). Need
 """
 
 import math
-import os
 from pathlib import Path
 
-from config import InputError, printable
+from config import InputError, printable, reading
 from run import checkpoint, flags
 from text.files import json_rows
 
@@ -74,22 +73,11 @@ def drawable(value) -> float:
     return float(value) if is_number else math.nan
 
 
-def names_of(runs: list[str]) -> list[str]:
-    """The runs' folders without the leading ones that all share: a legend has little room."""
-    paths = [Path(os.path.abspath(run)) for run in runs]
-    folders = [path.parent if path.name == "train.jsonl" else path for path in paths]
-    shared = os.path.commonpath([folder.parent for folder in folders])
-    return [printable(os.path.relpath(folder, shared)) for folder in folders]
-
-
 def draw(runs: dict, path: Path):
     """Draw {name: series from `read_run`} into one picture. Raises InputError."""
-    try:
+    with reading("judge.plot needs matplotlib (pip install matplotlib)"):
         from matplotlib import rc_context
         from matplotlib.figure import Figure  # draws into a file, whatever screen there is
-    except ImportError:
-        why = "judge.plot needs the matplotlib package: pip install matplotlib"
-        raise InputError(why) from None
     keys = set().union(*runs.values())
     panels = [panel for panel in PANELS if any(key in keys for key, _ in panel[-1])]
     rows = -(-len(panels) // COLUMNS)
@@ -105,16 +93,8 @@ def draw(runs: dict, path: Path):
             place = dict(loc="outside upper center", ncols=4, frameon=False)
             for text in figure.legend(lines, runs, **place).get_texts():
                 text.set_parse_math(False)
-        # matplotlib's own errors for these are pages
-        known = figure.canvas.get_supported_filetypes()
-        form = path.suffix[1:].lower()
-        if form not in known:
-            names = ", ".join(sorted(known))
-            raise InputError(f"--out {path}: the suffix chooses the format; use one of {names}")
-        if not path.parent.is_dir():
-            raise InputError(f"--out {path}: {path.parent}: no such folder")
-        with checkpoint.whole(path) as part:
-            figure.savefig(part, format=form)
+        with checkpoint.whole(path) as part, reading(f"--out {path}"):
+            figure.savefig(part, format=path.suffix[1:].lower())
 
 
 def colour(number: int) -> str:
@@ -160,7 +140,7 @@ def main(argv: list | None = None) -> int:
     flag("--out", default="curves.png", metavar="FILE", help="the picture [curves.png]")
     args = parser.parse_args(argv)
     series = [read_run(run) for run in args.runs]
-    draw(dict(zip(names_of(args.runs), series)), Path(args.out))
+    draw(dict(zip(map(printable, args.runs), series)), Path(args.out))
     print(printable(args.out))
     return 0
 

@@ -35,6 +35,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+GAINS = ("gain", "gain_error", "gain_neighbours")  # of a result, in nats
+ANSWERS = ("trained", "untrained", "neighbours", "most_frequent")
 CLASSES = 1000
 MASK_EPOCHS = 5  # a small split is read this many times, each time with the masks of another epoch
 # for fitting the classifier
@@ -72,9 +74,7 @@ class Places:
         return np.concatenate([beside(batch, flat) for batch, flat in self.batches], 1)
 
 
-def find_places(
-    dataset: BlockDataset, classes: np.ndarray, least: int, cfg: Config | None = None
-) -> Places:
+def find_places(dataset: BlockDataset, classes: np.ndarray, least: int, cfg: Config) -> Places:
     """At least `least` places, or all that the split has, from batches in random order.
 
     cfg: a run's, whose objective may mask in its own way. Raises InputError if there are none.
@@ -89,9 +89,7 @@ def find_places(
         for ids in dataset.epoch_batches(epoch):
             if count >= least:
                 break
-            batch = dataset.batch(ids, epoch)
-            if cfg is not None:
-                batch = masked_copies(batch, epoch, cfg, 1)
+            batch = masked_copies(dataset.batch(ids, epoch), epoch, cfg, 1)
             label = classes[batch.target.ravel()[batch.target_places]]
             flat = batch.masked[label >= 0]
             batches.append((batch, flat))
@@ -100,8 +98,8 @@ def find_places(
             count += len(flat)
             left_out += int((label < 0).sum())
     if not count:
-        what = "hides no token that --probe could ask for"
-        raise InputError(f"{dataset.stream.folder}: {dataset.split} {what}")
+        what = f"{dataset.split} hides no token that --probe could ask for"
+        raise InputError(f"{dataset.stream.folder}: {what}")
     return Places(batches, np.concatenate(labels), np.concatenate(blocks), left_out)
 
 
@@ -147,11 +145,9 @@ class Probe:
 
         Raises InputError.
         """
-        if places < 1:
-            raise InputError(f"--probe_places {places}: must be at least 1")
-        if split == "train":
-            what = "--split names the one to evaluate on, such as valid"
-            raise InputError(f"--probe fits on the train split; {what}")
+        if places < 1 or split == "train":
+            why = "the probe fits on that many places of train, and asks on another split"
+            raise InputError(f"--probe_places {places} --split {split}: {why}")
         dataset = corpus.split("train")
         classes = frequent_tokens(dataset.stream, corpus.dictionary)
         self.run = run
@@ -240,9 +236,7 @@ class Probe:
             gain_neighbours=float((untrained["loss"] - self.counted["loss"]).mean()),
         )
         guess = dict(hit=labels == self.log_share.argmax(), loss=-self.log_share[labels])
-        answers = dict(trained=trained, untrained=untrained)
-        answers |= dict(neighbours=self.counted, most_frequent=guess)
-        for name, answer in answers.items():
+        for name, answer in zip(ANSWERS, (trained, untrained, self.counted, guess)):
             accuracy, loss = float(answer["hit"].mean()), float(answer["loss"].mean())
             figures[name] = dict(accuracy=accuracy, cross_entropy=loss)
         return figures
@@ -257,11 +251,10 @@ def table(result: dict, split: str) -> str:
     ]
     lines = [line.format(**result) for line in lines]
     lines.append(f"{'':14}{'accuracy':>16}{'cross-entropy (nats)':>24}")
-    for name in ("trained", "untrained", "neighbours", "most_frequent"):
-        accuracy, loss = result[name]["accuracy"], result[name]["cross_entropy"]
+    for name in ANSWERS:
+        accuracy, loss = result[name].values()
         lines.append(f"{name.replace('_', ' '):14}{accuracy:16.4f}{loss:24.4f}")
-    told = verdict(result["gain"], result["gain_error"], result["gain_neighbours"])
-    return "\n".join([*lines, *told])
+    return "\n".join([*lines, *verdict(*(result[name] for name in GAINS))])
 
 
 def verdict(gain: float, error: float, counted: float) -> list[str]:

@@ -89,7 +89,7 @@ def evaluate(run, dataset: BlockDataset, train: BlockDataset | None = None) -> d
     if guesses:
         figures |= guesses.figures(sums, sample_size)
     if words:
-        figures |= words.figures(dataset)
+        figures |= words.figures(dataset, sample_size)
     if not has_targets:
         figures["loss"] = figures["mlm_loss"]
     return figures
@@ -123,22 +123,16 @@ class Validation:
 
     def __call__(self, with_probe: bool = False) -> dict:
         figures = evaluate(self.run, self.valid, self.corpus.split("train", self.run.epoch))
-        if with_probe:
-            figures |= self.ask_probe()
-        return figures
-
-    def ask_probe(self) -> dict:
-        """The probe's accuracy, and its gain and that of counts over the first weights, in nats."""
+        if not with_probe:
+            return figures
+        # gains of the student, and of counts, over the first weights, in nats
         if self.probe is None:
             self.probe = probe.Probe(self.run, self.corpus, "valid", PROBE_PLACES)
             self.untrained = self.probe.ask(self.first_student())
         result = self.probe.result(self.untrained, self.probe.ask(self.run.student))
-        return dict(
-            probe_gain=result["gain"],
-            probe_gain_error=result["gain_error"],
-            probe_gain_neighbours=result["gain_neighbours"],
-            probe_accuracy=result["trained"]["accuracy"],
-        )
+        for name in probe.GAINS:
+            figures[f"probe_{name}"] = result[name]
+        return figures | dict(probe_accuracy=result["trained"]["accuracy"])
 
     def first_student(self) -> torch.nn.Module:
         """The student before its first update; a resumed run no longer has it."""
@@ -257,20 +251,18 @@ class WordFigures:
             # as if each word had been seen once more
             counts = train.stream.counts(train.dictionary) + 1.0
             self.frequency = device.tensor(np.log(counts / counts.sum()).astype(np.float32))
-        self.sums = torch.zeros(4, device=device.torch_device)
+        self.sums = torch.zeros(3, device=device.torch_device)
 
     def add(self, logits: Tensor, words: Tensor):
         """Take in a batch's logits (M, V) and its words (M,)."""
         hits = (logits.argmax(1) == words).sum()
-        places = words.new_tensor(len(words))
-        unigram = -self.frequency[words].sum() if self.train else places * 0
-        self.sums += torch.stack([word_loss(logits, words), hits, unigram, places])
+        unigram = -self.frequency[words].sum() if self.train else hits * 0
+        self.sums += torch.stack([word_loss(logits, words), hits, unigram])
 
-    def figures(self, dataset: BlockDataset) -> dict:
-        """Mean cross-entropies in nats, perplexity, accuracy, and the number of places."""
+    def figures(self, dataset: BlockDataset, places: int) -> dict:
+        """Mean cross-entropies in nats, perplexity, accuracy; places: of all workers."""
         sums = self.device.all_reduce(self.sums).tolist()
-        places = int(sums[-1])
-        loss, accuracy, unigram, _ = (value / max(1, places) for value in sums)
+        loss, accuracy, unigram = (value / places for value in sums)
         figures = dict(mlm_loss=loss)
         if self.train:
             figures["mlm_loss_frequency"] = unigram
@@ -290,20 +282,19 @@ def verdict(figures: dict) -> str:
     lines = []
     if "r2" in figures:
         lines.append(verdict_on_targets(figures))
-        for name, title in (("position", "position"), ("block", "position and block")):
-            gain = f"(gain {{gain_{name}:.3f}} +- {{gain_{name}_error:.3f}})"
-            lines.append(f"{title} {{r2_{name}:.3f}} {gain}")
-        lines[1] = f"R2 {{r2:.3f}}; {lines[1]},"
+        position = "R2 {r2:.3f}; position {r2_position:.3f}"
+        lines.append(position + " (gain {gain_position:.3f} +- {gain_position_error:.3f}),")
+        block = "position and block {r2_block:.3f}"
+        lines.append(block + " (gain {gain_block:.3f} +- {gain_block_error:.3f})")
     if "mlm_loss" in figures:
-        text = "words: {mlm_loss:.3f} nats (perplexity {mlm_perplexity:.1f})"
-        lines.append(text + "; accuracy {mlm_accuracy:.3f}")
+        words = "words: {mlm_loss:.3f} nats (perplexity {mlm_perplexity:.1f})"
+        lines.append(words + "; accuracy {mlm_accuracy:.3f}")
     if "mlm_loss_frequency" in figures:
         lines.append("no model: frequencies {mlm_loss_frequency:.3f} nats")
     if "mlm_loss_neighbours" in figures:
         lines[-1] += "; left and right counted {mlm_loss_neighbours:.3f}"
     if "probe_gain" in figures:
-        gains = (figures[f"probe_gain{part}"] for part in ("", "_error", "_neighbours"))
-        lines += probe.verdict(*gains)
+        lines += probe.verdict(*(figures[f"probe_{name}"] for name in probe.GAINS))
     if "r2" not in figures and "mlm_loss_frequency" not in figures:
         lines.append("no training split here, so what guesses without words would get is not known")
     return "\n".join(lines).format(**figures)
@@ -311,16 +302,12 @@ def verdict(figures: dict) -> str:
 
 def verdict_on_targets(figures: dict) -> str:
     """Whether the student predicts targets better than each guess does, by enough."""
-    beaten = {}
-    for name in GUESSES:
-        least = max(LEAST_GAIN, LEAST_ERRORS * figures[f"gain_{name}_error"])
-        beaten[name] = figures[f"gain_{name}"] > least
     if figures["cosine_constant"] > ALIKE:  # there R2 is a share of next to nothing
         mean = "their mean has a cosine of {cosine_constant:.3f}"
         return f"NOT learned: the targets are alike, {mean}"
-    if not beaten["position"]:
-        return "NOT learned: no better than positions"
-    if not beaten["block"]:
-        return "NOT learned: no better than positions and the block's mean"
+    for name, title in (("position", ""), ("block", " and the block's mean")):
+        least = max(LEAST_GAIN, LEAST_ERRORS * figures[f"gain_{name}_error"])
+        if not figures[f"gain_{name}"] > least:
+            return f"NOT learned: no better than positions{title}"
     words = "" if "probe_gain" in figures else "; whether words, --probe tells"
     return f"learned: better than both guesses{words}"

@@ -25,7 +25,9 @@ FLOORS = [
     ["run"],
     ["judge", "formats"],
     ["train"],
-    ["eval", "bench", "convert", "tasks", "preprocess", "text.reviews", "hardware.check"],
+    ["convert", "tasks", "preprocess", "text.reviews", "hardware.check"],
+    ["judge.features"],
+    ["eval", "bench"],
     ["finetune"],
 ]
 DECIDING = ("model.py", "data.py", "ema.py", "optim.py", "train.py")

@@ -20,19 +20,20 @@ import torch
 import torch.nn.functional as F
 
 
-def places(run, dataset):
+def columns(run, dataset) -> list[torch.Tensor]:
     """(position, block, target, prediction) of every masked place of a split.
 
     Of the training split only those of the batches that the guesses are fitted on.
     """
-    lists = dataset.epoch_batches(1)[: quality.FIT_BATCHES if dataset.training else None]
-    for ids in lists:
+    rows = []
+    for ids in dataset.epoch_batches(1)[: quality.FIT_BATCHES if dataset.training else None]:
         batch = CPU.upload(dataset.batch(ids, 1))
         width = batch.source.shape[1]
         target = teacher_targets(run.teacher, batch, run.cfg.model)
         prediction = run.student(batch.source, batch.masked, batch.source_padded)
-        for place, t, p in zip(batch.masked.tolist(), target.double(), prediction.double()):
-            yield place % width, int(ids[place // width]), t, p
+        where = batch.masked % width, torch.from_numpy(ids)[batch.masked // width]
+        rows.append((*where, target.double(), prediction.double()))
+    return [torch.cat(column) for column in zip(*rows)]
 
 
 @pytest.mark.parametrize("options", [{}, dict(fairseq_exact="true"), dict(loss_beta=0)])
@@ -46,33 +47,28 @@ def test_the_guesses_equal_their_definition_place_by_place(corpus_dir, options):
     figures = quality.evaluate(run, valid, dataset)
 
     run.student.eval()
-    targets = {}
-    for position, _, target, _ in places(run, dataset):
-        targets.setdefault(position, []).append(target)
-    everywhere = torch.stack(sum(targets.values(), [])).mean(0)
-    table = {position: torch.stack(part).mean(0) for position, part in targets.items()}
-    rows = list(places(run, valid))
-    guess = {"position": [table.get(position, everywhere) for position, *_ in rows], "block": []}
-    left = [target - guess["position"][i] for i, (_, _, target, _) in enumerate(rows)]
-    for i, (_, block, _, _) in enumerate(rows):
-        others = [left[j] for j, row in enumerate(rows) if row[1] == block and j != i]
-        guess["block"].append(guess["position"][i] + sum(others) / max(1, len(others)))
+    at, _, targets, _ = columns(run, dataset)
+    table = {int(i): targets[at == i].mean(0) for i in at.unique()}
+    everywhere = targets.mean(0)
+    at, block, targets, predictions = columns(run, valid)
+    position = torch.stack([table.get(i, everywhere) for i in at.tolist()])
+    left = targets - position
+    others = (block[:, None] == block) & ~torch.eye(len(block), dtype=torch.bool)
+    count = others.sum(1, keepdim=True).clamp(min=1)
 
-    targets, predictions = (torch.stack([row[k] for row in rows]) for k in (2, 3))
     total = float((targets - targets.mean(0)).square().sum())
     own = (predictions - targets).square().sum(1)
     near = pytest.approx
     assert figures["r2"] == near(1 - float(own.sum()) / total, abs=1e-4)
+    guess = dict(position=position, block=position + others.double() @ left / count)
     for name, guesses in guess.items():
-        guesses = torch.stack(guesses)
         error = (guesses - targets).square().sum(1)
         assert figures[f"r2_{name}"] == near(1 - float(error.sum()) / total, abs=1e-4)
         cosine = float(F.cosine_similarity(guesses, targets).mean())
         assert figures[f"cosine_{name}"] == near(cosine, abs=1e-5)
-        loss = data2vec_loss(guesses, targets.float(), run.cfg.model) / len(rows)
+        loss = data2vec_loss(guesses, targets.float(), run.cfg.model) / len(at)
         assert figures[f"loss_{name}"] == near(float(loss), rel=1e-4)
         gain = (error - own).numpy()
-        _, block = np.unique([row[1] for row in rows], return_inverse=True)
         spread = np.bincount(block, gain - gain.mean())  # a block's places are one observation
         assert figures[f"gain_{name}"] == near(gain.sum() / total, abs=1e-4)
         standard_error = np.sqrt(np.square(spread).sum()) / total
@@ -167,21 +163,18 @@ def test_the_guess_by_neighbours_is_the_formula_over_counts(tmp_path, monkeypatc
     options = dict(tokens_per_sample=32, max_tokens=256, mask_multiple_length=2)
     corpus = Corpus(DataConfig(data_path=str(tmp_path), **options))
     class_of = probe.frequent_tokens(corpus.split("train").stream, corpus.dictionary)
-    counted = probe.find_places(corpus.split("train"), class_of, 300)
-    asked = probe.find_places(corpus.split("valid"), class_of, 300)
+    cfg = make_run(tmp_path)[0].cfg
+    counted, asked = (
+        probe.find_places(corpus.split(name), class_of, 300, cfg) for name in ("train", "valid")
+    )
+    batch, flat = asked.batches[0]
+    row, column = divmod(int(flat[-1]), batch.source.shape[1])
+    text = [*batch.source[row], PAD]
+    assert asked.beside()[:, len(flat) - 1].tolist() == [text[column - 1], text[column + 1]]
 
-    def contexts(places):  # (left, right, class) of each place
-        labels = iter(places.labels.tolist())
-        for batch, flat in places.batches:
-            for place in flat.tolist():
-                row, column = divmod(place, batch.source.shape[1])
-                text = [*batch.source[row].tolist(), PAD]
-                yield text[column - 1], text[column + 1], next(labels)
-
-    known = list(contexts(counted))
+    known = [*zip(*counted.beside(), counted.labels)]
     size = class_of.max() + 1
-    share = np.bincount([label for *_, label in known], minlength=size) + 1
-    share = share / (len(known) + size)
+    share = (np.bincount(counted.labels, minlength=size) + 1) / (len(known) + size)
 
     def shares_beside(token, side):
         if token in (corpus.dictionary.mask_id, PAD):
@@ -192,8 +185,8 @@ def test_the_guess_by_neighbours_is_the_formula_over_counts(tmp_path, monkeypatc
 
     guess = neighbours.Neighbours(counted.beside(), counted.labels, size, corpus.dictionary)
     answer = guess.answer(asked.beside(), asked.labels)
-    rows = zip(contexts(asked), answer["hit"], answer["loss"], strict=True)
-    for (left, right, label), hit, loss in rows:
+    rows = zip(*asked.beside(), asked.labels, answer["hit"], answer["loss"], strict=True)
+    for left, right, label, hit, loss in rows:
         likely = shares_beside(left, 0) * shares_beside(right, 1) / share
         assert loss == pytest.approx(-np.log(likely[label] / likely.sum()), rel=1e-9)
         assert hit == (likely.argmax() == label)
