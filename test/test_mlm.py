@@ -66,9 +66,8 @@ def test_it_is_evaluated_beside_the_word_frequencies(corpus_dir):
     run, dataset = make_run(corpus_dir, objective="mlm")
     valid = Corpus(run.cfg.data).split("valid")
     figures = quality.evaluate(run, valid, dataset)
-    counts = np.ones(len(dataset.dictionary))
-    for begin, end in zip(dataset.stream.starts, dataset.stream.starts[1:]):
-        np.add.at(counts, dataset.stream.read(int(begin), int(end)), 1)
+    text = dataset.stream.read(0, dataset.stream.tokens)
+    counts = np.bincount(text, minlength=len(dataset.dictionary)) + 1
     losses = []
     for ids in valid.epoch_batches(1):
         tokens, _, hidden = valid.mask(ids, 1)
@@ -107,12 +106,10 @@ def test_a_run_begins_with_the_encoder_of_another_objective_and_says_which_heads
     said = start("both", "--init_from", plain, "--mlm_weight", 1)
     assert "no head for words" in said and "regression head" not in said
     # a student without its teacher, as an average of checkpoints often is
-    state = fairseq_names.to_reference(checkpoint.load(plain).student, {})
-    torch.save(state, tmp_path / "averaged.pt")
-    assert "has no teacher" in start("averaged", "--init_from", tmp_path / "averaged.pt")
+    torch.save(fairseq_names.to_reference(checkpoint.load(plain).student, {}), tmp_path / "a.pt")
+    assert "has no teacher" in start("averaged", "--init_from", tmp_path / "a.pt")
     assert "has no teacher" not in said
     words, both = (checkpoint.load(tmp_path / n / "checkpoint_last.pt") for n in ("words", "both"))
     for name, value in words.student.items():
-        if name.startswith("encoder."):
-            assert torch.equal(value, both.student[name]), name
+        assert not name.startswith("encoder.") or torch.equal(value, both.student[name]), name
     assert "lm_head.bias" in both.student

@@ -1,12 +1,11 @@
-"""Training on an Ascend NPU: the CPU's numbers, checkpoints of either device, and no wait between
-two log rows.
+"""Training on an Ascend NPU: the CPU's numbers, and checkpoints of either device.
 
     pytest test/test_npu.py                              on a machine with a card
     NPUSIM=path/of/npusim.py pytest test/test_npu.py     on an emulated device
 
 The emulated device computes the CPU's numbers. Functions named check_ need a device. It changes
 torch for the rest of the process, so the last test runs them in a process of their own. The tests
-before them need no device.
+before them need no device. That nothing waits for a card between two log rows shows .ci/npu_dryrun.
 """
 
 import dataclasses
@@ -17,14 +16,14 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 INSIDE, NPUSIM = os.environ.get("NPU_CHECKS") == "1", os.environ.get("NPUSIM")
 if INSIDE and NPUSIM:
     sys.path.insert(0, str(Path(NPUSIM).parent))
-    import npusim
+    import npusim  # noqa: F401
 
 import bench
 import eval as evaluation
@@ -36,8 +35,7 @@ from hardware.kernels import explicit_attention
 from hardware.opening import open_device
 from hardware.vectors import LongVectors
 from run import checkpoint
-from run.log import Log
-from test.helpers import CPU, FEW, HERE, call, few, make_run, rows_of
+from test.helpers import COPIES, CPU, FEW, HERE, call, few, make_run, rows_of
 
 import pytest
 import torch
@@ -60,13 +58,12 @@ def moments(optimizer: dict) -> dict:
 # ------------------------------------------------------------------------------ without a device
 
 
-@pytest.mark.parametrize("queries", [7, 3])
-def test_attention_as_matmuls_matches_torch_and_does_not_overflow_float16(queries):
-    q, k, v = (torch.randn(2, 4, n, 8, requires_grad=True) for n in (queries, 7, 7))
+def test_attention_as_matmuls_matches_torch_and_does_not_overflow_float16():
+    q, k, v = (torch.randn(2, 4, 7, 8, requires_grad=True) for _ in range(3))
     attend = torch.rand(2, 1, 1, 7) < 0.7
     attend[..., 0] = True
-    direction = torch.randn(2, 4, queries, 8)
-    for mask in (None, attend.expand(2, 1, queries, 7)):
+    direction = torch.randn(2, 4, 7, 8)
+    for mask in (None, attend.expand(2, 1, 7, 7)):
         gradients = []
         for attention in (F.scaled_dot_product_attention, explicit_attention):
             score = (attention(q, k, v, mask, 0.0) * direction).sum()
@@ -78,8 +75,6 @@ def test_attention_as_matmuls_matches_torch_and_does_not_overflow_float16(querie
 
 
 PRE_NORM = dict(normalize_before="true", activation_fn="relu")
-COPIES = dict(objective="data2vec2", mask_multiple_length=1, clone_batch=3, decoder_dim=12)
-COPIES |= dict(decoder_kernel=3, decoder_groups=2)
 
 
 @pytest.mark.parametrize(
@@ -135,9 +130,8 @@ def test_an_unusable_torch_npu_is_reported_in_one_line_and_auto_uses_the_cpu(
     monkeypatch.setattr(torch, "npu", None, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "7,3")
-    with pytest.raises(InputError, match=f"^--device npu: .*{message}") as error:
+    with pytest.raises(InputError, match=f"^--device npu: .*{message}.*$"):
         open_device(DeviceConfig(device="npu"))
-    assert "\n" not in str(error.value)
     for files, reason in ((["/dev/davinci0"], message), ([], "there is no Ascend card")):
         monkeypatch.setattr(opening.glob, "glob", lambda pattern, files=files: files)
         sys.modules.pop("torch_npu", None)
@@ -145,11 +139,6 @@ def test_an_unusable_torch_npu_is_reported_in_one_line_and_auto_uses_the_cpu(
         printed = capsys.readouterr().err
         assert re.fullmatch(f"note: running without an NPU: .*{reason}.*\n", printed), printed
     sys.modules.pop("torch_npu", None)
-
-
-def test_npu_options_are_refused_on_other_devices(tmp_path, corpus_dir):
-    with pytest.raises(InputError, match="--npu_profile"):
-        train.main(few(corpus_dir, tmp_path, "--max_update", 20, "--npu_profile", 2))
 
 
 @pytest.mark.parametrize(
@@ -161,47 +150,25 @@ def test_precision_and_attention_follow_from_the_generation_of_the_card(
     monkeypatch, name, is_first
 ):
     answers = dict(is_bf16_supported=lambda: not is_first, get_device_name=lambda index: name)
-    npu = type("npu", (), {key: staticmethod(answer) for key, answer in answers.items()})
-    monkeypatch.setattr(torch, "npu", npu, raising=False)
-    monkeypatch.setattr(Device, "type", "npu")
-    assert Device(torch.device("meta"), name, None).is_first_generation == is_first
-    kernels._is_first_generation.cache_clear()
-    assert kernels._is_first_generation(0) == is_first
-    kernels._is_first_generation.cache_clear()
-
+    monkeypatch.setattr(torch, "npu", SimpleNamespace(**answers), raising=False)
+    assert kernels._is_first_generation.__wrapped__(0) == is_first
     best = torch.float16 if is_first else torch.bfloat16
     assert opening._amp_type("auto", "npu", name) is best
     assert opening._amp_type("fp16", "npu", name) is torch.float16
-    refused = pytest.raises(InputError, match=f"{name} has no bfloat16; use --amp fp16")
-    with refused if is_first else nullcontext():
-        opening._amp_type("bf16", "npu", name)
     monkeypatch.setenv("INF_NAN_MODE_FORCE_DISABLE", "1")
-    refused = pytest.raises(InputError, match="INF_NAN_MODE_FORCE_DISABLE=1")
-    with nullcontext() if is_first else refused:
-        opening._check_npu("auto", name, 0)
+    for refuses, message, ask in (
+        (is_first, f"{name} has no bfloat16", lambda: opening._amp_type("bf16", "npu", name)),
+        (not is_first, "INF_NAN_MODE_FORCE_DISABLE=1", lambda: opening._check_npu("auto", name, 0)),
+    ):
+        with pytest.raises(InputError, match=message) if refuses else nullcontext():
+            ask()
 
 
 # ----------------------------------------------------------------------------------- on a device
 
 
-@contextmanager
-def waits():
-    """Collect the places where the host waited for the device."""
-    if NPUSIM:
-        with npusim.Trace() as trace:
-            yield trace.syncs
-        return
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.npu.set_sync_debug_mode("warn")
-        try:
-            yield caught
-        finally:
-            torch.npu.set_sync_debug_mode(0)
-
-
-def pretrain(corpus_dir, folder, device, amp, flags) -> checkpoint.Loaded:
-    where = ("--device", device, "--amp", amp, "--lr", 1e-3)
+def pretrain(corpus_dir, folder, device, flags) -> checkpoint.Loaded:
+    where = ("--device", device, "--amp", "off", "--lr", 1e-3)
     call(train.main, *few(corpus_dir, folder, *where, *flags.split()))
     saved = checkpoint.load(folder / "checkpoint_last.pt")
     tensors = [*saved.student.values(), *saved.teacher.values()]
@@ -221,7 +188,7 @@ def check_float32_training_matches_the_cpu_and_either_device_resumes_the_other(
     tmp_path, corpus_dir
 ):
     folders = {device: tmp_path / device for device in ("cpu", "npu")}
-    cpu, npu = (pretrain(corpus_dir, folders[d], d, "off", SAVE_TENTH) for d in folders)
+    cpu, npu = (pretrain(corpus_dir, folders[d], d, SAVE_TENTH) for d in folders)
 
     def same(saved):
         assert difference(cpu.student, saved.student) < 1e-5
@@ -240,7 +207,7 @@ def check_float32_training_matches_the_cpu_and_either_device_resumes_the_other(
         folder = copy_of(folders[first], 10, tmp_path / f"on-{second}")
         begin = checkpoint.load(folder / "checkpoint_last.pt").content
         assert ("npu" in begin["rng"]) == (first == "npu")
-        same(pretrain(corpus_dir, folder, second, "off", "--max_update 20"))
+        same(pretrain(corpus_dir, folder, second, "--max_update 20"))
         assert [row["num_updates"] for row in rows_of(folder)] == [*range(11, 21)]
 
 
@@ -252,46 +219,10 @@ def check_the_random_state_of_the_device_is_saved_and_restored(tmp_path, corpus_
     assert all(torch.equal(a, torch.rand(5, device=a.device)) for a in drawn)
     flags = "--max_update 6 --dropout 0.1 --attention_dropout 0.1 --disable_validation"
     saves = f"{flags} --save_interval_updates 3 --keep_interval_updates -1"
-    whole = pretrain(corpus_dir, tmp_path / "whole", "npu", "off", saves)
+    whole = pretrain(corpus_dir, tmp_path / "whole", "npu", saves)
     folder = copy_of(tmp_path / "whole", 3, tmp_path / "parts")
-    parts = pretrain(corpus_dir, folder, "npu", "off", flags)
+    parts = pretrain(corpus_dir, folder, "npu", flags)
     assert difference(whole.student, parts.student) < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("amp", "reads", "options"),
-    [("off", 0, {}), ("auto", 0, {}), ("fp16", 2, {}), ("auto", 0, COPIES)],
-)
-def check_nothing_waits_between_two_log_rows(
-    monkeypatch, tmp_path, corpus_dir, amp, reads, options
-):
-    """reads: whether gradients overflowed, and then the loss scale."""
-    quiet = []  # (updates, where the host waited) between two rows
-    end_of_row = None  # how many waits there were by then
-    first, last = Log.read_skipped, Log.write
-
-    def begin(self):
-        nonlocal end_of_row
-        if end_of_row is not None and self.done:
-            quiet.append((len(self.done), seen[end_of_row:]))
-        end_of_row = None
-        return first(self)
-
-    def end(self):
-        nonlocal end_of_row
-        row = last(self)
-        end_of_row = len(seen)
-        return row
-
-    monkeypatch.setattr(Log, "read_skipped", begin)
-    monkeypatch.setattr(Log, "write", end)
-    with waits() as seen:
-        flags = "--max_update 9 --log_interval 3 --disable_validation"
-        flags += "".join(f" --{name} {value}" for name, value in options.items())
-        pretrain(corpus_dir, tmp_path, "npu", amp, flags)
-    assert [updates for updates, _ in quiet] == [3, 3]
-    assert all(len(where) <= reads * updates for updates, where in quiet), quiet
-    assert len(seen) > 0  # a log row does wait
 
 
 FLAGS2 = " ".join(f"--{name} {value}" for name, value in COPIES.items())
@@ -334,4 +265,4 @@ def test_the_checks_pass_on_a_card_or_an_emulated_device():
     command = [sys.executable, "-m", "pytest", *flags, __file__]
     run = subprocess.run(command, cwd=HERE, env=env, capture_output=True, text=True)
     printed = run.stdout[-6000:] + run.stderr[-2000:]
-    assert run.returncode == 0 and "12 passed" in run.stdout, printed
+    assert run.returncode == 0 and "8 passed" in run.stdout, printed
