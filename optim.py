@@ -38,8 +38,7 @@ class Optimizer:
         if weights.decayed < len(weights.parameters):
             groups.append(dict(params=weights.parameters[weights.decayed :], weight_decay=0.0))
         rules = dict(betas=cfg.adam_betas, weight_decay=cfg.weight_decay)
-        # None: torch's choice, operators for lists of weights where a device has them
-        self.adam = torch.optim.AdamW(groups, **rules, fused=device.has_fused_adam or None)
+        self.adam = torch.optim.AdamW(groups, **rules, fused=self.is_fused or None)  # None: foreach
         if device.world_size > 1:
             # what the workers sum: all gradients, each a view of this vector, and the loss
             self.sizes = [*(p.numel() for p in weights.parameters), 1]

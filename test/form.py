@@ -25,8 +25,7 @@ FLOORS = [
     ["run"],
     ["judge", "formats"],
     ["train"],
-    ["convert", "tasks", "preprocess", "text.reviews", "hardware.check"],
-    ["judge.features"],
+    ["convert", "tasks", "preprocess", "text.reviews", "hardware.check", "judge.features"],
     ["eval", "bench"],
     ["finetune"],
 ]
