@@ -31,7 +31,7 @@ def add_flags(parser):
     flag("--json", action="store_true", help="print one JSON object")
     # vectors of a text, instead of figures
     flag("--features", metavar="TEXT", help="a file of raw lines, or - for standard input")
-    flag("--out", metavar="F.npy", help="where their features go")
+    flag("--out", default="", metavar="F.npy", help="where their features go")
     flag("--encoder_json", metavar="FILE", help="the BPE's vocabulary [in --data_path]")
     flag("--vocab_bpe", metavar="FILE", help="the BPE's merges [in --data_path]")
 
@@ -61,19 +61,20 @@ def text_of(result: dict) -> str:
         shown = "{out}: {lines:,} lines, {tokens:,} tokens, {unknown:.1%} <unk>, width {width}"
         return printable(f"{shown}, {{seconds:.1f}} s".format(**result))
     names = ("loss", "target_var", "pred_var", "cosine", "r2")
-    rows = {"trained": [result.get(name) for name in names]}
+    rows = dict(trained=result)
     if "untrained" in result:
-        rows["untrained"] = [result["untrained"].get(name) for name in names]
+        rows["untrained"] = result["untrained"]
     if "r2" in result:
         for guess in GUESSES:
-            rows[guess] = [result.get(f"{name}_{guess}") for name in names]
-        rows["constant"] = [None, None, None, result["cosine_constant"], 0.0]
+            rows[guess] = {name: result.get(f"{name}_{guess}") for name in names}
+        rows["constant"] = dict(cosine=result["cosine_constant"], r2=0.0)
     lines = [
         f"{printable(result['ckpt'])}, {result['split']}: {result['sample_size']:,} masked tokens",
         f"{'':10}" + "".join(f"{name:>12}" for name in names),
     ]
     for label, figures in rows.items():  # a guess does not have every figure
-        cells = ["" if x is None else f"{x:.4f}" for x in figures]
+        values = [figures.get(name) for name in names]
+        cells = ["" if value is None else f"{value:.4f}" for value in values]
         lines.append(f"{label:10}" + "".join(f"{cell:>12}" for cell in cells))
     if "r2" in result:
         lines.append("position, block, constant: guesses that read no word (judge/quality.py)")

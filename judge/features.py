@@ -34,9 +34,10 @@ def read_lines(source: str):
     lines, size = [], 0
     with sys.stdin.buffer if source == "-" else open(source, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), 1):
+            where = f"--features {source}, line {number}"
             if len(line) > LONGEST:
-                raise InputError(f"{source}, line {number}: longer than {LONGEST >> 20} MiB")
-            with reading(f"{source}, line {number}: not UTF-8"):
+                raise InputError(f"{where}: longer than {LONGEST >> 20} MiB")
+            with reading(f"{where}: not UTF-8"):
                 lines.append(line.decode("utf-8").removesuffix("\n"))
             size += len(line)
             if size >= CHUNK:
@@ -56,13 +57,13 @@ def write_header(file, count: int, width: int):
     np.lib.format.write_array_header_1_0(file, shape)
 
 
-def write(run, tokenize, source: str, out: str | None) -> dict:
+def write(run, tokenize, source: str, out: str) -> dict:
     """Write a vector for each line of `source` to `out`, a .npy file; returns what was done.
 
     run: a train.Run; tokenize: a text.tokens.Tokenizer. A line longer than the training blocks is
     cut, since positions beyond them are untrained. Raises InputError.
     """
-    if not out or not out.endswith(".npy") or Path(out).resolve() == Path(source).resolve():
+    if not out.endswith(".npy") or Path(out).resolve() == Path(source).resolve():
         raise InputError(f"--out {out}: name a .npy file for the vectors, and not the text itself")
     begin = time.perf_counter()
     width = run.cfg.model.embed_dim
