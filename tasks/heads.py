@@ -16,6 +16,7 @@ FAIRSEQ = "classification_heads."
 SENTENCE_HEAD = {f"{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias")}
 # the other weights of a folder of transformers; what is left belongs to a head
 NO_HEADS = ("embeddings.", "encoder.", "LayerNorm.", "lm_head.", "pooler.")
+SCORE = "a score"  # the only row of a head for scores, whatever the file calls it
 
 
 @dataclass
@@ -35,8 +36,6 @@ def find(loaded: Loaded, entry: dict | None, path: Path) -> Head | None:
     """
     if entry:
         return Head(entry["head"], entry["labels"], entry["label_scale"])
-    if loaded.kind == "ours":
-        return None
     if loaded.kind == "hf":
         return of_transformers(loaded.content, path)
     state = loaded.content.get("model", loaded.content)
@@ -75,10 +74,11 @@ def fit(head: Head, new: nn.Module, names: list | None, scale: float, path: Path
         say(f"the head of {path} is not taken: it reads {form}")
         return {}
     # a row for each of its own classes, in its own order
-    classes = check_classes(head, names, path)
-    expected = type(new)(new.out_proj.in_features, len(classes))
+    ours = names or [SCORE]
+    theirs = classes_of(head, ours, path)
+    expected = type(new)(new.out_proj.in_features, len(theirs))
     state = checkpoint.own_state(head.weights, expected, "the classification head", path)
-    order = [classes.index(name) for name in names or classes]
+    order = [theirs.index(name) for name in ours]
     for name in ("out_proj.weight", "out_proj.bias"):
         state[name] = state[name][order]
         if names is None and head.scale:
@@ -86,34 +86,24 @@ def fit(head: Head, new: nn.Module, names: list | None, scale: float, path: Path
     return state
 
 
-def check_classes(head: Head, names: list | None, path: Path) -> list:
-    """The names of the head's rows. Raises InputError unless they are those of `names`."""
+def classes_of(head: Head, ours: list, path: Path) -> list:
+    """The names of the head's rows. Raises InputError unless they are those of `ours`."""
     advice = "--new_head draws another head"
-    # a score has one output, whatever it is called
     bias = head.weights["out_proj.bias"]
     rows = len(bias) if isinstance(bias, torch.Tensor) and bias.ndim else 0
-    known = head.classes or ["score"] if rows == 1 else head.classes
-    if (rows == 1) != (names is None):
-        theirs = "a score" if rows == 1 else f"{rows} classes {shown(known or [])}"
-        ours = "scores" if names is None else f"{len(names)} classes: {shown(names)}"
-        what = f"its head is for {theirs}, the labelled text has {ours}"
+    theirs = [SCORE] if rows == 1 else head.classes
+    if theirs is None and head.is_sorted and rows == len(ours):
+        theirs = sorted(ours, key=lambda name: (score_of(name) or 0.0, name))
+        order = shown(theirs)
+        say(f"{path} does not name the classes of its head, taken for {order} in this order")
+    if theirs is None:
+        raise InputError(f"{path}: the {rows} classes of its head have no names; {advice}")
+    if set(theirs) != set(ours):
+        new = shown([name for name in ours if name not in theirs])
+        missing = shown([name for name in theirs if name not in ours])
+        what = f"its head is for other classes: new are {new}; missing are {missing}"
         raise InputError(f"{path}: {what}; {advice}")
-    if names is None:
-        return ["score"]
-    if known is None and rows != len(names):
-        ours = f"the labelled text has {len(names)}: {shown(names)}"
-        raise InputError(f"{path}: its head is for {rows} classes, {ours}; {advice}")
-    if known is None:
-        if not head.is_sorted:
-            raise InputError(f"{path}: the classes of its head have no names; {advice}")
-        known = sorted(names, key=lambda name: (score_of(name) or 0.0, name))
-        say(f"{path} does not name the classes of its head, taken for {shown(known)} in this order")
-    new = [name for name in names if name not in known]
-    missing = [name for name in known if name not in names]
-    if new or missing:
-        what = f"new are {shown(new)}; missing are {shown(missing)}"
-        raise InputError(f"{path}: its head is for other classes: {what}; {advice}")
-    return known
+    return theirs
 
 
 def shown(names: list) -> str:
