@@ -4,12 +4,11 @@ import os
 import sys
 from pathlib import Path
 
-from config import InputError, printable
+from config import InputError, printable, read_text
 from hardware.device import Device
 from run import checkpoint
 from tasks import classifier, labelled, pretrained, tables
 from tasks.batches import outputs_of
-from tasks.data import own_columns
 
 import torch
 
@@ -28,16 +27,18 @@ def predict(cfg, device: Device) -> int:
         what = "not fine-tuned; give the checkpoint_best.pt of a fine-tuning"
         raise InputError(f"{cfg.ckpt}: {what}")
     # the classifier and its tokenizer, as at the end of the fine-tuning
+    tokenize = pretrained.prepare_text(cfg, source).tokenize
     model = classifier.rebuild(entry, source.encoder(untrained=False, dropout=0.0), cfg.ckpt)
     model = model.to(device.torch_device).eval()
-    tokenize = pretrained.prepare_text(cfg, source).tokenize
     split = labelled.encode(tokenize, read_texts(cfg, entry), None, source.longest)
-    if split.cut:
-        cut = f"longer than {source.longest} tokens, and cut there"
-        print(f"warning: {split.cut:,} texts are {cut}", file=sys.stderr)
+    labelled.tell_cuts(split, cfg.predict, source.longest)
     # in the order of the lines
     outputs = outputs_of(model, device, split, cfg, sort=True)
-    write(table_of(outputs, entry), cfg.out)
+    text = "".join("\t".join(row) + "\n" for row in table_of(outputs, entry))
+    if cfg.out:
+        checkpoint.write_text(cfg.out, text)
+    else:
+        sys.stdout.write(text)
     return 0
 
 
@@ -47,31 +48,26 @@ def read_texts(cfg, entry: dict) -> list[list[str]]:
     They are columns of a table where --text names them, else the lines of a file, of a pair with a
     tab between the two. entry: the checkpoint's `classifier`. Raises InputError.
     """
-    path, texts = cfg.predict, entry["texts"]
+    path, count = cfg.predict, entry["texts"]
     if cfg.text:
         # a first row with the names that training saw is left out
-        files = dict(predict=(path, own_columns(cfg)))
-        columns = tables.read_tables(files, known=entry.get("header"))["predict"].texts
-        if len(columns) != texts:
-            raise InputError(f"--text {cfg.text}: the classifier has {texts} text columns")
-        return columns
+        files = dict(predict=(path, labelled.own_columns(cfg)))
+        texts = tables.read_tables(files, known=entry.get("header"))["predict"].texts
+        if len(texts) != count:
+            raise InputError(f"--text {cfg.text}: the classifier reads {count}")
+        return texts
     if Path(path).suffix.lower() in (".csv", *tables.JSON):
         raise InputError(f"--predict {path}: --text says which of its columns to read")
     # as many rows in the answer as in the file
-    lines = tables.lines_of(path)
-    if lines == [""]:
+    text = read_text(path, encoding="utf-8-sig").removesuffix("\n")
+    if not text:
         raise InputError(f"{path}: no lines in it")
-    if texts == 1:
-        tabs = sum("\t" in line for line in lines)
-        if tabs:
-            note = f"note: {tabs:,} lines hold a tab, read as a space; --text names the columns of"
-            print(f"{note} a table", file=sys.stderr)
-        return [lines]
-    pairs = [line.split("\t") for line in lines]
-    for number, pair in enumerate(pairs, 1):
-        if len(pair) != 2:
-            raise InputError(f"{path}, line {number}: expected a pair, two texts with one tab")
-    return [list(column) for column in zip(*pairs)]
+    rows = [line.split("\t") for line in text.split("\n")]
+    for number, row in enumerate(rows, 1):
+        if len(row) != count:
+            what = f"{len(row)} texts with tabs between; the classifier reads {count}"
+            raise InputError(f"{path}, line {number}: {what}; --text names a table's columns")
+    return [list(column) for column in zip(*rows)]
 
 
 def table_of(outputs: torch.Tensor, entry: dict) -> list[list[str]]:
@@ -86,12 +82,3 @@ def table_of(outputs: torch.Tensor, entry: dict) -> list[list[str]]:
     for row in torch.softmax(outputs, 1).tolist():
         rows.append([names[row.index(max(row))], *(f"{p:.6f}" for p in row)])
     return rows
-
-
-def write(rows: list[list[str]], out: str):
-    """To the file `out` in one step, or to standard output."""
-    text = "".join("\t".join(row) + "\n" for row in rows)
-    if out:
-        checkpoint.write_text(out, text)
-    else:
-        sys.stdout.write(text)

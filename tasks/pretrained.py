@@ -6,7 +6,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError, ModelConfig, check_ranges, printable
+from config import InputError, ModelConfig, check_ranges, printable, reading
 from formats import hf_tokenizer
 from formats.load import load as load_any
 from model import PAD, Encoder, init_weights
@@ -17,9 +17,6 @@ from text.binarized import SPECIAL, Dictionary
 from text.tokens import BPE_FILES, Tokenizer, find_text_files, load_tokenizer
 
 import torch
-from torch import Tensor
-
-FC1 = "layers.0.fc1.weight"
 
 
 @dataclass
@@ -28,32 +25,29 @@ class Pretrained:
 
     path: Path
     shape: ModelConfig
+    vocabulary: int  # symbols
     weights: dict  # its state dict
     entry: dict | None  # what our fine-tuning added to it (classifier.entry_of)
     head: heads.Head | None  # its classification head, if it has one
     dictionary: dict  # size, digest and mask_id, as our checkpoints have them; else empty
-    folder: str  # of the pretraining data, on the machine that trained it
-
-    @property
-    def vocabulary(self) -> int:
-        return len(self.weights["embed_tokens.weight"])
+    folder: str  # of the pretraining data, on the machine that trained it; or empty
 
     @property
     def longest(self) -> int:
-        """The most tokens of an example: positions count from PAD + 1."""
-        return len(self.weights["embed_positions.weight"]) - PAD - 1
+        """The most tokens of an example."""
+        return self.shape.max_source_positions
 
     def encoder(self, untrained: bool, dropout: float) -> Encoder:
         """A new encoder with these weights, or with the random ones that pretraining begins with.
 
-        dropout: after embedding, attention and feed-forward, and of attention. Raises InputError.
+        dropout: after embedding, attention and feed-forward, and of attention.
         """
         rates = dict(dropout=dropout, attention_dropout=dropout, activation_dropout=0.0)
         encoder = Encoder(dataclasses.replace(self.shape, **rates), self.vocabulary)
         if untrained:
             encoder.apply(init_weights)
         else:
-            checkpoint.put(self.weights, encoder, "the encoder", self.path)
+            encoder.load_state_dict(self.weights)
         return encoder
 
 
@@ -81,42 +75,36 @@ def load(path, attention_heads: int = 0) -> Pretrained:
     """
     path = Path(path)
     loaded = load_any(path)
-    weights = floats(heads.stripped(loaded.student, "encoder."), path)
-    settings = loaded.config
-    folder = settings.get("data_path")
-    ours = loaded.content if loaded.kind == "ours" else {}
-    entry = entry_of(loaded, path) if "classifier" in ours else None
+    weights = heads.stripped(loaded.student, "encoder.")
+    shape, vocabulary = shape_of(weights, loaded.config, attention_heads, path)
+    # without memory: what these weights must fit
+    with torch.device("meta"):
+        expected = Encoder(shape, vocabulary)
+    entry = entry_of(loaded, path) if "classifier" in loaded.content else None
     return Pretrained(
         path=path,
-        shape=shape_of(weights, settings, attention_heads, path),
-        weights=weights,
+        shape=shape,
+        vocabulary=vocabulary,
+        weights=checkpoint.own_state(weights, expected, "the encoder", path),
         entry=entry,
         head=heads.find(loaded, entry, path),
-        dictionary=ours.get("dictionary", {}),
-        folder=folder if isinstance(folder, str) else "",
+        dictionary=loaded.content.get("dictionary", {}),
+        folder=str(loaded.config.get("data_path") or ""),
     )
 
 
-def floats(state: dict, path) -> dict:
-    """A state dict in float32 and memory of its own. Raises InputError for what is no float."""
-    for name, tensor in state.items():
-        if not (isinstance(tensor, Tensor) and tensor.dtype in checkpoint.FLOATS):
-            raise InputError(f"{path}: {name} is not a tensor of floating-point numbers")
-    return {k: torch.empty(tensor.shape).copy_(tensor.detach()) for k, tensor in state.items()}
+def shape_of(weights: dict, settings: dict, attention_heads: int, path) -> tuple[ModelConfig, int]:
+    """The encoder's shape, as far as the weights show it by them, else by the file's settings.
 
-
-def shape_of(weights: dict, settings: dict, attention_heads: int, path) -> ModelConfig:
-    """The encoder's shape: as far as the weights show it by them, else by the file's settings."""
-    least = {"embed_tokens.weight": len(SPECIAL), "embed_positions.weight": PAD + 2, FC1: 1}
-    for name, rows in least.items():
-        if name not in weights:
-            raise InputError(f"{path}: has no encoder's weights in it: {name} is missing")
-        size = tuple(weights[name].shape)
-        if len(size) != 2 or size[0] < rows:
-            raise InputError(f"{path}: {name} is {size}, not a matrix of {rows} rows or more")
-    # what the weights show
+    Returns also the size of its vocabulary. Raises InputError.
+    """
+    with reading(f"{path}: not the weights of an encoder"):
+        vocabulary, width = weights["embed_tokens.weight"].shape
+        positions, _ = weights["embed_positions.weight"].shape
+        ffn_width, _ = weights["layers.0.fc1.weight"].shape
+        if vocabulary < len(SPECIAL):
+            raise ValueError(f"embed_tokens.weight has {vocabulary} rows")
     layers = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
-    width = weights["embed_tokens.weight"].shape[1]
     heads = attention_heads or settings.get("attention_heads")
     if not heads:
         # 64 channels each, as in all published sizes, or a small model's four
@@ -126,16 +114,16 @@ def shape_of(weights: dict, settings: dict, attention_heads: int, path) -> Model
     shape = ModelConfig(
         layers=layers,
         embed_dim=width,
-        ffn_embed_dim=len(weights[FC1]),
+        ffn_embed_dim=ffn_width,
         attention_heads=heads,
-        max_source_positions=len(weights["embed_positions.weight"]) - PAD - 1,
+        max_source_positions=positions - PAD - 1,
         normalize_before="layer_norm.weight" in weights,
         activation_fn=settings.get("activation_fn", "gelu"),
         average_top_k_layers=min(layers, ModelConfig.average_top_k_layers),
     )
     check_ranges(shape)
     shape.check()
-    return shape
+    return shape, vocabulary
 
 
 # ---------------------------------------------------------------------------------- the tokenizer
@@ -169,16 +157,19 @@ def prepare_text(cfg, source: Pretrained) -> Text:
                 (folder / name).write_bytes(content)
         else:
             folder = folder_of_text(source)
-        paths = find_text_files(folder, named)
         # read them while they are there
-        dictionary = read_dictionary(paths["dict.txt"], source)
+        paths = find_text_files(folder, named)
+        dictionary = Dictionary(paths["dict.txt"])
+        if len(dictionary) != source.vocabulary:
+            sizes = f"{len(dictionary)} symbols, but {source.path} has {source.vocabulary}"
+            raise InputError(f"{dictionary.path}: {sizes} embeddings")
+        dictionary.check_checkpoint(source.dictionary, source.path)
+        tokenize = None
         if is_binarized:
             for part in ("input0", "input1"):  # each was binarized with the one in it
                 dictionary.check_same(Path(cfg.data_path) / part / "dict.txt")
-        tokenize = None
-        if not is_binarized:
-            bpe = [paths.get(name) for name in BPE_FILES]
-            tokenize = load_tokenizer(folder, dictionary, *bpe)
+        else:
+            tokenize = load_tokenizer(folder, dictionary, *map(paths.get, BPE_FILES))
         return Text(dictionary, tokenize, {name: p.read_bytes() for name, p in paths.items()})
 
 
@@ -193,14 +184,3 @@ def folder_of_text(source: Pretrained) -> Path:
     places = " or ".join(map(str, folders))
     flags = "with --dict F, and for a BPE --encoder_json F --vocab_bpe F"
     raise InputError(f"no dict.txt in {places}: name that of {source.path} {flags}")
-
-
-def read_dictionary(path, source: Pretrained) -> Dictionary:
-    """A dict.txt that must be the encoder's. Raises InputError."""
-    dictionary = Dictionary(path)
-    size = len(dictionary)
-    if size != source.vocabulary:
-        theirs = f"{source.path} has {source.vocabulary} embeddings"
-        raise InputError(f"{path}: {size} symbols, but {theirs}")
-    dictionary.check_checkpoint(source.dictionary, source.path)
-    return dictionary
