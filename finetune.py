@@ -43,8 +43,7 @@ from run.guard import Signals, check_memory
 from run.lock import Lock
 from tasks import baselines, batches, heads, predict, pretrained, report
 from tasks.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum, state_of
-from tasks.data import Data, read_data
-from tasks.labelled import Split
+from tasks.labelled import Data, Split, read_data
 from tasks.pretrained import Pretrained, Text
 from tasks.report import Job, Result, SaveDir
 
@@ -315,7 +314,7 @@ def fine_tune(task: Task, job: Job, outlet: Outlet, signals: Signals) -> Result:
 def contents_of(task: Task, model: Classifier) -> dict:
     """What checkpoint.load reads as a checkpoint of ours without a teacher; and the classifier."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    head = {k.removeprefix("head."): v for k, v in state.items() if k.startswith("head.")}
+    head = heads.stripped(state, "head.")
     settings = dict(vars(task.source.shape))
     settings["data_path"] = str(Path(task.cfg.save_dir).resolve())
     settings["tokens_per_sample"] = task.source.longest

@@ -10,7 +10,7 @@ from config import InputError, RunError
 from hardware.device import Device
 from tasks.batches import outputs_of
 from tasks.classifier import Classifier, figures_of
-from tasks.data import Data
+from tasks.labelled import Data
 from text.binarized import SPECIAL
 
 import numpy as np

@@ -2,20 +2,24 @@
 
 An example is one row of tokens: `<s> a </s>`, and for a pair of texts `<s> a </s> </s> b </s>`,
 without segment embeddings. Formats and examples are those of fairseq's task sentence_prediction at
-commit 3f6ba43f.
+commit 3f6ba43f. `cfg` is finetune.py's FinetuneConfig.
 """
 
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from config import InputError, read_text
-from tasks.tables import Table, are_scores, score_of
+from tasks.tables import GLUE, Columns, Table, are_scores, read_tables, score_of
 from text.binarized import BOS, EOS, SPECIAL, UNK, Dictionary, TokenFile
 from text.tokens import warn_of_unknown
 
 import numpy as np
+
+MANY_CLASSES = 10  # of more, if all are numbers, it is said that they may be scores
+MOST_CLASSES = 1000  # the measures hold an example times a class in memory
 
 
 @dataclass
@@ -29,6 +33,78 @@ class Split:
     @property
     def lengths(self) -> np.ndarray:
         return np.array([len(row) for row in self.rows], np.int64)
+
+
+@dataclass
+class Data:
+    """The splits as examples."""
+
+    train: Split
+    valid: dict[str, Split]  # the split `valid` decides, others are scored beside it
+    test: Split | None
+    names: list[str] | None  # of the classes; None for a regression
+    texts: int  # 1, or 2 for pairs
+    header: list[str] | None = None  # what the table's first row calls the text columns
+
+    @property
+    def outputs(self) -> int:
+        return len(self.names) if self.names else 1
+
+
+def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
+    """The labelled text as examples of at most `longest` tokens. Raises InputError."""
+    folder, header = Path(cfg.data_path), None
+    if cfg.data_path and is_binarized(folder):
+        # labels and tokens are numbers already
+        splits, names = read_folders(folder, dictionary, longest)
+        texts = 1 + (folder / "input1").is_dir()
+    elif cfg.data_path and cfg.task == "none":
+        raise InputError(f"{folder}: no folder input0 in it; GLUE's files need --task, as rte")
+    else:
+        # the training split decides which classes there are
+        tables = read_tables(files_of(cfg), cfg.regression)
+        texts, header = len(tables["train"].texts), tables["train"].header
+        names = None if cfg.regression else label_names(tables["train"].labels)
+        splits = {}
+        for split, table in tables.items():
+            labels = class_numbers(table, names) if names else scores(table, cfg.label_scale)
+            splits[split] = encode(tokenize, table.texts, labels, longest)
+    check_labels(cfg, names, splits["train"])
+    for split, examples in splits.items():
+        tell_cuts(examples, split, longest, cfg.fairseq_exact)
+    train, test = splits.pop("train"), splits.pop("test", None)
+    return Data(train, splits, test, names, texts, header)
+
+
+def files_of(cfg) -> dict[str, tuple]:
+    """(path, Columns) of each split of a GLUE task, or of --train, --valid and --test."""
+    if cfg.task == "none":
+        columns = own_columns(cfg, cfg.label)
+        paths = dict(train=cfg.train, valid=cfg.valid, test=cfg.test)
+        return {split: (path, columns) for split, path in paths.items() if path}
+    columns, dev = GLUE[cfg.task], GLUE["mnli_dev"]
+    files = dict(train=("train", columns), valid=("dev", columns))
+    if cfg.task == "mnli":
+        files |= dict(valid=("dev_matched", dev), valid_mismatched=("dev_mismatched", dev))
+    folder = Path(cfg.data_path)
+    return {split: (folder / f"{name}.tsv", columns) for split, (name, columns) in files.items()}
+
+
+def own_columns(cfg, label: str | None = None) -> Columns:
+    """The columns that --text names, and a label's. Raises InputError."""
+    text = tuple(name.strip() for name in cfg.text.split(","))
+    if not all(text) or len(text) > 2:
+        raise InputError(f"--text {cfg.text}: one column, or two joined by a comma")
+    return Columns(text, label, {"auto": None, "true": True, "false": False}[cfg.header])
+
+
+def tell_cuts(examples: Split, name: str, longest: int, is_exact: bool = False):
+    """Print how many examples were cut, which fairseq would not do. Raises InputError."""
+    text = f"{examples.cut:,} of {len(examples.rows):,} examples of {name} are longer"
+    if examples.cut and is_exact:
+        raise InputError(f"--fairseq_exact: {text} than {longest} tokens")
+    if examples.cut:
+        print(f"warning: {text} than {longest} tokens, and cut there", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------ labels
@@ -48,28 +124,37 @@ def class_numbers(table: Table, names: list[str]) -> np.ndarray:
         if label not in numbers:
             known = ", ".join(name[:80] for name in names[:10])
             where = f"{table.path}, line {line}: label {label[:80]!r}"
-            text = f"{where} does not occur in training, which has {known}"
-            if score_of(label) in map(score_of, names) and score_of(label) is not None:
-                text += "; it is an equal number, so write both alike"
-            elif are_scores([label, *names]):
-                text += "; --regression predicts numbers"
-            raise InputError(text)
+            raise InputError(f"{where} does not occur in training, which has {known}")
     return np.array([numbers[label] for label in table.labels], np.int64)
 
 
 def scores(table: Table, scale: float = 1.0) -> np.ndarray:
     """The score of each row divided by `scale`, float32. Raises InputError for one that is none."""
-    values = []
-    for line, label in zip(table.lines, table.labels):
-        score = score_of(label)
-        where = f"{table.path}, line {line}: {label[:80]!r}"
-        if score is None:
-            raise InputError(f"{where} is no number (--regression)")
-        with np.errstate(all="ignore"):
-            values.append(np.float32(score) / np.float32(scale))
-        if not np.isfinite(values[-1]):
-            raise InputError(f"{where} / {scale:g} is too large for float32")
-    return np.array(values, np.float32)
+    values = np.array([score_of(label) for label in table.labels], np.float64)  # None is NaN
+    with np.errstate(all="ignore"):
+        values = values.astype(np.float32) / np.float32(scale)
+    for i in np.flatnonzero(~np.isfinite(values))[:1]:
+        where = f"{table.path}, line {table.lines[i]}: {table.labels[i][:80]!r} / {scale:g}"
+        raise InputError(f"{where} is no number that float32 can hold (--regression)")
+    return values
+
+
+def check_labels(cfg, names: list[str] | None, train: Split):
+    """Raise InputError for labels from which nothing can be learned."""
+    if not names:
+        return
+    where, rows = cfg.train or cfg.data_path, len(train.labels)
+    if cfg.regression:
+        raise InputError(f"--regression: {where} has classes, and no label/train.label")
+    if len(names) > MOST_CLASSES or len(names) == rows > MANY_CLASSES:
+        counts = f"{len(names):,} classes in {rows:,} rows (at most {MOST_CLASSES:,}, and repeated)"
+        raise InputError(f"{where}: {counts}; is --label right? Scores need --regression")
+    if len(names) > MANY_CLASSES and are_scores(names):
+        few = ", ".join(names[:5])
+        print(f"note: {len(names):,} classes are numbers ({few}, ...): scores need --regression")
+    # a binarized folder may name classes that no row has
+    if len(np.unique(train.labels)) < 2:
+        raise InputError(f"{where}: all training labels are {names[train.labels[0]]!r}")
 
 
 # ---------------------------------------------------------------------------------------- examples
@@ -81,24 +166,15 @@ def join(parts: list[np.ndarray], longest: int) -> tuple[np.ndarray, bool]:
     Of a pair the longer text is cut first, until both are equally long.
     """
     room = longest - len(parts)  # without <s>, and the </s> before a second text
-    sizes = [len(part) for part in parts]
-    is_cut = sum(sizes) > room
-    if is_cut and len(parts) == 1:
-        sizes = [room]
-    elif is_cut:
-        first, second = sizes
-        half = room // 2
-        if first > half:
-            first = max(room - second, room - half)
-        sizes = [first, room - first]
-    pieces = [[BOS]]
-    for part, size in zip(parts, sizes):
-        if len(pieces) > 1:
-            pieces.append([EOS])
-        pieces.append(part)
+    total = sum(map(len, parts))
+    second = total - len(parts[0])
+    first = min(len(parts[0]), max(room - second, room - room // 2))
+    example = [[BOS]]
+    for part, size in zip(parts, (first, room - first)):
         if size < len(part):
-            pieces[-1:] = [part[: size - 1], [EOS]]
-    return np.concatenate(pieces).astype(np.int64), is_cut
+            part = np.append(part[: size - 1], EOS)
+        example += [part, [EOS]]
+    return np.concatenate(example[:-1]).astype(np.int64), total > room
 
 
 def encode(tokenize, texts: list[list[str]], labels: np.ndarray | None, longest: int) -> Split:
@@ -118,7 +194,7 @@ def encode(tokenize, texts: list[list[str]], labels: np.ndarray | None, longest:
 
 def make_split(texts: list[list[np.ndarray]], labels: np.ndarray | None, longest: int) -> Split:
     """texts: for each column the tokens of every row, which end in EOS -> the examples."""
-    examples = [join(list(parts), longest) for parts in zip(*texts)]
+    examples = [join(parts, longest) for parts in zip(*texts)]
     return Split([row for row, _ in examples], labels, sum(is_cut for _, is_cut in examples))
 
 
@@ -129,30 +205,38 @@ def is_binarized(folder) -> bool:
     return (Path(folder) / "input0").is_dir()
 
 
+def read_folders(folder: Path, dictionary, longest: int) -> tuple[dict, list[str] | None]:
+    """The splits of fairseq's binarized folders, and the names of the classes."""
+    splits = {}
+    for split in ("train", "valid", "valid1", "test"):
+        label = folder / "label" / split
+        is_there = any(label.with_suffix(end).is_file() for end in (".idx", ".label"))
+        if is_there or split in ("train", "valid"):
+            splits[split], names = read_binarized(folder, split, dictionary, longest)
+    return splits, names
+
+
 def read_binarized(
-    folder, split: str, dictionary: Dictionary, longest: int
+    folder: Path, split: str, dictionary: Dictionary, longest: int
 ) -> tuple[Split, list[str] | None]:
     """A split of the folders input0, input1 (of pairs) and label that fairseq-preprocess wrote.
 
     Returns also the class names in order, None for scores. Raises InputError.
     """
-    folder = Path(folder)
     labels, names = read_binarized_labels(folder / "label", split)
-    if not len(labels):
-        raise InputError(f"{folder}: {split} has no rows")
     texts = []
     for part in (folder / "input0", folder / "input1"):
         if not part.is_dir():
             continue
-        file = TokenFile(part / split)
-        tokens = file.items[: file.tokens].astype(np.int64)
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < len(dictionary):
+        rows = read_sentences(part / split)
+        if len(rows) != len(labels):
+            counts = f"{len(rows)} rows, but there are {len(labels)} labels"
+            raise InputError(f"{part / split}: {counts}")
+        tokens = np.concatenate(rows)
+        for token in tokens[(tokens < 0) | (tokens >= len(dictionary))][:1]:
             known = f"but dict.txt has {len(dictionary)}"
-            raise InputError(f"{part / split}: holds token id {tokens.max()}, {known}")
-        if len(file.sizes) != len(labels):
-            rows = f"{len(file.sizes)} rows, but there are {len(labels)} labels"
-            raise InputError(f"{part / split}: {rows}")
-        texts.append(np.split(tokens, np.cumsum(file.sizes)[:-1]))
+            raise InputError(f"{part / split}: holds token id {token}, {known}")
+        texts.append(rows)
     return make_split(texts, labels, longest), names
 
 
@@ -167,14 +251,17 @@ def read_binarized_labels(folder: Path, split: str) -> tuple[np.ndarray, list[st
     # they only fill the dictionary up to a multiple of 8
     while names and names[-1].startswith("madeupword"):
         names.pop()
-    file = TokenFile(folder / split)
-    if (file.sizes < 1).any():
-        raise InputError(f"{folder / split}: row {int(file.sizes.argmin())} is empty, not a label")
     # a row is the label and EOS
-    ends = np.cumsum(file.sizes, dtype=np.int64)
-    numbers = file.items[ends - file.sizes].astype(np.int64) - len(SPECIAL)
-    unknown = np.flatnonzero((numbers < 0) | (numbers >= len(names)))
-    if len(unknown):
-        where = f"{folder / split}: row {unknown[0]}"
-        raise InputError(f"{where} has a label that label/dict.txt does not name")
+    tokens = [row[0] if len(row) else -1 for row in read_sentences(folder / split)]
+    numbers = np.array(tokens, np.int64) - len(SPECIAL)
+    for row in np.flatnonzero((numbers < 0) | (numbers >= len(names)))[:1]:
+        where = f"{folder / split}: row {row}"
+        raise InputError(f"{where} has no label that label/dict.txt names")
     return numbers, names
+
+
+def read_sentences(prefix: Path) -> list[np.ndarray]:
+    """The tokens of each row of a binarized file, int64. Raises InputError."""
+    file = TokenFile(prefix)
+    tokens = file.items[: file.tokens].astype(np.int64)
+    return np.split(tokens, np.cumsum(file.sizes)[:-1])

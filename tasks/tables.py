@@ -6,10 +6,11 @@ of a set, and said.
 """
 
 import csv
+import io
 import json
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from config import InputError, printable, read_text, reading
@@ -57,30 +58,18 @@ class Table:
     header: list[str] | None = None  # what the first row calls the text columns
 
 
-@dataclass
 class File:
     """A file that has been read, before it is known whether its first row is a header."""
 
-    path: Path
-    columns: Columns
-    rows: list = field(init=False)  # (line from 1, cells)
-    places: list = field(init=False)  # of the columns, None for a name
-    has_header: bool | None = field(init=False)  # None: to be guessed
-
-    def __post_init__(self):
-        names = self.columns.names
-        self.rows = read_rows(self.path, names)
-        self.places = [number_of(name) for name in names]
-        self.has_header = self.columns.header
-        if self.path.suffix.lower() in JSON:
-            self.places = list(range(len(names)))
-            self.has_header = True
-        if None in self.places and self.has_header is None:
-            self.has_header = True
-
-    @property
-    def first(self) -> list[str]:
-        return self.rows[0][1]
+    def __init__(self, path: Path, columns: Columns):
+        self.path, self.columns = path, columns
+        self.rows = read_rows(path, columns.names)  # (line from 1, cells)
+        self.first = self.rows[0][1]
+        # of the columns, None for one that goes by its name
+        self.places = [number_of(name) for name in columns.names]
+        if path.suffix.lower() in JSON:
+            self.places = [None] * len(self.places)
+        self.has_header = True if None in self.places else columns.header
 
     def label_of(self, cells: list[str]) -> str | None:
         """The label of a row, if it has one. For numbered columns only."""
@@ -91,47 +80,48 @@ class File:
 
     def table(self) -> Table:
         """The wanted columns. Raises InputError, with the line, for a row without them."""
-        width = self.columns.fields or len(self.first)
-        places = [self.place_of(*pair) for pair in zip(self.columns.names, self.places)]
+        columns, count = self.columns, len(self.columns.text)
+        places = [self.place_of(*pair) for pair in zip(columns.names, self.places)]
         if len(set(places)) < len(places):
             raise InputError(f"{self.path}: --text and --label name one column twice")
         names = [self.first[i] if self.has_header else i + 1 for i in places]
-        texts = [[] for _ in self.columns.text]
-        table = Table(self.path, [], texts, [], names[: len(texts)] if self.has_header else None)
-        outlets = [*texts, table.labels]
-        begin = 1 if self.has_header else 0
-        may_be_empty = self.columns.fields or self.columns.label is None
-        for line, cells in self.rows[begin:]:
-            if len(cells) != width and self.columns.fields:
-                continue
+        rows = self.rows[1:] if self.has_header else self.rows
+        width = columns.fields or len(self.first)
+        if columns.fields:
+            whole = [row for row in rows if len(row[1]) == width]
+            if len(whole) < len(rows):
+                left_out = f"{len(rows) - len(whole):,} rows without {width} fields left out"
+                print(f"note: {self.path}: {left_out}")
+            rows = whole
+        if not rows:
+            raise InputError(f"{self.path}: no rows in it but the header")
+        # texts to predict, and QQP's, may be empty
+        filled = list(zip(names, places))
+        if columns.fields or columns.label is None:
+            filled = filled[count:]
+        for line, cells in rows:
             where = f"{self.path}, line {line}"
             if len(cells) != width:
                 raise InputError(f"{where}: {len(cells)} columns, the first row has {width}")
-            table.lines.append(line)
-            for name, place, outlet in zip(names, places, outlets):
-                text = cells[place].strip()
-                if not text and (outlet is table.labels or not may_be_empty):
+            for name, place in filled:
+                if not cells[place].strip():
                     raise InputError(f"{where}: the column {name} is empty or missing")
-                outlet.append(text)
-        if not table.lines:
-            raise InputError(f"{self.path}: no rows in it but the header")
-        left_out = len(self.rows) - begin - len(table.lines)
-        if left_out:
-            print(f"note: {self.path}: {left_out:,} rows without {width} fields left out")
-        return table
+        values = [[cells[place].strip() for _, cells in rows] for place in places]
+        labels = [] if columns.label is None else values[count]
+        header = names[:count] if self.has_header else None
+        return Table(self.path, [line for line, _ in rows], values[:count], labels, header)
 
     def place_of(self, name, place: int | None) -> int:
-        """Where a column is. Raises InputError if it is nowhere."""
-        if place is None and self.has_header and name in self.first:
-            if self.first.count(name) > 1:
-                raise InputError(f"{self.path}: two columns {name[:80]}; give the number of one")
-            place = self.first.index(name)
-        if place is None or not 0 <= place < len(self.first):
-            cells = f"{len(self.first)} columns"
-            if self.has_header:
-                cells = ", ".join(map(repr, self.first))
-            raise InputError(f"{self.path}: no column {str(name)[:80]}; it has {cells[:300]}")
-        return place
+        """Where a column is. Raises InputError if it is nowhere, or a name is there twice."""
+        if place is None and self.first.count(name) == 1:
+            return self.first.index(name)
+        if place is not None and 0 <= place < len(self.first):
+            return place
+        cells = f"{len(self.first)} columns"
+        if self.has_header:
+            cells = ", ".join(map(repr, self.first))
+        what = "no column, or more than one,"
+        raise InputError(f"{self.path}: {what} {str(name)[:80]}; it has {cells[:300]}")
 
 
 def read_tables(files: dict, regression: bool = False, known: list | None = None) -> dict:
@@ -213,14 +203,6 @@ def are_scores(texts: list[str]) -> bool:
 # ------------------------------------------------------------------------------------------ rows
 
 
-def lines_of(path) -> list[str]:
-    """The lines of a text file. A "\r" alone ends one only in a file without any "\n"."""
-    text = read_text(path, encoding="utf-8-sig", newline="").replace("\r\n", "\n")
-    if "\n" not in text:
-        text = text.replace("\r", "\n")
-    return text.removesuffix("\n").split("\n")
-
-
 def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
     """(line number, cells) of each row. Raises InputError.
 
@@ -230,26 +212,25 @@ def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
     kind = path.suffix.lower()
     if kind not in (".tsv", ".csv", *JSON):
         raise InputError(f"{path}: expected a name that ends in .tsv, .csv or .jsonl")
-    lines = lines_of(path)
-    if not "".join(lines).strip():
+    text = read_text(path, encoding="utf-8-sig").rstrip("\n")
+    if not text.strip():
         raise InputError(f"{path}: no rows in it")
+    lines = list(enumerate(text.split("\n"), 1))
     if kind in JSON:
-        full = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        full = [(number, line) for number, line in lines if line.strip()]
         rows = [(n, cells_of_json(line, names, f"{path}, line {n}")) for n, line in full]
         return [(0, list(map(str, names))), *rows]
     # quotes mean nothing in a .tsv, as in GLUE's files
-    rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1)]
+    rows = [(number, line.split("\t")) for number, line in lines]
     if kind == ".csv":
-        rows = rows_of_csv(lines, path)
-    while not "".join(rows[-1][1]).strip() and len(rows[-1][1]) == 1:
-        rows.pop()
+        rows = rows_of_csv(text, path)
     has_one_cell = len(rows[0][1]) == 1
     return [row for row in rows if has_one_cell or row[1] != [""]]
 
 
-def rows_of_csv(lines: list[str], path: Path) -> list[tuple[int, list[str]]]:
+def rows_of_csv(text: str, path: Path) -> list[tuple[int, list[str]]]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader([line + "\n" for line in lines], strict=True)
+    reader = csv.reader(io.StringIO(text), strict=True)
     try:
         return [(reader.line_num, cells or [""]) for cells in reader]
     except csv.Error as e:
@@ -261,9 +242,9 @@ def cells_of_json(line: str, names: list, where: str) -> list[str]:
     with reading(f"{where}: not JSON"):
         values = json.loads(line, parse_constant=lambda name: None)  # NaN is null
         json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: expected a JSON object, such as {{...}}")
-    cells = [values.get(name) for name in names]
-    if any(isinstance(cell, (dict, list)) for cell in cells):
-        raise InputError(f"{where}: {', '.join(names)}: neither texts nor numbers")
+    is_object = isinstance(values, dict)
+    cells = [values.get(name) for name in names] if is_object else []
+    if not is_object or any(isinstance(cell, (dict, list)) for cell in cells):
+        what = f"texts or numbers under {', '.join(names)}"
+        raise InputError(f"{where}: expected a JSON object with {what}")
     return ["" if cell is None else str(cell) for cell in cells]

@@ -7,7 +7,7 @@ import finetune
 from config import InputError
 from run import flags as command_line
 from tasks import labelled, predict, tables
-from tasks.data import read_data
+from tasks.labelled import read_data
 from tasks.settings import RECIPES, FinetuneConfig
 from tasks.tables import Columns
 from test.helpers import GOLDEN, call, golden
@@ -120,12 +120,11 @@ def test_predictions_leave_out_the_header_that_training_found(known, content, te
 
 # As many answers as the file has rows.
 ROWS = [
-    ("x.txt", "", "a\rb\nc\n", ["a\rb", "c"]),  # a cell of an old Mac
     ("x.txt", "", "a\rb", ["a", "b"]),  # a file of one
     ("x.txt", "", "a\r\n\r\nb", ["a", "", "b"]),
     ("x.tsv", "text", "text\tmore\na\tx\n\t\nb\ty\n", ["a", "", "b"]),  # pandas' empty cells
     ("x.tsv", "text", "text\na\n\nb\n\n", ["a", "", "b"]),
-    ("x.csv", "text", 'text\na\n\n"b\rc"\n', ["a", "", "b\rc"]),
+    ("x.csv", "text", 'text\na\n\n"b\rc"\n', ["a", "", "b\nc"]),
     ("x.csv", "text", "text,more\na,x\n\n,\nb,y\n", ["a", "", "b"]),
     ("x.jsonl", "text", '{"text": "a"}\n\n{"text": null}\n{"text": NaN}\n', ["a", "", ""]),
 ]
@@ -274,23 +273,23 @@ TABLE = "text\tlabel\n"
         ("x.tsv", TABLE + "w1\t" + "a" * 100_000 + "\n", {}, "line 2: label 'a{80}"),
         ("x.csv", 'text,label\n"w1,good\n', {}, "not CSV"),
         ("x.jsonl", '{"text": "a", "label": "good"}\n[1]\n', {}, "line 2: .* JSON object"),
-        ("x.jsonl", '{"text": [1], "label": "good"}\n', {}, "line 1: text, label"),
+        ("x.jsonl", '{"text": [1], "label": "good"}\n', {}, "line 1: .* under text, label"),
         ("x.jsonl", '{"text": "\\ud800", "label": 1}\n', {}, "line 1: not JSON"),
         ("x.jsonl", '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", {}, "line 1: not JSON"),
         ("x.txt", "w1\tgood\n", {}, "x.txt: .*.tsv, .csv or .jsonl"),
         ("none.tsv", None, {}, "none.tsv: no such file"),
         ("pipe.tsv", None, {}, "pipe.tsv: not a file"),
         ("latin.tsv", b"text\tlabel\n\xe9\tgood\n", {}, "not UTF-8 at byte 11"),
-        ("x.tsv", TABLE + "w1\t1e300\n", dict(regression=True), r"line 2: '1e300' / 1 is too"),
-        ("x.tsv", TABLE + "w1\tgood\n", dict(regression=True), "line 2: 'good' is no number"),
+        ("x.tsv", TABLE + "w1\t1e300\n", dict(regression=True), "line 2: '1e300' / 1 is no number"),
+        ("x.tsv", TABLE + "w1\tgood\n", dict(regression=True), "line 2: 'good' .* is no number"),
         ("x.tsv", TABLE + "w1\tgood\nw2\tgood\n", {}, "all training labels are 'good'"),
-        ("x.tsv", TABLE + "".join(f"w1\t{i}\n" for i in range(1001)), {}, "1,001 different"),
-        ("x.tsv", TABLE + "".join(f"w1\t{i}\n" for i in range(11)), {}, "every row has another"),
-        ("x.tsv", "text\ttext\tlabel\nw1\tw2\tgood\n", {}, "two columns text"),
+        ("x.tsv", TABLE + "".join(f"w1\t{i}\n" for i in range(1001)), {}, "1,001 classes"),
+        ("x.tsv", TABLE + "".join(f"w1\t{i}\n" for i in range(11)), {}, "11 classes in 11 rows"),
+        ("x.tsv", "text\ttext\tlabel\nw1\tw2\tgood\n", {}, "more than one, text"),
         ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(label="text"), "name one column twice"),
-        ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(text="body"), "no column body"),
-        ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(text="²"), "no column ²"),
-        ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(label="9" * 5000), "no column 999"),
+        ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(text="body"), "no column, .* body"),
+        ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(text="²"), "no column, .* ²"),
+        ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(label="9" * 5000), "no column, .* 999"),
         ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(text="a,b,c"), "--text a,b,c"),
     ],
 )
@@ -316,7 +315,7 @@ def test_a_text_longer_than_the_table_is_cut_and_counted(place, tmp_path, capsys
     own = dict(train=table, valid=table, max_epoch=1)
     call(finetune.main, *flags(place, tmp_path / "out", **own))
     assert "1 of 2 examples of train are longer than 64 tokens" in capsys.readouterr().err
-    with pytest.raises(InputError, match="--fairseq_exact: 1 examples of train"):
+    with pytest.raises(InputError, match="--fairseq_exact: 1 of 2 examples of train"):
         finetune.main(flags(place, tmp_path / "out2", fairseq_exact=True, **own))
 
 
@@ -368,8 +367,8 @@ def test_a_task_can_be_read_from_fairseqs_binarized_folders(folders, place):  # 
     [
         ([[4, EOS]], 2, "2 rows, but there are 1 labels"),
         ([[4, EOS], [6, EOS]], 2, "label/train: row 1"),
-        ([[4], []], 2, "label/train: row 1 is empty"),
-        ([[4, EOS], [5, EOS]], 1001, "1,001 different labels"),
+        ([[4], []], 2, "label/train: row 1"),
+        ([[4, EOS], [5, EOS]], 1001, "1,001 classes"),
         ([[4, EOS], [4, EOS]], 2, "all training labels are 'class0'"),
     ],
 )
