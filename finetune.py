@@ -98,9 +98,7 @@ def read_task(cfg: FinetuneConfig, device: Device) -> Task:
     text = pretrained.prepare_text(cfg, source)
     data = read_data(cfg, source.longest, text.dictionary, text.tokenize)
     metrics = CLASS_METRICS if data.names else SCORE_METRICS
-    metric = cfg.metric
-    if metric == "auto":
-        metric = "accuracy" if data.names else "pearson_and_spearman"
+    metric = metrics[0] if cfg.metric == "auto" else cfg.metric
     if metric not in metrics:
         raise InputError(f"--metric {metric}: choose from {', '.join(metrics)}")
     # a head for other classes is an error, before anything is written
@@ -236,9 +234,7 @@ class Outlet:
         self.task, self.name, self.save_dir = task, job.name, save_dir
         self.path = folder / report.BEST
         # an older log stays until the first save, as all of an older fine-tuning
-        self.final = self.part = folder / "finetune.jsonl"
-        if self.final.exists():
-            self.part = folder / "finetune.new.jsonl"
+        self.part = folder / "finetune.new.jsonl"
         self.log = open(self.part, "w", buffering=1, encoding="utf-8")
         self.best = None  # the figures of the best validation so far, and where it was
 
@@ -260,7 +256,7 @@ class Outlet:
             self.best = place | figures
             self.save_dir.save(contents_of(self.task, model), self.path)
         if is_first:
-            os.replace(self.part, self.final)
+            os.replace(self.part, self.part.with_name("finetune.jsonl"))
         shown = f"valid loss {valid['loss']:.4f}, {metric} {valid[metric]:.4f}"
         tqdm.write(f"{self.name}: {where}: {shown}")
 

@@ -80,7 +80,8 @@ def load(path, attention_heads: int = 0) -> Pretrained:
     # without memory: what these weights must fit
     with torch.device("meta"):
         expected = Encoder(shape, vocabulary)
-    entry = entry_of(loaded, path) if "classifier" in loaded.content else None
+    ours = loaded.content if loaded.kind == "ours" else {}
+    entry = entry_of(loaded, path) if "classifier" in ours else None
     return Pretrained(
         path=path,
         shape=shape,
@@ -88,7 +89,7 @@ def load(path, attention_heads: int = 0) -> Pretrained:
         weights=checkpoint.own_state(weights, expected, "the encoder", path),
         entry=entry,
         head=heads.find(loaded, entry, path),
-        dictionary=loaded.content.get("dictionary", {}),
+        dictionary=ours.get("dictionary", {}),
         folder=str(loaded.config.get("data_path") or ""),
     )
 

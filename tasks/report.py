@@ -10,6 +10,8 @@ from pathlib import Path
 
 from config import InputError, printable
 from run import checkpoint
+from tasks.heads import shown
+from tasks.table import best_runs
 from text.tokens import TEXT_FILES
 
 import numpy as np
@@ -51,9 +53,6 @@ class Result:
     checkpoint: Path  # of its best validation
     best: dict  # that validation: where it was, and the figures of each split
 
-    def score(self, metric: str) -> float:
-        return self.best["valid"][metric]
-
     def row(self) -> dict:
         """Its entry in results.json."""
         job = self.job
@@ -81,10 +80,9 @@ def older_results(folder: Path, ckpt: str, overwrite: bool) -> list[Path]:
     if is_taken or Path(ckpt).resolve().parent == folder.resolve():
         what = "holds the run to start from, or a dataset"
         raise InputError(f"--save_dir {folder} {what}; choose another folder")
-    # of one fine-tuning, in the folder itself
     names = ("finetune.jsonl", "results.json", BEST)
     older = [folder / name for name in names if (folder / name).exists()]
-    # of several, each in its own; one with a dict.txt is a fine-tuning of its own
+    # of several each has its folder; one with a dict.txt is a fine-tuning of its own
     logs = folder.glob("*_seed_*/finetune.jsonl")
     older += [log.parent for log in logs if not (log.parent / "dict.txt").exists()]
     if older and not overwrite:
@@ -117,13 +115,12 @@ class SaveDir:
                 stack.enter_context(checkpoint.whole(self.folder / name)).write_bytes(data)
             checkpoint.save(content, path)
         self.is_empty = False
-        for name in set(TEXT_FILES) - set(self.files):
-            (self.folder / name).unlink(missing_ok=True)
-        for old in set(self.older) - {path, path.parent}:
+        left = {self.folder / name for name in set(TEXT_FILES) - set(self.files)}
+        for old in left | set(self.older) - {path, path.parent}:
             if old.is_dir():
                 shutil.rmtree(old)
             else:
-                old.unlink()
+                old.unlink(missing_ok=True)
 
 
 def groups_of(results: list[Result]) -> dict[str, list[Result]]:
@@ -134,17 +131,12 @@ def groups_of(results: list[Result]) -> dict[str, list[Result]]:
     return groups
 
 
-def best_of(results: list[Result], metric: str) -> Result:
-    return max(results, key=lambda result: result.score(metric))
-
-
 def keep_best(results: list[Result], metric: str):
     """Remove the checkpoints that cannot be the best any more: one for each lr stays."""
     for group in groups_of(results).values():
-        best = best_of(group, metric)
+        best = max(group, key=lambda result: result.best["valid"][metric])
         for result in group:
-            # one from random weights is there to be compared, not to be used
-            if result is not best or (result.job.untrained and len(results) > 1):
+            if result is not best:
                 result.checkpoint.unlink(missing_ok=True)
 
 
@@ -168,29 +160,24 @@ def say_bag(bag: dict | None, metric: str):
 
 
 def finish(results: list[Result], bag: dict | None, metric: str, folder: Path):
-    """Print a line for each group, move the best checkpoint to `folder`, write results.json.
-
-    The best learning rate is the one with the best mean on valid; of its seeds the best on valid.
-    """
-    means = {}
-    groups = groups_of(results)
-    for name, group in groups.items():
+    """Print a line for each group, move the best checkpoint to `folder`, write results.json."""
+    for name, group in groups_of(results).items():
         say([result.best for result in group], metric, name)
-        if not group[0].job.untrained:
-            means[name] = statistics.fmean(result.score(metric) for result in group)
     say_bag(bag, metric)
-    best = best_of(groups[max(means, key=means.get)], metric)
-    # it stays, under the name that a single one has
+    rows = [result.row() for result in results]
+    # of the best learning rate the best seed; one from random weights is there to be compared
+    seeds = best_runs([row for row in rows if not row["untrained"]], metric)
+    best = max(seeds.values(), key=lambda row: row["valid"][metric])["name"]
     final = folder / BEST
-    os.replace(best.checkpoint, final)
     for result in results:
-        if result.checkpoint != final:
+        if result.job.name == best:
+            os.replace(result.checkpoint, final)
+        else:
             result.checkpoint.unlink(missing_ok=True)
     # all figures, not only the best one's
-    rows = [result.row() for result in results]
-    content = dict(metric=metric, best=best.job.name, runs=rows, bag=bag)
+    content = dict(metric=metric, best=best, runs=rows, bag=bag)
     checkpoint.write_text(folder / "results.json", json.dumps(content, indent=1))
-    print(printable(f"best on valid: {best.job.name} | {final}"))
+    print(printable(f"best on valid: {best} | {final}"))
 
 
 def describe(source, data, metric: str, lr: float):
@@ -207,8 +194,5 @@ def describe(source, data, metric: str, lr: float):
     # what a model reaches that has learned nothing
     common = np.bincount(data.train.labels, minlength=data.outputs).argmax()
     share = np.mean(data.valid["valid"].labels == common)
-    names = ", ".join(data.names[:20])
-    if data.outputs > 20:
-        names += ", ..."
     always = f"accuracy of always {data.names[common]!r}: {share:.4f}"
-    print(printable(f"{data.outputs} classes: {names} | {always}"))
+    print(printable(f"{data.outputs} classes: {shown(data.names)} | {always}"))

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +66,10 @@ class File:
         self.path, self.columns = path, columns
         self.rows = read_rows(path, columns.names)  # (line from 1, cells)
         self.first = self.rows[0][1]
-        # of the columns, None for one that goes by its name
-        self.places = [number_of(name) for name in columns.names]
-        if path.suffix.lower() in JSON:
-            self.places = [None] * len(self.places)
+        self.places = []  # of the columns, None for one that goes by its name
+        for name in columns.names:
+            is_number = re.fullmatch("[0-9]{1,9}", str(name)) and path.suffix.lower() not in JSON
+            self.places.append(int(name) - 1 if is_number else None)
         self.has_header = True if None in self.places else columns.header
 
     def label_of(self, cells: list[str]) -> str | None:
@@ -181,12 +182,6 @@ def looks_like_header(file: File, labels: set, regression: bool, known: list | N
     return False
 
 
-def number_of(name) -> int | None:
-    """The place of a column that is named by its number; None for another name."""
-    is_number = str(name).isdecimal() and len(str(name)) < 10
-    return int(name) - 1 if is_number else None
-
-
 def score_of(text: str) -> float | None:
     try:
         value = float(text)
@@ -215,26 +210,22 @@ def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
     text = read_text(path, encoding="utf-8-sig").rstrip("\n")
     if not text.strip():
         raise InputError(f"{path}: no rows in it")
-    lines = list(enumerate(text.split("\n"), 1))
     if kind in JSON:
-        full = [(number, line) for number, line in lines if line.strip()]
-        rows = [(n, cells_of_json(line, names, f"{path}, line {n}")) for n, line in full]
-        return [(0, list(map(str, names))), *rows]
+        rows = [(0, [*names])]
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                rows.append((number, cells_of_json(line, names, f"{path}, line {number}")))
+        return rows
     # quotes mean nothing in a .tsv, as in GLUE's files
-    rows = [(number, line.split("\t")) for number, line in lines]
-    if kind == ".csv":
-        rows = rows_of_csv(text, path)
+    form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if kind == ".tsv" else {}
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text), strict=True, **form)
+    try:
+        rows = [(reader.line_num, cells or [""]) for cells in reader]
+    except csv.Error as e:
+        raise InputError(f"{path}, line {reader.line_num}: not a table: {e}") from None
     has_one_cell = len(rows[0][1]) == 1
     return [row for row in rows if has_one_cell or row[1] != [""]]
-
-
-def rows_of_csv(text: str, path: Path) -> list[tuple[int, list[str]]]:
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text), strict=True)
-    try:
-        return [(reader.line_num, cells or [""]) for cells in reader]
-    except csv.Error as e:
-        raise InputError(f"{path}, line {reader.line_num}: not CSV: {e}") from None
 
 
 def cells_of_json(line: str, names: list, where: str) -> list[str]:

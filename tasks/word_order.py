@@ -26,16 +26,14 @@ WORD = re.compile(rf"{IDEOGRAPH}|(?:(?!{IDEOGRAPH})[^\W\d_])+(?:['\-][^\W\d_]+)*
 def swap(sentence: str, rng: random.Random) -> str | None:
     """The sentence with two different neighbouring words swapped; None if it has no such two."""
     words = list(WORD.finditer(sentence))
-    # of a few words the order is free, of many the swap is hard to see for a person, too
-    if not FEWEST <= len(words) <= MOST:
-        return None
     pairs = []
     for left, right in zip(words, words[1:]):
         between = sentence[left.end() : right.start()]
-        is_beside = not between.strip()  # nothing but space: no comma, no digit
-        if is_beside and left[0] != right[0]:
+        # nothing but space: no comma, no digit
+        if not between.strip() and left[0] != right[0]:
             pairs.append((left, between, right))
-    if not pairs:
+    # of a few words the order is free, of many the swap is hard to see for a person, too
+    if not pairs or not FEWEST <= len(words) <= MOST:
         return None
     # each place is as likely, so that no position tells where to look
     left, between, right = rng.choice(pairs)
@@ -43,7 +41,7 @@ def swap(sentence: str, rng: random.Random) -> str | None:
     return sentence[: left.start()] + swapped + sentence[right.end() :]
 
 
-def rows_of(sentences: list[str], most: int = ROWS) -> list[tuple[str, str]]:
+def rows_of(sentences: list[str], most: int) -> list[tuple[str, str]]:
     """Up to `most` (text, label) in random order, half of them swapped; the same at each call."""
     rng = random.Random(1)
     sentences = list(dict.fromkeys(sentences))  # each once, in the order of the text
@@ -78,8 +76,9 @@ def write_task(folder: Path, rows: list, valid: int, test: int):
         print(printable(f"{folder / split}.tsv: {len(part):,} rows"))
 
 
-def write_word_order(folder: Path, rows: list):
-    """Write the three splits of the task from its rows."""
+def write_word_order(folder: Path, sentences: list[str], most: int = ROWS):
+    """Write the three splits of the task that the sentences make."""
+    rows = rows_of(sentences, most)
     write_task(folder, rows, len(rows) // 13, len(rows) * 3 // 13)
 
 
@@ -90,11 +89,7 @@ def main(argv: list | None = None) -> int:
     flag("--dest", required=True, metavar="DIR", help="where train, valid and test.tsv go")
     flag("--rows", type=int, default=ROWS, metavar="N", help=f"at most so many [{ROWS}]")
     args = parser.parse_args(argv)
-    rows = rows_of(read_text(args.text).splitlines(), args.rows)
-    if len(rows) < 13:
-        fit = f"{len(rows)} sentences of {FEWEST} to {MOST} words"
-        raise InputError(f"--text {args.text}: {fit} are too few for three splits")
-    write_word_order(Path(args.dest), rows)
+    write_word_order(Path(args.dest), read_text(args.text).splitlines(), args.rows)
     return 0
 
 

@@ -81,7 +81,12 @@ def test_the_rows_of_a_head_go_by_class_names(kind, counts, colors, place, tmp_p
         ((2, 3, 4), ["red", "green", "violet"], {}, "new are violet; missing are blue"),
         ((2, 3, 4, 5), [*COLORS, "violet"], {}, "new are violet; missing are none"),
         ((2, 3), COLORS, {}, "new are none; missing are blue"),
-        ((2, 3, 4), list("123"), dict(regression=True), "new are a score; missing are blue, green, red"),
+        (
+            (2, 3, 4),
+            list("123"),
+            dict(regression=True),
+            "new are a score; missing are blue, green, red",
+        ),
     ],
 )
 def test_a_head_for_other_classes_is_an_error_that_names_them(

@@ -271,7 +271,7 @@ TABLE = "text\tlabel\n"
         ("x.tsv", TABLE + "w1\tgood\nw1\tw2\tbad\n", {}, "line 3: 3 columns"),
         ("x.tsv", TABLE, {}, "x.tsv: no rows"),
         ("x.tsv", TABLE + "w1\t" + "a" * 100_000 + "\n", {}, "line 2: label 'a{80}"),
-        ("x.csv", 'text,label\n"w1,good\n', {}, "not CSV"),
+        ("x.csv", 'text,label\n"w1,good\n', {}, "line 2: not a table"),
         ("x.jsonl", '{"text": "a", "label": "good"}\n[1]\n', {}, "line 2: .* JSON object"),
         ("x.jsonl", '{"text": [1], "label": "good"}\n', {}, "line 1: .* under text, label"),
         ("x.jsonl", '{"text": "\\ud800", "label": 1}\n', {}, "line 1: not JSON"),

@@ -55,7 +55,11 @@ def predict(path, folder, place) -> list[str]:  # noqa: F811
         (("config", "activation_fn"), 7, "--activation_fn 7: must be of type str"),
         (("student", TOKENS), torch.zeros(0, 16), "embed_tokens.weight has 0 rows"),
         (("student", TOKENS), torch.zeros(40, 0), "--embed_dim 0: must be at least 1"),
-        (("student", TOKENS), torch.zeros(40, 16, dtype=torch.complex64), "not an ordinary tensor of"),
+        (
+            ("student", TOKENS),
+            torch.zeros(40, 16, dtype=torch.complex64),
+            "not an ordinary tensor of",
+        ),
         (("student", POSITIONS), torch.zeros(1, 16), "--max_source_positions -1"),
         (("student", FC1), torch.zeros(()), "not the weights of an encoder"),
         (("classifier", "labels"), [], "classifier"),
