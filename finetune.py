@@ -41,11 +41,11 @@ from optim import Optimizer
 from run import checkpoint
 from run.guard import Signals, check_memory
 from run.lock import Lock
-from tasks import baselines, batches, heads, predict, pretrained, report
-from tasks.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum, state_of
+from tasks import baselines, classifier, predict, pretrained, report
+from tasks.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum
 from tasks.labelled import Data, Split, read_data
 from tasks.pretrained import Pretrained, Text
-from tasks.report import Job, Result, SaveDir
+from tasks.report import Job, SaveDir
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ def implied(cfg: FinetuneConfig) -> dict:
     values = {}
     if cfg.task != "none":
         recipe = RECIPES[cfg.task]
-        values = recipe._asdict() | dict(lr=(recipe.lr,))
+        values = recipe._asdict()
         # another length keeps the recipe's share
         if cfg.max_update:
             share = recipe.warmup_updates / recipe.max_update
@@ -96,7 +96,7 @@ def read_task(cfg: FinetuneConfig, device: Device) -> Task:
     copies = 2 if cfg.freeze else 5
     check_memory(source.shape, source.vocabulary, device, copies)
     text = pretrained.prepare_text(cfg, source)
-    data = read_data(cfg, source.longest, text.dictionary, text.tokenize)
+    data = read_data(cfg, source.shape.max_source_positions, text.dictionary, text.tokenize)
     metrics = CLASS_METRICS if data.names else SCORE_METRICS
     metric = metrics[0] if cfg.metric == "auto" else cfg.metric
     if metric not in metrics:
@@ -108,7 +108,7 @@ def read_task(cfg: FinetuneConfig, device: Device) -> Task:
         if cfg.data_path and cfg.task == "none" and source.head.classes is None:
             source.head.classes = data.names
         new = new_head(cfg, source, data)
-        head = heads.fit(source.head, new, data.names, cfg.label_scale, source.path)
+        head = pretrained.fit_head(source.head, new, data.names, cfg.label_scale, source.path)
     return Task(cfg, device, source, text, data, metric, head)
 
 
@@ -148,11 +148,9 @@ class Tuning:
         self.num_updates = 0
 
         # the schedule: where the learning rate is 0, where the run ends, how long it warms up
-        per_epoch = math.ceil(len(self.batches) / cfg.update_freq)
-        self.total = cfg.max_update or cfg.max_epoch * per_epoch
-        self.end = self.total
-        if cfg.max_epoch:
-            self.end = min(self.total, cfg.max_epoch * per_epoch)
+        longest = cfg.max_epoch * math.ceil(len(self.batches) / cfg.update_freq)  # 0: no limit
+        self.total = cfg.max_update or longest
+        self.end = min(self.total, longest or self.total)
         self.warmup = cfg.warmup_updates
         if self.warmup < 0:
             self.warmup = round(WARMUP_SHARE * self.total)
@@ -160,14 +158,14 @@ class Tuning:
     def training_batches(self) -> list[np.ndarray]:
         """Row numbers of each batch; every epoch has the same batches in another order."""
         cfg, lengths = self.cfg, self.data.train.lengths
-        order = batches.training_order(len(lengths), self.job.seed)
+        order = classifier.training_order(len(lengths), self.job.seed)
         if not cfg.fairseq_exact:
-            order = batches.group_lengths(lengths, order, BATCHES_GROUPED * cfg.batch_size)
-        return batches.cut_batches(lengths, order, cfg.batch_size, cfg.max_tokens)
+            order = classifier.group_lengths(lengths, order, BATCHES_GROUPED * cfg.batch_size)
+        return classifier.cut_batches(lengths, order, cfg.batch_size, cfg.max_tokens)
 
     def updates_of(self, epoch: int) -> list[list[np.ndarray]]:
         """The batches of each update of an epoch; the last update takes what is left."""
-        order = batches.epoch_batches(self.batches, self.job.seed, epoch)
+        order = classifier.epoch_batches(self.batches, self.job.seed, epoch)
         freq = self.cfg.update_freq
         return [order[i : i + freq] for i in range(0, len(order), freq)]
 
@@ -182,7 +180,7 @@ def tuning_lr_at(updates: int, lr: float, warmup: int, total: int) -> float:
 def forward(tuning: Tuning, ids: np.ndarray) -> Tensor:
     """Training examples through the model -> the sum of their loss ()."""
     train = tuning.data.train
-    tokens, padded = batches.pad([train.rows[i] for i in ids])  # (B, T)
+    tokens, padded = classifier.pad([train.rows[i] for i in ids])  # (B, T)
     with tuning.device.autocast():
         outputs = tuning.model(tuning.device.tensor(tokens), padded)  # (B, classes)
     return loss_sum(outputs, tuning.device.tensor(train.labels[ids]))
@@ -221,22 +219,22 @@ def validate(task: Task, model: Classifier, splits: dict[str, Split]) -> dict[st
     model.eval()
     figures = {}
     for name, split in splits.items():
-        outputs = batches.outputs_of(model, task.device, split, task.cfg)
+        outputs = classifier.outputs_of(model, task.device, split, task.cfg)
         figures[name] = figures_of(outputs, split, task.data.names)
     model.train()
     return figures
 
 
 class Outlet:
-    """Where one fine-tuning writes: finetune.jsonl, checkpoint_best.pt, and lines to read."""
+    """Where one fine-tuning writes, finetune.jsonl and checkpoint_best.pt; and its best figures."""
 
     def __init__(self, task: Task, job: Job, save_dir: SaveDir, folder: Path):
-        self.task, self.name, self.save_dir = task, job.name, save_dir
+        self.task, self.job, self.save_dir = task, job, save_dir
         self.path = folder / report.BEST
         # an older log stays until the first save, as all of an older fine-tuning
         self.part = folder / "finetune.new.jsonl"
         self.log = open(self.part, "w", buffering=1, encoding="utf-8")
-        self.best = None  # the figures of the best validation so far, and where it was
+        self.best = None  # the best validation so far: where it was, and the figures of each split
 
     def write(self, row: dict):
         self.log.write(json.dumps(row) + "\n")
@@ -258,7 +256,7 @@ class Outlet:
         if is_first:
             os.replace(self.part, self.part.with_name("finetune.jsonl"))
         shown = f"valid loss {valid['loss']:.4f}, {metric} {valid[metric]:.4f}"
-        tqdm.write(f"{self.name}: {where}: {shown}")
+        tqdm.write(f"{self.job.name}: {where}: {shown}")
 
 
 def tuning_loop(tuning: Tuning, task: Task, outlet: Outlet, signals: Signals):
@@ -267,7 +265,7 @@ def tuning_loop(tuning: Tuning, task: Task, outlet: Outlet, signals: Signals):
     There is a validation after each epoch and after the last update.
     """
     end, epoch = tuning.end, 0
-    bar = tqdm(total=end, desc=outlet.name, unit=" updates", disable=None, file=sys.stderr)
+    bar = tqdm(total=end, desc=outlet.job.name, unit=" updates", disable=None, file=sys.stderr)
     is_over = False
     while not is_over:
         epoch += 1
@@ -291,8 +289,9 @@ def tuning_loop(tuning: Tuning, task: Task, outlet: Outlet, signals: Signals):
     bar.close()
 
 
-def fine_tune(task: Task, job: Job, outlet: Outlet, signals: Signals) -> Result:
-    """One fine-tuning."""
+def fine_tune(task: Task, outlet: Outlet, signals: Signals):
+    """One fine-tuning; the outlet has what it reaches."""
+    job = outlet.job
     model = new_classifier(task, job).to(task.device.torch_device)
     if job.is_probe:
         for decay, figures in baselines.probes(model.eval(), task.device, task.data, task.cfg):
@@ -302,18 +301,19 @@ def fine_tune(task: Task, job: Job, outlet: Outlet, signals: Signals) -> Result:
     outlet.log.close()
     # the test split is scored once, by the best checkpoint
     if task.data.test and not signals.stop:
-        model.load_state_dict(state_of(checkpoint.load(outlet.path)))
+        best = checkpoint.load(outlet.path)
+        model.encoder.load_state_dict(pretrained.stripped(best.student, "encoder."))
+        model.head.load_state_dict(best.content["classifier"]["head"])
         outlet.best |= validate(task, model, {"test": task.data.test})
-    return Result(job, outlet.path, outlet.best)
 
 
 def contents_of(task: Task, model: Classifier) -> dict:
     """What checkpoint.load reads as a checkpoint of ours without a teacher; and the classifier."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    head = heads.stripped(state, "head.")
+    head = pretrained.stripped(state, "head.")
     settings = dict(vars(task.source.shape))
     settings["data_path"] = str(Path(task.cfg.save_dir).resolve())
-    settings["tokens_per_sample"] = task.source.longest
+    settings["tokens_per_sample"] = task.source.shape.max_source_positions
     symbols = task.text.dictionary
     labels = dict(labels=task.data.names, texts=task.data.texts, header=task.data.header)
     return convert.beginning(task.cfg.seed) | dict(
@@ -348,10 +348,12 @@ def finetune(cfg: FinetuneConfig, device: Device) -> int:
         results = []
         signals = stack.enter_context(Signals(device))
         for job in jobs:
-            place = folder if len(jobs) == 1 else folder / job.folder
+            place = folder if len(jobs) == 1 else folder / job.name.replace(" ", "_")
             place.mkdir(exist_ok=True)
-            results.append(fine_tune(task, job, Outlet(task, job, save_dir, place), signals))
-            report.keep_best(results, task.metric)
+            results.append(Outlet(task, job, save_dir, place))
+            fine_tune(task, results[-1], signals)
+            group = [result for result in results if result.job.group == job.group]
+            report.keep_best(group, task.metric)
             if signals.stop:
                 print(f"stopped by a signal; {folder} has the best so far", file=sys.stderr)
                 return 128 + signals.stop

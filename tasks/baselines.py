@@ -8,8 +8,7 @@ import importlib.util
 
 from config import InputError, RunError
 from hardware.device import Device
-from tasks.batches import outputs_of
-from tasks.classifier import Classifier, figures_of
+from tasks.classifier import Classifier, figures_of, outputs_of
 from tasks.labelled import Data
 from text.binarized import SPECIAL
 

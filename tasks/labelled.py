@@ -11,14 +11,14 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError, read_text
+from config import InputError, printable, read_text
 from tasks.tables import GLUE, Columns, Table, are_scores, read_tables, score_of
 from text.binarized import BOS, EOS, SPECIAL, UNK, Dictionary, TokenFile
 from text.tokens import warn_of_unknown
 
 import numpy as np
 
-MANY_CLASSES = 10  # of more, if all are numbers, it is said that they may be scores
+MANY_CLASSES = 10  # of more, some must be in several rows, and numbers may be scores
 MOST_CLASSES = 1000  # the measures hold an example times a class in memory
 
 
@@ -54,7 +54,7 @@ class Data:
 def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
     """The labelled text as examples of at most `longest` tokens. Raises InputError."""
     folder, header = Path(cfg.data_path), None
-    if cfg.data_path and is_binarized(folder):
+    if is_binarized(cfg):
         # labels and tokens are numbers already
         splits, names = read_folders(folder, dictionary, longest)
         texts = 1 + (folder / "input1").is_dir()
@@ -104,7 +104,8 @@ def tell_cuts(examples: Split, name: str, longest: int, is_exact: bool = False):
     if examples.cut and is_exact:
         raise InputError(f"--fairseq_exact: {text} than {longest} tokens")
     if examples.cut:
-        print(f"warning: {text} than {longest} tokens, and cut there", file=sys.stderr)
+        said = f"warning: {text} than {longest} tokens, and cut there"
+        print(printable(said), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------------ labels
@@ -116,15 +117,22 @@ def label_names(labels: list[str]) -> list[str]:
     return sorted(counts, key=lambda name: (-counts[name], name))
 
 
+def shown(names: list) -> str:
+    """Names of classes for a message."""
+    return ", ".join(name[:80] for name in names[:10]) or "none"
+
+
 def class_numbers(table: Table, names: list[str]) -> np.ndarray:
     """The class of each row, int64. Raises InputError for a label that training does not have."""
     numbers = {name: i for i, name in enumerate(names)}
     # a new class in valid or test could never be right
     for line, label in zip(table.lines, table.labels):
         if label not in numbers:
-            known = ", ".join(name[:80] for name in names[:10])
             where = f"{table.path}, line {line}: label {label[:80]!r}"
-            raise InputError(f"{where} does not occur in training, which has {known}")
+            text = f"{where} does not occur in training, which has {shown(names)}"
+            if are_scores([label, *names]):
+                text += "; scores need --regression"
+            raise InputError(text)
     return np.array([numbers[label] for label in table.labels], np.int64)
 
 
@@ -147,11 +155,10 @@ def check_labels(cfg, names: list[str] | None, train: Split):
     if cfg.regression:
         raise InputError(f"--regression: {where} has classes, and no label/train.label")
     if len(names) > MOST_CLASSES or len(names) == rows > MANY_CLASSES:
-        counts = f"{len(names):,} classes in {rows:,} rows (at most {MOST_CLASSES:,}, and repeated)"
+        counts = f"{len(names):,} classes in {rows:,} rows are too many"
         raise InputError(f"{where}: {counts}; is --label right? Scores need --regression")
     if len(names) > MANY_CLASSES and are_scores(names):
-        few = ", ".join(names[:5])
-        print(f"note: {len(names):,} classes are numbers ({few}, ...): scores need --regression")
+        print(f"note: {len(names):,} classes are numbers: scores need --regression")
     # a binarized folder may name classes that no row has
     if len(np.unique(train.labels)) < 2:
         raise InputError(f"{where}: all training labels are {names[train.labels[0]]!r}")
@@ -201,8 +208,9 @@ def make_split(texts: list[list[np.ndarray]], labels: np.ndarray | None, longest
 # -------------------------------------------------------------------------------- fairseq's folders
 
 
-def is_binarized(folder) -> bool:
-    return (Path(folder) / "input0").is_dir()
+def is_binarized(cfg) -> bool:
+    """Whether --data_path is such a folder."""
+    return bool(cfg.data_path) and (Path(cfg.data_path) / "input0").is_dir()
 
 
 def read_folders(folder: Path, dictionary, longest: int) -> tuple[dict, list[str] | None]:

@@ -8,7 +8,7 @@ from config import InputError, printable, read_text
 from hardware.device import Device
 from run import checkpoint
 from tasks import classifier, labelled, pretrained, tables
-from tasks.batches import outputs_of
+from tasks.classifier import outputs_of
 
 import torch
 
@@ -30,8 +30,9 @@ def predict(cfg, device: Device) -> int:
     tokenize = pretrained.prepare_text(cfg, source).tokenize
     model = classifier.rebuild(entry, source.encoder(untrained=False, dropout=0.0), cfg.ckpt)
     model = model.to(device.torch_device).eval()
-    split = labelled.encode(tokenize, read_texts(cfg, entry), None, source.longest)
-    labelled.tell_cuts(split, cfg.predict, source.longest)
+    longest = source.shape.max_source_positions
+    split = labelled.encode(tokenize, read_texts(cfg, entry), None, longest)
+    labelled.tell_cuts(split, cfg.predict, longest)
     # in the order of the lines
     outputs = outputs_of(model, device, split, cfg, sort=True)
     text = "".join("\t".join(row) + "\n" for row in table_of(outputs, entry))

@@ -1,22 +1,43 @@
-"""What fine-tuning starts from: the encoder of any checkpoint, and its tokenizer."""
+"""What fine-tuning starts from: encoder, tokenizer and classification head of any checkpoint."""
 
 import dataclasses
+import json
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError, ModelConfig, check_ranges, printable, reading
+from config import InputError, ModelConfig, check_ranges, printable, read_text, reading
 from formats import hf_tokenizer
 from formats.load import load as load_any
 from model import PAD, Encoder, init_weights
 from run import checkpoint
-from tasks import heads, labelled
+from run.checkpoint import Loaded
+from tasks import labelled
 from tasks.classifier import entry_of
+from tasks.labelled import shown
+from tasks.tables import score_of
 from text.binarized import SPECIAL, Dictionary
 from text.tokens import BPE_FILES, Tokenizer, find_text_files, load_tokenizer
 
 import torch
+from torch import nn
+
+FAIRSEQ = "classification_heads."
+SENTENCE_HEAD = {f"{part}.{kind}" for part in ("dense", "out_proj") for kind in ("weight", "bias")}
+# the other weights of a folder of transformers; what is left belongs to a head
+NO_HEADS = ("embeddings.", "encoder.", "LayerNorm.", "lm_head.", "pooler.")
+SCORE = "a score"  # the only row of a head for scores, whatever the file calls it
+
+
+@dataclass
+class Head:
+    """The classification head of a file."""
+
+    weights: dict  # its state dict
+    classes: list | None = None  # the names of its rows, where the file has them
+    scale: float = 0.0  # scores are its outputs times this (0: the file does not say)
+    is_sorted: bool = False  # rows without names are in the order of the names
 
 
 @dataclass
@@ -28,14 +49,9 @@ class Pretrained:
     vocabulary: int  # symbols
     weights: dict  # its state dict
     entry: dict | None  # what our fine-tuning added to it (classifier.entry_of)
-    head: heads.Head | None  # its classification head, if it has one
+    head: Head | None  # its classification head, if it has one
     dictionary: dict  # size, digest and mask_id, as our checkpoints have them; else empty
     folder: str  # of the pretraining data, on the machine that trained it; or empty
-
-    @property
-    def longest(self) -> int:
-        """The most tokens of an example."""
-        return self.shape.max_source_positions
 
     def encoder(self, untrained: bool, dropout: float) -> Encoder:
         """A new encoder with these weights, or with the random ones that pretraining begins with.
@@ -75,7 +91,7 @@ def load(path, attention_heads: int = 0) -> Pretrained:
     """
     path = Path(path)
     loaded = load_any(path)
-    weights = heads.stripped(loaded.student, "encoder.")
+    weights = stripped(loaded.student, "encoder.")
     shape, vocabulary = shape_of(weights, loaded.config, attention_heads, path)
     # without memory: what these weights must fit
     with torch.device("meta"):
@@ -88,7 +104,7 @@ def load(path, attention_heads: int = 0) -> Pretrained:
         vocabulary=vocabulary,
         weights=checkpoint.own_state(weights, expected, "the encoder", path),
         entry=entry,
-        head=heads.find(loaded, entry, path),
+        head=find_head(loaded, entry, path),
         dictionary=ours.get("dictionary", {}),
         folder=str(loaded.config.get("data_path") or ""),
     )
@@ -127,6 +143,93 @@ def shape_of(weights: dict, settings: dict, attention_heads: int, path) -> tuple
     return shape, vocabulary
 
 
+# --------------------------------------------------------------------------------------- its head
+
+
+def find_head(loaded: Loaded, entry: dict | None, path: Path) -> Head | None:
+    """The head of a fine-tuned model: of ours, of fairseq's or of transformers.
+
+    entry: that of our fine-tuning. A head that is found and not taken is told.
+    """
+    if entry:
+        return Head(entry["head"], entry["labels"], entry["label_scale"])
+    if loaded.kind == "hf":
+        return of_transformers(loaded.content, path)
+    state = loaded.content.get("model", loaded.content)
+    names = {str(name).split(".")[1] for name in state if str(name).startswith(FAIRSEQ)}
+    if len(names) > 1:
+        tell_left_out(path, f"one of several: {', '.join(sorted(names))}")
+    return Head(stripped(state, f"{FAIRSEQ}{names.pop()}.")) if len(names) == 1 else None
+
+
+def of_transformers(state: dict, folder: Path) -> Head | None:
+    """The head of a ...ForSequenceClassification, with the names in config.json."""
+    weights = stripped(state, "classifier.")
+    if set(weights) != SENTENCE_HEAD:
+        names = {name.split(".")[0] for name in state if not name.startswith(NO_HEADS)}
+        if names:
+            tell_left_out(folder, f"not for sequences: {', '.join(sorted(names))}")
+        return None
+    with reading(f"{folder / 'config.json'}: id2label"):
+        names = json.loads(read_text(folder / "config.json")).get("id2label") or {}
+        names = [str(names[str(i)]) for i in range(len(names))]
+    # what transformers calls classes that nobody named
+    if names == [f"LABEL_{i}" for i in range(len(names))]:
+        names = None
+    return Head(weights, names, scale=1.0, is_sorted=True)
+
+
+def fit_head(head: Head, new: nn.Module, names: list | None, scale: float, path: Path) -> dict:
+    """The head as a state dict of `new`, its rows in the order of `names`; {} if it cannot be one.
+
+    names: of the classes of the labelled text; None: scores, which are learned divided by `scale`.
+    Raises InputError, in words of classes, if it is a head for others.
+    """
+    if set(head.weights) != set(new.state_dict()):
+        tell_left_out(path, "of the other --pool")
+        return {}
+    # a row for each of its own classes, in its own order
+    ours = names or [SCORE]
+    theirs = classes_of(head, ours, path)
+    expected = type(new)(new.out_proj.in_features, len(theirs))
+    state = checkpoint.own_state(head.weights, expected, "the classification head", path)
+    order = [theirs.index(name) for name in ours]
+    for name in ("out_proj.weight", "out_proj.bias"):
+        state[name] = state[name][order]
+        if names is None and head.scale:
+            state[name] *= head.scale / scale
+    return state
+
+
+def classes_of(head: Head, ours: list, path: Path) -> list:
+    """The names of the head's rows. Raises InputError unless they are those of `ours`."""
+    advice = "--new_head draws another head"
+    bias = head.weights["out_proj.bias"]
+    rows = len(bias) if isinstance(bias, torch.Tensor) and bias.ndim else 0
+    theirs = [SCORE] if rows == 1 else head.classes
+    if theirs is None and head.is_sorted and rows == len(ours):
+        theirs = sorted(ours, key=lambda name: (score_of(name) or 0.0, name))
+        note = f"note: {path} does not name the classes of its head, taken for"
+        print(printable(f"{note} {shown(theirs)} in this order"))
+    if theirs is None:
+        raise InputError(f"{path}: the {rows} classes of its head have no names; {advice}")
+    if set(theirs) != set(ours):
+        new = shown([name for name in ours if name not in theirs])
+        missing = shown([name for name in theirs if name not in ours])
+        what = f"its head is for other classes: new are {new}; missing are {missing}"
+        raise InputError(f"{path}: {what}; {advice}")
+    return theirs
+
+
+def tell_left_out(path: Path, why: str):
+    print(printable(f"note: the head of {path} is not taken, as it is {why}"))
+
+
+def stripped(state: dict, prefix: str) -> dict:
+    """The entries whose names begin with the prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
+
+
 # ---------------------------------------------------------------------------------- the tokenizer
 
 
@@ -146,7 +249,7 @@ def prepare_text(cfg, source: Pretrained) -> Text:
     folder of the pretraining data.
     """
     named = {"dict.txt": cfg.dict, "encoder.json": cfg.encoder_json, "vocab.bpe": cfg.vocab_bpe}
-    is_binarized = not cfg.predict and cfg.data_path and labelled.is_binarized(cfg.data_path)
+    is_binarized = not cfg.predict and labelled.is_binarized(cfg)
     if is_binarized and not cfg.dict:
         named["dict.txt"] = str(Path(cfg.data_path) / "input0" / "dict.txt")
     with tempfile.TemporaryDirectory() as temporary:

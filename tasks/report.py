@@ -1,6 +1,7 @@
 """The fine-tunings of one command: their folders, mean and spread, the best, results.json."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from config import InputError, printable
 from run import checkpoint
-from tasks.heads import shown
+from tasks.labelled import shown
 from tasks.table import best_runs
 from text.tokens import TEXT_FILES
 
@@ -38,26 +39,6 @@ class Job:
     @property
     def name(self) -> str:
         return f"{self.group} seed {self.seed}"
-
-    @property
-    def folder(self) -> str:
-        """Its place under --save_dir, where there are several."""
-        return "_".join(self.name.split())
-
-
-@dataclass
-class Result:
-    """What a fine-tuning has reached."""
-
-    job: Job
-    checkpoint: Path  # of its best validation
-    best: dict  # that validation: where it was, and the figures of each split
-
-    def row(self) -> dict:
-        """Its entry in results.json."""
-        job = self.job
-        place = dict(lr=job.lr, seed=job.seed, untrained=job.untrained)
-        return dict(name=job.name, **place, **self.best)
 
 
 def jobs_of(cfg) -> list[Job]:
@@ -123,21 +104,15 @@ class SaveDir:
                 old.unlink(missing_ok=True)
 
 
-def groups_of(results: list[Result]) -> dict[str, list[Result]]:
-    """The fine-tunings that differ in their seed alone."""
-    groups = {}
-    for result in results:
-        groups.setdefault(result.job.group, []).append(result)
-    return groups
+def keep_best(group: list, metric: str):
+    """Of fine-tunings that differ in their seed alone, remove all checkpoints but the best.
 
-
-def keep_best(results: list[Result], metric: str):
-    """Remove the checkpoints that cannot be the best any more: one for each lr stays."""
-    for group in groups_of(results).values():
-        best = max(group, key=lambda result: result.best["valid"][metric])
-        for result in group:
-            if result is not best:
-                result.checkpoint.unlink(missing_ok=True)
+    The mean of the seeds decides on a learning rate, and is known at the end: one for each stays.
+    """
+    best = max(group, key=lambda result: result.best["valid"][metric])
+    for result in group:
+        if result is not best:
+            result.path.unlink(missing_ok=True)
 
 
 def say(figures: list[dict], metric: str, label: str):
@@ -159,22 +134,29 @@ def say_bag(bag: dict | None, metric: str):
         say([bag], metric, "a bag of the tokens, without an encoder")
 
 
-def finish(results: list[Result], bag: dict | None, metric: str, folder: Path):
-    """Print a line for each group, move the best checkpoint to `folder`, write results.json."""
-    for name, group in groups_of(results).items():
+def finish(results: list, bag: dict | None, metric: str, folder: Path):
+    """Print a line for each group, move the best checkpoint to `folder`, write results.json.
+
+    results: finetune.Outlet of each fine-tuning, the seeds of a group in a row.
+    """
+    for name, group in itertools.groupby(results, lambda result: result.job.group):
         say([result.best for result in group], metric, name)
     say_bag(bag, metric)
-    rows = [result.row() for result in results]
+    # all figures, not only the best one's
+    rows = []
+    for result in results:
+        job = result.job
+        place = dict(lr=job.lr, seed=job.seed, untrained=job.untrained)
+        rows.append(dict(name=job.name, **place, **result.best))
     # of the best learning rate the best seed; one from random weights is there to be compared
     seeds = best_runs([row for row in rows if not row["untrained"]], metric)
     best = max(seeds.values(), key=lambda row: row["valid"][metric])["name"]
     final = folder / BEST
     for result in results:
         if result.job.name == best:
-            os.replace(result.checkpoint, final)
+            os.replace(result.path, final)
         else:
-            result.checkpoint.unlink(missing_ok=True)
-    # all figures, not only the best one's
+            result.path.unlink(missing_ok=True)
     content = dict(metric=metric, best=best, runs=rows, bag=bag)
     checkpoint.write_text(folder / "results.json", json.dumps(content, indent=1))
     print(printable(f"best on valid: {best} | {final}"))

@@ -8,14 +8,14 @@ from config import InputError, option
 # How the reference fine-tunes on each task of GLUE.
 Recipe = namedtuple("Recipe", "batch_size lr max_update warmup_updates metric")
 RECIPES = {
-    "cola": Recipe(16, 1e-5, 5336, 320, "matthews"),
-    "sst2": Recipe(32, 1e-5, 20935, 1256, "accuracy"),
-    "mrpc": Recipe(16, 1e-5, 2296, 137, "accuracy_and_f1"),
-    "stsb": Recipe(16, 2e-5, 3598, 214, "pearson_and_spearman"),
-    "qqp": Recipe(32, 1e-5, 113272, 28318, "accuracy_and_f1"),
-    "mnli": Recipe(32, 1e-5, 123873, 7432, "accuracy"),
-    "qnli": Recipe(32, 1e-5, 33112, 1986, "accuracy"),
-    "rte": Recipe(16, 2e-5, 2036, 122, "accuracy"),
+    "cola": Recipe(16, (1e-5,), 5336, 320, "matthews"),
+    "sst2": Recipe(32, (1e-5,), 20935, 1256, "accuracy"),
+    "mrpc": Recipe(16, (1e-5,), 2296, 137, "accuracy_and_f1"),
+    "stsb": Recipe(16, (2e-5,), 3598, 214, "pearson_and_spearman"),
+    "qqp": Recipe(32, (1e-5,), 113272, 28318, "accuracy_and_f1"),
+    "mnli": Recipe(32, (1e-5,), 123873, 7432, "accuracy"),
+    "qnli": Recipe(32, (1e-5,), 33112, 1986, "accuracy"),
+    "rte": Recipe(16, (2e-5,), 2036, 122, "accuracy"),
 }
 # what can decide which checkpoint is the best; the first is what `auto` takes
 CLASS_METRICS = ("accuracy", "f1", "matthews", "accuracy_and_f1")

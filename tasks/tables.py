@@ -87,19 +87,16 @@ class File:
             raise InputError(f"{self.path}: --text and --label name one column twice")
         names = [self.first[i] if self.has_header else i + 1 for i in places]
         rows = self.rows[1:] if self.has_header else self.rows
-        width = columns.fields or len(self.first)
         if columns.fields:
-            whole = [row for row in rows if len(row[1]) == width]
-            if len(whole) < len(rows):
-                left_out = f"{len(rows) - len(whole):,} rows without {width} fields left out"
-                print(f"note: {self.path}: {left_out}")
-            rows = whole
+            rows = [row for row in rows if len(row[1]) == columns.fields]
+            note = f"note: {self.path}: {len(rows):,} rows have {columns.fields} fields"
+            print(printable(note))
         if not rows:
             raise InputError(f"{self.path}: no rows in it but the header")
         # texts to predict, and QQP's, may be empty
-        filled = list(zip(names, places))
-        if columns.fields or columns.label is None:
-            filled = filled[count:]
+        begin = count if columns.fields or columns.label is None else 0
+        filled = list(zip(names, places))[begin:]
+        width = len(self.first)
         for line, cells in rows:
             where = f"{self.path}, line {line}"
             if len(cells) != width:
@@ -118,11 +115,9 @@ class File:
             return self.first.index(name)
         if place is not None and 0 <= place < len(self.first):
             return place
-        cells = f"{len(self.first)} columns"
-        if self.has_header:
-            cells = ", ".join(map(repr, self.first))
-        what = "no column, or more than one,"
-        raise InputError(f"{self.path}: {what} {str(name)[:80]}; it has {cells[:300]}")
+        cells = ", ".join(map(repr, self.first))[:300]
+        what = f"no column, or more than one, {str(name)[:80]}"
+        raise InputError(f"{self.path}: {what}; the first row is {cells}")
 
 
 def read_tables(files: dict, regression: bool = False, known: list | None = None) -> dict:

@@ -41,7 +41,7 @@ def swap(sentence: str, rng: random.Random) -> str | None:
     return sentence[: left.start()] + swapped + sentence[right.end() :]
 
 
-def rows_of(sentences: list[str], most: int) -> list[tuple[str, str]]:
+def rows_of(sentences: list[str], most: int = ROWS) -> list[tuple[str, str]]:
     """Up to `most` (text, label) in random order, half of them swapped; the same at each call."""
     rng = random.Random(1)
     sentences = list(dict.fromkeys(sentences))  # each once, in the order of the text
@@ -76,9 +76,8 @@ def write_task(folder: Path, rows: list, valid: int, test: int):
         print(printable(f"{folder / split}.tsv: {len(part):,} rows"))
 
 
-def write_word_order(folder: Path, sentences: list[str], most: int = ROWS):
-    """Write the three splits of the task that the sentences make."""
-    rows = rows_of(sentences, most)
+def write_word_order(folder: Path, rows: list):
+    """Write the three splits of the task from its rows."""
     write_task(folder, rows, len(rows) // 13, len(rows) * 3 // 13)
 
 
@@ -89,7 +88,11 @@ def main(argv: list | None = None) -> int:
     flag("--dest", required=True, metavar="DIR", help="where train, valid and test.tsv go")
     flag("--rows", type=int, default=ROWS, metavar="N", help=f"at most so many [{ROWS}]")
     args = parser.parse_args(argv)
-    write_word_order(Path(args.dest), read_text(args.text).splitlines(), args.rows)
+    rows = rows_of(read_text(args.text).splitlines(), args.rows)
+    if len(rows) < 13:
+        fit = f"{len(rows)} sentences of {FEWEST} to {MOST} words"
+        raise InputError(f"--text {args.text}: {fit} are too few for three splits")
+    write_word_order(Path(args.dest), rows)
     return 0
 
 

@@ -4,6 +4,7 @@ import signal
 
 from hardware import opening
 from test.helpers import block_dataset, corpus_dir, saved, tokenizers  # noqa: F401
+from test.test_finetune import place  # noqa: F401
 
 import pytest
 

