@@ -96,12 +96,14 @@ class SaveDir:
                 stack.enter_context(checkpoint.whole(self.folder / name)).write_bytes(data)
             checkpoint.save(content, path)
         self.is_empty = False
-        left = {self.folder / name for name in set(TEXT_FILES) - set(self.files)}
-        for old in left | set(self.older) - {path, path.parent}:
+        # an older tokenizer's, such as a BPE's two where this one knows words
+        for name in set(TEXT_FILES) - set(self.files):
+            (self.folder / name).unlink(missing_ok=True)
+        for old in set(self.older) - {path, path.parent}:
             if old.is_dir():
                 shutil.rmtree(old)
             else:
-                old.unlink(missing_ok=True)
+                old.unlink()
 
 
 def keep_best(group: list, metric: str):

@@ -24,6 +24,7 @@ def best_runs(runs: list[dict], metric: str) -> dict[int, dict]:
     groups = {}
     for run in runs:
         groups.setdefault(run["lr"], {})[run["seed"]] = run
+    # one seed alone would choose by chance
     means = {}
     for lr, group in groups.items():
         means[lr] = statistics.fmean(run["valid"][metric] for run in group.values())
@@ -54,6 +55,7 @@ def row_of(folder: str) -> tuple[str, ...]:
             scores.append({seed: 100 * run[split][metric] for seed, run in group.items()})
         guess = [100 * bag[split][metric]] if bag else []
     untrained, pretrained = scores
+    # the same seed draws the same batches for both
     both = [pretrained[seed] - untrained[seed] for seed in pretrained if seed in untrained]
     name = Path(folder).resolve().name
     lists = [spread(guess), spread([*untrained.values()]), spread([*pretrained.values()])]

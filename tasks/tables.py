@@ -116,7 +116,7 @@ class File:
         if place is not None and 0 <= place < len(self.first):
             return place
         cells = ", ".join(map(repr, self.first))[:300]
-        what = f"no column, or more than one, {str(name)[:80]}"
+        what = f"no single column {str(name)[:80]}"
         raise InputError(f"{self.path}: {what}; the first row is {cells}")
 
 
