@@ -254,7 +254,7 @@ def loop(run: Run, source, validation: Validation | None, saves: Saves, signals:
 
         with log.paused():  # what follows is no training time
             if done is None:
-                log.overflow(turn, run.num_updates, run.optimizer.loss_scale)
+                log.overflow(turn)
                 health.check_loss_scale(run.optimizer.loss_scale)
             else:
                 log.add(done)
@@ -272,7 +272,7 @@ def loop(run: Run, source, validation: Validation | None, saves: Saves, signals:
             if validation and (save or probe or validate):
                 figures = validation(probe)
                 is_best = saves.note(figures)
-                log.validation(figures, run.best_loss, run.num_updates, turn.epoch)
+                log.validation(figures, turn.epoch)
             if save or is_best:
                 saves.save(*saves.names(is_best, done is not None, turn.epoch))
             stop, save_now, late = signals.agreed(saves.is_late())
@@ -310,8 +310,7 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         found = None if args.no_resume else resume.find_checkpoint(folder, device)
         cfg, device = resume.with_amp_of_the_start(cfg, device, found)
         run = Run(cfg, device, len(corpus.dictionary))
-        width = cfg.model.embed_dim
-        log = Log(device, folder / "train.jsonl", t.tensorboard_logdir, run.clock, width)
+        log = Log(run)
         stack.callback(log.close)
         path = start_from(run, corpus, fingerprint, log, found, args)
         del found  # the weights once more

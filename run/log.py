@@ -8,13 +8,10 @@ import re
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 from config import printable, read_text
-from hardware.device import Device
 from run.checkpoint import write_text
 from run.curves import TensorBoard
-from run.guard import Clock
 from run.progress import Bar
 
 import torch
@@ -66,37 +63,31 @@ def quality(sums: Tensor, count: int) -> dict:
 class Log:
     """The figures of the updates since the last row.
 
-    They stay on the device until a row is due; only the first worker writes.
+    They stay on the device until a row or a save is due; only the first worker writes.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        path: Path,
-        tensorboard_logdir: str = "",
-        clock: Clock | None = None,
-        width: int = 1,
-    ):
-        """width: of predictions and targets, for a worker without any.
+    def __init__(self, run):
+        """run: a train.Run.
 
         Raises InputError if TensorBoard curves are asked for and cannot be written.
         """
-        self.device, self.path, self.width = device, path, width
-        self.clock = clock or Clock(device, 0.0)
+        t = run.cfg.train
+        self.run, self.device, self.clock = run, run.device, run.clock
+        self.path = Path(t.save_dir) / "train.jsonl"
         self.bar = self.curves = None
-        if tensorboard_logdir and device.rank == 0:
-            self.curves = TensorBoard(tensorboard_logdir)
+        if t.tensorboard_logdir and self.device.rank == 0:
+            self.curves = TensorBoard(t.tensorboard_logdir)
         self.began = time.perf_counter()
-        self.is_torn = False  # whether the last row was written in part
         self.last_update = 0
         self.is_speed_told = False
         self.reset()
 
-    def open(self, num_updates: int, last_update: int):
+    def open(self, last_update: int):
         """Open the bar, and drop the rows that a crashed run wrote after its last checkpoint.
 
         They will come again.
         """
+        num_updates = self.run.num_updates
         if self.device.rank == 0 and self.path.exists():
             rows = read_text(self.path, "replace").splitlines()
             rows = [row for row in rows if updates_of(row) <= num_updates]
@@ -108,39 +99,30 @@ class Log:
 
     def reset(self):
         """Begin a new interval."""
-        self.done = []
-        self.skipped = []  # whether each of `done` was, as far as that has been read
+        self.done = []  # updates whose figures are still on the device
+        self.figures = []  # of the updates before them: number, loss, gnorm, counts
+        self.skipped = []  # whether each of these was
         self.last_batch = None
         self.since = time.perf_counter()
 
     def state(self) -> dict:
-        """The interval so far, as plain values; all its flags must have been read."""
-        updates = [dict(number=done.number) for done in self.done]
-        for name in ("loss", "gnorm", "counts"):
-            tensors = [getattr(done.step, name) for done in self.done]
-            # stacked first: one wait for the device, not one an update
-            values = torch.stack(tensors).tolist() if tensors else []
-            for update, value in zip(updates, values):
-                update[name] = value
+        """The interval so far, as plain values; all its figures must have been read."""
         seconds = time.perf_counter() - self.since
-        return dict(updates=updates, skipped=list(self.skipped), seconds=seconds)
+        return dict(updates=list(self.figures), skipped=list(self.skipped), seconds=seconds)
 
     def restore(self, state: dict):
         """Continue in the middle of an interval: its row will be that of an uninterrupted run."""
-        device = self.device.torch_device
-        # a lone worker counts on the host
-        devices = dict(loss=device, gnorm=device, counts="cpu")
-        if self.device.world_size > 1:
-            devices["counts"] = device
-        for values in state["updates"]:
-            tensors = {name: torch.tensor(values[name], device=to) for name, to in devices.items()}
-            done = SimpleNamespace(number=values["number"], step=SimpleNamespace(**tensors))
-            self.done.append(done)
+        for saved in state["updates"]:
+            # whatever a damaged file has in place of a number ends here
+            figures = {name: float(saved[name]) for name in ("loss", "gnorm")}
+            counts = [int(count) for count in saved["counts"]]
+            self.figures.append(dict(number=saved["number"], **figures, counts=counts))
         self.skipped = list(state["skipped"])
         self.since = time.perf_counter() - state["seconds"]
 
     def add(self, done):
         """Take in a train.Update."""
+        self.last = done
         self.last_batch = done.last_batch
         done.last_batch = None  # large, and only the newest is used
         self.done.append(done)
@@ -152,13 +134,21 @@ class Log:
 
         Writes a row for each that was.
         """
-        new = self.done[len(self.skipped) :]
-        flags = torch.stack([done.step.skipped for done in new]).tolist() if new else []
-        for done, flag in zip(new, flags):
+        if not self.done:
+            return []
+        # stacked first: a wait for the device for each figure, not for each update
+        losses, gnorms, counts, flags = (
+            torch.stack([getattr(done.step, name) for done in self.done]).tolist()
+            for name in ("loss", "gnorm", "counts", "skipped")
+        )
+        for done, loss, gnorm, count in zip(self.done, losses, gnorms, counts):
+            self.figures.append(dict(number=done.number, loss=loss, gnorm=gnorm, counts=count))
+        for done, flag in zip(self.done, flags):
             if flag:
                 where = dict(num_updates=done.number, epoch=done.epoch, blocks=done.blocks)
                 self.row(dict(skipped=True, **where))
         self.skipped += flags
+        self.done = []
         return flags
 
     def write(self) -> dict:
@@ -167,18 +157,18 @@ class Log:
         lr and the like are of the last update.
         """
         self.read_skipped()  # waits for the device, so the seconds below are the updates'
-        last = self.done[-1]
-        # a skipped update moved nothing, so its loss and gradient count for nothing
-        good = [done.step for done, skipped in zip(self.done, self.skipped) if not skipped]
+        last = self.last
         # of this worker's clock; counts are of all workers already
-        n, seconds = len(self.done), time.perf_counter() - self.since
-        counts = torch.stack([done.step.counts for done in self.done]).sum(0).tolist()
-        sample_size, nsentences, ntokens = counts
+        n, seconds = len(self.figures), time.perf_counter() - self.since
+        counts = [figures["counts"] for figures in self.figures]
+        sample_size, nsentences, ntokens = map(sum, zip(*counts))
+        # a skipped update moved nothing, so its loss and gradient count for nothing
+        good = [figures for figures, skipped in zip(self.figures, self.skipped) if not skipped]
         loss = gnorm = None
         if good:
-            places = total([step.counts[0] for step in good])
-            loss = total([step.loss for step in good]) / max(1, places)
-            gnorm = total([step.gnorm for step in good]) / len(good)
+            places = sum(figures["counts"][0] for figures in good)
+            loss = sum(figures["loss"] for figures in good) / max(1, places)
+            gnorm = sum(figures["gnorm"] for figures in good) / len(good)
         row = dict(
             loss=loss,
             sample_size=sample_size / n,
@@ -202,25 +192,26 @@ class Log:
         self.row(row)
         self.reset()
         if not self.is_speed_told:
-            self.tell_speed(last.number, seconds / n)
+            self.tell_speed(seconds / n)
         return row
 
-    def tell_speed(self, number: int, each: float):
+    def tell_speed(self, each: float):
         """Say how many updates are left, and how long they take at `each` seconds."""
         self.is_speed_told = True
-        left = self.left(number, each)
+        left = self.left(each)
         # the limit that ends the run is the one to change
         if left > 0:
             flag = "max_hours" if left == self.clock.left else "max_update"
             self.say(f"{left / each:,.0f} updates at {each:.2g} s: {duration(left)}; see --{flag}")
 
-    def left(self, number: int, each: float) -> float:
-        """Seconds to the end of the run after this update, if an update takes `each`."""
-        return min((self.last_update - number) * each, self.clock.left)
+    def left(self, each: float) -> float:
+        """Seconds to the end of the run, if an update takes `each`."""
+        return min((self.last_update - self.run.num_updates) * each, self.clock.left)
 
     def variances(self) -> dict:
         """`quality` of the last batch, over all workers; None where there is no place."""
-        sums, places = torch.zeros(6, self.width, device=self.device.torch_device), 0
+        width = self.run.cfg.model.embed_dim  # for a worker without any
+        sums, places = torch.zeros(6, width, device=self.device.torch_device), 0
         if self.last_batch is not None and not self.skipped[-1]:
             sums, places = moments(*self.last_batch), len(self.last_batch[0])
         # one sum over the workers for all figures and the number of places
@@ -233,17 +224,14 @@ class Log:
         """Write a row, and show it."""
         if self.device.rank > 0:
             return
-        # JSON has no word for them
+        # JSON has no word for NaN and infinity
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
                 row = {**row, name: None}
         try:
             with self.path.open("a") as file:
-                file.write("\n" if self.is_torn else "")
                 file.write(json.dumps(row) + "\n")
-            self.is_torn = False
         except OSError as e:  # a full disk must not end a run
-            self.is_torn = True
             number = row["num_updates"]
             self.say(f"warning: {self.path}: {e.strerror}; update {number} is not in it")
         self.draw("row", row)
@@ -270,23 +258,23 @@ class Log:
                 continue
             short = f"{value:.4g}" if isinstance(value, float) else value
             words.append(f"{name} {short}")
-        left = self.left(row["num_updates"], 1 / row["ups"]) if "ups" in row else 0
+        left = self.left(1 / row["ups"]) if "ups" in row else 0
         if left > 0:
             words.append(f"{duration(left)} left")
         return " | ".join(words)
 
-    def overflow(self, turn, num_updates: int, loss_scale: float):
+    def overflow(self, turn):
         """A row for gradients that overflowed float16, which was no update. turn: a train.Turn."""
         blocks = [int(i) for batch in turn.batches for i in batch.ids]
-        where = dict(num_updates=num_updates, epoch=turn.epoch, blocks=blocks)
-        self.row(dict(overflow=True, loss_scale=loss_scale, **where))
+        where = dict(num_updates=self.run.num_updates, epoch=turn.epoch, blocks=blocks)
+        self.row(dict(overflow=True, loss_scale=self.run.optimizer.loss_scale, **where))
 
-    def validation(self, figures: dict, best_loss: float | None, num_updates: int, epoch: int):
+    def validation(self, figures: dict, epoch: int):
         """A row for the figures of `judge.quality.evaluate`."""
         row = {f"valid_{name}": value for name, value in figures.items()}
         del row["valid_sample_size"], row["valid_batches"]
-        row |= dict(valid_best_loss=best_loss, num_updates=num_updates, epoch=epoch)
-        self.row(row)
+        row |= dict(valid_best_loss=self.run.best_loss, num_updates=self.run.num_updates)
+        self.row(row | dict(epoch=epoch))
 
     @contextlib.contextmanager
     def paused(self):
@@ -301,10 +289,8 @@ class Log:
         if self.device.rank > 0:
             return
         try:
-            if self.bar is not None:
-                tqdm.write(printable(text))
-            else:
-                print(printable(text), flush=True)
+            tqdm.write(printable(text))  # above a bar, if there is one
+            sys.stdout.flush()
         except OSError:  # the reader is gone, as `| tee` is after Ctrl-C
             sys.stdout = Path(os.devnull).open("w", errors="replace")
 
@@ -323,11 +309,6 @@ class Log:
             why = f"{e.strerror or e}; no more curves until the next start"
             self.say(f"warning: {self.curves.logdir}: {why}")
             self.curves = None
-
-
-def total(tensors: list) -> float:
-    """The sum of scalars; one wait for the device, not one for each."""
-    return sum(torch.stack(tensors).tolist())
 
 
 def updates_of(row: str) -> float:

@@ -21,7 +21,7 @@ def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
     updates = t.max_update
     if t.max_epoch:
         updates = min(updates, t.max_epoch * an_epoch)
-    log.open(run.num_updates, updates)
+    log.open(updates)
 
     # how it is set up: with this line anyone can start it again
     line = flags_of([getattr(cfg, field.name) for field in dataclasses.fields(cfg)])

@@ -22,10 +22,10 @@ import convert
 from config import DataConfig, InputError, RunError
 from data import Corpus
 from formats.load import load
-from hardware.device import Device
 from judge import plot
 from run import flags
 from run.log import Log
+from test.helpers import make_run
 from text import files
 from text.binarized import HEADER
 from text.tokens import need_tokenizers, read_bpe
@@ -190,8 +190,9 @@ def convert_it(path: Path):
 
 
 def read_rows(path: Path):
-    log = Log(Device(torch.device("cpu"), "cpu", None), path)
-    log.open(1, 10)
+    run, _ = make_run(path.parent.parent / "corpus", save_dir=path.parent)
+    log = Log(run)
+    log.open(10)
     log.close()  # its thread would tell of the run into other tests' output
     plot.read_run(str(path))
 
