@@ -40,7 +40,7 @@ from hardware.vectors import Separate
 from optim import Optimizer
 from run import checkpoint
 from run.guard import Signals, check_memory
-from run.lock import Lock
+from run.lock import lock
 from tasks import baselines, classifier, predict, pretrained, report
 from tasks.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum
 from tasks.labelled import Data, Split, read_data
@@ -337,7 +337,7 @@ def finetune(cfg: FinetuneConfig, device: Device) -> int:
     jobs = report.jobs_of(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        stack.callback(Lock(folder).release)
+        stack.enter_context(lock(folder))
         # once more: another fine-tuning may have ended here in the meantime
         older = report.older_results(folder, cfg.ckpt, cfg.overwrite)
         save_dir = SaveDir(folder, older, task.text.files)

@@ -34,7 +34,7 @@ from pathlib import Path
 from config import InputError, printable, read_text
 from formats.fairseq_config import whole_number
 from run import flags
-from run.lock import Lock
+from run.lock import lock
 from text import files
 from text.binarized import Dictionary, build_dictionary, publish, write_parts
 from text.tokens import TEXT_FILES, Tokenizer, need_tokenizers, read_bpe, tokenizer_of, train_bpe
@@ -255,11 +255,8 @@ def main(argv: list | None = None) -> int:
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.workers))  # threads of the BPE's trainer
     dest = Path(args.dest)
     dest.mkdir(parents=True, exist_ok=True)
-    lock = Lock(dest, "--dest")
-    try:
+    with lock(dest, "--dest"):
         preprocess(args, dest)
-    finally:
-        lock.release()
     return 0
 
 

@@ -43,7 +43,7 @@ from model import data2vec_loss, loss_with_words, places_of, teacher_targets
 from optim import Optimizer, Step
 from run import checkpoint, resume
 from run.guard import Clock, Health, Signals, check_memory, explained_out_of_memory
-from run.lock import Lock
+from run.lock import lock
 from run.log import Log
 from run.saves import Saves
 from run.start import describe_start
@@ -274,10 +274,10 @@ def loop(run: Run, source, validation: Validation | None, saves: Saves, signals:
                 is_best = saves.note(figures)
                 log.validation(figures, turn.epoch)
             if save or is_best:
-                saves.save(*saves.names(is_best, done is not None, turn.epoch))
+                saves.save(is_best, turn.epoch)
             stop, save_now, late = signals.agreed(saves.is_late())
             if save_now or (stop and not run.is_finished()):
-                saves.save_now("as the signal asked")
+                saves.save_for_signal()
             elif late:
                 saves.save()
     return figures, 0 if run.is_finished() else 128 + stop
@@ -302,7 +302,7 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         fingerprint = resume.fingerprint_of(corpus)
         if device.rank == 0:
             resume.prepare_save_dir(folder, args)
-            stack.callback(Lock(folder).release)
+            stack.enter_context(lock(folder))
             resume.remove(folder, "checkpoint_*.pt.tmp", "train.*jsonl.tmp")  # of a broken save
         device.barrier()  # rank 0 has prepared the folder
 

@@ -29,6 +29,7 @@ FORMAT = "data2vec-text 1"
 ENTRIES = "config dictionary student teacher optimizer scaler rng progress log".split()
 COUNTS = "num_updates teacher_updates skipped epoch batches world_size".split()  # of progress
 FIGURES = "best_loss best_gain first_target_var hours".split()  # of progress; older files lack some
+NUMBERS = (int, float, type(None))
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights may be
 FOREIGN = "weights of other programs are for --init_from"
@@ -160,11 +161,9 @@ def _updates_in(path: Path) -> float:
         return math.inf
     if match := COUNTED.fullmatch(path.name):
         return int(match[1])
-    try:
+    with contextlib.suppress(Exception):  # `load` says what is wrong with it, if its turn comes
         if path.is_file():  # a pipe would be waited for
             return int(load_plain(path, mmap=True)["progress"]["num_updates"])
-    except Exception:  # `load` says what is wrong with it, if its turn comes
-        pass
     return -1
 
 
@@ -181,17 +180,15 @@ def ours(content: dict, path) -> Loaded:
     if content["format"] != FORMAT:
         name = str(content["format"])[:100]
         raise InputError(f"{path}: format {name!r}; this version reads {FORMAT!r}")
-    for name in ENTRIES:
-        if not isinstance(content.get(name), dict):
-            raise InputError(f"{path}: damaged: its {name} is not a dict")
-    progress = content["progress"]
-    for name in COUNTS:
-        count = progress.get(name)
-        if type(count) is not int or not 0 <= count < 2**62:
-            raise InputError(f"{path}: damaged: its progress has no count {name}")
-    for name in FIGURES:
-        if not isinstance(progress.get(name), (int, float, type(None))):
-            raise InputError(f"{path}: damaged: {name} of its progress is not a number")
+    with reading(f"{path}: damaged"):
+        wrong = [name for name in ENTRIES if not isinstance(content.get(name), dict)]
+        progress = content["progress"]
+        for name in COUNTS:
+            if type(progress[name]) is not int or not 0 <= progress[name] < 2**62:
+                wrong.append(name)
+        wrong += [name for name in FIGURES if not isinstance(progress.get(name), NUMBERS)]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: of a wrong type or size")
     return Loaded("ours", content["config"], content["student"], content["teacher"], content)
 
 
@@ -216,9 +213,8 @@ def read(path, load=load_plain) -> dict:
     path = Path(path)
     if path.is_dir():
         paths = candidates(path)
-        if paths:
-            raise InputError(f"{path}: a folder; it holds {paths[0].name}: give {paths[0]}")
-        raise InputError(f"{path}: a folder without a checkpoint")
+        what = f"a folder; give {paths[0]}" if paths else "a folder without a checkpoint"
+        raise InputError(f"{path}: {what}")
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
     with reading(f"{path}: cannot be read as a checkpoint"):
@@ -236,8 +232,6 @@ def read(path, load=load_plain) -> dict:
             content = load(path, mmap=is_archive)
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    if "format" in content and not is_archive:
-        raise InputError(f"{path}: damaged: not the archive with checksums that a run writes")
     return content
 
 
@@ -259,17 +253,6 @@ def check_archive(path):
 # ----------------------------------------------------------------------------------- into a model
 
 
-def _check_tensor(tensor, shape, what: str, path):
-    """Raise InputError unless it is an ordinary tensor of floats, of this shape."""
-    if not is_ordinary(tensor):
-        kind = "" if isinstance(tensor, torch.Tensor) else f", but a {type(tensor).__name__}"
-        what += f" is not an ordinary tensor of floating-point numbers{kind}"
-        raise InputError(f"{path}: {what}")
-    if tensor.shape != shape:
-        sizes = f"{tuple(tensor.shape)}, this model's is {tuple(shape)}"
-        raise InputError(f"{path}: {what} is {sizes}; another architecture or dictionary")
-
-
 def is_ordinary(tensor) -> bool:
     """Whether it is a dense tensor of floats, with memory for all its elements.
 
@@ -282,31 +265,37 @@ def is_ordinary(tensor) -> bool:
     return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
-def check_fits(state: dict, module: torch.nn.Module, what: str, path):
-    """Raise InputError that names the first entry of a state dict that does not fit the module."""
-    expected = module.state_dict()
-    for name, tensor in expected.items():
+def own(state: dict, shapes: dict, what: str, path) -> dict:
+    """The tensors of a dict in memory of our own, as float32.
+
+    Raises InputError that names the first that has not one of these shapes, or is not ordinary.
+    """
+    for name, shape in shapes.items():
         if name not in state:
             raise InputError(f"{path}: {what} has no {name}; other --layers, or another model?")
-        _check_tensor(state[name], tensor.shape, f"{what} {name}", path)
-    for name in sorted(map(str, set(state) - set(expected))):
+        tensor = state[name]
+        if not is_ordinary(tensor):
+            kind = f"a {type(tensor).__name__}, not an ordinary tensor of floating-point numbers"
+            raise InputError(f"{path}: {what} {name} is {kind}")
+        if tensor.shape != shape:
+            sizes = f"{tuple(tensor.shape)}, this model's is {tuple(shape)}"
+            raise InputError(
+                f"{path}: {what} {name} is {sizes}; another architecture or dictionary"
+            )
+    for name in sorted(map(str, set(state) - set(shapes))):
         raise InputError(f"{path}: {what} has {name[:200]}, which this model has not")
+    return {name: torch.empty(shapes[name]).copy_(state[name].detach()) for name in shapes}
 
 
 def own_state(state: dict, module: torch.nn.Module, what: str, path) -> dict:
-    """The module's entries of a state dict, as float32 in memory of our own."""
-    check_fits(state, module, what, path)
-    return {name: _own(state[name]) for name in module.state_dict()}
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape).copy_(tensor.detach())
+    """`own` of a state dict, which must fit the module."""
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    return own(state, shapes, what, path)
 
 
 def put(state: dict, module: torch.nn.Module, what: str, path):
-    """Copy a state dict into the module. Raises InputError, as `check_fits`."""
-    check_fits(state, module, what, path)
-    module.load_state_dict(state)
+    """Copy a state dict into the module. Raises InputError, as `own`."""
+    module.load_state_dict(own_state(state, module, what, path))
 
 
 def checked_moments(state: dict, shapes: list, path) -> dict:
@@ -316,20 +305,19 @@ def checked_moments(state: dict, shapes: list, path) -> dict:
     fused kernels trust shapes and strides: a moment that is too small would have them write outside
     of it.
     """
-    if state and set(state) != set(range(len(shapes))):
-        numbers = f"{len(state)} parameters, this model has {len(shapes)}"
-        raise InputError(f"{path}: the optimizer has {numbers}")
-    checked = {}
-    for i, shape in enumerate(shapes if state else ()):
-        with reading(f"{path}: the optimizer's step of parameter {i}"):
+    expected = dict(enumerate(shapes)) if state else {}
+    checked = {i: {} for i in expected}
+    for name in MOMENTS:
+        what = f"the optimizer's {name}"
+        tensors = {i: entry.get(name) for i, entry in state.items()}
+        for i, tensor in own(tensors, expected, what, path).items():
+            if not tensor.isfinite().all():
+                raise InputError(f"{path}: {what} {i} is not finite")
+            checked[i][name] = tensor
+    for i, tensors in checked.items():
+        with reading(f"{path}: the optimizer's step {i}"):
             step = float(state[i]["step"])
             if not 0 <= step < math.inf:
                 raise ValueError(f"{step} is not a count")
-        checked[i] = {"step": torch.tensor(step)}
-        for name in MOMENTS:
-            what = f"the optimizer's {name} of parameter {i}"
-            _check_tensor(state[i].get(name), shape, what, path)
-            checked[i][name] = _own(state[i][name])
-            if not checked[i][name].isfinite().all():
-                raise InputError(f"{path}: {what} is not finite")
+        checked[i] = {"step": torch.tensor(step), **tensors}
     return checked

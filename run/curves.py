@@ -1,6 +1,5 @@
 """The figures of a run as TensorBoard curves."""
 
-import os
 import threading
 from pathlib import Path
 
@@ -35,10 +34,14 @@ class TensorBoard:
         self.writers = {}
         with reading(f"--tensorboard_logdir {logdir}"):
             self.logdir.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.logdir, os.W_OK):
-            raise InputError(f"--tensorboard_logdir {logdir}: not writable")
-        # its thread would print the error that `row` raises
-        threading.excepthook = without_tensorboards(threading.excepthook)
+        print_error = threading.excepthook
+
+        # tensorboard's thread would print the error that `row` raises
+        def print_others(args):
+            if not type(args.thread).__module__.startswith("tensorboard"):
+                print_error(args)
+
+        threading.excepthook = print_others
 
     def open(self, num_updates: int):
         """Continue after an update: what an earlier run wrote beyond it is no longer shown."""
@@ -47,30 +50,18 @@ class TensorBoard:
 
     def row(self, row: dict):
         """Raises OSError if it cannot be written."""
-        name, prefix = "train_inner", ""
-        if "valid_loss" in row:
-            name, prefix = "valid", "valid_"
-        if f"{prefix}loss" not in row:
+        if not {"loss", "valid_loss"} & set(row):
             return
-        for key, value in row.items():
-            if value is None or key == "num_updates":
-                continue
-            self.writers[name].add_scalar(key.removeprefix(prefix), value, row["num_updates"])
-            if key in self.ALSO:
-                self.writers[name].add_scalar(self.ALSO[key], value, row["num_updates"])
-        self.writers[name].flush()
+        writer = self.writers["valid" if "valid_loss" in row else "train_inner"]
+        curves = {name.removeprefix("valid_"): value for name, value in row.items()}
+        update = curves.pop("num_updates")
+        curves |= {self.ALSO[name]: curves[name] for name in self.ALSO if name in curves}
+        for name, value in curves.items():
+            if value is not None:
+                writer.add_scalar(name, value, update)
+        writer.flush()
 
     def close(self):
         """Raises OSError if the last points cannot be written."""
         for writer in self.writers.values():
             writer.close()
-
-
-def without_tensorboards(hook):
-    """The hook for errors in threads, but silent for tensorboard's."""
-
-    def quieter(args):
-        if not type(args.thread).__module__.startswith("tensorboard"):
-            hook(args)
-
-    return quieter

@@ -137,29 +137,26 @@ class Health:
         Nothing is judged in the warm-up, where predictions may rest at the mean for long.
         """
         if row["num_updates"] <= self.warmup_updates or row["target_var"] is None:
-            wrong, signs = [], []
-        else:
-            wrong = self.collapsed(row)
-            signs = self.half_collapse(row, first_target_var)
+            return
+        warning = f"warning: update {row['num_updates']}"
+        signs = " and ".join(self.half_collapse(row, first_target_var))
         if signs and not self.half_collapsed:  # said once: the loss falls meanwhile
             self.say(
-                f"warning: update {row['num_updates']}: {' and '.join(signs)}: the targets are"
-                " becoming alike, so a low loss proves nothing; lower --lr, raise --ema_decay,"
-                " lengthen --ema_anneal_end_step, or try --teacher_input full"
+                f"{warning}: {signs}: the targets are becoming alike, so a low loss proves nothing;"
+                " lower --lr, raise --ema_decay, lengthen --ema_anneal_end_step, or try"
+                " --teacher_input full"
             )
         self.half_collapsed = bool(signs)
 
+        wrong = " and ".join(self.collapsed(row))
         self.collapsed_in_row = self.collapsed_in_row + 1 if wrong else 0
         if self.collapsed_in_row >= UNHEALTHY_INTERVALS:
             raise Unhealthy(
-                f"collapse: {' and '.join(wrong)} for {UNHEALTHY_INTERVALS} log intervals; lower"
-                " --lr, warm up longer, raise --ema_decay, or switch the guard off with 0"
+                f"collapse: {wrong} for {UNHEALTHY_INTERVALS} log intervals; lower --lr, warm up"
+                " longer, raise --ema_decay, or switch the guard off with 0"
             )
         if wrong:
-            self.say(
-                f"warning: update {row['num_updates']}: {' and '.join(wrong)}: the representation"
-                " may be collapsing"
-            )
+            self.say(f"{warning}: {wrong}: the representation may be collapsing")
 
     def collapsed(self, row: dict) -> list:
         """Which variances are under their limits, in words."""

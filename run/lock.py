@@ -8,25 +8,23 @@ from pathlib import Path
 from config import InputError
 
 
-class Lock:
-    """Keeps a second run out of a folder. The kernel ends the lock with its process."""
+def lock(folder: Path, flag: str = "--save_dir"):
+    """Keep a second run out of a folder until the file that is returned is closed.
 
-    def __init__(self, folder: Path, flag: str = "--save_dir"):
-        self.file = open(folder / ".lock", "a+")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.seek(0)
-            holder = self.file.read().strip() or "another process"
-            self.file.close()
-            advice = "choose another, or wait for its end"
-            raise InputError(f"{flag} {folder} is in use by {holder}; {advice}") from None
-        except OSError:  # a file system without locks: better to run than to refuse
-            return
-        # for the line above
-        self.file.truncate(0)
-        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.file.flush()
-
-    def release(self):
-        self.file.close()
+    The kernel ends the lock with its process. Raises InputError if another run has it.
+    """
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        advice = "choose another, or wait for its end"
+        raise InputError(f"{flag} {folder} is in use by {holder}; {advice}") from None
+    except OSError:  # a file system without locks: better to run than to refuse
+        return file
+    # for the line above
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file

@@ -13,6 +13,7 @@ from config import printable, read_text
 from run.checkpoint import write_text
 from run.curves import TensorBoard
 from run.progress import Bar
+from text.files import json_objects
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,6 @@ HIDDEN = re.compile(
     "num_updates|sample_size|nsentences|ntokens|wall|hours|cosine_constant"
     "|valid_(r2|loss|gain|beyond)_.*"
 )
-VARIANCES = ("target_var", "pred_var", "cosine", "cosine_constant")
 
 
 # --------------------------------------------------------------- figures of predictions and targets
@@ -89,9 +89,10 @@ class Log:
         """
         num_updates = self.run.num_updates
         if self.device.rank == 0 and self.path.exists():
-            rows = read_text(self.path, "replace").splitlines()
-            rows = [row for row in rows if updates_of(row) <= num_updates]
-            write_text(self.path, "".join(row + "\n" for row in rows))
+            rows = json_objects(read_text(self.path, "replace").splitlines())
+            numbered = [row for row in rows if isinstance(row.get("num_updates"), int)]
+            rows = [row for row in numbered if row["num_updates"] <= num_updates]
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.draw("open", num_updates)
         self.last_update = last_update
         if self.device.rank == 0 and num_updates < last_update and sys.stderr.isatty():
@@ -218,7 +219,7 @@ class Log:
         count = torch.full((1,), float(places), device=sums.device)
         sums = self.device.all_reduce(torch.cat([sums.flatten(), count]))
         figures = quality(sums[:-1].view(6, -1), int(sums[-1]))
-        return {name: figures[name] if sums[-1] else None for name in VARIANCES}
+        return figures if sums[-1] else dict.fromkeys(figures)
 
     def row(self, row: dict):
         """Write a row, and show it."""
@@ -309,13 +310,6 @@ class Log:
             why = f"{e.strerror or e}; no more curves until the next start"
             self.say(f"warning: {self.curves.logdir}: {why}")
             self.curves = None
-
-
-def updates_of(row: str) -> float:
-    try:
-        return float(json.loads(row)["num_updates"])
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return math.inf  # a row that a crash cut short, or no row of ours
 
 
 def duration(seconds: float) -> str:

@@ -47,11 +47,15 @@ def report(save_dir: Path, output: Path, device_id: str, mode: str) -> str:
     if mode == "performance":
         case += "_pref"
     (output / f"train_{case}_loss.txt").write_text("".join(f"{loss}\n" for loss in losses))
-    measured = dict(ActualUPS=ups, ActualFPS=fps, E2ETrainingTime=seconds)
-    write_facts(output / f"{case}.log", CaseName=case, **measured)
+    facts = dict(Network="data2vec_for_PyTorch", RankSize=1, DeviceType=platform.machine())
+    facts |= dict(CaseName=case, ActualUPS=ups, ActualFPS=fps, E2ETrainingTime=seconds)
+    lines = [f"{name} = {value}\n" for name, value in facts.items()]
+    (output / f"{case}.log").write_text("".join(lines))
 
     # the row for its table of results
-    kind, amp = device_of(read_text(output / f"train_{device_id}.log", "replace"))
+    log = read_text(output / f"train_{device_id}.log", "replace")
+    starts = re.findall(r"^\d+ x (\w+) .*, amp (\w+) \|", log, re.M)
+    kind, amp = starts[-1] if starts else ("-", "-")
     cells = [f"1p-{kind}", "-", f"{fps:.2f}", train[-1].get("epoch"), amp, version("torch"), best]
     # the first three lines are the ModelZoo's own; its images/sec are updates per second
     return f"""Final Performance images/sec : {ups:.4f}
@@ -66,27 +70,14 @@ Loss, first and last logged : {losses[0]:.4f} -> {losses[-1]:.4f}
 | {" | ".join(map(str, cells))} |"""
 
 
-def write_facts(path: Path, **others):
-    """The ModelZoo's file of figures: a line NAME = VALUE each."""
-    facts = dict(Network="data2vec_for_PyTorch", RankSize=1, DeviceType=platform.machine())
-    path.write_text("".join(f"{name} = {value}\n" for name, value in (facts | others).items()))
-
-
 def has_numbers(row: dict, *names: str) -> bool:
     return all(isinstance(row.get(name), float) for name in names)
 
 
-def device_of(log: str) -> tuple[str, str]:
-    """Kind and precision of the log's last start."""
-    starts = re.findall(r"^\d+ x (\w+) .*, amp (\w+) \|", log, re.M)
-    return starts[-1] if starts else ("-", "-")
-
-
-def main(argv: list | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    if len(words) != 4:
+def main() -> int:
+    if len(sys.argv) != 5:
         raise InputError("needed: SAVE_DIR OUTPUT DEVICE_ID MODE")
-    save_dir, output, device_id, mode = words
+    _, save_dir, output, device_id, mode = sys.argv
     print(report(Path(save_dir), Path(output), device_id, mode))
     return 0
 

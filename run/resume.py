@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 import sys
 from pathlib import Path
 
@@ -20,13 +19,13 @@ POSITION = (
     "sample_break_mode tokens_per_sample long_sentences max_tokens batch_size seed"
     " required_batch_size_multiple drop_remainder"
 ).split()
-# settings whose change between two starts need not be told
-UNTOLD = tuple("data_path init_from device npu_ log_ tensor validate_ save_ keep_ disable_".split())
 # what a changed digest of a fingerprint means
 DIGESTS = dict(
     dataset="the first folder of --data_path has changed",
     other_folders="a further folder of --data_path has changed",
 )
+# of a student, by the beginnings of their weights' names
+HEADS = {"regression_head.": "regression head", "lm_head.": "head for words", "decoder.": "decoder"}
 RESET = "--reset_data_position to continue from the next epoch"
 
 
@@ -98,8 +97,6 @@ def find_checkpoint(folder: Path, device: Device) -> tuple[Path, checkpoint.Load
     paths = checkpoint.candidates(folder)
     if not paths:
         return None
-    if paths[0].name != "checkpoint_last.pt":
-        say(f"warning: {folder} has no checkpoint_last.pt; trying {paths[0].name}")
     for path in paths:
         try:
             return path, checkpoint.load(path)
@@ -133,9 +130,7 @@ def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position:
     path, loaded = found
     workers = run.device.world_size
     with reading(f"{path}: damaged"):
-        saved = loaded.content["dictionary"]  # a conversion may know nothing of it
-        ours = dict(digest=saved["digest"], size=saved["size"]) if saved else {}
-        corpus.dictionary.check_checkpoint(ours, path)
+        corpus.dictionary.check_checkpoint(loaded.content["dictionary"], path)
         progress = loaded.content["progress"]
         batches = progress["batches"] * progress["world_size"]  # of all workers
         changed = changes({**loaded.config, **progress["data"]}, {**run.cfg.flat(), **fingerprint})
@@ -154,9 +149,8 @@ def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position:
                 raise InputError(refusal(path, changed, moved, advice))
             check_position(run, corpus, path, batches, progress["epoch"])
         others = sorted(set(changed) - set(moved))
-        others = [name for name in others if not name.startswith(UNTOLD)][:20]
         if others:
-            words = ["{} {} -> {}".format(name[:100], *changed[name]) for name in others]
+            words = ["{} {} -> {}".format(name[:100], *changed[name]) for name in others[:20]]
             log.say(f"note: changed since the checkpoint: {', '.join(words)}")
 
         take(run, loaded, path)
@@ -239,25 +233,21 @@ def check_agreement(run, corpus: Corpus, fingerprint: dict):
 def init_from(run, corpus: Corpus, loaded: checkpoint.Loaded, path):
     """Take the weights and the teacher of any checkpoint; optimizer and schedule start fresh."""
     corpus.dictionary.check_checkpoint(loaded.content.get("dictionary"), path)
-    weights, ours = dict(loaded.student), run.student.state_dict()
+    weights, ours, warnings = dict(loaded.student), run.student.state_dict(), []
     # a head that is missing starts at random, and one that is not used is left out
-    heads = {"regression_head.": "regression head", "lm_head.": "head for words"}
-    for prefix, head in {**heads, "decoder.": "decoder"}.items():
+    for prefix, head in HEADS.items():
         wanted = {name: value for name, value in ours.items() if name.startswith(prefix)}
-        held = [name for name in weights if name.startswith(prefix)]
-        warning = ""
+        held = {name for name in weights if name.startswith(prefix)}
         if wanted and not held:
-            warning = f"{path} has no {head}; it starts from random weights"
-            weights.update(wanted)
+            warnings.append(f"{path} has no {head}; it starts from random weights")
+            weights |= wanted
         elif held and not wanted:
-            warning = f"the {head} in {path} is not used by this objective"
-            for name in held:
-                del weights[name]
-        if warning:
-            print(f"warning: {printable(warning)}", file=sys.stderr)
+            warnings.append(f"the {head} in {path} is not used by this objective")
+            weights = {name: value for name, value in weights.items() if name not in held}
     if not loaded.teacher and run.cfg.model.objective != "mlm":
-        text = f"{path} has no teacher; its student's encoder is taken for it"
-        print(f"warning: {printable(text)}", file=sys.stderr)
+        warnings.append(f"{path} has no teacher; its student's encoder is taken for it")
+    for warning in warnings:
+        print(f"warning: {printable(warning)}", file=sys.stderr)
     run.load(weights, loaded.teacher, path)
 
 
@@ -268,8 +258,6 @@ def prepare_save_dir(folder: Path, args):
     """Make the folder and check that a fresh start in it loses nothing. Raises InputError."""
     with reading(f"--save_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"--save_dir {folder}: not writable")
     if args.overwrite and not args.no_resume:
         raise InputError("--overwrite goes with --no_resume: it removes the old run in --save_dir")
     names = sorted(path.name for path in folder.iterdir() if path.name != ".lock")

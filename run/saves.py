@@ -40,24 +40,28 @@ class Saves:
         self.best_saved = self.best()  # of the last save that succeeded
         self.failure = ""  # of the last save
 
-    def save(self, *also: str):
-        """Write checkpoint_last.pt and the files named `also`.
+    def save(self, is_best: bool = False, epoch: int = 0):
+        """Write checkpoint_last.pt, checkpoint_best.pt too if it is the best, and, with the epoch
+        of this update, that of --save_interval_updates.
 
         A save that fails is said and loses nothing: the next one tries again. Raises RunError for
         non-finite weights.
         """
-        run = self.run
+        run, interval = self.run, self.run.cfg.train.save_interval_updates
         self.check_weights()
         self.look_at_skipped()
         self.since = time.monotonic()
         self.failure = ""
         if run.device.rank > 0:  # the first worker writes for all
             return
+        names = ["checkpoint_last.pt"]
+        if is_best:
+            names.append("checkpoint_best.pt")
+        if epoch and interval > 0 and run.num_updates % interval == 0:
+            names.append(f"checkpoint_{epoch}_{run.num_updates}.pt")
         content = {**contents(run, self.corpus, self.fingerprint), "log": self.log.state()}
-        content = by_itself(content)
         try:
-            paths = [self.folder / name for name in ("checkpoint_last.pt", *also)]
-            checkpoint.save(content, *paths)
+            checkpoint.save(by_itself(content), *(self.folder / name for name in names))
             checkpoint.prune(self.folder, run.cfg.train.keep_interval_updates)
             self.best_saved = self.best()
         except OSError as e:
@@ -80,23 +84,15 @@ class Saves:
                 " stays as it is; resume from it with a lower --lr"
             )
 
-    def save_now(self, why: str):
+    def save_for_signal(self):
         self.save()
-        self.log.say(self.failure or f"update {self.run.num_updates}: saved, {why}")
+        text = f"update {self.run.num_updates}: saved, as the signal asked"
+        self.log.say(self.failure or text)
 
     def is_late(self) -> bool:
         """Whether the clock asks for a save (--save_interval_minutes); workers' clocks differ."""
         minutes = self.run.cfg.train.save_interval_minutes
         return 0 < 60 * minutes <= time.monotonic() - self.since
-
-    def names(self, best: bool, counted: bool, epoch: int) -> list[str]:
-        """The files beside checkpoint_last.pt. counted: this was an update, not an overflow."""
-        interval = self.run.cfg.train.save_interval_updates
-        number = self.run.num_updates
-        names = ["checkpoint_best.pt"] if best else []
-        if counted and interval > 0 and number % interval == 0:
-            names.append(f"checkpoint_{epoch}_{number}.pt")
-        return names
 
     def look_at_skipped(self):
         """Count the updates that were skipped since the last look; waits for the device.

@@ -191,6 +191,7 @@ def convert_it(path: Path):
 
 def read_rows(path: Path):
     run, _ = make_run(path.parent.parent / "corpus", save_dir=path.parent)
+    run.num_updates = 1
     log = Log(run)
     log.open(10)
     log.close()  # its thread would tell of the run into other tests' output

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import preprocess
 from config import InputError, RunError
-from run.lock import Lock
+from run.lock import lock
 from test.helpers import (
     GOLDEN,
     GPT2,
@@ -263,6 +263,16 @@ def test_a_killed_worker_is_an_error_not_a_hang(tmp_path, monkeypatch):
         process.kill()
     with pytest.raises(RunError, match="a worker was killed"):
         list(rows)
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path):
+    texts = small_corpus(tmp_path)
+    (tmp_path / "out").mkdir()
+    with lock(tmp_path / "out"):
+        with pytest.raises(InputError, match="--dest .*out is in use by process"):
+            preprocess_words(tmp_path / "out", **texts)
+    preprocess_words(tmp_path / "out", **texts)
+    assert (tmp_path / "out" / "train.idx").exists()
 
 
 @pytest.mark.parametrize(
