@@ -21,15 +21,6 @@ BIAS = "encoder.sentence_encoder.layernorm_embedding.bias"
 SHAPE = (4, 6)
 
 
-def flat(tree):
-    """All leaves of a tree, tensors as lists, with the keys on the way."""
-    if isinstance(tree, dict):
-        return [(key, flat(value)) for key, value in tree.items()]
-    if isinstance(tree, (list, tuple)):
-        return [flat(value) for value in tree]
-    return (tree.dtype, tree.tolist()) if isinstance(tree, torch.Tensor) else tree
-
-
 # --------------------------------------------------------------------------------------- archives
 
 
@@ -37,63 +28,57 @@ def test_a_flipped_byte_anywhere_is_refused_or_harmless_and_a_cut_is_refused(tmp
     moments = {"step": torch.tensor(1.0), "exp_avg": torch.rand(9), "exp_avg_sq": torch.rand(9)}
     file, rng = tmp_path / "x.pt", random.Random(0)
     checkpoint.save(small_content(optimizer=dict(state={0: moments}, param_groups=[])), file)
-    good, refused = file.read_bytes(), 0
-    expected = flat(torch.load(file, weights_only=True))  # torch alone can read it, too
+    # 0.1.0 kept a digest as the archive's comment
+    comment = b"data2vec-text sha256 " + bytes(range(32))
+    good = file.read_bytes()[:-2] + len(comment).to_bytes(2, "little") + comment
+    file.write_bytes(good)
+    refused, expected = 0, str(torch.load(file, weights_only=True))  # torch alone reads it, too
     ends = [0, 1, 5, len(good) - 1, len(good) - 30]
     for at in ends + [rng.randrange(len(good)) for _ in range(400)]:
         file.write_bytes(good[:at] + bytes([good[at] ^ (1 << rng.randrange(8))]) + good[at + 1 :])
         try:
-            assert flat(checkpoint.load(file).content) == expected
+            assert str(checkpoint.load(file).content) == expected
         except InputError as e:
             assert "x.pt" in str(e) and "\n" not in str(e)
             refused += 1
-        file.write_bytes(good[:at])
+        file.write_bytes(good[: min(at, len(good) - len(comment) - 1)])
         with pytest.raises(InputError):
             checkpoint.load(file)
     assert refused > 250
 
 
-def test_files_of_version_0_1_0_with_a_digest_as_the_archives_comment_are_read(tmp_path):
-    file = tmp_path / "x.pt"
-    checkpoint.save(small_content(5), file)
-    comment = b"data2vec-text sha256 " + bytes(range(32))
-    sealed = file.read_bytes()[:-2] + len(comment).to_bytes(2, "little") + comment
-    file.write_bytes(sealed)
-    assert checkpoint.load(file).content["progress"]["num_updates"] == 5
-    old, new = (torch.tensor(number).numpy().tobytes() for number in (77.0, 78.0))
-    file.write_bytes(sealed.replace(old, new))
-    with pytest.raises(InputError, match="checksum"):
-        checkpoint.load(file)
+def rewrite(source, target, method, change=lambda name, content: content):
+    """Write the records of an archive once more, changed."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", method) as new:
+        for name in old.namelist():
+            new.writestr(name, change(name, old.read(name)))
 
 
-def test_compressed_oversized_and_unchecked_records_are_refused(tmp_path):
-    file, bomb = tmp_path / "x.pt", tmp_path / "bomb.pt"
+def test_records_that_are_compressed_oversized_unchecked_or_too_short_are_refused(tmp_path):
+    file, bad = tmp_path / "x.pt", tmp_path / "bad.pt"
     checkpoint.save(small_content(), file)
-    with zipfile.ZipFile(file) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as other:
-        large = next(record for record in source.infolist() if record.file_size == 400)
-        for name in source.namelist():
-            other.writestr(name, source.read(name))
-    with pytest.raises(InputError, match="a compressed record"):
-        checkpoint.load(bomb)
     good = file.read_bytes()
+    with zipfile.ZipFile(file) as archive:
+        large = next(record for record in archive.infolist() if record.file_size == 400)
     central = good.rindex(large.filename.encode()) - 46  # of its entry in the directory at the end
-    larger = (24, (10**9).to_bytes(4, "little"), "larger than the file")
-    for offset, value, message in (larger, (16, bytes(4), "checksum")):
+
+    def field(offset, value):
         at = central + offset
-        file.write_bytes(good[:at] + value + good[at + len(value) :])
+        bad.write_bytes(good[:at] + value + good[at + len(value) :])
+
+    def shorten(name, content):
+        return content[:16] if name.endswith("data/0") else content
+
+    torch.save({"model": {BIAS: torch.ones(1_000_000)}}, file)
+    for damage, message in (
+        (lambda: rewrite(file, bad, zipfile.ZIP_DEFLATED), "a compressed record"),
+        (lambda: rewrite(file, bad, zipfile.ZIP_STORED, shorten), r"bad\.pt: cannot be read"),
+        (lambda: field(24, (10**9).to_bytes(4, "little")), "larger than the file"),
+        (lambda: field(16, bytes(4)), "checksum"),
+    ):
+        damage()
         with pytest.raises(InputError, match=message):
-            checkpoint.load(file)
-
-
-def test_a_storage_that_is_larger_than_its_record_is_never_read_beyond_the_file(tmp_path):
-    good, bad = tmp_path / "good.pt", tmp_path / "x.pt"
-    torch.save({"model": {BIAS: torch.ones(1_000_000)}}, good)
-    with zipfile.ZipFile(good) as source, zipfile.ZipFile(bad, "w") as target:
-        for name in source.namelist():
-            end = 16 if name.endswith("data/0") else None
-            target.writestr(name, source.read(name)[:end])
-    with pytest.raises(InputError, match=r"x\.pt: cannot be read"):
-        load(bad)
+            load(bad)
 
 
 def test_a_tar_archive_is_refused_before_torch_sees_it(tmp_path, monkeypatch):
@@ -134,8 +119,8 @@ def without_format(path) -> dict:
 
 
 DAMAGE = {  # entry: what may be there instead; None: nothing
-    "config": [None, [1], {"layers": {"a": 1}}, {"layers": 10**5000}],
-    "dictionary": [None, {"size": 4}],
+    "config": [None, [1], {"layers": {"a": 1}}, {"layers": 10**5000}, {"seed": "x" * 10**5}],
+    "dictionary": [None, {"digest": 4}],
     "student": [None, {"weight": 1.0}, {3: torch.zeros(1)}],
     "teacher": [None, {"weight": torch.zeros(1)}],
     "optimizer": [None, {"state": {"a": {}}, "param_groups": []}, {"state": 3}],
@@ -163,13 +148,6 @@ def test_a_missing_or_odd_entry_ends_a_resume_in_one_line_and_nothing_is_lost(
             train.main(few(corpus_dir, tmp_path, "--max_update", 5))
         assert "\n" not in str(error.value) and len(str(error.value)) < 1000, value
         assert file.read_bytes() == before
-
-
-def test_a_file_of_our_format_whose_records_have_no_checksums_is_damaged(tmp_path):
-    content = {"format": checkpoint.FORMAT, **small_content()}
-    torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(InputError, match="damaged"):
-        checkpoint.load(tmp_path / "x.pt")
 
 
 def test_settings_of_a_wrong_type_or_size_are_refused_by_name(saved, corpus_dir, tmp_path):
@@ -205,20 +183,13 @@ def test_odd_tensors_are_refused_as_moments_and_as_weights(kind):
     module = torch.nn.Linear(6, 4, bias=False)
     for name in checkpoint.MOMENTS:
         state = {0: {"step": torch.tensor(1.0), "exp_avg": good, "exp_avg_sq": good, name: odd}}
-        with pytest.raises(InputError, match=f"x.pt: the optimizer's {name} of parameter 0"):
+        with pytest.raises(InputError, match=f"x.pt: the optimizer's {name} 0"):
             checkpoint.checked_moments(state, [torch.Size(SHAPE)], "x.pt")
     with pytest.raises(InputError, match="x.pt: the student weight"):
         checkpoint.put({"weight": odd}, module, "the student", "x.pt")
 
 
 STEPS = [None, float("nan"), float("inf"), -1, torch.zeros(2), torch.tensor(-1.0), 1j, "x"]
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_a_step_that_is_not_one_number_is_refused(step):
-    moments = {name: torch.zeros(SHAPE) for name in checkpoint.MOMENTS}
-    with pytest.raises(InputError, match="step of parameter 0"):
-        checkpoint.checked_moments({0: {"step": step, **moments}}, [torch.Size(SHAPE)], "x.pt")
 
 
 def test_moments_are_those_of_exactly_the_parameters_finite_and_in_memory_of_their_own():
@@ -238,9 +209,13 @@ def test_moments_are_those_of_exactly_the_parameters_finite_and_in_memory_of_the
             assert torch.equal(entry[name], state[i][name].float())
             memory.add(entry[name].data_ptr())
     assert len(memory) == 5
-    for wrong in ({0: state[0]}, {**state, 2: state[0]}, {0: state[0], "1": state[1]}):
-        with pytest.raises(InputError, match="the optimizer has . parameters, this model has 2"):
+    nan = torch.full(SHAPE, float("nan"))
+    for wrong, message in (
+        ({0: state[0]}, "exp_avg has no 1"),
+        ({**state, 2: state[0]}, "exp_avg has 2, which"),
+        ({0: state[0], "1": state[1]}, "exp_avg has no 1"),
+        ({**state, 1: {**state[1], "exp_avg": nan}}, "exp_avg 1 is not finite"),
+        *(({**state, 0: {**state[0], "step": step}}, "optimizer's step 0") for step in STEPS),
+    ):
+        with pytest.raises(InputError, match=message):
             checkpoint.checked_moments(wrong, shapes, "x.pt")
-    state[1]["exp_avg"] = torch.full(SHAPE, float("nan"))
-    with pytest.raises(InputError, match="exp_avg of parameter 1 is not finite"):
-        checkpoint.checked_moments(state, shapes, "x.pt")
