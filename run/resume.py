@@ -89,11 +89,6 @@ def find_checkpoint(folder: Path, device: Device) -> tuple[Path, checkpoint.Load
 
     Raises InputError if none can.
     """
-
-    def say(text: str):
-        if device.rank == 0:
-            print(printable(text), flush=True)
-
     paths = checkpoint.candidates(folder)
     if not paths:
         return None
@@ -101,8 +96,9 @@ def find_checkpoint(folder: Path, device: Device) -> tuple[Path, checkpoint.Load
         try:
             return path, checkpoint.load(path)
         except InputError as e:
-            say(f"warning: {e}; trying the next older checkpoint")
             failure = e
+            if device.rank == 0:
+                print(f"warning: {printable(str(e))}; trying the next older checkpoint", flush=True)
     what = f"none of the {len(paths)} checkpoints in {folder} can be read"
     raise InputError(f"{what}; the last error: {failure}")
 
@@ -136,21 +132,18 @@ def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position:
         changed = changes({**loaded.config, **progress["data"]}, {**run.cfg.flat(), **fingerprint})
         if batches % workers:  # this many workers are never at that batch
             changed["world_size"] = progress["world_size"], workers
-        architecture = [name for name in ARCHITECTURE if name in changed]
-        if architecture:
-            advice = "use the old settings, or --init_from with another --save_dir"
-            raise InputError(refusal(path, changed, architecture, advice))
-
+        refuse(path, changed, ARCHITECTURE, "--init_from with another --save_dir")
         # where in the data
-        moved = [name for name in (*POSITION, *fingerprint, "world_size") if name in changed]
+        moving = (*POSITION, *fingerprint, "world_size")
         if not reset_position:
-            if moved:
-                advice = f"use the old settings, or {RESET}"
-                raise InputError(refusal(path, changed, moved, advice))
-            check_position(run, corpus, path, batches, progress["epoch"])
-        others = sorted(set(changed) - set(moved))
+            refuse(path, changed, moving, RESET)
+            count = len(corpus.split("train", progress["epoch"]).batch_ends)
+            if batches and batches >= -(-count // workers) * workers:
+                where = f"{path} is at batch {batches} of epoch {progress['epoch']}"
+                raise InputError(f"{where}, which has {count}; use {RESET}")
+        others = sorted(set(changed) - set(moving))
         if others:
-            words = ["{} {} -> {}".format(name[:100], *changed[name]) for name in others[:20]]
+            words = ["{} {} -> {}".format(name, *changed[name]) for name in others]
             log.say(f"note: changed since the checkpoint: {', '.join(words)}")
 
         take(run, loaded, path)
@@ -168,20 +161,14 @@ def changes(saved: dict, now: dict) -> dict:
     return {k: (str(saved[k])[:100], now[k]) for k in both if saved[k] != now[k]}
 
 
-def refusal(path: Path, changed: dict, names: list, advice: str) -> str:
+def refuse(path: Path, changed: dict, names, advice: str):
+    """Raise InputError if one of these names is among what changed."""
     words = []
-    for name in names:
+    for name in [name for name in names if name in changed]:
         words.append(DIGESTS.get(name) or "{} was {}, is {}".format(name, *changed[name]))
-    return f"{path} belongs to another run: {', '.join(words)}; {advice}"
-
-
-def check_position(run, corpus: Corpus, path: Path, batches: int, epoch: int):
-    """Raise InputError if the data do not have this position."""
-    count = len(corpus.split("train", epoch).batch_ends)
-    workers = run.device.world_size
-    if batches and batches >= -(-count // workers) * workers:
-        where = f"{path} is at batch {batches} of epoch {epoch}"
-        raise InputError(f"{where}, which has {count}; use {RESET}")
+    if words:
+        advice = f"use the old settings, or {advice}"
+        raise InputError(f"{path} belongs to another run: {', '.join(words)}; {advice}")
 
 
 def take(run, loaded: checkpoint.Loaded, path: Path):

@@ -48,7 +48,7 @@ class Attempts:
     """Counts what becomes of damaged files, and collects every outcome that must not be."""
 
     def __init__(self):
-        self.files, self.refused, self.other, self.slowest = 0, 0, [], (0.0, "")
+        self.files, self.refused, self.other = 0, 0, []
 
     def __call__(self, what: str, read):
         begin, printed = time.process_time(), io.StringIO()
@@ -64,10 +64,8 @@ class Attempts:
             self.other.append(f"{what}: {type(e).__name__}: {e}"[:300])
         if "\x1b" in printed.getvalue():
             self.other.append(f"{what}: printed an escape sequence")
-        seconds = time.process_time() - begin
-        self.slowest = max(self.slowest, (round(seconds, 3), what))
-        if seconds > 20:
-            self.other.append(f"{what}: took {seconds:.0f} s")
+        if time.process_time() > begin + 20:
+            self.other.append(f"{what}: took over 20 s")
 
 
 # -------------------------------------------------------------------------------------- mutations
@@ -165,12 +163,6 @@ def packed_zip(raw: bytes, rng: random.Random) -> bytes:
     return field(raw, at + rng.randrange(4, length, 2), 2, rng)
 
 
-def packed_gz(raw: bytes, rng: random.Random) -> bytes:
-    raw = rng.choice([raw, raw + raw, raw + b"\0" * 9, raw + b"text", raw[:-8]])
-    at = rng.choice([rng.randrange(12), rng.randrange(len(raw) - 8)])
-    return field(raw, at, rng.choice([1, 2, 4]), rng)
-
-
 # --------------------------------------------------------------------------------- what reads them
 
 
@@ -198,21 +190,11 @@ def read_rows(path: Path):
     plot.read_run(str(path))
 
 
-def read_yaml(path: Path):
-    flags.parse(config.PARTS, "", ["--config_dir", str(path.parent), "--config_name", path.name])
-
-
-def read_packed(path: Path):
-    list(files.read_chunks(str(path)))
-
-
 def read_members(path: Path):
-    for method in METHODS:
-        list(files.read_chunks(f"{path}:{method}.txt"))
-
-
-def read_vocabulary(path: Path):
-    read_bpe(path, path.parent / "vocab.bpe")
+    """A packed text, or all members of a zip archive."""
+    members = [f":{method}.txt" for method in METHODS] if path.suffix == ".zip" else [""]
+    for member in members:
+        list(files.read_chunks(f"{path}{member}"))
 
 
 def write_originals(folder: Path, last: Path):
@@ -239,6 +221,7 @@ def write_originals(folder: Path, last: Path):
 def fuzz(count: int, folder: Path, corpus: Path, run: Path, seed: int = 0) -> Attempts:
     """Damage `count` files of each kind. corpus: a dataset; run: the save_dir of a run on it."""
     last, hf = run / "checkpoint_last.pt", folder / "hf"
+    yaml = ["--config_dir", str(folder), "--config_name", "base"]
     write_originals(folder, last)
     kinds = [  # what is damaged, how, who reads it
         (corpus / "train.idx", index, read_dataset),
@@ -252,12 +235,12 @@ def fuzz(count: int, folder: Path, corpus: Path, run: Path, seed: int = 0) -> At
         (hf / "model.safetensors", safetensors, convert_it),
         (hf / "config.json", values, convert_it),
         (run / "train.jsonl", values, read_rows),
-        (folder / "base.yaml", values, read_yaml),
-        (folder / "encoder.json", values, read_vocabulary),
+        (folder / "base.yaml", values, lambda path: flags.parse(config.PARTS, "", yaml)),
+        (folder / "encoder.json", values, lambda path: read_bpe(path, folder / "vocab.bpe")),
         (folder / "text.zip", packed_zip, read_members),
-        (folder / "text.gzip", packed_gz, read_packed),
-        (folder / "text.bz2", scramble, read_packed),
-        (folder / "text.lzma", scramble, read_packed),
+        (folder / "text.gzip", scramble, read_members),
+        (folder / "text.bz2", scramble, read_members),
+        (folder / "text.lzma", scramble, read_members),
     ]
     rng, attempts = random.Random(seed), Attempts()
     for path, mutate, read in kinds:

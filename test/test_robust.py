@@ -5,6 +5,7 @@ The long versions are in test/soak.py.
 
 import dataclasses
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import types
 
 import train
 from config import GuardConfig, InputError, RunError
+from hardware.device import Device
 from run import checkpoint, guard, saves
 from test import soak
 from test.helpers import CPU, call, few, make_run, progress_of, rows_of
@@ -76,18 +78,14 @@ def test_sigusr1_saves_and_the_run_continues(monkeypatch, corpus_dir, tmp_path, 
 
 def test_the_clock_saves_the_last_checkpoint_alone(monkeypatch, corpus_dir, tmp_path, saves_seen):
     argv = few(corpus_dir, tmp_path, *"--max_update 7 --save_interval_updates 4".split())
-    clock, late = [0.0], saves.Saves.is_late
-
-    def is_late(self):  # an update takes 11 minutes
-        clock[0] += 660
-        return late(self)
-
-    monkeypatch.setattr(saves, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(saves.Saves, "is_late", is_late)
+    now = [0.0]  # an update takes 15 minutes
+    before_updates(monkeypatch, lambda n: now.append(900.0 * n))
+    monkeypatch.setattr(saves, "time", types.SimpleNamespace(monotonic=lambda: now[-1]))
     call(train.main, *argv, "--disable_validation")
     last, kept = ["checkpoint_last.pt"], (4, ["checkpoint_last.pt", "checkpoint_1_4.pt"])
-    assert saves_seen == [(3, last), kept, (6, last), (7, last)]
+    assert saves_seen == [(2, last), kept, (6, last), (7, last)]
     saves_seen.clear()
+    now[:] = [0.0]
     again = "--disable_validation --no_resume --overwrite --save_interval_minutes 0"
     call(train.main, *argv, *again.split())
     assert saves_seen == [kept, (7, last)]
@@ -96,11 +94,10 @@ def test_the_clock_saves_the_last_checkpoint_alone(monkeypatch, corpus_dir, tmp_
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_ends_the_curves_in_one_line_and_not_the_run(monkeypatch, corpus_dir, tmp_path):
     writer = pytest.importorskip("tensorboard.summary.writer.record_writer").RecordWriter
-    write, room = writer.write, [9]
+    write, calls = writer.write, itertools.count()
 
     def full(self, data):
-        room[0] -= 1
-        if room[0] < 0:
+        if next(calls) >= 9:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(self, data)
 
@@ -130,12 +127,7 @@ def poison(monkeypatch, numbers):
 def test_a_non_finite_update_leaves_the_weights_alone_and_is_logged(
     monkeypatch, corpus_dir, tmp_path, fused
 ):
-    class Optimizer(train.Optimizer):
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.is_fused = fused
-
-    monkeypatch.setattr(train, "Optimizer", Optimizer)
+    monkeypatch.setattr(Device, "has_fused_adam", fused)
     poison(monkeypatch, {1, 3})
     argv = "--max_update 5 --disable_validation --warmup_updates 0 --save_interval_updates 1"
     call(train.main, *few(corpus_dir, tmp_path, *argv.split(), "--keep_interval_updates", -1))
@@ -143,9 +135,8 @@ def test_a_non_finite_update_leaves_the_weights_alone_and_is_logged(
     assert [row["num_updates"] for row in skipped] == [1, 3] and all(r["blocks"] for r in skipped)
     assert [row["loss"] is None for row in rows_of(tmp_path)] == [True, False, True, False, False]
     states = [checkpoint.load(tmp_path / f"checkpoint_1_{u}.pt").student for u in (2, 3, 4)]
-    same = []
-    for a, b in zip(states, states[1:]):
-        same.append(all(torch.equal(a[name], b[name]) for name in a))
+    pairs = zip(states, states[1:])
+    same = [all(map(torch.equal, a.values(), b.values())) for a, b in pairs]
     # an optimizer that cannot skip still moves the weights by its momentum
     assert same == [fused, False]
     assert all(t.isfinite().all() for t in states[-1].values())
@@ -165,14 +156,6 @@ def test_an_overflow_on_another_worker_skips_the_update_here_too(monkeypatch, co
     before = [p.detach().clone() for p in run.weights.parameters]
     assert train.update(run, [dataset.batch(dataset.epoch_batches(1)[0], 1)]) is None
     assert run.num_updates == 0 and all(map(torch.equal, before, run.weights.parameters))
-
-
-def test_too_many_skipped_updates_in_a_row_save_and_stop(monkeypatch, corpus_dir, tmp_path):
-    poison(monkeypatch, set(range(3, 100)))
-    argv = "--max_update 50 --max_skipped 5 --log_interval 20".split()
-    with pytest.raises(RunError, match="--max_skipped 5.*saved update 8"):
-        train.main(few(corpus_dir, tmp_path, *argv))
-    assert progress_of(tmp_path)["num_updates"] == 8
 
 
 def test_a_collapse_warns_and_after_ten_intervals_stops_with_a_checkpoint(
@@ -214,8 +197,17 @@ def test_a_teacher_that_is_not_finite_is_not_saved_over_the_good_file(
     assert progress_of(tmp_path)["num_updates"] == 2
 
 
-def test_a_run_whose_updates_were_skipped_ends_with_an_error(monkeypatch, corpus_dir, tmp_path):
-    poison(monkeypatch, {1, 2, 3})
-    with pytest.raises(RunError, match="3 of 4 updates were skipped"):
-        train.main(few(corpus_dir, tmp_path, "--max_update", 4, "--disable_validation"))
-    assert progress_of(tmp_path)["num_updates"] == 4
+@pytest.mark.parametrize(
+    "numbers, argv, fact, saved",
+    [
+        ({1, 2, 3}, "--max_update 4", "3 of 4 updates were skipped", 4),
+        (range(3, 100), "--max_skipped 5 --log_interval 20", "--max_skipped 5.*saved update 8", 8),
+    ],
+)
+def test_a_run_whose_updates_were_skipped_ends_with_an_error(
+    monkeypatch, corpus_dir, tmp_path, numbers, argv, fact, saved
+):
+    poison(monkeypatch, numbers)
+    with pytest.raises(RunError, match=fact):
+        train.main(few(corpus_dir, tmp_path, "--disable_validation", *argv.split()))
+    assert progress_of(tmp_path)["num_updates"] == saved

@@ -84,7 +84,7 @@ def test_sigterm_to_torchrun_stops_all_workers_at_the_same_update_with_a_checkpo
 ):
     command = torchrun_command(2, *few(corpus_dir, tmp_path, "--max_update", 100000))
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **streams)
+    process = subprocess.Popen(command, **streams)
     terminate_after(process, "update 3 ", number)
     assert progress_of(tmp_path)["num_updates"] == rows_of(tmp_path)[-1]["num_updates"] >= 3
 
@@ -129,7 +129,7 @@ def test_settings_that_move_the_data_position_are_refused_by_name_or_reset_it(
             train.main(few(corpus_dir, folder, "--max_update", 6, *argv))
     argv = ["--max_update", 6, "--max_tokens", 128, "--lr", 0.01, reset]
     printed = call(train.main, *few(corpus_dir, folder, *argv))
-    assert re.search("^note: changed since the checkpoint: lr", printed, re.M)
+    assert re.search("^note: changed since the checkpoint: .*lr .* -> 0.01", printed, re.M)
     places = [(row["num_updates"], row["epoch"]) for row in rows_of(folder)]
     assert places[-3:] == [(4, 1), (5, 2), (6, 2)]
 
