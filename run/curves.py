@@ -52,6 +52,7 @@ class TensorBoard:
         """Raises OSError if it cannot be written."""
         if not {"loss", "valid_loss"} & set(row):
             return
+        # fairseq's folder says what a figure is of, so its name need not
         writer = self.writers["valid" if "valid_loss" in row else "train_inner"]
         curves = {name.removeprefix("valid_"): value for name, value in row.items()}
         update = curves.pop("num_updates")

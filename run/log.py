@@ -109,7 +109,7 @@ class Log:
     def state(self) -> dict:
         """The interval so far, as plain values; all its figures must have been read."""
         seconds = time.perf_counter() - self.since
-        return dict(updates=list(self.figures), skipped=list(self.skipped), seconds=seconds)
+        return dict(updates=self.figures, skipped=self.skipped, seconds=seconds)
 
     def restore(self, state: dict):
         """Continue in the middle of an interval: its row will be that of an uninterrupted run."""

@@ -193,7 +193,7 @@ def take(run, loaded: checkpoint.Loaded, path: Path):
     run.first_target_var = progress.get("first_target_var")
     run.clock.restore(progress.get("hours", 0.0))
     if loaded.config.get("best_by") != run.cfg.train.best_by:
-        run.best_gain = None  # it may be of another measure
+        run.best_gain = None  # 0.3.0 had another measure, too
 
 
 def check_agreement(run, corpus: Corpus, fingerprint: dict):

@@ -21,10 +21,9 @@ def by_itself(value):
     if isinstance(value, torch.Tensor):
         is_whole = value.untyped_storage().nbytes() == value.nbytes
         return value if value.is_cpu and is_whole else value.detach().to("cpu", copy=True)
+    # no list of a checkpoint holds a tensor
     if isinstance(value, dict):
         return {name: by_itself(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(by_itself(part) for part in value)
     return value
 
 
@@ -37,7 +36,7 @@ class Saves:
         self.log, self.health = log, health
         self.folder = Path(run.cfg.train.save_dir)
         self.since = time.monotonic()  # the last save, or the start
-        self.best_saved = self.best()  # of the last save that succeeded
+        self.best_saved = run.best_loss, run.best_gain  # of the last save that succeeded
         self.failure = ""  # of the last save
 
     def save(self, is_best: bool = False, epoch: int = 0):
@@ -54,6 +53,7 @@ class Saves:
         self.failure = ""
         if run.device.rank > 0:  # the first worker writes for all
             return
+        # the last one first: the others are copies of it, and a full disk then costs only these
         names = ["checkpoint_last.pt"]
         if is_best:
             names.append("checkpoint_best.pt")
@@ -63,7 +63,7 @@ class Saves:
         try:
             checkpoint.save(by_itself(content), *(self.folder / name for name in names))
             checkpoint.prune(self.folder, run.cfg.train.keep_interval_updates)
-            self.best_saved = self.best()
+            self.best_saved = run.best_loss, run.best_gain
         except OSError as e:
             run.best_loss, run.best_gain = self.best_saved  # the better one was not written
             why = e.strerror or e
@@ -103,9 +103,6 @@ class Saves:
         self.run.optimizer.skipped += sum(flags)
         self.health.check_skipped(flags)
 
-    def best(self) -> tuple:
-        return self.run.best_loss, self.run.best_gain
-
     def note(self, figures: dict) -> bool:
         """Take in a validation's figures; returns whether they are the best, by --best_by."""
         run = self.run
@@ -136,6 +133,7 @@ class Saves:
             raise RunError(f"update {run.num_updates}: {error} ({saved})") from None
         if error is not None:
             return
+        # a run that seems to have ended well, but has not
         if self.failure:
             raise RunError(self.failure)
         skipped, updates = run.optimizer.skipped, run.num_updates
