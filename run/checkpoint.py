@@ -275,8 +275,8 @@ def own(state: dict, shapes: dict, what: str, path) -> dict:
             raise InputError(f"{path}: {what} has no {name}; other --layers, or another model?")
         tensor = state[name]
         if not is_ordinary(tensor):
-            kind = f"a {type(tensor).__name__}, not an ordinary tensor of floating-point numbers"
-            raise InputError(f"{path}: {what} {name} is {kind}")
+            kind = f"an ordinary tensor of floating-point numbers, but a {type(tensor).__name__}"
+            raise InputError(f"{path}: {what} {name} is not {kind}")
         if tensor.shape != shape:
             sizes = f"{tuple(tensor.shape)}, this model's is {tuple(shape)}"
             raise InputError(
@@ -308,14 +308,14 @@ def checked_moments(state: dict, shapes: list, path) -> dict:
     expected = dict(enumerate(shapes)) if state else {}
     checked = {i: {} for i in expected}
     for name in MOMENTS:
-        what = f"the optimizer's {name}"
+        what = f"the optimizer's {name} of parameter"
         tensors = {i: entry.get(name) for i, entry in state.items()}
         for i, tensor in own(tensors, expected, what, path).items():
             if not tensor.isfinite().all():
                 raise InputError(f"{path}: {what} {i} is not finite")
             checked[i][name] = tensor
     for i, tensors in checked.items():
-        with reading(f"{path}: the optimizer's step {i}"):
+        with reading(f"{path}: the optimizer's step of parameter {i}"):
             step = float(state[i]["step"])
             if not 0 <= step < math.inf:
                 raise ValueError(f"{step} is not a count")

@@ -183,7 +183,7 @@ def test_odd_tensors_are_refused_as_moments_and_as_weights(kind):
     module = torch.nn.Linear(6, 4, bias=False)
     for name in checkpoint.MOMENTS:
         state = {0: {"step": torch.tensor(1.0), "exp_avg": good, "exp_avg_sq": good, name: odd}}
-        with pytest.raises(InputError, match=f"x.pt: the optimizer's {name} 0"):
+        with pytest.raises(InputError, match=f"x.pt: the optimizer's {name} of parameter 0"):
             checkpoint.checked_moments(state, [torch.Size(SHAPE)], "x.pt")
     with pytest.raises(InputError, match="x.pt: the student weight"):
         checkpoint.put({"weight": odd}, module, "the student", "x.pt")
@@ -211,11 +211,14 @@ def test_moments_are_those_of_exactly_the_parameters_finite_and_in_memory_of_the
     assert len(memory) == 5
     nan = torch.full(SHAPE, float("nan"))
     for wrong, message in (
-        ({0: state[0]}, "exp_avg has no 1"),
-        ({**state, 2: state[0]}, "exp_avg has 2, which"),
-        ({0: state[0], "1": state[1]}, "exp_avg has no 1"),
-        ({**state, 1: {**state[1], "exp_avg": nan}}, "exp_avg 1 is not finite"),
-        *(({**state, 0: {**state[0], "step": step}}, "optimizer's step 0") for step in STEPS),
+        ({0: state[0]}, "exp_avg of parameter has no 1"),
+        ({**state, 2: state[0]}, "exp_avg of parameter has 2, which"),
+        ({0: state[0], "1": state[1]}, "exp_avg of parameter has no 1"),
+        ({**state, 1: {**state[1], "exp_avg": nan}}, "exp_avg of parameter 1 is not finite"),
+        *(
+            ({**state, 0: {**state[0], "step": step}}, "optimizer's step of parameter 0")
+            for step in STEPS
+        ),
     ):
         with pytest.raises(InputError, match=message):
             checkpoint.checked_moments(wrong, shapes, "x.pt")
