@@ -34,14 +34,14 @@ if __name__ == "__main__":
     flags.answer_early(PARTS, __doc__, add_flags)  # torch takes seconds to import
 
 
-from config import PARTS, InputError, ModelConfig, printable, reading
+from config import PARTS, InputError, ModelConfig, TrainConfig, printable, reading
 from data2vec2 import make_student
 from formats import card, fairseq_files, fairseq_names, fairseq_state, hf, hf_tokenizer
 from formats.load import load
 from run import checkpoint
 from run.checkpoint import Loaded
 from text.binarized import SPECIAL, UNK, Dictionary
-from text.tokens import find_text_files
+from text.tokens import BPE_FILES, find_text_files
 from train import lr_at
 
 import torch
@@ -54,72 +54,61 @@ class Source:
     """What is converted: a complete checkpoint, whatever it was read from."""
 
     path: Path
-    content: dict  # every entry of a checkpoint of ours except `format` and `config`
-    flat: dict  # its `config`, including what this command's flags changed
-    parts: list  # the same as instances of PARTS
+    content: dict  # every entry of a checkpoint of ours except `format`
+    parts: dict  # its `config` as instances of PARTS, by their class
+    is_changed: bool  # whether that is another config than the file's
     dictionary: Dictionary | None
     bpe: list  # encoder.json and vocab.bpe, or None twice
     teacher: bool  # --teacher
-    untrained: str  # why the optimizer starts anew, or ""
 
 
 # ------------------------------------------------------------------------------- what --to makes
 
 
-def to_hf(source: Source, out: Path) -> list[str]:
+def to_hf(source: Source, out: Path):
     content, dictionary = source.content, source.dictionary
     encoder, head = content["teacher"], {}
     if not source.teacher:
         encoder = without("encoder.", content["student"])
         head = {k: v for k, v in content["student"].items() if k.startswith("lm_head.")}
-    has_tokenizer = dictionary and (source.bpe[0] or not dictionary.holds_bpe_ids())
     with checkpoint.whole(out) as folder:
         folder.mkdir()
         unknown = 0
-        if has_tokenizer:
-            longest = source.flat["tokens_per_sample"]
+        if dictionary and (source.bpe[0] or not dictionary.holds_bpe_ids()):
+            longest = content["config"]["tokens_per_sample"]
             unknown = hf_tokenizer.write(folder, dictionary, source.bpe, longest, bool(head))
-        task = hf.Task()
+        else:
+            print("no tokenizer: give --data_path, or --dict, --encoder_json and --vocab_bpe")
+        model, task = source.parts[ModelConfig], hf.Task()
         if "classifier" in content:  # of finetune.py
             with reading(f"{source.path}: damaged: its classifier"):
-                width = source.flat["embed_dim"]
-                task = hf.classification(content["classifier"], width, source.path)
+                task = hf.classification(content["classifier"], model.embed_dim, source.path)
         elif head:
             task = hf.fill_mask(head, unknown)
-        model = source.parts[PARTS.index(ModelConfig)]
         hf.write(folder, encoder, model, unknown, task)
-        updates = content["progress"]["num_updates"]
-        text = card.text(out.resolve().name, task.pipeline, updates, source.flat)
+        text = card.text(out.resolve().name, task.pipeline, content)
         (folder / "README.md").write_text(text, encoding="utf-8")
-    notes = [f"{out}/README.md is its model card; the licence and the corpus are yours to fill in"]
-    if not has_tokenizer:
-        notes.append("no tokenizer: give --data_path, or --dict, --encoder_json and --vocab_bpe")
-    return notes
+    what = "is its model card; the licence and the corpus are yours to fill in"
+    print(printable(f"{out}/README.md {what}"))
 
 
-def to_fairseq(source: Source, out: Path) -> list[str]:
-    heads = {name.split(".")[0] for name in source.content["student"]} - {"encoder"}
+def to_fairseq(source: Source, out: Path):
+    content = dict(source.content)
+    heads = {name.split(".")[0] for name in content["student"]} - {"encoder"}
     if heads not in ({"regression_head"}, {"decoder"}):
         what = "a regression head and no head for words"
         raise InputError(f"{source.path}: fairseq's data2vec_text needs {what}")
-    lr = lr_at(source.content["progress"]["num_updates"], source.parts[-1])
-    content = {"config": None, **source.content}
-    checkpoint.write(fairseq_state.to_fairseq(content, source.flat, lr), out)
-    return []
+    if source.is_changed:  # fairseq's own entries hold the settings of before
+        content.pop(fairseq_state.THEIRS, None)
+    lr = lr_at(content["progress"]["num_updates"], source.parts[TrainConfig])
+    checkpoint.write(fairseq_state.to_fairseq(content, lr), out)
 
 
-def to_native(source: Source, out: Path) -> list[str]:
-    content, dictionary = {**source.content, "config": source.flat}, source.dictionary
-    if dictionary:
-        names = dict(digest=dictionary.digest(), mask_id=dictionary.mask_id)
-        content["dictionary"] = dict(size=len(dictionary), **names)
-    checkpoint.save(content, out)
-    if source.untrained:
-        return [f"optimizer and data position start anew ({source.untrained})"]
-    return []
+def to_native(source: Source, out: Path):
+    checkpoint.save(source.content, out)
 
 
-# Each writes `out` and returns lines to print. A further format is a function here.
+# A further format is a function here.
 TARGETS = {"hf": to_hf, "fairseq": to_fairseq, "native": to_native}
 
 
@@ -140,7 +129,7 @@ def beginning(seed: int) -> dict:
     )
 
 
-def own_weights(loaded: Loaded, cfg: ModelConfig, path) -> tuple[dict, dict]:
+def own_weights(loaded: Loaded, cfg: ModelConfig, path) -> dict:
     """Student and teacher in float32. Raises InputError if they do not fit the model's shape."""
     tokens = loaded.student.get("encoder.embed_tokens.weight")
     if not checkpoint.is_ordinary(tokens) or tokens.dim() != 2 or len(tokens) < len(SPECIAL):
@@ -156,7 +145,8 @@ def own_weights(loaded: Loaded, cfg: ModelConfig, path) -> tuple[dict, dict]:
             state = checkpoint.own_state(state, module, f"the student's {name}", path)
             student |= {f"{name}.{k}": v for k, v in state.items()}
     teacher = loaded.teacher or without("encoder.", student)  # as at the start of training
-    return student, checkpoint.own_state(teacher, model.encoder, "the teacher", path)
+    teacher = checkpoint.own_state(teacher, model.encoder, "the teacher", path)
+    return dict(student=student, teacher=teacher)
 
 
 def without(prefix: str, state: dict) -> dict:
@@ -164,14 +154,13 @@ def without(prefix: str, state: dict) -> dict:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def complete(loaded: Loaded, student: dict, teacher: dict, seed: int, path) -> tuple[dict, str]:
+def complete(loaded: Loaded, weights: dict, seed: int, path) -> tuple[dict, str]:
     """Everything in a checkpoint of ours except its config, and why the optimizer starts anew.
 
     The reason is empty where it does not. Raises InputError for a damaged file of ours.
     """
-    weights = dict(student=student, teacher=teacher)
     if loaded.kind == "ours":
-        shapes = [tensor.shape for tensor in student.values()]
+        shapes = [tensor.shape for tensor in weights["student"].values()]
         with reading(f"{path}: damaged: its optimizer"):
             optimizer = dict(loaded.content["optimizer"])
             optimizer["state"] = checkpoint.checked_moments(optimizer["state"], shapes, path)
@@ -181,34 +170,31 @@ def complete(loaded: Loaded, student: dict, teacher: dict, seed: int, path) -> t
         return content, ""
     try:
         with reading("no state of fairseq's Adam in it"):
-            entries = fairseq_state.from_fairseq(loaded.content, student, path)
+            entries = fairseq_state.from_fairseq(loaded.content, weights["student"], path)
             checkpoint.ours({"format": checkpoint.FORMAT, "config": {}, **content, **entries}, path)
     except InputError as e:
         return content, str(e)
     return {**content, **entries}, ""
 
 
-def find_dictionary(args, data_path: str) -> tuple[Dictionary | None, list]:
-    """The dictionary, and the BPE's two files or None twice: those named, else in the data."""
-    folder = Path(data_path.split(":")[0]) if data_path else None
+def find_text(args, content: dict, path) -> tuple[Dictionary | None, list]:
+    """The dictionary, and the BPE's two files or None twice: those named, else in the data.
+
+    Raises InputError if it is not the checkpoint's dictionary.
+    """
+    folder = content["config"]["data_path"].split(":")[0]
     named = {"dict.txt": args.dict, "encoder.json": args.encoder_json, "vocab.bpe": args.vocab_bpe}
     paths = find_text_files(folder, named)
-    bpe = [paths.get("encoder.json"), paths.get("vocab.bpe")]
-    if "dict.txt" in paths:
-        return Dictionary(paths["dict.txt"]), bpe
-    if bpe[0]:
-        needed = "the dictionary that gives its tokens their ids: --dict or --data_path"
-        raise InputError(f"--encoder_json needs {needed}")
-    return None, bpe
-
-
-def check_dictionary(dictionary: Dictionary, content: dict, path):
-    """Raise InputError unless it is the one of the checkpoint."""
+    bpe = [paths.get(name) for name in BPE_FILES]
+    if "dict.txt" not in paths:
+        return None, bpe
+    dictionary = Dictionary(paths["dict.txt"])
     size = len(content["student"]["encoder.embed_tokens.weight"])
     if len(dictionary) != size:
         what = f"the dictionary, of {len(dictionary)} symbols,"
         raise InputError(f"{what} is not the one of {path}, of {size}")
     dictionary.check_checkpoint(content["dictionary"], path)
+    return dictionary, bpe
 
 
 def left_out(loaded: Loaded) -> list[str]:
@@ -235,8 +221,7 @@ def main(argv: list | None = None) -> int:
     path, kind, out = Path(args.ckpt), args.to[0], Path(args.to[1])
     if args.teacher and kind != "hf":
         raise InputError("--teacher goes with --to hf: the other files hold both")
-    is_empty = kind == "hf" and out.is_dir() and not any(out.iterdir())
-    if (out.is_file() or out.is_dir()) and not is_empty:
+    if out.is_file() or out.is_dir():
         raise InputError(f"{out} exists; remove it, or choose another name")
 
     loaded = load(path)
@@ -247,19 +232,24 @@ def main(argv: list | None = None) -> int:
     settings, untrained = fairseq_state.settings_of(loaded, path)
     with reading(f"{path}: damaged: its config"):
         parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags, base=settings)
-    flat = {k: v for part in parts for k, v in vars(part).items()}
-    student, teacher = own_weights(loaded, parts[PARTS.index(ModelConfig)], path)
-    if not loaded.teacher and loaded.kind != "hf":
-        print(printable(f"{path} has no teacher; its student's encoder is taken for it"))
-    content, why = complete(loaded, student, teacher, flat["seed"], path)
-    content = fairseq_files.without_objects(content)
-    dictionary, bpe = find_dictionary(args, flat["data_path"])
+    config = {k: v for part in parts for k, v in vars(part).items()}
+    parts = dict(zip(PARTS, parts))
+    weights = own_weights(loaded, parts[ModelConfig], path)
+    content, why = complete(loaded, weights, config["seed"], path)
+    content = fairseq_files.without_objects({**content, "config": config})
+    dictionary, bpe = find_text(args, content, path)
     if dictionary:
-        check_dictionary(dictionary, content, path)
+        names = dict(digest=dictionary.digest(), mask_id=dictionary.mask_id)
+        content["dictionary"] = dict(size=len(dictionary), **names)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    source = Source(path, content, flat, parts, dictionary, bpe, args.teacher, untrained or why)
-    notes = [f"{out}: {kind}, from {path}", *TARGETS[kind](source, out)]
+    is_changed = config != loaded.config
+    TARGETS[kind](Source(path, content, parts, is_changed, dictionary, bpe, args.teacher), out)
+    notes = [f"{out}: {kind}, from {path}"]
+    if not loaded.teacher and loaded.kind != "hf":
+        notes.append("it has no teacher; its student's encoder is taken for it")
+    if (untrained or why) and kind != "hf":
+        notes.append(f"optimizer and data position start anew ({untrained or why})")
     notes += [f"not taken over: {name[:100]}" for name in left_out(loaded)]
     print(*map(printable, notes), sep="\n")
     return 0

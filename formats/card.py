@@ -34,9 +34,10 @@ A text encoder after {updates:,} updates of pretraining, exported by data2vec-te
 """
 
 
-def text(name: str, task: str, updates: int, flat: dict) -> str:
-    """The card of the folder `name`. task: a pipeline of transformers; flat: all settings."""
-    names = SETTINGS + (OF_VERSION_2 if flat["objective"] == "data2vec2" else [])
-    rows = [f"| `{setting}` | {flat[setting]} |" for setting in names]
+def text(name: str, task: str, content: dict) -> str:
+    """The card of the folder `name`. task: a pipeline of transformers; content: of a checkpoint."""
+    config, updates = content["config"], content["progress"]["num_updates"]
+    names = SETTINGS + (OF_VERSION_2 if config["objective"] == "data2vec2" else [])
+    rows = [f"| `{setting}` | {config[setting]} |" for setting in names]
     named = dict(name=printable(name), task=task, updates=updates, version=VERSION)
     return CARD.format(**named, settings="\n".join(rows))

@@ -71,37 +71,37 @@ def optimizer_names(model: dict) -> list[str]:
     return sorted(names, key=lambda name: modules.index(name.rpartition(".")[0]))
 
 
-def to_fairseq(content: dict, flat: dict, lr: float) -> dict:
+def to_fairseq(content: dict, lr: float) -> dict:
     """The content of a checkpoint of ours as fairseq's trainer would have saved it.
 
-    flat: its settings, including those that this command's flags changed; lr: of its next update.
+    lr: of its next update.
     """
+    config = content["config"]
     names = optimizer_names(to_reference(content["student"], {}))
-    if THEIRS in content and flat == content["config"]:
+    if THEIRS in content:
         file = dict(content[THEIRS])
         group = file.pop("param_group")
     else:
-        file = _new_file(content, flat)
+        file = _new_file(content)
         group = dict(
             lr=lr,
-            betas=flat["adam_betas"],
-            eps=flat["adam_eps"],
-            weight_decay=flat["weight_decay"],
+            betas=config["adam_betas"],
+            eps=config["adam_eps"],
+            weight_decay=config["weight_decay"],
             amsgrad=False,
             params=list(range(len(names))),
         )
     file["model"] = OrderedDict(to_reference(content["student"], content["teacher"]))
-    state = _their_moments(content, names)
-    last = dict(state=state, param_groups=[group])
-    if flat["objective"] == "data2vec2":
+    last = dict(state=_their_moments(content, names), param_groups=[group])
+    if config["objective"] == "data2vec2":
         last = fairseq_v2.split_optimizer(last, [file["model"][name] for name in names])
-    file["last_optimizer_state"] = last
     if content["scaler"]:
-        file["last_optimizer_state"]["loss_scale"] = content["scaler"]["scale"]
+        last["loss_scale"] = content["scaler"]["scale"]
+    file["last_optimizer_state"] = last
     return file
 
 
-def _new_file(content: dict, flat: dict) -> dict:
+def _new_file(content: dict) -> dict:
     """A file of fairseq's without weights and moments, and with our own entries."""
     progress = content["progress"]
     history = dict(
@@ -110,7 +110,7 @@ def _new_file(content: dict, flat: dict) -> dict:
         lr_scheduler_state={"best": None},
         num_updates=progress["num_updates"],
     )
-    if flat["objective"] == "data2vec2":
+    if content["config"]["objective"] == "data2vec2":
         history["optimizer_name"] = "FairseqCompositeOptimizer"
         history["lr_scheduler_state"] = {group: {"best": None} for group in fairseq_v2.GROUPS}
     iterator = dict(
@@ -128,7 +128,7 @@ def _new_file(content: dict, flat: dict) -> dict:
     )
     return dict(
         args=None,
-        cfg=reference_config(flat),
+        cfg=reference_config(content["config"]),
         criterion=None,
         optimizer_history=[history],
         task_state={},
@@ -224,8 +224,8 @@ def settings_of(loaded: Loaded, path) -> tuple[dict, str]:
         return loaded.config, ""
     extra = loaded.content.get("extra_state")
     ours = extra.get(OURS) if isinstance(extra, dict) else None
-    if isinstance(ours, dict) and "config" in ours:  # we wrote it
-        return dict(ours["config"]), ""
+    if isinstance(ours, dict) and isinstance(ours.get("config"), dict):  # we wrote it
+        return ours["config"], ""
     values = {k: v for k, v in loaded.config.items() if k != "data_path"}  # on another machine
     tree = loaded.content.get("cfg") or {}
     # the model's group says of which version the others are

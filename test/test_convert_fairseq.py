@@ -262,6 +262,11 @@ def test_bare_state_dicts_take_their_shape_from_flags(tmp_path, random_file):
     assert same(loaded.teacher, dict(teacher.encoder.state_dict()))
     with pytest.raises(InputError, match="the student's encoder has no layers.2"):
         run(tmp_path / "bare.pt", "native", tmp_path / "other.pt", *shape_flags(layers=3))
+    # a file for fairseq that was not made from one of ours is read again
+    run(tmp_path / "bare.pt", "fairseq", tmp_path / "theirs.pt", *shape_flags())
+    assert load(tmp_path / "theirs.pt").config["layers"] == SMALL["layers"]
+    run(tmp_path / "theirs.pt", "native", tmp_path / "theirs_too.pt")
+    assert same(checkpoint.load(tmp_path / "theirs_too.pt").student, loaded.student)
     # parameters instead of tensors
     state = {k: torch.nn.Parameter(v) for k, v in theirs.items() if k != fairseq_names.TEACHER}
     torch.save(state, tmp_path / "parameters.pt")
