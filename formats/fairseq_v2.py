@@ -13,20 +13,24 @@ import re
 
 TEXT = "modality_encoders.TEXT."
 TEACHER = "_ema"
-PARTS = {  # of a layer: fairseq's -> ours, in fairseq's order
-    "norm1": "self_attn_layer_norm",
-    "attn.qkv": "self_attn.qkv",
-    "attn.proj": "self_attn.out_proj",
-    "norm2": "final_layer_norm",
-    "mlp.fc1": "fc1",
-    "mlp.fc2": "fc2",
+# Beginnings of names, fairseq's -> ours, in the order in which its optimizer counts the weights.
+BEGINNINGS = {
+    f"{TEXT}local_encoder.": "encoder.",
+    f"{TEXT}decoder.": "decoder.",
+    "blocks.": "encoder.layers.",
+    "norm.": "encoder.layer_norm.",
 }
-# the parts of the model, in the order in which its optimizer counts them
-ORDER = ("local_encoder.", "decoder.", "blocks.", "norm.")
+PARTS = {  # of a layer: fairseq's -> ours, in fairseq's order
+    ".norm1.": ".self_attn_layer_norm.",
+    ".attn.qkv.": ".self_attn.qkv.",
+    ".attn.proj.": ".self_attn.out_proj.",
+    ".norm2.": ".final_layer_norm.",
+    ".mlp.fc1.": ".fc1.",
+    ".mlp.fc2.": ".fc2.",
+}
 # its optimizer's: matrices and convolutions, and biases and norms
 GROUPS = ("default", "c34292026c238657737ef782d45f6878")
 ENCODERS = (f"{TEXT}local_encoder.", f"model.{TEXT}local_encoder.")  # the second: fine-tuned
-OF_OURS = {ours: theirs for theirs, ours in PARTS.items()}
 
 
 def holds(state: dict) -> bool:
@@ -41,65 +45,54 @@ def is_ours(student: dict) -> bool:
 
 def our_name(name: str) -> str | None:
     """Our name of a student's weight; None if it is none of a text model's."""
-    if block := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name):
-        number, part, kind = block.groups()
-        return f"encoder.layers.{number}.{PARTS[part]}.{kind}" if part in PARTS else None
-    if name.startswith(f"{TEXT}local_encoder."):
-        return "encoder." + name.removeprefix(f"{TEXT}local_encoder.")
-    if name.startswith(f"{TEXT}decoder."):
-        # a projection of one layer has no number
-        name = re.sub(r"\.proj\.(weight|bias)$", r".proj.0.\1", name)
-        return name.removeprefix(TEXT)
-    return f"encoder.layer_{name}" if name in ("norm.weight", "norm.bias") else None
+    for theirs, ours in BEGINNINGS.items():
+        if name.startswith(theirs):
+            name = ours + name.removeprefix(theirs)
+            for part in PARTS:
+                name = name.replace(part, PARTS[part])
+            # a decoder's only projection has no number
+            return re.sub(r"^decoder\.proj\.(?=[a-z])", "decoder.proj.0.", name)
+    return None
 
 
-def their_name(name: str, projections: int) -> str:
-    """The reverse of `our_name`; projections: of the decoder."""
-    if layer := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
-        number, part, kind = layer.groups()
-        return f"blocks.{number}.{OF_OURS[part]}.{kind}"
-    if name.startswith("encoder.layer_norm."):
-        return name.removeprefix("encoder.layer_")
-    if projections == 1:
-        name = name.replace("decoder.proj.0.", "decoder.proj.")
-    return TEXT + re.sub("^encoder", "local_encoder", name)
+def their_name(name: str) -> str:
+    """The reverse of `our_name`, of a projection with its number."""
+    # a short beginning of ours is that of a longer one, too
+    theirs, ours = next(pair for pair in reversed(BEGINNINGS.items()) if name.startswith(pair[1]))
+    name = theirs + name.removeprefix(ours)
+    for part in PARTS:
+        name = name.replace(PARTS[part], part)
+    return name
 
 
 def place_of(name: str) -> tuple:
-    """What to sort the reference's names by for its own order; equal ones keep theirs."""
-    whole = next(i for i, part in enumerate(ORDER) if part in name)
-    if block := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name):
+    """What to sort fairseq's names by for its own order; equal ones keep theirs."""
+    whole = [name.startswith(beginning) for beginning in BEGINNINGS].index(True)
+    if block := re.match(r"blocks\.(\d+)(\..+\.)", name):
         return whole, int(block[1]), list(PARTS).index(block[2])
     return whole, 0, 0
 
 
 def from_reference(state: dict) -> tuple[dict, dict | None]:
     """fairseq's model state dict -> (student, teacher or None) under our names."""
-    student = {}
-    for name, value in state.items():
-        ours = our_name(str(name).removeprefix("model."))
-        if ours:
-            student[ours] = value
+    student = {our_name(str(name).removeprefix("model.")): value for name, value in state.items()}
+    student.pop(None, None)
     if TEACHER not in state:
         return student, None
     # its embeddings are the student's, its layers come from the average
-    teacher = {k: v for k, v in student.items() if k.startswith("encoder.")}
-    for name, tensor in state[TEACHER].items():
-        ours = our_name(f"blocks.{name}")
-        if ours:
-            teacher[ours] = tensor
-    return student, {name.removeprefix("encoder."): value for name, value in teacher.items()}
+    average = {our_name(f"blocks.{name}"): value for name, value in state[TEACHER].items()}
+    both = {k: v for k, v in {**student, **average}.items() if k.startswith("encoder.")}
+    return student, {name.removeprefix("encoder."): value for name, value in both.items()}
 
 
 def to_reference(student: dict, teacher: dict) -> dict:
     """The reverse: a model state dict under fairseq's names, with `_ema`."""
-    # how many Linears the decoder ends with: one alone has another name
-    projections = sum(bool(re.match(r"decoder\.proj\.\d+\.weight", name)) for name in student)
-    state = {their_name(name, projections): value for name, value in student.items()}
+    state = {their_name(name): value for name, value in student.items()}
+    if f"{TEXT}decoder.proj.2.weight" not in state:  # one projection, which has no number
+        state = {name.replace(".proj.0.", ".proj."): value for name, value in state.items()}
     state = dict(sorted(state.items(), key=lambda item: place_of(item[0])))
-    layers = {k: v for k, v in teacher.items() if k.startswith("layers.")}
-    names = {their_name(f"encoder.{k}", projections): v for k, v in layers.items()}
-    state[TEACHER] = {name.removeprefix("blocks."): value for name, value in names.items()}
+    layers = {f"encoder.{k}": v for k, v in teacher.items() if k.startswith("layers.")}
+    state[TEACHER] = {their_name(k).removeprefix("blocks."): v for k, v in layers.items()}
     return state
 
 
@@ -116,8 +109,8 @@ def pretraining(tree: dict) -> dict:
 def numbers_of(weights: list) -> list[list[int]]:
     """The places of each group's weights among all."""
     # by its rule for groups: weights of one dimension are in the second
-    flat = [i for i, weight in enumerate(weights) if weight.dim() == 1]
-    return [[i for i in range(len(weights)) if i not in set(flat)], flat]
+    is_flat = [weight.dim() == 1 for weight in weights]
+    return [[i for i, flat in enumerate(is_flat) if flat == kind] for kind in (False, True)]
 
 
 def split_optimizer(last: dict, weights: list) -> dict:
