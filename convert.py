@@ -236,7 +236,7 @@ def main(argv: list | None = None) -> int:
     parts = dict(zip(PARTS, parts))
     weights = own_weights(loaded, parts[ModelConfig], path)
     content, why = complete(loaded, weights, config["seed"], path)
-    content = fairseq_files.without_objects({**content, "config": config})
+    content = fairseq_files.without_objects({**content, "config": config}, {})
     dictionary, bpe = find_text(args, content, path)
     if dictionary:
         names = dict(digest=dictionary.digest(), mask_id=dictionary.mask_id)

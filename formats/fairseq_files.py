@@ -1,7 +1,7 @@
 """Reads the files that torch.save wrote, fairseq's of any age, without running code from them.
 
 Files of older fairseq releases hold objects of its own classes (argparse's Namespace, OmegaConf's
-containers). Each is replaced by an inert object that only keeps its state.
+containers). Each is replaced by the settings that it holds, or by an inert object.
 """
 
 import collections
@@ -28,19 +28,36 @@ def load(path, mmap: bool):
         return checkpoint.load_plain(path, mmap)
     except pickle.UnpicklingError:
         options = dict(map_location="cpu", mmap=mmap, pickle_module=INERT_PICKLE)
-        return _plain(torch.load(str(path), weights_only=False, **options), {}, keep=True)
+        return torch.load(str(path), weights_only=False, **options)
 
 
-def without_objects(content):
-    """The same content with None in place of each Inert, so that torch.save can write it."""
-    return _plain(content, {}, keep=False)
+def without_objects(node, seen: dict):
+    """`node` with None in place of each Inert, so that torch.save can write it.
+
+    seen: id -> result, {} to begin with, so that shared parts stay shared and a cycle ends.
+    """
+    if id(node) in seen:
+        return seen[id(node)]
+    if isinstance(node, (Inert, type)):
+        return None
+    if isinstance(node, dict):
+        is_ordered = isinstance(node, collections.OrderedDict)
+        seen[id(node)] = copy = collections.OrderedDict() if is_ordered else {}
+        for key, value in node.items():
+            if not isinstance(key, Inert):
+                copy[key] = without_objects(value, seen)
+    elif isinstance(node, list):
+        seen[id(node)] = copy = []
+        copy.extend(without_objects(value, seen) for value in node)
+    elif isinstance(node, tuple):
+        parts = tuple(without_objects(value, seen) for value in node)
+        # torch.save writes an object once, however often it occurs
+        seen[id(node)] = node if all(map(operator.is_, parts, node)) else parts
+    return seen.get(id(node), node)
 
 
 class Inert:
-    """Replaces an object whose class must not run: it keeps the state, and ignores all else that
-    a pickle does to it."""
-
-    state = None
+    """Replaces an object whose class must not run, and ignores what a pickle does to it."""
 
     def __new__(cls, *args, **kwargs):
         return super().__new__(cls)
@@ -70,14 +87,23 @@ class _InertUnpickler(pickle._Unpickler):
     def load_build(self):
         # pickle's own sets attributes of whatever it is told to, torch's functions among them
         state = self.stack.pop()
-        if isinstance(self.stack[-1], Inert):
-            self.stack[-1].state = state
+        node = self.stack[-1]
+        if not isinstance(node, Inert) or not isinstance(state, dict):
+            return
+        # the settings in a Namespace, and in OmegaConf's containers and nodes
+        settings = [state[key] for key in ("_content", "_val") if key in state]
+        if type(node).__name__ == "Namespace":
+            settings = [state]
+        for value in settings[:1]:
+            self.stack[-1] = value
+            # whatever refers to the node later on gets the settings, too
+            self.memo |= {i: value for i, other in self.memo.items() if other is node}
 
     dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
     def find_class(self, module, name):
         allowed = self.ALLOWED.get((module, name))
-        # a class of the same name, for _settings and for messages
+        # a class of the same name, for load_build and for messages
         return allowed or type(name[:100], (Inert,), {"__module__": module})
 
 
@@ -86,46 +112,3 @@ INERT_PICKLE = types.SimpleNamespace(
     Unpickler=_InertUnpickler,
     load=lambda file, **options: _InertUnpickler(file, **options).load(),
 )
-
-
-def _plain(node, seen: dict, keep: bool):
-    """`node` with every inert object replaced by the settings that it holds, if any.
-
-    keep: whether the others stay, else they become None. seen: id -> result, so that shared parts
-    stay shared and a cycle ends.
-    """
-    if id(node) in seen:
-        return seen[id(node)]
-    if isinstance(node, Inert):
-        seen[id(node)] = node if keep else None  # for a node that holds itself
-        settings = _settings(node)
-        if settings is not node:
-            seen[id(node)] = _plain(settings, seen, keep)
-    elif isinstance(node, dict):
-        is_ordered = isinstance(node, collections.OrderedDict)
-        seen[id(node)] = copy = collections.OrderedDict() if is_ordered else {}
-        for key, value in node.items():
-            if not isinstance(key, Inert):
-                copy[key] = _plain(value, seen, keep)
-    elif isinstance(node, list):
-        seen[id(node)] = copy = []
-        copy.extend(_plain(value, seen, keep) for value in node)
-    elif isinstance(node, tuple):
-        parts = tuple(_plain(value, seen, keep) for value in node)
-        # torch.save writes an object once, however often it occurs
-        seen[id(node)] = node if all(map(operator.is_, parts, node)) else parts
-    else:
-        return None if isinstance(node, type) else node
-    return seen[id(node)]
-
-
-def _settings(node: Inert):
-    """What a Namespace, or one of OmegaConf's containers and nodes, holds; else the node itself."""
-    if not isinstance(node.state, dict):
-        return node
-    if type(node).__name__ == "Namespace":
-        return node.state
-    for key in ("_content", "_val"):
-        if key in node.state:
-            return node.state[key]
-    return node
