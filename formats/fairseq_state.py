@@ -103,32 +103,31 @@ def to_fairseq(content: dict, lr: float) -> dict:
 
 def _new_file(content: dict) -> dict:
     """A file of fairseq's without weights and moments, and with our own entries."""
-    progress = content["progress"]
+    config, progress = content["config"], content["progress"]
+    optimizer, schedule = "FairseqAdam", {"best": None}
+    if config["objective"] == "data2vec2":
+        optimizer = "FairseqCompositeOptimizer"
+        schedule = {group: {"best": None} for group in fairseq_v2.GROUPS}
     history = dict(
         criterion_name="ModelCriterion",
-        optimizer_name="FairseqAdam",
-        lr_scheduler_state={"best": None},
+        optimizer_name=optimizer,
+        lr_scheduler_state=schedule,
         num_updates=progress["num_updates"],
     )
-    if content["config"]["objective"] == "data2vec2":
-        history["optimizer_name"] = "FairseqCompositeOptimizer"
-        history["lr_scheduler_state"] = {group: {"best": None} for group in fairseq_v2.GROUPS}
-    iterator = dict(
-        version=2, epoch=progress["epoch"], iterations_in_epoch=progress["batches"], shuffle=True
-    )
+    place = dict(epoch=progress["epoch"], iterations_in_epoch=progress["batches"])
     elsewhere = ("format", "student", "teacher", "optimizer", THEIRS)
     ours = {k: v for k, v in content.items() if k not in elsewhere}
     ours["param_groups"] = content["optimizer"]["param_groups"]
     extra = dict(
         metrics=OrderedDict(),
         previous_training_time=0.0,
-        train_iterator=iterator,
+        train_iterator=dict(version=2, **place, shuffle=True),
         val_loss=progress["best_loss"],
         best=progress["best_loss"],
     )
     return dict(
         args=None,
-        cfg=reference_config(content["config"]),
+        cfg=reference_config(config),
         criterion=None,
         optimizer_history=[history],
         task_state={},
@@ -141,15 +140,13 @@ def _their_moments(content: dict, names: list) -> dict:
     states = content["optimizer"]["state"]
     if not states:
         return {}
-    step = int(states[0]["step"])
-    moments = {}
+    rows = {i: {"step": int(states[0]["step"])} for i in range(len(names))}
     for moment in MOMENTS:
         ours = {name: states[i][moment] for i, name in enumerate(content["student"])}
-        moments[moment] = to_reference(ours, {})
-    return {
-        i: {"step": step, **{moment: moments[moment][name] for moment in MOMENTS}}
-        for i, name in enumerate(names)
-    }
+        theirs = to_reference(ours, {})
+        for i, name in enumerate(names):
+            rows[i][moment] = theirs[name]
+    return rows
 
 
 # ----------------------------------------------------------------------------------- from fairseq
@@ -200,19 +197,16 @@ def _our_moments(states: dict, model: dict, template: dict, path) -> dict:
     if not states:
         return {}
     names = optimizer_names(model)
-    step = int(states[0]["step"])
-    moments = {}
+    rows = {i: {"step": int(states[0]["step"])} for i in range(len(template))}
     for moment in MOMENTS:
         parts = {names[i]: state[moment] for i, state in states.items()}
         if len(parts) == 1:  # fairseq's fp16 optimizer keeps all parameters in one vector
             vectors = states[0][moment].split([model[name].numel() for name in names])
             parts = {name: part.view(model[name].shape) for name, part in zip(names, vectors)}
-        moments[moment], _ = from_reference(parts, path)
-    state = {
-        i: {"step": step, **{moment: moments[moment][name] for moment in MOMENTS}}
-        for i, name in enumerate(template)
-    }
-    return checked_moments(state, [tensor.shape for tensor in template.values()], path)
+        ours, _ = from_reference(parts, path)
+        for i, name in enumerate(template):
+            rows[i][moment] = ours[name]
+    return checked_moments(rows, [tensor.shape for tensor in template.values()], path)
 
 
 def settings_of(loaded: Loaded, path) -> tuple[dict, str]:
