@@ -17,7 +17,7 @@ from formats.fairseq_names import FIELDS, merge_qkv, split_qkv
 from model import LAYER_NORM_EPS, PAD
 from run import checkpoint
 from run.checkpoint import Loaded
-from text.binarized import UNK
+from text.binarized import BOS, EOS, UNK
 
 import torch
 import torch.nn.functional as F
@@ -46,12 +46,11 @@ PRE_NORM = COMMON | {
     ".final_layer_norm.": ".intermediate.LayerNorm.",
     "layer_norm.": "LayerNorm.",
 }
-NAMES = {False: POST_NORM, True: PRE_NORM}
 # By normalize_before: model_type, the beginning of the models' names, and of all weights' in one
-# with a task's head.
+# with a task's head; the parts of names.
 FAMILIES = {
-    False: ("data2vec-text", "Data2VecText", "data2vec_text."),
-    True: ("roberta-prelayernorm", "RobertaPreLayerNorm", "roberta_prelayernorm."),
+    False: ("data2vec-text", "Data2VecText", "data2vec_text.", POST_NORM),
+    True: ("roberta-prelayernorm", "RobertaPreLayerNorm", "roberta_prelayernorm.", PRE_NORM),
 }
 # ModelConfig's field -> name in config.json
 CONFIG = dict(
@@ -64,13 +63,8 @@ CONFIG = dict(
     attention_dropout="attention_probs_dropout_prob",
 )
 # What our model cannot vary: written into every config.json, and required of each that is read.
-BUILT_IN = dict(
-    layer_norm_eps=LAYER_NORM_EPS,
-    pad_token_id=PAD,
-    bos_token_id=0,
-    eos_token_id=2,
-    is_decoder=False,
-)
+BUILT_IN = dict(layer_norm_eps=LAYER_NORM_EPS, pad_token_id=PAD, bos_token_id=BOS)
+BUILT_IN |= dict(eos_token_id=EOS, is_decoder=False)
 # What transformers takes where config.json says nothing; its epsilon is another.
 DEFAULTS = {**BUILT_IN, "layer_norm_eps": 1e-12}
 
@@ -120,12 +114,11 @@ def load(folder: Path) -> Loaded:
     with reading(f"{where}: cannot be read as a config of transformers"):
         theirs = json.loads(read_text(where))
         settings = _settings(theirs, where)
-    _, name, prefix = FAMILIES[settings["normalize_before"]]
+    _, name, prefix, parts = FAMILIES[settings["normalize_before"]]
     with reading(f"{folder}: not the weights of a {name} model"):
         state = {str(k).removeprefix(prefix): v for k, v in _weights(folder).items()}
         head = _take_word_head(state, theirs.get(SYMBOLS))
-        encoder = _encoder(state, theirs.get(SYMBOLS), settings["normalize_before"])
-        encoder = merge_qkv(encoder, folder)
+        encoder = merge_qkv(_encoder(state, theirs.get(SYMBOLS), parts), folder)
     if head:
         settings["objective"] = "mlm"
     student = {**{f"encoder.{k}": v for k, v in encoder.items()}, **head}
@@ -134,11 +127,11 @@ def load(folder: Path) -> Loaded:
 
 def _settings(theirs: dict, where: Path) -> dict:
     """Our settings of a model by its config.json. Raises InputError for one that is not ours."""
-    pre_norm = {name: key for key, (name, _, _) in FAMILIES.items()}.get(theirs.get("model_type"))
-    if pre_norm is None:
-        known = " and ".join(name for name, _, _ in FAMILIES.values())
-        kind = str(theirs.get("model_type"))[:100]
-        raise InputError(f"{where}: model_type is {kind}; only {known} can be converted")
+    kinds = [family[0] for family in FAMILIES.values()]  # in the order False, True
+    kind = theirs.get("model_type")
+    if kind not in kinds:
+        known = " and ".join(kinds)
+        raise InputError(f"{where}: model_type is {str(kind)[:100]}, not {known}")
     for name, value in BUILT_IN.items():
         other = theirs.get(name, DEFAULTS[name])
         if other != value:
@@ -147,7 +140,7 @@ def _settings(theirs: dict, where: Path) -> dict:
     shape = {ours: theirs[name] for ours, name in CONFIG.items() if name in theirs}
     # transformers counts the rows of the table, which has rows below the first position
     shape["max_source_positions"] = int(theirs.get("max_position_embeddings", 512)) - PAD - 1
-    shape["normalize_before"] = pre_norm
+    shape["normalize_before"] = bool(kinds.index(kind))
     settings, _ = fairseq_config.from_reference({"model": shape}, FIELDS, str(where))
     layers = settings.get("layers", ModelConfig.layers)
     settings["average_top_k_layers"] = min(layers, ModelConfig.average_top_k_layers)
@@ -167,15 +160,15 @@ def _weights(folder: Path) -> dict:
     raise InputError(f"{folder}: has neither {SAFE} nor {PICKLED}, in one piece each")
 
 
-def _encoder(state: dict, symbols: int | None, pre_norm: bool) -> dict:
+def _encoder(state: dict, symbols: int | None, parts: dict) -> dict:
     """Their state dict -> an encoder's under fairseq's names.
 
-    symbols: how many embeddings the dictionary has.
+    symbols: how many embeddings the dictionary has; parts: of names.
     """
     encoder = {}
     for name, tensor in state.items():
         if is_known(name) and name not in NOT_OURS:
-            for ours, part in NAMES[pre_norm].items():
+            for ours, part in parts.items():
                 name = name.replace(part, ours)
             encoder[name] = tensor
     encoder["embed_tokens.weight"] = encoder["embed_tokens.weight"][:symbols]
@@ -194,14 +187,13 @@ def _take_word_head(state: dict, symbols: int | None) -> dict:
     The last matrix of ours always is the token embeddings.
     """
     tied = {"lm_head.decoder.weight": TOKENS, "lm_head.decoder.bias": "lm_head.bias"}
-    if any(name not in state for name in WORD_HEAD):
+    tied = {name: source for name, source in tied.items() if name in state}
+    is_whole = state.keys() >= set(WORD_HEAD)
+    if not is_whole or not all(torch.equal(state[a], state[b]) for a, b in tied.items()):
         return {}
-    for name, source in tied.items():
-        if name in state and not torch.equal(state[name], state[source]):
-            return {}
-    head = {name: state.pop(name) for name in WORD_HEAD}
     for name in tied:
-        state.pop(name, None)
+        del state[name]
+    head = {name: state.pop(name) for name in WORD_HEAD}
     return {**head, "lm_head.bias": head["lm_head.bias"][:symbols]}
 
 
@@ -235,9 +227,8 @@ def classification(entry: dict, width: int, path) -> Task:
         what = "a linear probe on mean features (--freeze, --pool mean)"
         raise InputError(f"{path}: {what}; transformers has no model for it")
     names = entry["labels"] or ["score"]
-    sizes = dict(dense=width, out_proj=len(names))
-    with torch.device("meta"):  # for names and shapes
-        expected = nn.ModuleDict({name: nn.Linear(width, size) for name, size in sizes.items()})
+    layers = dict(dense=nn.Linear(width, width), out_proj=nn.Linear(width, len(names)))
+    expected = nn.ModuleDict(layers)  # for names and shapes
     head = checkpoint.own_state(entry["head"], expected, "the classification head", path)
     for name in ("out_proj.weight", "out_proj.bias"):
         head[name] *= entry["label_scale"]
@@ -257,7 +248,7 @@ def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int, task: Tas
     encoder: state dict of an Encoder; unknown: how many ids after its own get the embedding of
     <unk>. Raises InputError for a model that transformers cannot express.
     """
-    kind, model, prefix = FAMILIES[cfg.normalize_before]
+    kind, model, prefix, parts = FAMILIES[cfg.normalize_before]
     if cfg.activation_dropout:
         value = f"--activation_dropout {cfg.activation_dropout}"
         raise InputError(f"{value}: transformers' {model} has only 0.0")
@@ -265,7 +256,7 @@ def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int, task: Tas
     more = torch.cat([tokens, tokens[UNK].repeat(unknown, 1)])
     tensors = {}
     for name, tensor in split_qkv({**encoder, "embed_tokens.weight": more}).items():
-        for ours, part in NAMES[cfg.normalize_before].items():
+        for ours, part in parts.items():
             name = name.replace(ours, part)
         tensors[name] = tensor
     tensors[TOKEN_TYPES] = torch.zeros(1, cfg.embed_dim)

@@ -15,16 +15,12 @@ from text.tokens import read_bpe_files
 
 # str.strip's; the tokenizers package knows four fewer
 SPACES = "".join(filter(str.isspace, map(chr, range(0x3001))))
-BYTE_LEVEL = dict(add_prefix_space=False, trim_offsets=True)
-
-
-def _replace(regex: str, content: str) -> dict:
-    return dict(type="Replace", pattern={"Regex": regex}, content=content)
-
+BYTE_LEVEL = dict(add_prefix_space=False, trim_offsets=True)  # the second changes no id
 
 # What our tokenizers do, as tokenizer.json says it.
-STRIP = _replace(f"\\A[{SPACES}]+|[{SPACES}]+\\z", "")
-NO_MASK = _replace(f"(?<![^{SPACES}])<mask>(?![^{SPACES}])", "<unk>")
+STRIP = dict(type="Replace", pattern={"Regex": f"\\A[{SPACES}]+|[{SPACES}]+\\z"}, content="")
+MASK = {"Regex": f"(?<![^{SPACES}])<mask>(?![^{SPACES}])"}
+NO_MASK = dict(type="Replace", pattern=MASK, content="<unk>")
 WORDS = dict(type="Split", pattern={"Regex": f"[{SPACES}]+"}, behavior="Removed", invert=False)
 GPT2 = dict(type="ByteLevel", use_regex=True, **BYTE_LEVEL)
 ENDS = dict(type="RobertaProcessing", sep=["</s>", EOS], cls=["<s>", BOS], **BYTE_LEVEL)
@@ -173,10 +169,15 @@ def _other_steps(folder: Path, tokenizer: dict):
     """What the tokenizer does with a text and ours do not: yields names."""
     model = tokenizer["model"]
     is_bpe = model["type"] == "BPE"
-    if model["type"] not in ("BPE", "WordLevel"):
-        yield f"a {model['type']} model"
-    elif not is_bpe and model["unk_token"] != SPECIAL[UNK]:
-        yield f"unknown words as {model['unk_token']}"
+    ours = dict(pre_tokenizer=GPT2 if is_bpe else WORDS, post_processor=ENDS)
+    if not is_bpe:
+        ours["model"] = dict(type="WordLevel", unk_token=SPECIAL[UNK])
+    for part, settings in ours.items():
+        # older files do not say that they use GPT-2's pattern
+        theirs = {"use_regex": True, **(tokenizer.get(part) or {})}
+        for name, value in settings.items():
+            if theirs.get(name) != value and name != "trim_offsets":
+                yield f"a {part} with {name} {theirs.get(name)}"
     for name in OF_A_BPE:
         if model.get(name):
             yield name
@@ -184,15 +185,6 @@ def _other_steps(folder: Path, tokenizer: dict):
     for step in normalizer.get("normalizers", [normalizer]):
         if step != STRIP and (is_bpe or step != NO_MASK):
             yield f"the normalizer {step['type']}"
-    cut, ends = (tokenizer.get(name) or {} for name in ("pre_tokenizer", "post_processor"))
-    ours = GPT2 if is_bpe else WORDS
-    for name in [name for name in ours if name != "trim_offsets"]:
-        if cut.get(name, ours[name] if name == "use_regex" else None) != ours[name]:
-            yield f"a pre-tokenizer with {name} {cut.get(name)}"
-            break
-    for name in ("type", "sep", "cls"):
-        if ends.get(name) != ENDS[name]:
-            yield f"a post-processor with {name} {ends.get(name)}"
     # these settings go before tokenizer.json
     settings = _json(folder / "tokenizer_config.json")
     if settings.get("add_prefix_space"):
@@ -204,21 +196,16 @@ def _other_steps(folder: Path, tokenizer: dict):
 
 def _other_tokens(folder: Path, tokenizer: dict):
     """Tokens that the tokenizer looks for in a text, or puts around it, and ours do not."""
-    names = [token["content"] for token in tokenizer["added_tokens"]]
-    names += _json(folder / "added_tokens.json")
+    tokens = [*tokenizer["added_tokens"], *_json(folder / "added_tokens.json")]
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         settings = _json(folder / file)
-        for name, token in settings.items():
-            if name.endswith("_token") and token is not None:
-                content = token["content"] if isinstance(token, dict) else token
-                if content != NAMED.get(name, content):
-                    yield f"{name} {content}"
-                names.append(content)
+        tokens += [token for name, token in settings.items() if name.endswith("_token")]
         for name in ("extra_special_tokens", "additional_special_tokens"):
-            names += settings.get(name) or []
-        names += [token["content"] for token in settings.get("added_tokens_decoder", {}).values()]
+            tokens += settings.get(name) or []
+        tokens += settings.get("added_tokens_decoder", {}).values()
+    names = [token["content"] if isinstance(token, dict) else token for token in tokens]
     for name in dict.fromkeys(names):
-        if name not in (*SPECIAL, "<mask>"):
+        if name not in (*SPECIAL, "<mask>", None):
             yield f"the added token {name!r}"
     ids = tokenizer["model"]["vocab"]
     for i, name in enumerate(SPECIAL):
