@@ -2,6 +2,7 @@
 
 import collections
 import enum
+import itertools
 import json
 import sys
 import types
@@ -92,35 +93,34 @@ def run(source, kind, out, *argv):
 class OnNpu:
     """Pickles a tensor as torch_npu does with one that lies on an NPU."""
 
-    def __init__(self, tensor, layout):
-        self.tensor, self.layout = tensor.contiguous(), layout
+    def __init__(self, tensor, rebuild, layout):
+        self.tensor, self.rebuild, self.layout = tensor.contiguous(), rebuild, layout
 
     def __reduce__(self):
         t = self.tensor
         place = (t._typed_storage(), t.storage_offset(), tuple(t.shape), t.stride())
-        rebuild = sys.modules["torch_npu.utils.storage"]._rebuild_npu_tensor
-        return rebuild, (*place, False, collections.OrderedDict(), self.layout)
+        return self.rebuild, (*place, False, collections.OrderedDict(), self.layout)
 
 
-def save_of_npu(tree, path, layout, monkeypatch):
-    """torch.save of the tree as on an NPU. layout: a number, a bool, or a name of Format."""
+def save_of_npu(tree, path, monkeypatch):
+    """torch.save of the tree as on an NPU, with each way to tell a layout."""
 
     def _rebuild_npu_tensor(*args):
         raise AssertionError("a file has made torch_npu run")
 
     Format = enum.IntEnum("Format", {"ND": 2})
     for thing, name in ((_rebuild_npu_tensor, "utils.storage"), (Format, "npu._format")):
-        module = types.ModuleType(f"torch_npu.{name}")
-        thing.__module__, thing.__qualname__ = module.__name__, thing.__name__
-        setattr(module, thing.__name__, thing)
-        for part in ("torch_npu", f"torch_npu.{name.split('.')[0]}", module.__name__):
+        thing.__module__, thing.__qualname__ = f"torch_npu.{name}", thing.__name__
+        module = types.SimpleNamespace(**{thing.__name__: thing})
+        for part in ("torch_npu", f"torch_npu.{name.split('.')[0]}", thing.__module__):
             monkeypatch.setitem(sys.modules, part, module)
+    layouts = itertools.cycle([2, True, Format.ND])
 
     def on_npu(node):
         if isinstance(node, dict):
             return type(node)((key, on_npu(value)) for key, value in node.items())
         is_tensor = isinstance(node, torch.Tensor)
-        return OnNpu(node, getattr(Format, str(layout), layout)) if is_tensor else node
+        return OnNpu(node, _rebuild_npu_tensor, next(layouts)) if is_tensor else node
 
     torch.save(on_npu(tree), path)
 

@@ -16,15 +16,8 @@ from data import Corpus
 from formats import fairseq_config, fairseq_names, fairseq_state
 from formats.load import load
 from run import checkpoint
-from test.converting import (  # noqa: F401
-    content_of,
-    random_file,
-    run,
-    same,
-    save_of_npu,
-    saved,
-    shape_flags,
-)
+from test.converting import *  # noqa: F403
+from test.converting import both_norms, run, same, save_of_npu, shape_flags
 from test.helpers import (
     GOLDEN,
     SMALL,
@@ -34,7 +27,6 @@ from test.helpers import (
     few,
     golden,
     make_dataset,
-    random_encoder,
 )
 
 import pytest
@@ -74,12 +66,9 @@ def test_the_way_from_fairseq_and_back_is_exact(tmp_path):
 
 def names_of(tree, prefix="") -> set:
     """The names of all entries of a tree, with those above them."""
-    names = set()
-    for key, below in tree.items():
-        names |= {f"{prefix}{key}"} | (
-            names_of(below, f"{key}.") if isinstance(below, dict) else set()
-        )
-    return names
+    names = {f"{prefix}{key}" for key in tree}
+    parts = [(key, below) for key, below in tree.items() if isinstance(below, dict)]
+    return names.union(*(names_of(below, f"{prefix}{key}.") for key, below in parts))
 
 
 @golden
@@ -105,26 +94,26 @@ def test_what_we_write_for_fairseq_has_the_layout_of_its_own_file(tmp_path, save
         assert state["step"] == 4 and type(state["step"]) is int
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_run_resumes_exactly_through_fairseqs_file(tmp_path, saved, corpus_dir, precision):
-    """Our own entries in the file are removed, so everything is read from fairseq's."""
+def test_a_run_resumes_exactly_through_fairseqs_file(tmp_path, saved, corpus_dir):
+    """Our own entries are removed, and the moments are one vector, as of fairseq's fp16 runs."""
 
     def change(content):
         del content["extra_state"]["data2vec_text"]
         content["cfg"]["distributed_training"] = {"distributed_world_size": 1}
-        if precision == "fp16":  # one vector for all parameters, in their order
-            last = content["last_optimizer_state"]
-            states = last["state"].values()
-            flat = {m: torch.cat([s[m].flatten() for s in states]) for m in checkpoint.MOMENTS}
-            last["state"], last["loss_scale"] = {0: {"step": 2, **flat}}, 64.0
+        last = content["last_optimizer_state"]
+        states = last["state"].values()
+        flat = {m: torch.cat([s[m].flatten() for s in states]) for m in checkpoint.MOMENTS}
+        last["state"], last["loss_scale"] = {0: {"step": 2, **flat}}, 64.0
 
     fairseq_file(saved / "checkpoint_1_2.pt", tmp_path / "theirs.pt", change)
     (tmp_path / "run").mkdir()
-    run(tmp_path / "theirs.pt", "native", tmp_path / "run" / "checkpoint_last.pt")
-    argv = few(corpus_dir, tmp_path / "run", "--fairseq_exact", "--disable_validation")
+    last = tmp_path / "run" / "checkpoint_last.pt"
+    run(tmp_path / "theirs.pt", "native", last)
+    assert checkpoint.load(last).content["scaler"] == {"scale": 64.0}
+    argv = few(corpus_dir, last.parent, "--fairseq_exact", "--disable_validation")
     said = call(train.main, *argv, "--max_update", 4, "--save_interval_updates", 0)
     assert "at update 2" in said
-    compare_checkpoints(saved / "checkpoint_last.pt", tmp_path / "run" / "checkpoint_last.pt")
+    compare_checkpoints(saved / "checkpoint_last.pt", last)
 
 
 SPOILT = {
@@ -160,19 +149,19 @@ def test_settings_come_back_from_fairseqs_config_tree(saved):
 
 def as_omegaconf(value, monkeypatch):
     """The value as OmegaConf's nodes hold it in files of 2020 and 2021."""
-    module, name, entry = "omegaconf.nodes", "AnyNode", "_val"
+    module, name, entry = "nodes", "AnyNode", "_val"
     if isinstance(value, dict):
-        module, name, entry = "omegaconf.dictconfig", "DictConfig", "_content"
+        module, name, entry = "dictconfig", "DictConfig", "_content"
         value = {key: as_omegaconf(part, monkeypatch) for key, part in value.items()}
     if isinstance(value, list):
-        module, name, entry = "omegaconf.listconfig", "ListConfig", "_content"
+        module, name, entry = "listconfig", "ListConfig", "_content"
         value = [as_omegaconf(part, monkeypatch) for part in value]
-    for part in ("omegaconf", module):
-        if part not in sys.modules:
-            monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
-    place = sys.modules[module]
-    vars(place).setdefault(name, type(name, (types.SimpleNamespace,), {"__module__": module}))
-    return getattr(place, name)(_metadata=None, _parent=None, **{entry: value})
+    place = f"omegaconf.{module}"
+    kind = type(name, (types.SimpleNamespace,), {"__module__": place})
+    if place not in sys.modules:
+        for part in ("omegaconf", place):
+            monkeypatch.setitem(sys.modules, part, types.SimpleNamespace(**{name: kind}))
+    return getattr(sys.modules[place], name)(_metadata=None, _parent=None, **{entry: value})
 
 
 @pytest.mark.parametrize("age", ["args", "omegaconf"])
@@ -208,10 +197,9 @@ def test_files_of_older_fairseq_releases_are_read_with_their_settings(
     assert {k: loaded.config[k] for k in SMALL} == {**SMALL, "dropout": 0.25}
 
 
-@pytest.mark.parametrize("layout", [2, True, "ND"])
 @pytest.mark.parametrize("kind", ["native", "fairseq", "old", "hf"])
 def test_files_with_tensors_of_an_npu_are_what_they_are_on_the_host(
-    tmp_path, saved, kind, layout, monkeypatch
+    tmp_path, saved, kind, monkeypatch
 ):
     source = tmp_path / "source"
     run(saved / "checkpoint_last.pt", "fairseq" if kind == "old" else kind, source)
@@ -222,7 +210,7 @@ def test_files_with_tensors_of_an_npu_are_what_they_are_on_the_host(
         path = source / "pytorch_model.bin"
     if kind == "old":
         content["args"] = argparse.Namespace()
-    save_of_npu(content, path, layout, monkeypatch)
+    save_of_npu(content, path, monkeypatch)
     source = source if kind == "hf" else path
     for _ in ("with torch_npu", "without it"):
         assert same(load(source).student, expected.student)
@@ -252,26 +240,25 @@ def test_an_object_without_which_a_file_cannot_be_read_is_named_by_its_class(
     assert not (tmp_path / "ran").exists()
 
 
+@both_norms
 def test_bare_state_dicts_take_their_shape_from_flags(tmp_path, random_file):
     _, (student, teacher) = random_file
     theirs = fairseq_names.to_reference(student.state_dict(), teacher.encoder.state_dict())
     torch.save(theirs, tmp_path / "bare.pt")
-    run(tmp_path / "bare.pt", "native", tmp_path / "ours.pt", *shape_flags())
-    loaded = checkpoint.load(tmp_path / "ours.pt")
-    assert same(loaded.student, dict(student.state_dict()))
-    assert same(loaded.teacher, dict(teacher.encoder.state_dict()))
-    with pytest.raises(InputError, match="the student's encoder has no layers.2"):
-        run(tmp_path / "bare.pt", "native", tmp_path / "other.pt", *shape_flags(layers=3))
-    # a file for fairseq that was not made from one of ours is read again
-    run(tmp_path / "bare.pt", "fairseq", tmp_path / "theirs.pt", *shape_flags())
-    assert load(tmp_path / "theirs.pt").config["layers"] == SMALL["layers"]
-    run(tmp_path / "theirs.pt", "native", tmp_path / "theirs_too.pt")
-    assert same(checkpoint.load(tmp_path / "theirs_too.pt").student, loaded.student)
     # parameters instead of tensors
     state = {k: torch.nn.Parameter(v) for k, v in theirs.items() if k != fairseq_names.TEACHER}
     torch.save(state, tmp_path / "parameters.pt")
-    run(tmp_path / "parameters.pt", "native", tmp_path / "again.pt", *shape_flags())
-    assert same(checkpoint.load(tmp_path / "again.pt").student, loaded.student)
+    shape = shape_flags(normalize_before=student.encoder.layer_norm is not None)
+    run(tmp_path / "bare.pt", "fairseq", tmp_path / "theirs.pt", *shape)
+    for name, argv in (("bare", shape), ("parameters", shape), ("theirs", [])):
+        run(tmp_path / f"{name}.pt", "native", tmp_path / f"from_{name}.pt", *argv)
+        loaded = checkpoint.load(tmp_path / f"from_{name}.pt")
+        assert same(loaded.student, dict(student.state_dict()))
+        assert loaded.config["layers"] == SMALL["layers"]
+        encoder = (student if name == "parameters" else teacher).encoder
+        assert same(loaded.teacher, dict(encoder.state_dict()))
+    with pytest.raises(InputError, match="the student's encoder has no layers.2"):
+        run(tmp_path / "bare.pt", "native", tmp_path / "other.pt", *shape, "--layers", 3)
 
 
 @pytest.mark.parametrize(
@@ -298,23 +285,6 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_written(tmp_path, sa
     assert [p.name for p in tmp_path.iterdir()] == ["dict.txt"]
 
 
-def test_a_model_with_a_head_for_words_does_not_go_to_fairseq(tmp_path, saved):
-    content = content_of(saved / "checkpoint_last.pt")
-    model, _ = random_encoder(1, content["dictionary"]["size"], mlm_weight=1.0)
-    content.update(student=model.state_dict(), teacher=model.encoder.state_dict())
-    content["config"]["mlm_weight"], content["optimizer"]["state"] = 1.0, {}
-    checkpoint.save(content, tmp_path / "words.pt")
-    with pytest.raises(InputError, match="no head for words"):
-        run(tmp_path / "words.pt", "fairseq", tmp_path / "theirs.pt")
-
-
-@pytest.mark.parametrize("random_file", [True], indirect=True)
-def test_a_pre_norm_model_goes_to_fairseq_and_back(tmp_path, random_file):
-    run(random_file[0], "fairseq", tmp_path / "theirs.pt")
-    run(tmp_path / "theirs.pt", "native", tmp_path / "back.pt")
-    assert same(checkpoint.load(tmp_path / "back.pt").student, dict(random_file[1][0].state_dict()))
-
-
 @pytest.mark.parametrize("kind", ["hf", "fairseq", "native"])
 def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, saved, kind, monkeypatch):
     def full(*args, **kwargs):
@@ -326,15 +296,14 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, saved, kind, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_settings_of_a_wrong_type_in_what_fairseq_keeps_for_us_are_refused(tmp_path, saved):
-    for number, value in enumerate((("a", "b"), (None, 1), ([1], [2]), torch.zeros(2))):
+@pytest.mark.parametrize("value", [("a", "b"), (None, 1), ([1], [2]), torch.zeros(2)])
+def test_settings_of_a_wrong_type_in_what_fairseq_keeps_for_us_are_refused(tmp_path, saved, value):
+    def change(content):
+        content["extra_state"][fairseq_state.OURS]["config"]["adam_betas"] = value
 
-        def change(content):
-            content["extra_state"][fairseq_state.OURS]["config"]["adam_betas"] = value
-
-        fairseq_file(saved / "checkpoint_last.pt", tmp_path / f"{number}.pt", change)
-        with pytest.raises(InputError, match=r"\d.pt: damaged: its config|--adam_betas"):
-            run(tmp_path / f"{number}.pt", "native", tmp_path / "out.pt")
+    fairseq_file(saved / "checkpoint_last.pt", tmp_path / "x.pt", change)
+    with pytest.raises(InputError, match=r"x.pt: damaged: its config|--adam_betas"):
+        run(tmp_path / "x.pt", "native", tmp_path / "out.pt")
 
 
 HF = ("config.json", "model.safetensors", "pytorch_model.bin")
