@@ -116,21 +116,20 @@ def test_a_run_resumes_exactly_through_fairseqs_file(tmp_path, saved, corpus_dir
     compare_checkpoints(saved / "checkpoint_last.pt", last)
 
 
-SPOILT = {
-    "exp_avg of parameter 0 is": lambda states: states[0].update(exp_avg=torch.zeros(3)),
-    "not an ordinary tensor": lambda states: states[1].update(
-        exp_avg_sq=states[1]["exp_avg_sq"].long()
-    ),
-    "but a system": lambda states: states[0].update(exp_avg=Payload("ran")),
-    "infinity": lambda states: states[0].update(step=float("inf")),
-    "Adam": lambda states: states.pop(2),
-}
-
-
-@pytest.mark.parametrize("message", SPOILT)
-def test_moments_that_do_not_fit_are_left_out_with_the_reason(tmp_path, saved, message):
+@pytest.mark.parametrize(
+    "spoilt, message",
+    [
+        (dict(exp_avg=torch.zeros(3)), "exp_avg of parameter 0 is"),
+        (dict(exp_avg_sq=torch.zeros(3).long()), "not an ordinary tensor"),
+        (dict(exp_avg=Payload("ran")), "but a system"),
+        (dict(step=float("inf")), "infinity"),
+        ({}, "Adam"),
+    ],
+)
+def test_moments_that_do_not_fit_are_left_out_with_the_reason(tmp_path, saved, spoilt, message):
     def change(content):
-        SPOILT[message](content["last_optimizer_state"]["state"])
+        states = content["last_optimizer_state"]["state"]
+        states[0] = {**states[0], **spoilt} if spoilt else {}
 
     fairseq_file(saved / "checkpoint_last.pt", tmp_path / "theirs.pt", change)
     said = run(tmp_path / "theirs.pt", "native", tmp_path / "ours.pt")

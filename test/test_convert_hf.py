@@ -8,15 +8,12 @@ import sys
 
 import train
 from config import InputError
-from formats import fairseq_names
 from run import checkpoint
 from test.converting import *  # noqa: F403
-from test.converting import WORDS, both_norms, edit, run, same, shape_flags, write_bpe
+from test.converting import WORDS, both_norms, edit, run, same, write_bpe
 from test.helpers import SMALL, Payload, call, few, hidden_states, random_encoder, small_content
 from text.binarized import BOS, EOS, PAD, UNK, Dictionary
-from text.tokens import load_tokenizer
 
-import numpy as np
 import pytest
 import torch
 
@@ -55,48 +52,6 @@ def test_transformers_computes_the_same_hidden_states_in_every_layer(
         assert (a - b)[real].abs().max() < 1e-5 and a[real].std() > 0.1
 
 
-def save_bare(folder, size: int):
-    """Write bare.pt, the weights of a student alone, which is returned."""
-    student, _ = random_encoder(0, size)
-    encoder = dict(student.encoder.state_dict())
-    torch.save(fairseq_names.to_reference(student.state_dict(), encoder), folder / "bare.pt")
-    return student
-
-
-def test_tokens_of_the_bpe_that_the_dictionary_lacks_are_unk_to_the_model(tmp_path, transformers):
-    dictionary = write_bpe(tmp_path)
-    student = save_bare(tmp_path, len(dictionary))
-    shape = shape_flags(data_path=tmp_path)
-    run(tmp_path / "bare.pt", "hf", tmp_path / "hf", *shape)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    model = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
-    assert len(tokenizer) == model.config.vocab_size == len(dictionary) + 3
-    text = "the quiz: the thick thin zoo"
-    ids = tokenizer(text, return_tensors="pt")["input_ids"]
-    (ours,) = load_tokenizer(tmp_path, dictionary)([text])
-    known = np.where(ids[0] < len(dictionary), ids[0], UNK)
-    assert known.tolist() == [BOS, *ours] and UNK in ours
-    with torch.no_grad():
-        expected, _ = student.encoder(torch.tensor([[BOS, *ours]]))
-        assert torch.allclose(model(ids).last_hidden_state, expected, atol=1e-5)
-    assert "not taken" not in run(tmp_path / "hf", "native", tmp_path / "back.pt")
-    back = checkpoint.load(tmp_path / "back.pt").student
-    model.resize_token_embeddings(len(tokenizer) + 2)
-    model.save_pretrained(tmp_path / "hf")
-    said = run(tmp_path / "hf", "native", tmp_path / "again.pt")
-    assert "not taken over: 2 tokens that were added in transformers" in said
-    assert torch.equal(back["encoder.embed_tokens.weight"], student.encoder.embed_tokens.weight)
-
-
-def test_the_model_card_says_what_the_checkpoint_tells_and_what_is_to_be_filled_in(tmp_path, saved):
-    said = run(saved / "checkpoint_last.pt", "hf", tmp_path / "hf")
-    card = (tmp_path / "hf" / "README.md").read_text()
-    assert "after 4 updates" in card and "| `embed_dim` | 16 |" in card and "licence" in said
-    assert card.count("TO FILL IN") == 3
-    yaml = pytest.importorskip("yaml").safe_load(card.split("---")[1])
-    assert yaml["pipeline_tag"] == "feature-extraction" and yaml["license"] == "unknown"
-
-
 @pytest.mark.parametrize("kind", ["words", "bpe"])
 @pytest.mark.parametrize(
     "options", [dict(objective="mlm"), dict(mlm_weight=1.0, normalize_before=True)]
@@ -113,6 +68,8 @@ def test_a_head_for_words_fills_masks_in_transformers_with_the_same_logits(
     weights = dict(student=student.state_dict(), teacher=student.encoder.state_dict())
     checkpoint.save(small_content(config={**SMALL, **options}, **weights), tmp_path / "words.pt")
     run(tmp_path / "words.pt", "hf", tmp_path / "hf", "--data_path", data)
+    with pytest.raises(InputError, match="no head for words"):
+        run(tmp_path / "words.pt", "fairseq", tmp_path / "theirs.pt")
 
     # the same model and logits, and what is <unk> to the model is never proposed
     kind_of_model = transformers.AutoModelForMaskedLM
@@ -122,11 +79,12 @@ def test_a_head_for_words_fills_masks_in_transformers_with_the_same_logits(
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = "w3 w7 <mask> w5 w1" if kind == "words" else "the quiz<mask> thick"
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    assert kind == "words" or (ids >= size).any()
     with torch.no_grad():
         states, _ = student.encoder(ids.where(ids < size, UNK))
         expected = student.lm_head(states.flatten(0, 1), student.encoder.embed_tokens.weight)
         logits = model.eval()(ids).logits[0]
-    assert logits.shape[1] == size + lacking and expected.std() > 0.1
+    assert logits.shape[1] == len(tokenizer) == size + lacking and expected.std() > 0.1
     assert torch.allclose(logits[:, :size], expected, atol=1e-4)
     assert not logits.softmax(1)[:, size:].any()
     options = dict(tokenizer=tokenizer, device="cpu", top_k=1)
@@ -140,8 +98,10 @@ def test_a_head_for_words_fills_masks_in_transformers_with_the_same_logits(
     assert back.config["objective"] == "mlm"
     others = {k: v for k, v in student.state_dict().items() if "regression_head" not in k}
     assert same(back.student, others)
-    model.save_pretrained(tmp_path / "again", safe_serialization=True)
-    run(tmp_path / "again", "native", tmp_path / "again.pt")
+    model.resize_token_embeddings(len(tokenizer) + 2)
+    model.save_pretrained(tmp_path / "again")
+    said = run(tmp_path / "again", "native", tmp_path / "again.pt")
+    assert "not taken over: 2 tokens that were added in transformers" in said
     assert same(checkpoint.load(tmp_path / "again.pt").student, back.student)
     assert "pipeline_tag: fill-mask" in (tmp_path / "hf" / "README.md").read_text()
 
@@ -149,7 +109,10 @@ def test_a_head_for_words_fills_masks_in_transformers_with_the_same_logits(
 @both_norms
 def test_the_way_to_transformers_and_back_is_exact(tmp_path, random_file):
     path, (student, _) = random_file
-    run(path, "hf", tmp_path / "hf")
+    assert "licence" in run(path, "hf", tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "after 4 updates" in card and "| `embed_dim` | 16 |" in card
+    assert card.count("TO FILL IN") == 3 and "pipeline_tag: feature-extraction" in card
     said = run(tmp_path / "hf", "native", tmp_path / "back.pt", "--from", "hf")
     assert "not taken over" not in said
     back = checkpoint.load(tmp_path / "back.pt")
@@ -162,19 +125,16 @@ def test_the_way_to_transformers_and_back_is_exact(tmp_path, random_file):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_training_begins_with_a_folder_of_transformers(tmp_path, random_file, corpus_dir):
+def test_training_begins_with_a_folder_of_transformers(
+    tmp_path, random_file, corpus_dir, monkeypatch
+):
     run(random_file[0], "hf", tmp_path / "hf")
     argv = few(corpus_dir, tmp_path / "run", "--max_update", 1, "--lr", 0, "--weight_decay", 0)
     call(train.main, *argv, "--init_from", tmp_path / "hf")
     trained = checkpoint.load(tmp_path / "run" / "checkpoint_last.pt").student
     for name, tensor in random_file[1][0].encoder.state_dict().items():
         assert torch.equal(trained[f"encoder.{name}"], tensor), name
-
-
-def test_without_the_safetensors_package_one_line_says_what_to_install(
-    tmp_path, random_file, monkeypatch
-):
-    run(random_file[0], "hf", tmp_path / "hf")
+    # without the package one line says what to install
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for source, kind in ((random_file[0], "hf"), (tmp_path / "hf", "native")):
         with pytest.raises(InputError, match="pip install safetensors"):
@@ -204,7 +164,7 @@ def test_a_pickled_float16_model_with_a_head_and_token_types_is_read(tmp_path, r
         assert torch.equal(back[f"encoder.{name}"], expected), name
 
 
-def replace(old: bytes, new: bytes = b""):
+def replace(old: bytes, new: bytes):
     """Replaces bytes of model.safetensors."""
 
     def change(folder):
