@@ -12,18 +12,19 @@ optimizer and the position in the data are kept, so either can resume the other'
 files are never overwritten.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from config import PARTS
 from run import flags
 
+TARGETS = ("hf", "fairseq", "native")
+
 
 def add_flags(parser):
-    flag, kinds = parser.add_argument, ("hf", "fairseq", "native")
+    flag = parser.add_argument
     flag("--ckpt", metavar="CHECKPOINT", help="what to convert: a file or transformers' folder")
-    flag("--from", dest="source", choices=kinds, help="fail if it is not of this kind")
-    flag("--to", nargs=2, metavar=("|".join(kinds), "PATH"), help="what to make, and where")
+    flag("--from", dest="source", choices=TARGETS, help="fail if it is not of this kind")
+    flag("--to", nargs=2, metavar=("|".join(TARGETS), "PATH"), help="what to make, and where")
     flag("--teacher", action="store_true", help="with --to hf: the teacher instead of the student")
     flag("--dict", metavar="FILE", help="dict.txt of the training data [in --data_path]")
     flag("--encoder_json", metavar="FILE", help="the BPE's vocabulary [in --data_path]")
@@ -49,67 +50,46 @@ import torch
 KINDS = dict(ours="native", fairseq="fairseq", state_dict="fairseq", hf="hf")  # of --from
 
 
-@dataclass
-class Source:
-    """What is converted: a complete checkpoint, whatever it was read from."""
-
-    path: Path
-    content: dict  # every entry of a checkpoint of ours except `format`
-    parts: dict  # its `config` as instances of PARTS, by their class
-    is_changed: bool  # whether that is another config than the file's
-    dictionary: Dictionary | None
-    bpe: list  # encoder.json and vocab.bpe, or None twice
-    teacher: bool  # --teacher
-
-
 # ------------------------------------------------------------------------------- what --to makes
 
 
-def to_hf(source: Source, out: Path):
-    content, dictionary = source.content, source.dictionary
+def to_hf(content: dict, cfg: ModelConfig, text: tuple, teacher: bool, path: Path, out: Path):
+    """content: of a checkpoint of ours; text: the dictionary and the BPE's files (`find_text`)."""
+    dictionary, bpe = text
     encoder, head = content["teacher"], {}
-    if not source.teacher:
+    # transformers has no regression head, but one for words
+    if not teacher:
         encoder = without("encoder.", content["student"])
         head = {k: v for k, v in content["student"].items() if k.startswith("lm_head.")}
     with checkpoint.whole(out) as folder:
         folder.mkdir()
-        unknown = 0
-        if dictionary and (source.bpe[0] or not dictionary.holds_bpe_ids()):
+        unknown = 0  # tokens of the BPE that the dictionary lacks
+        if dictionary and (bpe[0] or not dictionary.holds_bpe_ids()):
             longest = content["config"]["tokens_per_sample"]
-            unknown = hf_tokenizer.write(folder, dictionary, source.bpe, longest, bool(head))
+            unknown = hf_tokenizer.write(folder, dictionary, bpe, longest, bool(head))
         else:
             print("no tokenizer: give --data_path, or --dict, --encoder_json and --vocab_bpe")
-        model, task = source.parts[ModelConfig], hf.Task()
+        task = hf.Task()
         if "classifier" in content:  # of finetune.py
-            with reading(f"{source.path}: damaged: its classifier"):
-                task = hf.classification(content["classifier"], model.embed_dim, source.path)
+            with reading(f"{path}: damaged: its classifier"):
+                task = hf.classification(content["classifier"], cfg.embed_dim, path)
         elif head:
             task = hf.fill_mask(head, unknown)
-        hf.write(folder, encoder, model, unknown, task)
-        text = card.text(out.resolve().name, task.pipeline, content)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        hf.write(folder, encoder, cfg, unknown, task)
+        page = card.text(out.resolve().name, task.pipeline, content)
+        (folder / "README.md").write_text(page, encoding="utf-8")
     what = "is its model card; the licence and the corpus are yours to fill in"
     print(printable(f"{out}/README.md {what}"))
 
 
-def to_fairseq(source: Source, out: Path):
-    content = dict(source.content)
+def to_fairseq(content: dict, cfg: TrainConfig, path: Path, out: Path):
     heads = {name.split(".")[0] for name in content["student"]} - {"encoder"}
     if heads not in ({"regression_head"}, {"decoder"}):
         what = "a regression head and no head for words"
-        raise InputError(f"{source.path}: fairseq's data2vec_text needs {what}")
-    if source.is_changed:  # fairseq's own entries hold the settings of before
-        content.pop(fairseq_state.THEIRS, None)
-    lr = lr_at(content["progress"]["num_updates"], source.parts[TrainConfig])
+        raise InputError(f"{path}: fairseq's data2vec_text needs {what}")
+    # fairseq keeps the rate of the next update
+    lr = lr_at(content["progress"]["num_updates"], cfg)
     checkpoint.write(fairseq_state.to_fairseq(content, lr), out)
-
-
-def to_native(source: Source, out: Path):
-    checkpoint.save(source.content, out)
-
-
-# A further format is a function here.
-TARGETS = {"hf": to_hf, "fairseq": to_fairseq, "native": to_native}
 
 
 # ----------------------------------------------------------------------------- what is converted
@@ -180,7 +160,7 @@ def complete(loaded: Loaded, weights: dict, seed: int, path) -> tuple[dict, str]
 def find_text(args, content: dict, path) -> tuple[Dictionary | None, list]:
     """The dictionary, and the BPE's two files or None twice: those named, else in the data.
 
-    Raises InputError if it is not the checkpoint's dictionary.
+    The dictionary becomes the content's. Raises InputError if that has had another.
     """
     folder = content["config"]["data_path"].split(":")[0]
     named = {"dict.txt": args.dict, "encoder.json": args.encoder_json, "vocab.bpe": args.vocab_bpe}
@@ -188,12 +168,15 @@ def find_text(args, content: dict, path) -> tuple[Dictionary | None, list]:
     bpe = [paths.get(name) for name in BPE_FILES]
     if "dict.txt" not in paths:
         return None, bpe
+    # of a dictionary of another order the size tells nothing, but its digest does
     dictionary = Dictionary(paths["dict.txt"])
     size = len(content["student"]["encoder.embed_tokens.weight"])
     if len(dictionary) != size:
         what = f"the dictionary, of {len(dictionary)} symbols,"
         raise InputError(f"{what} is not the one of {path}, of {size}")
     dictionary.check_checkpoint(content["dictionary"], path)
+    names = dict(digest=dictionary.digest(), mask_id=dictionary.mask_id)
+    content["dictionary"] = dict(size=size, **names)
     return dictionary, bpe
 
 
@@ -224,12 +207,14 @@ def main(argv: list | None = None) -> int:
     if out.is_file() or out.is_dir():
         raise InputError(f"{out} exists; remove it, or choose another name")
 
+    # what can be wrong with the file shows before anything is made
     loaded = load(path)
     if args.source not in (None, KINDS[loaded.kind]):
         raise InputError(f"--from {args.source}: {path} is {KINDS[loaded.kind]}")
     if args.teacher and not loaded.teacher:
         raise InputError(f"--teacher: {path} has none")
     settings, untrained = fairseq_state.settings_of(loaded, path)
+    # flags go before the file's settings, which were not known above
     with reading(f"{path}: damaged: its config"):
         parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags, base=settings)
     config = {k: v for part in parts for k, v in vars(part).items()}
@@ -237,14 +222,17 @@ def main(argv: list | None = None) -> int:
     weights = own_weights(loaded, parts[ModelConfig], path)
     content, why = complete(loaded, weights, config["seed"], path)
     content = fairseq_files.without_objects({**content, "config": config}, {})
-    dictionary, bpe = find_text(args, content, path)
-    if dictionary:
-        names = dict(digest=dictionary.digest(), mask_id=dictionary.mask_id)
-        content["dictionary"] = dict(size=len(dictionary), **names)
+    text = find_text(args, content, path)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    is_changed = config != loaded.config
-    TARGETS[kind](Source(path, content, parts, is_changed, dictionary, bpe, args.teacher), out)
+    if kind == "hf":
+        to_hf(content, parts[ModelConfig], text, args.teacher, path, out)
+    elif kind == "fairseq":
+        if config != loaded.config:  # fairseq's own entries hold the settings of before
+            content.pop(fairseq_state.THEIRS, None)
+        to_fairseq(content, parts[TrainConfig], path, out)
+    else:
+        checkpoint.save(content, out)
     notes = [f"{out}: {kind}, from {path}"]
     if not loaded.teacher and loaded.kind != "hf":
         notes.append("it has no teacher; its student's encoder is taken for it")
