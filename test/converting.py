@@ -28,10 +28,6 @@ def saved(tmp_path_factory, corpus_dir):
     return folder
 
 
-def content_of(path) -> dict:
-    return {k: v for k, v in checkpoint.load(path).content.items() if k != "format"}
-
-
 def shape_flags(**more) -> list:
     """The flags that say what a bare state dict does not."""
     return [word for name, value in {**SMALL, **more}.items() for word in (f"--{name}", value)]
@@ -41,7 +37,7 @@ def shape_flags(**more) -> list:
 def random_file(tmp_path, saved, request):
     """A checkpoint whose every weight is random, student and teacher apart; of a pre-norm model
     with the parameter True."""
-    content = content_of(saved / "checkpoint_last.pt")
+    content = checkpoint.load(saved / "checkpoint_last.pt").content
     size, pre_norm = content["dictionary"]["size"], getattr(request, "param", False)
     models = [random_encoder(seed, size, normalize_before=pre_norm)[0] for seed in (1, 2)]
     if pre_norm:  # the moments are those of another model
