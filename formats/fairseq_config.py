@@ -114,9 +114,13 @@ def number(text: str) -> float:
 
 
 def whole_number(text: str) -> int:
-    if not number(text).is_integer():  # 1e6 is a whole number, too
+    text = text.strip("[] ")
+    if text.lstrip("+-").isdigit():  # a float would round large ones, such as a seed
+        return int(text)
+    value = number(text)  # 1e6 is a whole number, too
+    if not value.is_integer():
         raise ValueError(f"{text!r} is not a whole number")
-    return int(number(text))
+    return int(value)
 
 
 def numbers(text: str) -> tuple:

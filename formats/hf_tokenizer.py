@@ -169,7 +169,9 @@ def _other_steps(folder: Path, tokenizer: dict):
     """What the tokenizer does with a text and ours do not: yields names."""
     model = tokenizer["model"]
     is_bpe = model["type"] == "BPE"
-    ours = dict(pre_tokenizer=GPT2 if is_bpe else WORDS, post_processor=ENDS)
+    # the other settings of a post-processor change no id
+    ends = {name: ENDS[name] for name in ("type", "sep", "cls")}
+    ours = dict(pre_tokenizer=GPT2 if is_bpe else WORDS, post_processor=ends)
     if not is_bpe:
         ours["model"] = dict(type="WordLevel", unk_token=SPECIAL[UNK])
     for part, settings in ours.items():
@@ -199,13 +201,18 @@ def _other_tokens(folder: Path, tokenizer: dict):
     tokens = [*tokenizer["added_tokens"], *_json(folder / "added_tokens.json")]
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         settings = _json(folder / file)
-        tokens += [token for name, token in settings.items() if name.endswith("_token")]
+        for name, token in settings.items():
+            if name.endswith("_token") and token is not None:
+                content = token["content"] if isinstance(token, dict) else token
+                if content != NAMED.get(name, content):
+                    yield f"{name} {content}"
+                tokens.append(token)
         for name in ("extra_special_tokens", "additional_special_tokens"):
             tokens += settings.get(name) or []
         tokens += settings.get("added_tokens_decoder", {}).values()
     names = [token["content"] if isinstance(token, dict) else token for token in tokens]
     for name in dict.fromkeys(names):
-        if name not in (*SPECIAL, "<mask>", None):
+        if name not in (*SPECIAL, "<mask>"):
             yield f"the added token {name!r}"
     ids = tokenizer["model"]["vocab"]
     for i, name in enumerate(SPECIAL):

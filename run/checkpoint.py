@@ -232,6 +232,8 @@ def read(path, load=load_plain) -> dict:
             content = load(path, mmap=is_archive)
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    if "format" in content and not is_archive:
+        raise InputError(f"{path}: damaged: not the archive with checksums that a run writes")
     return content
 
 

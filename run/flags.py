@@ -41,6 +41,25 @@ MEANT |= dict(num_layers="layers", trainpref="train", validpref="valid", testpre
 MEANT |= dict(destdir="dest", srcdict="dict")
 OPPOSITES = ("--no_", "--un")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM)  # a disk or the memory
+# Options that a program had until 0.3.0, and what to do instead.
+GONE = {
+    "train.py": {
+        "schedule_by": "schedules go by updates; --max_hours ends a run, validated and saved",
+        "init": "weights start from N(0, 0.02), as the reference's",
+    },
+    "eval.py": {
+        "layer": "--features gives the last layer's",
+        "pool": "--features gives the mean over a line's tokens",
+    },
+    "finetune.py": {
+        "teacher": "convert.py --to hf --teacher writes a folder for --ckpt",
+        "patience": "--max_epoch or --max_update ends it",
+        "warmup_share": "--warmup_updates",
+        "attention_dropout": "--dropout is that of attention, too",
+        "init_from": "--ckpt takes the head, too, where it has these classes",
+        "num_classes": "there are as many classes as the training split has",
+    },
+}
 
 
 # ------------------------------------------------------------------------------------- the parser
@@ -89,6 +108,8 @@ class Parser(argparse.ArgumentParser):
     def hint(self, word: str) -> str:
         """What may have been meant by an option that does not exist."""
         asked = word.lstrip("-").split(".")[-1].replace("-", "_")
+        if instead := GONE.get(self.prog, {}).get(asked):
+            return f" since 0.4.0; {instead}"
         if Path(word).is_dir() and self.flag("--data_path"):
             return "; the folder of a dataset is --data_path"
         names = [

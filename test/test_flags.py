@@ -130,6 +130,8 @@ def without_torch(tmp_path):
         ("train.py", "--data_path is missing"),
         ("train.py --data_path x --layers 2", "there are only 2 layers"),
         ("eval.py --amp bf-16", "choose from auto, off"),
+        ("eval.py --layer 3", "since 0.4.0; --features gives the last layer's"),
+        ("finetune.py --num_classes 3", "since 0.4.0"),
         ("convert.py --dicct x", "did you mean --dict?"),
         ("preprocess.py --destdir x --dest x --bpe none", "did you mean --dest?"),
         ("data.py --data_path x --seed x", "argument --seed: "),
@@ -300,7 +302,7 @@ def test_an_option_that_is_ignored_is_named_in_one_line(line, capsys):
         ("--optimization.lr x", "argument --lr: .*'x'"),
         ("generation.beam=5", "generation.beam: no option of that name here"),
         ("--max_steps 5", "did you mean --max_update"),
-        ("--schedule_by hours", "--schedule_by: no option"),
+        ("--schedule_by hours", "--schedule_by: no option of that name here"),
         ("--resume", r"here \("),  # not --no_resume
         ("--pretrained x", r"here \("),  # not --untrained
         (".", r"\.: no option .*--data_path"),

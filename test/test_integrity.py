@@ -81,6 +81,13 @@ def test_records_that_are_compressed_oversized_unchecked_or_too_short_are_refuse
             load(bad)
 
 
+def test_a_file_of_our_format_whose_records_have_no_checksums_is_damaged(tmp_path):
+    content = {"format": checkpoint.FORMAT, **small_content()}
+    torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(InputError, match="damaged"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
 def test_a_tar_archive_is_refused_before_torch_sees_it(tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "x.pt", "w") as archive:
         archive.add(__file__, "\x80storages")
