@@ -14,7 +14,7 @@ from pathlib import Path
 from config import InputError, reading
 from run import checkpoint
 from run.progress import Bar
-from tasks.batches import outputs_of
+from tasks.classifier import outputs_of
 from tasks.labelled import Split
 from text.binarized import BOS, EOS, PAD, UNK
 from text.files import LONGEST
