@@ -67,10 +67,13 @@ class File:
         self.rows = read_rows(path, columns.names)  # (line from 1, cells)
         self.first = self.rows[0][1]
         self.places = []  # of the columns, None for one that goes by its name
+        is_json = path.suffix.lower() in JSON  # whose names are in every row
         for name in columns.names:
-            is_number = re.fullmatch("[0-9]{1,9}", str(name)) and path.suffix.lower() not in JSON
+            is_number = re.fullmatch("[0-9]{1,9}", str(name)) and not is_json
             self.places.append(int(name) - 1 if is_number else None)
-        self.has_header = True if None in self.places else columns.header
+        self.has_header = columns.header
+        if is_json or (None in self.places and columns.header is None):
+            self.has_header = True
 
     def label_of(self, cells: list[str]) -> str | None:
         """The label of a row, if it has one. For numbered columns only."""
@@ -111,7 +114,7 @@ class File:
 
     def place_of(self, name, place: int | None) -> int:
         """Where a column is. Raises InputError if it is nowhere, or a name is there twice."""
-        if place is None and self.first.count(name) == 1:
+        if place is None and self.has_header and self.first.count(name) == 1:
             return self.first.index(name)
         if place is not None and 0 <= place < len(self.first):
             return place

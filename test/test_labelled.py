@@ -261,6 +261,7 @@ TABLE = "text\tlabel\n"
         ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(label="text"), "name one column twice"),
         ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(text="body"), "no single column body"),
         ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(label="9" * 5000), "no single column 999"),
+        ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(header="false"), "no single column text"),
         ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(text="a,b,c"), "--text a,b,c"),
     ],
 )
