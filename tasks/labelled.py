@@ -5,6 +5,7 @@ without segment embeddings. Formats and examples are those of fairseq's task sen
 commit 3f6ba43f. `cfg` is finetune.py's FinetuneConfig.
 """
 
+import dataclasses
 import re
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ from text.tokens import warn_of_unknown
 
 import numpy as np
 
+HEADER = {"auto": None, "true": True, "false": False}  # whether there is one; None: find out
 MANY_CLASSES = 10  # of more, some must be in several rows, and numbers may be scores
 MOST_CLASSES = 1000  # the measures hold an example times a class in memory
 
@@ -86,8 +88,13 @@ def files_of(cfg) -> dict[str, tuple]:
     files = dict(train=("train", columns), valid=("dev", columns))
     if cfg.task == "mnli":
         files |= dict(valid=("dev_matched", dev), valid_mismatched=("dev_mismatched", dev))
+    # --header decides for copies of GLUE's files that have or lack it
+    told = {} if cfg.header == "auto" else dict(header=HEADER[cfg.header])
     folder = Path(cfg.data_path)
-    return {split: (folder / f"{name}.tsv", columns) for split, (name, columns) in files.items()}
+    return {
+        split: (folder / f"{name}.tsv", dataclasses.replace(columns, **told))
+        for split, (name, columns) in files.items()
+    }
 
 
 def own_columns(cfg, label: str | None = None) -> Columns:
@@ -95,7 +102,7 @@ def own_columns(cfg, label: str | None = None) -> Columns:
     text = tuple(name.strip() for name in cfg.text.split(","))
     if not all(text) or len(text) > 2:
         raise InputError(f"--text {cfg.text}: one column, or two joined by a comma")
-    return Columns(text, label, {"auto": None, "true": True, "false": False}[cfg.header])
+    return Columns(text, label, HEADER[cfg.header])
 
 
 def tell_cuts(examples: Split, name: str, longest: int, is_exact: bool = False):

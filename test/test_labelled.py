@@ -177,6 +177,15 @@ def test_the_files_of_glue_are_read_as_they_are_shipped(task, place, tmp_path):
     assert [column[0] for column in table.texts] == ['"w3 w1', "w5"][: len(table.texts)]
 
 
+def test_header_decides_also_for_the_files_of_glue(place, tmp_path):
+    write_glue("cola", tmp_path)
+    for path in tmp_path.glob("*.tsv"):
+        path.write_text("source\tlabel\tmark\tsentence\n" + path.read_text())
+    own = dict(NO_TABLE, task="cola", data_path=tmp_path, max_update=1, max_epoch=0, header="true")
+    out = call(finetune.main, *flags(place, tmp_path / "out", **own))
+    assert "12 train, 12 valid" in out
+
+
 @pytest.mark.parametrize(
     "argv, values",
     [
