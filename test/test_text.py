@@ -219,6 +219,7 @@ def test_marks_at_the_beginning_of_lines_and_lines_without_width_are_left_out(
 @pytest.mark.parametrize(
     ("content", "note"),
     [
+        ("text,label\na b,1\n", "plain text"),
         ('{"text": "a b"}\n' * 30 + "\n", "JSON"),
         ('{"text": "a b"}\n' * 3 + "a { b }\n[1]\n3\n", ""),
         ("a </s>\nb\n", "</s>"),
@@ -227,8 +228,9 @@ def test_marks_at_the_beginning_of_lines_and_lines_without_width_are_left_out(
     ],
 )
 def test_what_may_not_be_meant_as_text_is_noted_once(tmp_path, content, note, capsys):
-    (tmp_path / "t.txt").write_text(content)
-    preprocess_words(tmp_path / "out", train=[tmp_path / "t.txt"])
+    path = tmp_path / ("t.csv" if "label" in content else "t.txt")
+    path.write_text(content)
+    preprocess_words(tmp_path / "out", train=[path])
     said = capsys.readouterr().err
     assert note in said and said.count("note: ") == bool(note)
 

@@ -179,6 +179,8 @@ def seen(text: str, name: str, is_first: bool) -> str:
         if len(json_objects(lines)) > 0.9 * len(lines):
             what = "are JSON objects, so keys and braces become text, too"
             note(f"{name}: its lines {what}; write the texts alone into a file")
+        if name.lower().endswith((".csv", ".tsv")):
+            note(f"{name}: read as plain text, so labels and the names of columns become text, too")
     return text
 
 
