@@ -37,7 +37,7 @@ def read_lines(source: str):
             where = f"--features {source}, line {number}"
             if len(line) > LONGEST:
                 raise InputError(f"{where}: longer than {LONGEST >> 20} MiB")
-            with reading(f"{where}: not UTF-8"):
+            with reading(where):
                 lines.append(line.decode("utf-8").removesuffix("\n"))
             size += len(line)
             if size >= CHUNK:

@@ -90,7 +90,7 @@ def test_many_unknown_words_are_told(tmp_path, model, capsys):
         (["--features", "nowhere"], "--features nowhere: "),
         (["--features", "/dev/zero"], "--features /dev/zero: "),
         (["--features", "{folder}/empty"], "no lines"),
-        (["--features", "{folder}/latin"], "latin, line 2: not UTF-8: .* position 1"),
+        (["--features", "{folder}/latin"], "latin, line 2: not UTF-8 at byte 1"),
         (["--features", "{folder}/text.npy", "--out", "{folder}/text.npy"], "the text itself"),
         (["--untrained"], "without --untrained"),
     ],

@@ -10,9 +10,9 @@ import pytest
 # None may grow without a reason that is worth it: 0.4.0 gained data2vec 2.0 (about 1,000 lines and
 # 600 of tests) and files that mean something else (700 and 900). Beside some stands the goal.
 LIMITS = {
-    "product lines": 12_820,  # 8,200 without data2vec 2.0
-    "test lines": 10_055,  # 6,500
-    "lines that decide a number": 1239,  # 1,150
+    "product lines": 12_140,  # 8,200 without data2vec 2.0
+    "test lines": 9_180,  # 6,500
+    "lines that decide a number": 1220,  # 1,150
     "files of over 60 lines of code with under 8": 0,
     "lines over 100 columns": 0,
     "longest file": 400,
@@ -31,7 +31,7 @@ def test_the_numbers_of_the_form_are_within_their_limits():
     numbers = form.numbers()
     over = {name: numbers[name] for name, limit in LIMITS.items() if numbers[name] > limit}
     assert not over
-    assert numbers["comments for 100 lines of code, median"] >= 8  # 10
+    assert numbers["comments for 100 lines of code, median"] >= 10
 
 
 def test_only_the_room_of_hardware_compares_the_type_of_a_device():
