@@ -4,6 +4,7 @@ It is the work of `python data.py --make_demo DIR`.
 """
 
 import re
+import tempfile
 from collections import Counter
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -29,13 +30,18 @@ def make_demo(folder):
     folder = Path(folder)
     with reading(str(folder)):
         folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):  # also what a killed run has left
+    if any(folder.iterdir()):
         raise InputError(f"--make_demo {folder}: is not empty; choose a new folder")
-    try:
-        rows = _write_demo(folder)
-    except OSError as e:  # a full disk, of which Python names no file
-        e.filename = str(folder)
-        raise
+    # written beside it and moved there as a whole, so that a kill leaves it empty
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as part:
+        made = Path(part) / "demo"
+        made.mkdir()
+        try:
+            rows = _write_demo(made)
+        except OSError as e:  # a full disk, of which Python names no file
+            e.filename = str(folder)
+            raise
+        made.replace(folder)
     for row in rows:
         print(printable(f"{folder}/{row}"))
 
@@ -43,7 +49,6 @@ def make_demo(folder):
 def _write_demo(folder: Path) -> list[str]:
     """The files of `make_demo`; returns a line about each split."""
     names = sorted(topics)
-    # train marks the set as complete, so it is the last
     splits = {"valid": names[3::8], "test": names[7::8]}
     splits["train"] = [name for i, name in enumerate(names) if i % 8 not in (3, 7)]
     # each sentence is a line; an empty line ends a document
