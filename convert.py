@@ -167,6 +167,8 @@ def find_text(args, content: dict, path) -> tuple[Dictionary | None, list]:
     paths = find_text_files(folder, named)
     bpe = [paths.get(name) for name in BPE_FILES]
     if "dict.txt" not in paths:
+        if args.encoder_json:
+            raise InputError("--encoder_json needs the dictionary: --dict or --data_path")
         return None, bpe
     # of a dictionary of another order the size tells nothing, but its digest does
     dictionary = Dictionary(paths["dict.txt"])
@@ -204,7 +206,8 @@ def main(argv: list | None = None) -> int:
     path, kind, out = Path(args.ckpt), args.to[0], Path(args.to[1])
     if args.teacher and kind != "hf":
         raise InputError("--teacher goes with --to hf: the other files hold both")
-    if out.is_file() or out.is_dir():
+    is_empty = kind == "hf" and out.is_dir() and not any(out.iterdir())
+    if (out.is_file() or out.is_dir()) and not is_empty:
         raise InputError(f"{out} exists; remove it, or choose another name")
 
     # what can be wrong with the file shows before anything is made

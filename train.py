@@ -274,7 +274,7 @@ def loop(run: Run, source, validation: Validation | None, saves: Saves, signals:
                 is_best = saves.note(figures)
                 log.validation(figures, turn.epoch)
             if save or is_best:
-                saves.save(is_best, turn.epoch)
+                saves.save(is_best, turn.epoch if done else 0)  # an overflow is no update
             stop, save_now, late = signals.agreed(saves.is_late())
             if save_now or (stop and not run.is_finished()):
                 saves.save_for_signal()

@@ -163,7 +163,7 @@ NULL = {"tensorboard_logdir": "", "batch_size": "0", "loss_scale": "0"}
 HYDRA = re.compile(r"[+]{0,2}(hydra[./].+|run_config)=.*", re.S)  # hydra's own settings
 # hydra's word: `group.name=value`, or `+group.name=value` to add it; the value may be quoted twice
 WORD = re.compile(r"\+{0,2}([A-Za-z_]\w*(?:\.\w+)*)=(['\"]?)(.*)\2", re.S)
-VALUE = re.compile(r"(?!-\D)[^=]+")  # of an option that can be without one
+VALUE = re.compile(r"(?!-[^\d.]).*", re.S)  # of an option that can be without one
 
 
 def _flat(name: str) -> str:
@@ -212,7 +212,7 @@ def as_flags(argv: list, parser) -> list:
                 del words[:1]
         elif name in BUILT_IN_FLAGS or _flat(name) in (*IGNORED, *NO_NUMBER):
             if not equals:
-                has_value = words and VALUE.fullmatch(words[0])
+                has_value = words and VALUE.fullmatch(words[0]) and not WORD.fullmatch(words[0])
                 value = words.pop(0) if has_value else "true"
             _answer(flag, name, value)
         else:

@@ -277,7 +277,9 @@ def own(state: dict, shapes: dict, what: str, path) -> dict:
             raise InputError(f"{path}: {what} has no {name}; other --layers, or another model?")
         tensor = state[name]
         if not is_ordinary(tensor):
-            kind = f"an ordinary tensor of floating-point numbers, but a {type(tensor).__name__}"
+            kind = "an ordinary tensor of floating-point numbers"
+            if not isinstance(tensor, torch.Tensor):
+                kind += f", but a {type(tensor).__name__}"
             raise InputError(f"{path}: {what} {name} is not {kind}")
         if tensor.shape != shape:
             sizes = f"{tuple(tensor.shape)}, this model's is {tuple(shape)}"

@@ -33,7 +33,8 @@ class TensorBoard:
         self.make = SummaryWriter
         self.writers = {}
         with reading(f"--tensorboard_logdir {logdir}"):
-            self.logdir.mkdir(parents=True, exist_ok=True)
+            for name in ("train_inner", "valid"):  # fails now if no file can be written there
+                (self.logdir / name).mkdir(parents=True, exist_ok=True)
         print_error = threading.excepthook
 
         # tensorboard's thread would print the error that `row` raises

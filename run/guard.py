@@ -137,6 +137,8 @@ class Health:
         Nothing is judged in the warm-up, where predictions may rest at the mean for long.
         """
         if row["num_updates"] <= self.warmup_updates or row["target_var"] is None:
+            self.collapsed_in_row = 0
+            self.half_collapsed = False
             return
         warning = f"warning: update {row['num_updates']}"
         signs = " and ".join(self.half_collapse(row, first_target_var))

@@ -5,7 +5,7 @@ import os
 import socket
 from pathlib import Path
 
-from config import InputError
+from config import InputError, reading
 
 
 def lock(folder: Path, flag: str = "--save_dir"):
@@ -13,7 +13,8 @@ def lock(folder: Path, flag: str = "--save_dir"):
 
     The kernel ends the lock with its process. Raises InputError if another run has it.
     """
-    file = open(folder / ".lock", "a+")
+    with reading(f"{flag} {folder}"):
+        file = open(folder / ".lock", "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -78,6 +78,7 @@ class Log:
         if t.tensorboard_logdir and self.device.rank == 0:
             self.curves = TensorBoard(t.tensorboard_logdir)
         self.began = time.perf_counter()
+        self.is_torn = False  # whether the last row was written in part
         self.last_update = 0
         self.is_speed_told = False
         self.reset()
@@ -231,8 +232,11 @@ class Log:
                 row = {**row, name: None}
         try:
             with self.path.open("a") as file:
+                file.write("\n" if self.is_torn else "")
                 file.write(json.dumps(row) + "\n")
+            self.is_torn = False
         except OSError as e:  # a full disk must not end a run
+            self.is_torn = True
             number = row["num_updates"]
             self.say(f"warning: {self.path}: {e.strerror}; update {number} is not in it")
         self.draw("row", row)

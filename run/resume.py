@@ -19,6 +19,8 @@ POSITION = (
     "sample_break_mode tokens_per_sample long_sentences max_tokens batch_size seed"
     " required_batch_size_multiple drop_remainder"
 ).split()
+# settings whose change between two starts need not be told
+UNTOLD = tuple("data_path init_from device npu_ log_ tensor validate_ save_ keep_ disable_".split())
 # what a changed digest of a fingerprint means
 DIGESTS = dict(
     dataset="the first folder of --data_path has changed",
@@ -142,6 +144,7 @@ def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position:
                 where = f"{path} is at batch {batches} of epoch {progress['epoch']}"
                 raise InputError(f"{where}, which has {count}; use {RESET}")
         others = sorted(set(changed) - set(moving))
+        others = [name for name in others if not name.startswith(UNTOLD)]
         if others:
             words = ["{} {} -> {}".format(name, *changed[name]) for name in others]
             log.say(f"note: changed since the checkpoint: {', '.join(words)}")
