@@ -74,9 +74,11 @@ def _take_card(kind: str, local_rank: int) -> tuple[torch.device, str]:
         why = f"this machine shows {count}"
         raise InputError(f"worker {local_rank} has no {kind} of its own: {why}")
     # it may be in use by another, or the driver does not fit
-    with reading(f"{kind} {local_rank} cannot be opened"):
+    try:
         module.set_device(local_rank)
         return torch.device(kind, local_rank), module.get_device_name(local_rank)
+    except RuntimeError as e:
+        raise InputError(f"{kind} {local_rank} cannot be opened: {_first_line(e)}") from None
 
 
 def _join_workers(kind: str, rank: int, world_size: int):

@@ -146,7 +146,7 @@ class Probe:
         Raises InputError.
         """
         if places < 1 or split == "train":
-            why = "the probe fits on that many places of train, and asks on another split"
+            why = "it fits on that many places of train, and asks on another split, such as valid"
             raise InputError(f"--probe_places {places} --split {split}: {why}")
         dataset = corpus.split("train")
         classes = frequent_tokens(dataset.stream, corpus.dictionary)

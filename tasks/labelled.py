@@ -126,7 +126,8 @@ def label_names(labels: list[str]) -> list[str]:
 
 def shown(names: list) -> str:
     """Names of classes for a message."""
-    return ", ".join(name[:80] for name in names[:10]) or "none"
+    more = ["..."] if len(names) > 10 else []
+    return ", ".join([name[:80] for name in names[:10]] + more) or "none"
 
 
 def class_numbers(table: Table, names: list[str]) -> np.ndarray:
@@ -137,7 +138,9 @@ def class_numbers(table: Table, names: list[str]) -> np.ndarray:
         if label not in numbers:
             where = f"{table.path}, line {line}: label {label[:80]!r}"
             text = f"{where} does not occur in training, which has {shown(names)}"
-            if are_scores([label, *names]):
+            if are_scores([label]) and score_of(label) in map(score_of, names):
+                text += "; it is an equal number, so write both alike"
+            elif are_scores([label, *names]):
                 text += "; scores need --regression"
             raise InputError(text)
     return np.array([numbers[label] for label in table.labels], np.int64)
@@ -239,6 +242,8 @@ def read_binarized(
     Returns also the class names in order, None for scores. Raises InputError.
     """
     labels, names = read_binarized_labels(folder / "label", split)
+    if not len(labels):
+        raise InputError(f"{folder / 'label' / split}: no rows in it")
     texts = []
     for part in (folder / "input0", folder / "input1"):
         if not part.is_dir():
@@ -279,4 +284,4 @@ def read_sentences(prefix: Path) -> list[np.ndarray]:
     """The tokens of each row of a binarized file, int64. Raises InputError."""
     file = TokenFile(prefix)
     tokens = file.items[: file.tokens].astype(np.int64)
-    return np.split(tokens, np.cumsum(file.sizes)[:-1])
+    return np.split(tokens, np.cumsum(file.sizes))[:-1]

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from config import InputError, printable, read_text
+from config import InputError, printable
 from hardware.device import Device
 from run import checkpoint
 from tasks import classifier, labelled, pretrained, tables
@@ -60,13 +60,19 @@ def read_texts(cfg, entry: dict) -> list[list[str]]:
     if Path(path).suffix.lower() in (".csv", *tables.JSON):
         raise InputError(f"--predict {path}: --text says which of its columns to read")
     # as many rows in the answer as in the file
-    text = read_text(path, encoding="utf-8-sig").removesuffix("\n")
-    if not text:
+    lines = tables.lines_of(path)
+    if lines == [""]:
         raise InputError(f"{path}: no lines in it")
-    rows = [line.split("\t") for line in text.split("\n")]
+    if count == 1:
+        tabs = sum("\t" in line for line in lines)
+        if tabs:
+            note = f"note: {tabs:,} lines hold a tab, read as a space; --text names the columns of"
+            print(f"{note} a table", file=sys.stderr)
+        return [lines]
+    rows = [line.split("\t") for line in lines]
     for number, row in enumerate(rows, 1):
         if len(row) != count:
-            what = f"{len(row)} texts with tabs between; the classifier reads {count}"
+            what = f"{len(row)} texts; expected {count} with a tab between"
             raise InputError(f"{path}, line {number}: {what}; --text names a table's columns")
     return [list(column) for column in zip(*rows)]
 

@@ -119,8 +119,9 @@ def shape_of(weights: dict, settings: dict, attention_heads: int, path) -> tuple
         vocabulary, width = weights["embed_tokens.weight"].shape
         positions, _ = weights["embed_positions.weight"].shape
         ffn_width, _ = weights["layers.0.fc1.weight"].shape
-        if vocabulary < len(SPECIAL):
-            raise ValueError(f"embed_tokens.weight has {vocabulary} rows")
+        if vocabulary < len(SPECIAL) or positions < PAD + 2 or not ffn_width:
+            sizes = f"{vocabulary} tokens, {positions} positions, inner width {ffn_width}"
+            raise ValueError(sizes)
     layers = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
     heads = attention_heads or settings.get("attention_heads")
     if not heads:

@@ -91,15 +91,17 @@ class File:
         names = [self.first[i] if self.has_header else i + 1 for i in places]
         rows = self.rows[1:] if self.has_header else self.rows
         if columns.fields:
+            others = [row for row in rows if len(row[1]) != columns.fields]
             rows = [row for row in rows if len(row[1]) == columns.fields]
-            note = f"note: {self.path}: {len(rows):,} rows have {columns.fields} fields"
-            print(printable(note))
+            if others:
+                what = f"{len(others):,} rows without {columns.fields} fields are left out"
+                print(printable(f"note: {self.path}: {what}"))
         if not rows:
             raise InputError(f"{self.path}: no rows in it but the header")
         # texts to predict, and QQP's, may be empty
         begin = count if columns.fields or columns.label is None else 0
         filled = list(zip(names, places))[begin:]
-        width = len(self.first)
+        width = columns.fields or len(self.first)
         for line, cells in rows:
             where = f"{self.path}, line {line}"
             if len(cells) != width:
@@ -119,7 +121,9 @@ class File:
         if place is not None and 0 <= place < len(self.first):
             return place
         cells = ", ".join(map(repr, self.first))[:300]
-        what = f"no single column {str(name)[:80]}"
+        what = f"no column {str(name)[:80]}, or more than one"
+        if place is None and not self.has_header:
+            what = f"--header false leaves only numbers for columns, not {str(name)[:80]}"
         raise InputError(f"{self.path}: {what}; the first row is {cells}")
 
 
@@ -196,6 +200,17 @@ def are_scores(texts: list[str]) -> bool:
 # ------------------------------------------------------------------------------------------ rows
 
 
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file, from the first.
+
+    A "\\r" alone ends a line only in a file without any "\\n": elsewhere it is within a text.
+    """
+    text = read_text(path, encoding="utf-8-sig", newline="").replace("\r\n", "\n")
+    if "\n" not in text:
+        text = text.replace("\r", "\n")
+    return text.removesuffix("\n").split("\n")
+
+
 def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
     """(line number, cells) of each row. Raises InputError.
 
@@ -205,23 +220,26 @@ def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
     kind = path.suffix.lower()
     if kind not in (".tsv", ".csv", *JSON):
         raise InputError(f"{path}: expected a name that ends in .tsv, .csv or .jsonl")
-    text = read_text(path, encoding="utf-8-sig").rstrip("\n")
-    if not text.strip():
+    lines = lines_of(path)
+    while lines and not lines[-1].strip(" "):
+        lines.pop()
+    if not any(map(str.strip, lines)):
         raise InputError(f"{path}: no rows in it")
     if kind in JSON:
         rows = [(0, [*names])]
-        for number, line in enumerate(text.split("\n"), 1):
+        for number, line in enumerate(lines, 1):
             if line.strip():
                 rows.append((number, cells_of_json(line, names, f"{path}, line {number}")))
         return rows
     # quotes mean nothing in a .tsv, as in GLUE's files
-    form = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if kind == ".tsv" else {}
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text), strict=True, **form)
-    try:
-        rows = [(reader.line_num, cells or [""]) for cells in reader]
-    except csv.Error as e:
-        raise InputError(f"{path}, line {reader.line_num}: not a table: {e}") from None
+    rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1)]
+    if kind == ".csv":
+        csv.field_size_limit(2**31 - 1)
+        reader = csv.reader(io.StringIO("\n".join(lines)), strict=True)
+        try:
+            rows = [(reader.line_num, cells or [""]) for cells in reader]
+        except csv.Error as e:
+            raise InputError(f"{path}, line {reader.line_num}: not a table: {e}") from None
     has_one_cell = len(rows[0][1]) == 1
     return [row for row in rows if has_one_cell or row[1] != [""]]
 

@@ -101,11 +101,14 @@ GIVEN = [
     ("x.tsv", "index\tq\n0\ta\n1\tb\n", "2", None, ["ab"]),  # of CoLA, whose train has none
     ("x.tsv", "a\tc\nb\td\n", "1,2", None, ["ab", "cd"]),
     ("x.txt", "a\rb", "", None, ["ab"]),  # of an old Mac
+    ("x.txt", "a\rb\nc\n", "", None, [["a\rb", "c"]]),  # a cell of one
+    ("x.txt", "a\tb\nc\n", "", None, [["a\tb", "c"]]),
+    ("x.tsv", "text\na\n  \n", "text", None, ["a"]),
     ("x.txt", "a\r\n\r\nb", "", None, [["a", "", "b"]]),
     ("x.txt", "a\tc\nb\td\n", "", None, ["ab", "cd"]),
     ("x.tsv", "text\tmore\na\tx\n\t\nb\ty\n", "text", None, [["a", "", "b"]]),  # as pandas'
     ("x.tsv", "text\na\n\nb\n\n", "text", None, [["a", "", "b"]]),
-    ("x.csv", 'text\na\n\n"b\rc"\n', "text", None, [["a", "", "b\nc"]]),
+    ("x.csv", 'text\na\n\n"b\rc"\n', "text", None, [["a", "", "b\rc"]]),
     ("x.csv", "text,more\na,x\n\n,\nb,y\n", "text", None, [["a", "", "b"]]),
     ("x.jsonl", '{"text": "a"}\n\n{"text": null}\n{"text": NaN}\n', "text", None, [["a", "", ""]]),
 ]
@@ -118,6 +121,8 @@ def test_every_row_to_predict_is_read_but_for_a_header(name, content, text, know
     entry = dict(texts=len(texts), header=known)
     assert predict.read_texts(cfg, entry) == [list(column) for column in texts]
     entry["texts"] = 3 - len(texts)
+    if name == "x.txt" and len(texts) == 2:  # a classifier of one text reads the tab as a space
+        return
     with pytest.raises(InputError, match="line 1|--text"):
         predict.read_texts(cfg, entry)
 
@@ -266,11 +271,11 @@ TABLE = "text\tlabel\n"
         ("x.tsv", TABLE + "w1\tgood\nw2\tgood\n", {}, "all training labels are 'good'"),
         ("x.tsv", TABLE + "".join(f"w1\t{i}\n" for i in range(1001)), {}, "1,001 classes"),
         ("x.tsv", TABLE + "".join(f"w1\t{i}\n" for i in range(11)), {}, "11 classes in 11 rows"),
-        ("x.tsv", "text\ttext\tlabel\nw1\tw2\tgood\n", {}, "no single column text"),
+        ("x.tsv", "text\ttext\tlabel\nw1\tw2\tgood\n", {}, "no column text, or more"),
         ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(label="text"), "name one column twice"),
-        ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(text="body"), "no single column body"),
-        ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(label="9" * 5000), "no single column 999"),
-        ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(header="false"), "no single column text"),
+        ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(text="body"), "no column body"),
+        ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(label="9" * 5000), "no column 999"),
+        ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(header="false"), "--header false"),
         ("x.tsv", TABLE + "w1\tgood\nw2\tbad\n", dict(text="a,b,c"), "--text a,b,c"),
     ],
 )

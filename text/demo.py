@@ -27,8 +27,8 @@ def make_demo(folder):
     """
     if not str(folder):
         raise InputError("--make_demo needs a folder")
-    folder = Path(folder)
     with reading(str(folder)):
+        folder = Path(folder).resolve()
         folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise InputError(f"--make_demo {folder}: is not empty; choose a new folder")
