@@ -73,4 +73,4 @@ def test_text_that_train_and_valid_share_is_noticed(tmp_path, capsys):
 )
 def test_a_mistake_in_the_command_line_is_one_line(flags, message):
     with pytest.raises(InputError, match=message):
-        describe.main(flags.replace("FILE", __file__).split())
+        describe.main([__file__ if word == "FILE" else word for word in flags.split()])
