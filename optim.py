@@ -38,9 +38,10 @@ class Optimizer:
         if weights.decayed < len(weights.parameters):
             groups.append(dict(params=weights.parameters[weights.decayed :], weight_decay=0.0))
         rules = dict(betas=cfg.adam_betas, weight_decay=cfg.weight_decay)
-        # a CPU has no foreach, and torch_npu, where it finds no card, cannot say so
-        foreach = False if device.asking_is_free or self.is_fused else None
-        form = dict(fused=self.is_fused or None, foreach=foreach)
+        form = dict(fused=True)
+        if not self.is_fused:
+            # a CPU has no foreach, and torch_npu, where it finds no card, cannot say so
+            form = dict(foreach=False if device.asking_is_free else None)
         self.adam = torch.optim.AdamW(groups, **rules, **form)
         if device.world_size > 1:
             # what the workers sum: all gradients, each a view of this vector, and the loss

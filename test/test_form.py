@@ -12,7 +12,7 @@ import pytest
 LIMITS = {
     "product lines": 12_200,  # 8,200 without data2vec 2.0
     "test lines": 9_210,  # 6,500
-    "lines that decide a number": 1222,  # 1,150
+    "lines that decide a number": 1223,  # 1,150
     "files of over 60 lines of code with under 8": 0,
     "lines over 100 columns": 0,
     "longest file": 400,
