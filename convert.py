@@ -59,7 +59,7 @@ def to_hf(content: dict, cfg: ModelConfig, text: tuple, teacher: bool, path: Pat
     encoder, head = content["teacher"], {}
     # transformers has no regression head, but one for words
     if not teacher:
-        encoder = without("encoder.", content["student"])
+        encoder = checkpoint.stripped(content["student"], "encoder.")
         head = {k: v for k, v in content["student"].items() if k.startswith("lm_head.")}
     with checkpoint.whole(out) as folder:
         folder.mkdir()
@@ -120,18 +120,13 @@ def own_weights(loaded: Loaded, cfg: ModelConfig, path) -> dict:
     student = {}
     # the encoder and the heads, of which the file may lack some
     for name, module in model.named_children():
-        state = without(f"{name}.", loaded.student)
+        state = checkpoint.stripped(loaded.student, f"{name}.")
         if state:
             state = checkpoint.own_state(state, module, f"the student's {name}", path)
             student |= {f"{name}.{k}": v for k, v in state.items()}
-    teacher = loaded.teacher or without("encoder.", student)  # as at the start of training
+    teacher = loaded.teacher or checkpoint.stripped(student, "encoder.")  # as at the start
     teacher = checkpoint.own_state(teacher, model.encoder, "the teacher", path)
     return dict(student=student, teacher=teacher)
-
-
-def without(prefix: str, state: dict) -> dict:
-    """The entries under this prefix, without it."""
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def complete(loaded: Loaded, weights: dict, seed: int, path) -> tuple[dict, str]:

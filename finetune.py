@@ -302,7 +302,7 @@ def fine_tune(task: Task, outlet: Outlet, signals: Signals):
     # the test split is scored once, by the best checkpoint
     if task.data.test and not signals.stop:
         best = checkpoint.load(outlet.path)
-        model.encoder.load_state_dict(pretrained.stripped(best.student, "encoder."))
+        model.encoder.load_state_dict(checkpoint.stripped(best.student, "encoder."))
         model.head.load_state_dict(best.content["classifier"]["head"])
         outlet.best |= validate(task, model, {"test": task.data.test})
 
@@ -310,7 +310,7 @@ def fine_tune(task: Task, outlet: Outlet, signals: Signals):
 def contents_of(task: Task, model: Classifier) -> dict:
     """What checkpoint.load reads as a checkpoint of ours without a teacher; and the classifier."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    head = pretrained.stripped(state, "head.")
+    head = checkpoint.stripped(state, "head.")
     settings = dict(vars(task.source.shape))
     settings["data_path"] = str(Path(task.cfg.save_dir).resolve())
     settings["tokens_per_sample"] = task.source.shape.max_source_positions

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import InputError, reading, refuse_pointer
+from hardware.vectors import MOMENTS
 
 import torch
 
@@ -30,7 +31,6 @@ ENTRIES = "config dictionary student teacher optimizer scaler rng progress log".
 COUNTS = "num_updates teacher_updates skipped epoch batches world_size".split()  # of progress
 FIGURES = "best_loss best_gain first_target_var hours".split()  # of progress; older files lack some
 NUMBERS = (int, float, type(None))
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights may be
 FOREIGN = "weights of other programs are for --init_from"
 COUNTED = re.compile(r"checkpoint_\d+_(\d+)\.pt")  # checkpoint_{epoch}_{updates}.pt
@@ -267,11 +267,17 @@ def is_ordinary(tensor) -> bool:
     return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
-def own(state: dict, shapes: dict, what: str, path) -> dict:
-    """The tensors of a dict in memory of our own, as float32.
+def stripped(state: dict, prefix: str) -> dict:
+    """The entries whose names begin with the prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
 
-    Raises InputError that names the first that has not one of these shapes, or is not ordinary.
-    """
+
+def shapes_of(module: torch.nn.Module) -> dict:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+def check_fits(state: dict, shapes: dict, what: str, path):
+    """Raise InputError that names the first tensor of another shape, or that is not ordinary."""
     for name, shape in shapes.items():
         if name not in state:
             raise InputError(f"{path}: {what} has no {name}; other --layers, or another model?")
@@ -288,18 +294,23 @@ def own(state: dict, shapes: dict, what: str, path) -> dict:
             )
     for name in sorted(map(str, set(state) - set(shapes))):
         raise InputError(f"{path}: {what} has {name[:200]}, which this model has not")
+
+
+def own(state: dict, shapes: dict, what: str, path) -> dict:
+    """The tensors of a dict in memory of our own, as float32. Raises InputError (`check_fits`)."""
+    check_fits(state, shapes, what, path)
     return {name: torch.empty(shapes[name]).copy_(state[name].detach()) for name in shapes}
 
 
 def own_state(state: dict, module: torch.nn.Module, what: str, path) -> dict:
     """`own` of a state dict, which must fit the module."""
-    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    return own(state, shapes, what, path)
+    return own(state, shapes_of(module), what, path)
 
 
 def put(state: dict, module: torch.nn.Module, what: str, path):
-    """Copy a state dict into the module. Raises InputError, as `own`."""
-    module.load_state_dict(own_state(state, module, what, path))
+    """Copy a state dict into the module. Raises InputError, as `check_fits`."""
+    check_fits(state, shapes_of(module), what, path)
+    module.load_state_dict(state)
 
 
 def checked_moments(state: dict, shapes: list, path) -> dict:

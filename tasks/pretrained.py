@@ -91,7 +91,7 @@ def load(path, attention_heads: int = 0) -> Pretrained:
     """
     path = Path(path)
     loaded = load_any(path)
-    weights = stripped(loaded.student, "encoder.")
+    weights = checkpoint.stripped(loaded.student, "encoder.")
     shape, vocabulary = shape_of(weights, loaded.config, attention_heads, path)
     # without memory: what these weights must fit
     with torch.device("meta"):
@@ -160,12 +160,12 @@ def find_head(loaded: Loaded, entry: dict | None, path: Path) -> Head | None:
     names = {str(name).split(".")[1] for name in state if str(name).startswith(FAIRSEQ)}
     if len(names) > 1:
         tell_left_out(path, f"one of several: {', '.join(sorted(names))}")
-    return Head(stripped(state, f"{FAIRSEQ}{names.pop()}.")) if len(names) == 1 else None
+    return Head(checkpoint.stripped(state, f"{FAIRSEQ}{names.pop()}.")) if len(names) == 1 else None
 
 
 def of_transformers(state: dict, folder: Path) -> Head | None:
     """The head of a ...ForSequenceClassification, with the names in config.json."""
-    weights = stripped(state, "classifier.")
+    weights = checkpoint.stripped(state, "classifier.")
     if set(weights) != SENTENCE_HEAD:
         names = {name.split(".")[0] for name in state if not name.startswith(NO_HEADS)}
         if names:
@@ -224,11 +224,6 @@ def classes_of(head: Head, ours: list, path: Path) -> list:
 
 def tell_left_out(path: Path, why: str):
     print(printable(f"note: the head of {path} is not taken, as it is {why}"))
-
-
-def stripped(state: dict, prefix: str) -> dict:
-    """The entries whose names begin with the prefix, without it."""
-    return {k.removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
 
 
 # ---------------------------------------------------------------------------------- the tokenizer
