@@ -160,8 +160,9 @@ def preprocess(args: argparse.Namespace, dest: Path):
     settings = settings_of(args, given)
     if args.dict:
         Dictionary(args.dict)
+    bpe = None
     if args.bpe == "gpt2":
-        read_bpe(args.encoder_json, args.vocab_bpe)
+        bpe = read_bpe(args.encoder_json, args.vocab_bpe)
     if args.bpe == "train":
         need_tokenizers()
     if args.overwrite:  # the indexes first
@@ -182,8 +183,7 @@ def preprocess(args: argparse.Namespace, dest: Path):
             given = dict(zip(TEXT_FILES[1:], trained))
         for name, content in given.items():
             write_file(dest / name, content)
-    bpe = None
-    if args.bpe != "none":
+    if args.bpe == "train":
         bpe = read_bpe(dest / "encoder.json", dest / "vocab.bpe")
     if not done and not args.dict:
         write_file(dest / "dict.txt", new_dictionary(args, bpe))

@@ -196,6 +196,11 @@ def _other_steps(folder: Path, tokenizer: dict):
         yield f"the class {kind}"
 
 
+def content_of(token) -> str:
+    """The text of a token, which some files describe by an object."""
+    return token["content"] if isinstance(token, dict) else token
+
+
 def _other_tokens(folder: Path, tokenizer: dict):
     """Tokens that the tokenizer looks for in a text, or puts around it, and ours do not."""
     tokens = [*tokenizer["added_tokens"], *_json(folder / "added_tokens.json")]
@@ -203,15 +208,13 @@ def _other_tokens(folder: Path, tokenizer: dict):
         settings = _json(folder / file)
         for name, token in settings.items():
             if name.endswith("_token") and token is not None:
-                content = token["content"] if isinstance(token, dict) else token
-                if content != NAMED.get(name, content):
-                    yield f"{name} {content}"
+                if content_of(token) != NAMED.get(name, content_of(token)):
+                    yield f"{name} {content_of(token)}"
                 tokens.append(token)
         for name in ("extra_special_tokens", "additional_special_tokens"):
             tokens += settings.get(name) or []
         tokens += settings.get("added_tokens_decoder", {}).values()
-    names = [token["content"] if isinstance(token, dict) else token for token in tokens]
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(map(content_of, tokens)):
         if name not in (*SPECIAL, "<mask>"):
             yield f"the added token {name!r}"
     ids = tokenizer["model"]["vocab"]

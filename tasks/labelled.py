@@ -138,7 +138,8 @@ def class_numbers(table: Table, names: list[str]) -> np.ndarray:
         if label not in numbers:
             where = f"{table.path}, line {line}: label {label[:80]!r}"
             text = f"{where} does not occur in training, which has {shown(names)}"
-            if are_scores([label]) and score_of(label) in map(score_of, names):
+            score = score_of(label)
+            if score is not None and score in map(score_of, names):
                 text += "; it is an equal number, so write both alike"
             elif are_scores([label, *names]):
                 text += "; scores need --regression"

@@ -60,8 +60,8 @@ def read_texts(cfg, entry: dict) -> list[list[str]]:
     if Path(path).suffix.lower() in (".csv", *tables.JSON):
         raise InputError(f"--predict {path}: --text says which of its columns to read")
     # as many rows in the answer as in the file
-    lines = tables.lines_of(path)
-    if lines == [""]:
+    lines = tables.lines_in(path)
+    if lines in ([], [""]):
         raise InputError(f"{path}: no lines in it")
     if count == 1:
         tabs = sum("\t" in line for line in lines)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import InputError, printable, read_text, reading
+from text.files import lines_of
 
 JSON = (".jsonl", ".json")  # an object in each line
 
@@ -200,7 +201,7 @@ def are_scores(texts: list[str]) -> bool:
 # ------------------------------------------------------------------------------------------ rows
 
 
-def lines_of(path: Path) -> list[str]:
+def lines_in(path: Path) -> list[str]:
     """The lines of a text file, from the first.
 
     A "\\r" alone ends a line only in a file without any "\\n": elsewhere it is within a text.
@@ -208,7 +209,7 @@ def lines_of(path: Path) -> list[str]:
     text = read_text(path, encoding="utf-8-sig", newline="").replace("\r\n", "\n")
     if "\n" not in text:
         text = text.replace("\r", "\n")
-    return text.removesuffix("\n").split("\n")
+    return lines_of(text)
 
 
 def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
@@ -220,7 +221,7 @@ def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
     kind = path.suffix.lower()
     if kind not in (".tsv", ".csv", *JSON):
         raise InputError(f"{path}: expected a name that ends in .tsv, .csv or .jsonl")
-    lines = lines_of(path)
+    lines = lines_in(path)
     while lines and not lines[-1].strip(" "):
         lines.pop()
     if not any(map(str.strip, lines)):
@@ -231,9 +232,9 @@ def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
             if line.strip():
                 rows.append((number, cells_of_json(line, names, f"{path}, line {number}")))
         return rows
-    # quotes mean nothing in a .tsv, as in GLUE's files
-    rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1)]
-    if kind == ".csv":
+    if kind == ".tsv":  # quotes mean nothing there, as in GLUE's files
+        rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1)]
+    else:
         csv.field_size_limit(2**31 - 1)
         reader = csv.reader(io.StringIO("\n".join(lines)), strict=True)
         try:
