@@ -172,8 +172,7 @@ def find_text(args, content: dict, path) -> tuple[Dictionary | None, list]:
         what = f"the dictionary, of {len(dictionary)} symbols,"
         raise InputError(f"{what} is not the one of {path}, of {size}")
     dictionary.check_checkpoint(content["dictionary"], path)
-    names = dict(digest=dictionary.digest(), mask_id=dictionary.mask_id)
-    content["dictionary"] = dict(size=size, **names)
+    content["dictionary"] = dictionary.entry()
     return dictionary, bpe
 
 

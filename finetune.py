@@ -314,11 +314,10 @@ def contents_of(task: Task, model: Classifier) -> dict:
     settings = dict(vars(task.source.shape))
     settings["data_path"] = str(Path(task.cfg.save_dir).resolve())
     settings["tokens_per_sample"] = task.source.shape.max_source_positions
-    symbols = task.text.dictionary
     labels = dict(labels=task.data.names, texts=task.data.texts, header=task.data.header)
     return convert.beginning(task.cfg.seed) | dict(
         config=settings,
-        dictionary=dict(size=len(symbols), digest=symbols.digest(), mask_id=symbols.mask_id),
+        dictionary=task.text.dictionary.entry(),
         student={k: v for k, v in state.items() if k.startswith("encoder.")},
         classifier=dict(head=head, **labels, label_scale=task.cfg.label_scale),
         teacher={},

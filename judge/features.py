@@ -14,7 +14,7 @@ from pathlib import Path
 from config import InputError, reading
 from run import checkpoint
 from run.progress import Bar
-from tasks.classifier import outputs_of
+from tasks.classifier import mean_state, outputs_of
 from tasks.labelled import Split
 from text.binarized import BOS, EOS, PAD, UNK
 from text.files import LONGEST
@@ -73,7 +73,7 @@ def write(run, tokenize, source: str, out: str) -> dict:
         # fairseq's dictionary of words may find <pad> in the text, too
         real = tokens != PAD  # (B, T)
         states, _ = encoder(tokens, is_padded or not bool(real.all()))  # (B, T, C)
-        return (states.float() * real[:, :, None]).sum(1) / real.sum(1, keepdim=True)
+        return mean_state(states, real)
 
     lines = tokens = cut = unknown = 0
     # max_tokens alone limits a batch

@@ -57,11 +57,7 @@ def contents(run, corpus: Corpus, fingerprint: dict) -> dict:
     """Everything that a resume needs but the log. run: a train.Run."""
     return dict(
         config=run.cfg.flat(),
-        dictionary=dict(
-            size=len(corpus.dictionary),
-            digest=corpus.dictionary.digest(),
-            mask_id=corpus.dictionary.mask_id,
-        ),
+        dictionary=corpus.dictionary.entry(),
         student=run.student.state_dict(),
         teacher=run.teacher.state_dict(),
         optimizer=run.optimizer.state(),

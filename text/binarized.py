@@ -79,6 +79,10 @@ class Dictionary:
         """sha256 of the symbols in order: equal if every token has the same id."""
         return hashlib.sha256("\n".join(self.symbols).encode()).hexdigest()
 
+    def entry(self) -> dict:
+        """What a checkpoint says of the dictionary that it was trained with."""
+        return dict(size=len(self), digest=self.digest(), mask_id=self.mask_id)
+
     def check_same(self, path):
         """Raise InputError if there is another dict.txt at `path` that gives a token another id."""
         if not Path(path).is_file():
