@@ -95,9 +95,12 @@ def check_folder(dest: Path, settings: dict, texts: dict, given: dict[str, bytes
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 values = f"{json.dumps(old.get(key))}, not {json.dumps(new.get(key))}"
-                raise InputError(f"{path} was made with {key} {values}; --overwrite makes it anew")
-    # without a log of ours these may be someone's
-    for name in () if (dest / "preprocess.log").exists() else TEXT_FILES:
+                how = f"--overwrite removes all splits of {dest} first"
+                raise InputError(f"{path} was made with {key} {values}; {how}")
+    # without a log of ours these may be someone's; fairseq's own has that name, too
+    log = dest / "preprocess.log"
+    is_ours = log.exists() and (not log.stat().st_size or files.json_rows(log))
+    for name in () if is_ours else TEXT_FILES:
         path = dest / name
         if path.exists() and read_text(path, newline="").encode() != given.get(name):
             raise InputError(f"{path} was not made by preprocess.py; --overwrite replaces it")
@@ -150,7 +153,9 @@ def write_split(prefix: Path, names: list[str], tokenizer: Tokenizer, workers: i
 
 
 def preprocess(args: argparse.Namespace, dest: Path):
-    # read everything that is given before anything is removed
+    # all that can be wrong shows before anything is removed
+    for path in sorted(dest.glob("train[1-9]*.idx")):
+        raise InputError(f"{path}: training would read it after train; choose another --dest")
     given = {}
     for name, path in zip(TEXT_FILES, (args.dict, args.encoder_json, args.vocab_bpe)):
         if path:

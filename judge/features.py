@@ -76,15 +76,16 @@ def write(run, tokenize, source: str, out: str) -> dict:
         return mean_state(states, real)
 
     lines = tokens = cut = unknown = 0
-    # max_tokens alone limits a batch
+    # max_tokens alone limits a batch, and a block, too
     limits = dataclasses.replace(run.cfg.data, batch_size=CHUNK)
+    longest = min(limits.tokens_per_sample, limits.max_tokens)
     with checkpoint.whole(out) as part, open(part, "wb") as file:
         write_header(file, 0, width)  # once more when the number of lines is known
         for chunk in Bar(read_lines(source), what="vectors", unit="part"):
             rows = []
             for row in tokenize(chunk):
-                if 1 + len(row) > limits.tokens_per_sample:
-                    row = np.append(row[: limits.tokens_per_sample - 2], EOS)
+                if 1 + len(row) > longest:
+                    row = np.append(row[: longest - 2], EOS)
                     cut += 1
                 unknown += int((row == UNK).sum())
                 rows.append(np.insert(row, 0, BOS))
@@ -98,7 +99,7 @@ def write(run, tokenize, source: str, out: str) -> dict:
 
     # what the reader should know of the vectors
     if cut:
-        longer = f"longer than {limits.tokens_per_sample} tokens and were cut there"
+        longer = f"longer than {longest} tokens and were cut there"
         print(f"warning: {cut:,} of {lines:,} lines were {longer}", file=sys.stderr)
     share = warn_of_unknown(unknown, tokens - 2 * lines)
     facts = dict(out=out, lines=lines, tokens=tokens, cut=cut, unknown=share, width=width)

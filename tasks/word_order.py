@@ -20,7 +20,10 @@ from run.checkpoint import write_text
 FEWEST, MOST = 5, 30  # words of a sentence
 ROWS = 13_000
 IDEOGRAPH = "[\u3040-\u30ff\u3400-\u9fff]"
-WORD = re.compile(rf"{IDEOGRAPH}|(?:(?!{IDEOGRAPH})[^\W\d_])+(?:['\-][^\W\d_]+)*")
+LETTERS = rf"(?:(?!{IDEOGRAPH})[^\W\d_])+"
+# no part of what is more than a word, such as 7th, AT&T, or letters with marks of their own
+BEFORE, AFTER = r"(?<![^\s(\[\"“‘«])", r"(?![^\s.,;:!?)\]\"”’»…])"
+WORD = re.compile(rf"{IDEOGRAPH}|{BEFORE}{LETTERS}(?:['’\-]{LETTERS})*{AFTER}")
 
 
 def swap(sentence: str, rng: random.Random) -> str | None:
@@ -44,7 +47,8 @@ def swap(sentence: str, rng: random.Random) -> str | None:
 def rows_of(sentences: list[str], most: int = ROWS) -> list[tuple[str, str]]:
     """Up to `most` (text, label) in random order, half of them swapped; the same at each call."""
     rng = random.Random(1)
-    sentences = list(dict.fromkeys(sentences))  # each once, in the order of the text
+    # each once, in the order of the text, without tabs
+    sentences = list(dict.fromkeys(" ".join(sentence.split()) for sentence in sentences))
     rng.shuffle(sentences)
     rows = []
     for sentence in sentences:

@@ -65,6 +65,13 @@ def test_each_line_gets_the_mean_of_the_states_that_it_has_alone(
     assert least <= np.abs(vectors - np.array(expected)).max() < most and vectors.std(1).min() > 0.1
 
 
+def test_a_line_is_cut_where_the_training_blocks_end(tmp_path, model, text, capsys):
+    (tmp_path / "text").write_text("\n".join(text[0]))
+    facts = compute(model, tmp_path / "text", tmp_path / "f.npy", "--max_tokens", 20)
+    assert facts["cut"] == sum(len(line.split()) > 18 for line in text[0]) > 1
+    assert "longer than 20 tokens" in capsys.readouterr().err
+
+
 def test_an_endless_line_is_refused_and_not_held(tmp_path, model, monkeypatch):
     monkeypatch.setattr(features, "LONGEST", 1000)
     (tmp_path / "text").write_text("w1\n" + "w2 " * 400)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import zipfile
 
 from config import InputError
@@ -85,6 +86,7 @@ def test_of_words_and_characters_two_neighbours_are_swapped_and_nothing_else():
     cases = {
         "one has to see it , really": ("has one to", "one to has see", "has see to it"),
         "it's  good-ish , or 7 so bad": ("good-ish  it's , or", "or 7 bad so"),
+        "they don’t live on the 7th floor, AT&T": ("live don’t on", "live on the 7th floor, AT&T"),
         "我们喜欢这个电影。": ("们我喜", "影电。"),
         "a a a a a a": (),  # a swap would not be seen
         "too short , it is": (),
@@ -98,13 +100,17 @@ def test_of_words_and_characters_two_neighbours_are_swapped_and_nothing_else():
             assert any(part in text for text in swapped), part
         assert all(collections.Counter(text) == collections.Counter(sentence) for text in swapped)
         assert all(text != sentence for text in swapped)
+        if " " in sentence:  # no piece of a word is taken for one
+            words = [re.findall(r"[^\s,]+", text) for text in (sentence, *swapped)]
+            assert len({tuple(sorted(text)) for text in words}) == 1
     comma = {word_order.swap("one has to , see it", random.Random(seed)) for seed in range(200)}
     assert not any("see , to" in text for text in comma)
 
 
 def test_the_task_of_word_order_is_balanced_repeatable_and_uses_a_sentence_once(tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("".join(f"one has to see number x{i * 'y'} twice\n" for i in range(60)) * 2)
+    lines = "".join(f"one has to see number x{i * 'y'} twice\n" for i in range(60))
+    text.write_text(lines + lines.replace(" see", "\tsee"))  # the same sentences
     for name in ("a", "b"):
         call(word_order.main, "--text", str(text), "--dest", str(tmp_path / name), "--rows", "52")
     texts = []

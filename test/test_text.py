@@ -73,6 +73,7 @@ def test_cut_or_foreign_bpe_files_are_refused_and_special_tokens_need_no_merge(
         ((encoder, vocab[: len(vocab) // 2]), "does not merge two tokens|has no merge"),
         ((encoder, few), "one of the files is cut"),
         ((json.dumps({"a": 0}), "#version: 0.2\n"), "255 of the 256 single bytes"),
+        ((json.dumps(json.loads(encoder) | {"<s>": 50257}), vocab), "holds <s>, as the vocab.json"),
         ((special, vocab), ""),
     ):
         for name, content in zip(BPE_FILES, texts):

@@ -16,6 +16,7 @@ from text.tokens import tokenizer_of
 SENTENCE_END = re.compile(r"\n\s*\n")
 WORD = re.compile(r"\w+|[^\w\s]+")
 WORDS = 4000  # of the dictionary
+PART = ".demo-"  # begins the name of the folder in which it is being made
 
 
 def make_demo(folder):
@@ -30,18 +31,18 @@ def make_demo(folder):
     with reading(str(folder)):
         folder = Path(folder).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if any(not path.name.startswith(PART) for path in folder.iterdir()):
         raise InputError(f"--make_demo {folder}: is not empty; choose a new folder")
-    # written beside it and moved there as a whole, so that a kill leaves it empty
-    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as part:
-        made = Path(part) / "demo"
-        made.mkdir()
+    # what a killed start leaves begins with PART
+    with tempfile.TemporaryDirectory(dir=folder, prefix=PART, ignore_cleanup_errors=True) as part:
         try:
-            rows = _write_demo(made)
+            rows = _write_demo(Path(part))
         except OSError as e:  # a full disk, of which Python names no file
             e.filename = str(folder)
             raise
-        made.replace(folder)
+        # train's index, without which it is no dataset, is the last
+        for path in sorted(Path(part).iterdir(), key=lambda path: path.name == "train.idx"):
+            path.replace(folder / path.name)
     for row in rows:
         print(printable(f"{folder}/{row}"))
 

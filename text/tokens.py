@@ -92,6 +92,9 @@ def read_bpe(encoder_json, vocab_bpe):
     if missing := alphabet - vocab.keys():
         what = f"{len(missing)} of the 256 single bytes have no token; not a byte-level BPE"
         raise InputError(f"{encoder_json}: {what}")
+    if "<s>" in vocab:  # which text never becomes: a vocab.json, whose ids are others
+        what = "holds <s>, as the vocab.json of transformers does; encoder.json has other ids"
+        raise InputError(f"{encoder_json}: {what}")
     bpe = byte_level(tokenizers.models.BPE(vocab, merges))
     # special tokens, such as <|endoftext|>, are cut before any merge; all others need a merge
     unmade = vocab.keys() - {"".join(merge) for merge in merges} - alphabet
