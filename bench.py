@@ -149,6 +149,10 @@ class Plain:
     the gradients.
     """
 
+    ONLY = dict(objective="data2vec", mlm_weight=0.0, layer_norm_target_layer=True)
+    ONLY |= dict(batch_norm_target_layer=False, instance_norm_target_layer=False)
+    ONLY |= dict(layer_norm_targets=False, instance_norm_targets=False)
+
     def __init__(self, run: Run, vocabulary_size: int):
         cfg, device = run.cfg, run.device
         self.run, self.num_updates = run, 0
@@ -291,8 +295,10 @@ def describe(cfg: Config, device: Device, args, is_synthetic: bool) -> dict:
 
 def bench(cfg: Config, device: Device, corpus: Corpus, args) -> dict:
     """What the flags ask for."""
-    if args.compare and cfg.model.objective == "data2vec2":
-        raise InputError("--compare: what is written plainly is version 1's step")
+    plain = dataclasses.replace(cfg.model, **Plain.ONLY)
+    if args.compare and plain != cfg.model:
+        only = ", ".join(f"--{name} {value}" for name, value in Plain.ONLY.items())
+        raise InputError(f"--compare: what is written plainly is the step of {only}")
     if args.check:
         return dict(check=check(cfg, device, corpus, args.updates))
     run = Run(cfg, device, len(corpus.dictionary))

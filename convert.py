@@ -65,7 +65,7 @@ def to_hf(content: dict, cfg: ModelConfig, text: tuple, teacher: bool, path: Pat
         folder.mkdir()
         unknown = 0  # tokens of the BPE that the dictionary lacks
         if dictionary and (bpe[0] or not dictionary.holds_bpe_ids()):
-            longest = content["config"]["tokens_per_sample"]
+            longest = min(content["config"]["tokens_per_sample"], cfg.max_source_positions)
             unknown = hf_tokenizer.write(folder, dictionary, bpe, longest, bool(head))
         else:
             print("no tokenizer: give --data_path, or --dict, --encoder_json and --vocab_bpe")
@@ -75,7 +75,7 @@ def to_hf(content: dict, cfg: ModelConfig, text: tuple, teacher: bool, path: Pat
                 task = hf.classification(content["classifier"], cfg.embed_dim, path)
         elif head:
             task = hf.fill_mask(head, unknown)
-        hf.write(folder, encoder, cfg, unknown, task)
+        hf.write(folder, encoder, cfg, unknown, task, content["dictionary"])
         page = card.text(out.resolve().name, task.pipeline, content)
         (folder / "README.md").write_text(page, encoding="utf-8")
     what = "is its model card; the licence and the corpus are yours to fill in"
@@ -140,7 +140,7 @@ def complete(loaded: Loaded, weights: dict, seed: int, path) -> tuple[dict, str]
             optimizer = dict(loaded.content["optimizer"])
             optimizer["state"] = checkpoint.checked_moments(optimizer["state"], shapes, path)
         return {**loaded.content, **weights, "optimizer": optimizer}, ""
-    content = {**beginning(seed), **weights}
+    content = {**beginning(seed), **weights, "dictionary": loaded.dictionary}
     if loaded.kind != "fairseq":
         return content, ""
     try:
@@ -220,13 +220,14 @@ def main(argv: list | None = None) -> int:
     content, why = complete(loaded, weights, config["seed"], path)
     content = fairseq_files.without_objects({**content, "config": config}, {})
     text = find_text(args, content, path)
+    # fairseq's own entries hold the settings of before
+    if any(config[name] != value for name, value in settings.items() if name in config):
+        content.pop(fairseq_state.THEIRS, None)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     if kind == "hf":
         to_hf(content, parts[ModelConfig], text, args.teacher, path, out)
     elif kind == "fairseq":
-        if config != loaded.config:  # fairseq's own entries hold the settings of before
-            content.pop(fairseq_state.THEIRS, None)
         to_fairseq(content, parts[TrainConfig], path, out)
     else:
         checkpoint.save(content, out)

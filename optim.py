@@ -81,6 +81,8 @@ class Optimizer:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         loss, counts, sample_size = self.sum_over_workers(loss, counts)
+        if self.scaler.is_enabled():  # it sees gradients alone, which may be finite all the same
+            self.weights.parameters[-1].grad += loss * 0
         self.scaler.unscale_(self.adam)  # after the sum, so that all workers see the same overflow
         grads = [p.grad for p in self.weights.parameters]
         gnorm, factor = norm_and_factor(grads, sample_size, self.cfg.clip_norm)

@@ -98,6 +98,11 @@ REST = {
     "train_subset": ("train", "training always reads the split named train"),
     "valid_subset": ("valid", "training validates on valid; eval.py has --split"),
 }
+# What the release's base.yaml sets, and fairseq's code has other defaults for.
+SILENT = """sample_break_mode tokens_per_sample mask_prob mask_multiple_length random_token_prob
+    leave_unmasked_prob head_layers average_top_k_layers layer_norm_target_layer loss_beta
+    loss_scale ema_anneal_end_step adam_betas adam_eps weight_decay clip_norm lr max_update
+    warmup_updates"""
 
 
 # ----------------------------------------------------------- the text of a value becomes a setting
@@ -109,12 +114,15 @@ def boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
+AROUND = "[]'\" "  # a number: PyYAML takes 2e-4 for a text
+
+
 def number(text: str) -> float:
-    return float(text.strip("[] "))  # fairseq writes lr=[0.0002]
+    return float(text.strip(AROUND))  # fairseq writes lr=[0.0002]
 
 
 def whole_number(text: str) -> int:
-    text = text.strip("[] ")
+    text = text.strip(AROUND)
     if text.lstrip("+-").isdigit():  # a float would round large ones, such as a seed
         return int(text)
     value = number(text)  # 1e6 is a whole number, too
@@ -258,6 +266,10 @@ def read_yaml(path: Path, fields: dict, explain: bool) -> dict:
         raise InputError(f"{path}: no such file (from --config_dir and --config_name)")
     values, others = from_reference(_tree_of(path), fields, str(path))
     notes = ["without --fairseq_exact this trains the paper's way, not the released code's"]
+    silent = [name for name in SILENT.split() if name not in values]
+    if silent and values.get("objective") != "data2vec2":
+        what = "base.yaml's values are taken, where fairseq's code has others"
+        notes.append(f"it says nothing of {', '.join(silent)}: {what}")
     # base.yaml asks for it, and most machines have no such package
     if values.get("tensorboard_logdir") and not importlib.util.find_spec("tensorboard"):
         folder = values.pop("tensorboard_logdir")
@@ -327,6 +339,10 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
             _check_built_in(name, value, built_in[name])
         else:
             others[name] = text
+    batch_size = values.get("batch_size")
+    if batch_size and flat.get("dataset.max_tokens", (None,))[0] is None:  # no such limit there
+        length = values.get("tokens_per_sample", fields["tokens_per_sample"].default)
+        values["max_tokens"] = max(fields["max_tokens"].default, batch_size * length)
     if is_2:
         with reading(f"{where}: not a config of data2vec_multi"):
             version_2.finish(values, flat, where)

@@ -128,6 +128,9 @@ def loaded(content: dict, path) -> Loaded:
     tree = content.get("cfg") or _args_tree(content.get("args"), state)
     if isinstance(tree, dict) and fairseq_v2.holds(state):
         tree = fairseq_v2.pretraining(tree)
+    model = tree.get("model") if isinstance(tree, dict) else None
+    if isinstance(model, dict) and model.get("_name") == "roberta":  # fine-tuned: as args are
+        tree = _args_tree(model, state)
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
         advice = "save its `model` entry alone and give its shape by flags"
         kind = "no config" if tree is None else f"a config that is a {type(tree).__name__}"

@@ -76,8 +76,8 @@ WORD_HEAD = [
     f"lm_head.{name}"
     for name in ("bias", "dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias")
 ]
-# our own entry in config.json: how many of the token embeddings the dictionary has
-SYMBOLS = "dictionary_size"
+# our own entries in config.json: how many of the embeddings the dictionary has, and which it is
+SYMBOLS, ENTRY = "dictionary_size", "dictionary"
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
@@ -122,7 +122,8 @@ def load(folder: Path) -> Loaded:
     if head:
         settings["objective"] = "mlm"
     student = {**{f"encoder.{k}": v for k, v in encoder.items()}, **head}
-    return Loaded("hf", settings, student, None, state)
+    entry = theirs.get(ENTRY)
+    return Loaded("hf", settings, student, None, state, entry if isinstance(entry, dict) else {})
 
 
 def _settings(theirs: dict, where: Path) -> dict:
@@ -242,11 +243,11 @@ def classification(entry: dict, width: int, path) -> Task:
     return Task("text-classification", "ForSequenceClassification", head, settings)
 
 
-def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int, task: Task):
+def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int, task: Task, entry: dict):
     """Write config.json and model.safetensors of a model of FAMILIES.
 
     encoder: state dict of an Encoder; unknown: how many ids after its own get the embedding of
-    <unk>. Raises InputError for a model that transformers cannot express.
+    <unk>; entry: of the dictionary. Raises InputError for a model that transformers cannot express.
     """
     kind, model, prefix, parts = FAMILIES[cfg.normalize_before]
     if cfg.activation_dropout:
@@ -271,7 +272,7 @@ def write(folder: Path, encoder: dict, cfg: ModelConfig, unknown: int, task: Tas
         initializer_range=0.02,
         **{name: getattr(cfg, ours) for ours, name in CONFIG.items()},
         **BUILT_IN,
-        **{SYMBOLS: len(tokens)},
+        **{SYMBOLS: len(tokens), ENTRY: entry},
         **task.settings,
     )
     (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")

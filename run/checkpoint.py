@@ -18,7 +18,7 @@ import shutil
 import tarfile
 import warnings
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from config import InputError, reading, refuse_pointer
@@ -65,6 +65,7 @@ class Loaded:
     student: dict  # state dict under our names
     teacher: dict | None
     content: dict  # the whole file
+    dictionary: dict = field(default_factory=dict)  # Dictionary.entry of its own, if it has that
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -189,7 +190,8 @@ def ours(content: dict, path) -> Loaded:
         wrong += [name for name in FIGURES if not isinstance(progress.get(name), NUMBERS)]
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: of a wrong type or size")
-    return Loaded("ours", content["config"], content["student"], content["teacher"], content)
+    parts = (content[name] for name in ("config", "student", "teacher"))
+    return Loaded("ours", *parts, content, content["dictionary"])
 
 
 def load_plain(path, mmap: bool):

@@ -201,13 +201,16 @@ def flags_of(parts: list) -> str:
     """The shortest command line that gives the settings in these instances."""
     values = {name: value for part in parts for name, value in vars(part).items()}
     plain = {field.name: field.default for part in parts for field in dataclasses.fields(part)}
+    implied = {}
     if values.get("fairseq_exact"):
-        plain |= {**exact_settings(values["objective"]), "fairseq_exact": None}
+        implied = {**exact_settings(values["objective"]), "fairseq_exact": None}
     # relative to each preset: the one that leaves the fewest flags
     lines = []
     for name, preset in config.PRESETS.items():
-        words = [f"--config_name {name}"] if preset else []
-        expected = plain | preset
+        # without a name version 2 takes base_v2
+        is_named = preset or values.get("objective") == "data2vec2"
+        words = [f"--config_name {name}"] if is_named else []
+        expected = plain | preset | implied
         for setting, value in values.items():
             if value != expected[setting]:
                 words.append(f"--{setting} {shlex.quote(words_of(value))}")

@@ -203,7 +203,11 @@ class Log:
         left = self.left(each)
         # the limit that ends the run is the one to change
         if left > 0:
-            flag = "max_hours" if left == self.clock.left else "max_update"
+            flag = "max_update"
+            if self.last_update < self.run.cfg.train.max_update:
+                flag = "max_epoch"
+            if left == self.clock.left:
+                flag = "max_hours"
             self.say(f"{left / each:,.0f} updates at {each:.2g} s: {duration(left)}; see --{flag}")
 
     def left(self, each: float) -> float:

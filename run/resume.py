@@ -124,13 +124,15 @@ def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position:
     path, loaded = found
     workers = run.device.world_size
     with reading(f"{path}: damaged"):
-        corpus.dictionary.check_checkpoint(loaded.content["dictionary"], path)
+        corpus.dictionary.check_checkpoint(loaded.dictionary, path)
         progress = loaded.content["progress"]
         batches = progress["batches"] * progress["world_size"]  # of all workers
         changed = changes({**loaded.config, **progress["data"]}, {**run.cfg.flat(), **fingerprint})
         if batches % workers:  # this many workers are never at that batch
             changed["world_size"] = progress["world_size"], workers
         refuse(path, changed, ARCHITECTURE, "--init_from with another --save_dir")
+        if run.cfg.train.init_from:
+            refuse(path, changed, ["init_from"], "another --save_dir")
         # where in the data
         moving = (*POSITION, *fingerprint, "world_size")
         if not reset_position:
@@ -148,7 +150,7 @@ def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position:
         take(run, loaded, path)
         run.epoch, run.batches_done = progress["epoch"], batches // workers
         log.restore(loaded.content["log"])
-    if reset_position and run.batches_done:
+    if reset_position and batches:
         run.epoch += 1
         run.batches_done = 0
 
@@ -218,7 +220,11 @@ def check_agreement(run, corpus: Corpus, fingerprint: dict):
 
 def init_from(run, corpus: Corpus, loaded: checkpoint.Loaded, path):
     """Take the weights and the teacher of any checkpoint; optimizer and schedule start fresh."""
-    corpus.dictionary.check_checkpoint(loaded.content.get("dictionary"), path)
+    corpus.dictionary.check_checkpoint(loaded.dictionary, path)
+    # what no weight's shape shows
+    theirs = {k: v for k, v in loaded.config.items() if k in ("attention_heads", "activation_fn")}
+    for name, (saved, here) in changes(theirs, run.cfg.flat()).items():
+        raise InputError(f"{path}: its --{name} is {saved}, and here {here}")
     weights, ours, warnings = dict(loaded.student), run.student.state_dict(), []
     # a head that is missing starts at random, and one that is not used is left out
     for prefix, head in HEADS.items():

@@ -18,9 +18,12 @@ def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
     """
     device, cfg, t = run.device, run.cfg, run.cfg.train
     an_epoch = -(-len(train.batch_ends) // (device.world_size * t.update_freq))  # updates
-    updates = t.max_update
+    done = run.batches_done // t.update_freq  # updates of this epoch
+    left = t.max_update - run.num_updates
     if t.max_epoch:
-        updates = min(updates, t.max_epoch * an_epoch)
+        left = min(left, (t.max_epoch - run.epoch + 1) * an_epoch - done)
+    left = max(0, left)
+    updates = run.num_updates + left
     log.open(updates)
 
     # how it is set up: with this line anyone can start it again
@@ -29,7 +32,7 @@ def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
     where = f"{device.world_size} x {device.type} ({device.name}), amp {device.amp_name}"
     log.say(f"{where} | {sum(p.numel() for p in run.weights.parameters):,} parameters")
     # what it will see
-    log.say(what_is_read(cfg, train, updates, updates / an_epoch))
+    log.say(what_is_read(cfg, train, updates, run.epoch - 1 + (done + left) / an_epoch))
     log.say(what_is_lost(train))
     if source:
         log.say(where_it_is(run, source))

@@ -105,7 +105,7 @@ def load(path, attention_heads: int = 0) -> Pretrained:
         weights=checkpoint.own_state(weights, expected, "the encoder", path),
         entry=entry,
         head=find_head(loaded, entry, path),
-        dictionary=ours.get("dictionary", {}),
+        dictionary=loaded.dictionary,
         folder=str(loaded.config.get("data_path") or ""),
     )
 
@@ -263,7 +263,9 @@ def prepare_text(cfg, source: Pretrained) -> Text:
         if len(dictionary) != source.vocabulary:
             sizes = f"{len(dictionary)} symbols, but {source.path} has {source.vocabulary}"
             raise InputError(f"{dictionary.path}: {sizes} embeddings")
-        dictionary.check_checkpoint(source.dictionary, source.path)
+        # that of a folder's own tokenizer has other symbols
+        if named["dict.txt"] or not source.path.is_dir():
+            dictionary.check_checkpoint(source.dictionary, source.path)
         tokenize = None
         if is_binarized:
             for part in ("input0", "input1"):  # each was binarized with the one in it

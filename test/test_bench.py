@@ -6,6 +6,7 @@ import time
 
 import bench
 import train
+from config import InputError
 from hardware.flops import PARTS_OF_AN_UPDATE, update_flops
 from test.helpers import COPIES, CPU, FEW, call, make_run
 
@@ -42,6 +43,9 @@ def test_bench_prints_a_table_and_one_line_of_json(corpus_dir):
         assert all(result[name] > 0 for name in FIGURES)
         assert tuple(result["ms_parts"]) == PARTS_OF_AN_UPDATE
         assert result["ms_parts"]["data"] > 0
+    for flag in (["--mlm_weight", "1"], ["--instance_norm_targets", "yes"], ["--objective", "mlm"]):
+        with pytest.raises(InputError, match="--compare: .* --mlm_weight 0.0"):
+            json_of("--compare", *flag)
     result = json_of("--compare")
     for name in ("ms", "other_ms", "ratio"):
         low, high = result[f"{name}_range"]

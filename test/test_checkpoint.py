@@ -61,6 +61,10 @@ def test_foreign_and_misfitting_checkpoints_are_refused(saved, tmp_path, corpus_
             r"is \(.*this model's is",
         ),
         (
+            lambda: train.main(few(corpus_dir, tmp_path / "new", *start, "--attention_heads", 4)),
+            "last.pt: its --attention_heads is 2, and here 4",
+        ),
+        (
             lambda: train.main(few(corpus_dir, tmp_path / "new", *start, "--layers", 3)),
             "has no encoder.layers.2",
         ),

@@ -62,6 +62,11 @@ def test_the_way_from_fairseq_and_back_is_exact(tmp_path):
     assert set(a) == set(b)
     for part in a:
         assert same(a[part], b[part]), part
+    # a setting that was changed on the way
+    run(FAIRSEQ, "native", tmp_path / "other.pt", "--lr", 0.5)
+    run(tmp_path / "other.pt", "fairseq", tmp_path / "changed.pt")
+    changed = torch.load(tmp_path / "changed.pt", weights_only=True)
+    assert changed["cfg"]["optimization"]["lr"] == [0.5]
 
 
 def names_of(tree, prefix="") -> set:
@@ -163,7 +168,7 @@ def as_omegaconf(value, monkeypatch):
     return getattr(sys.modules[place], name)(_metadata=None, _parent=None, **{entry: value})
 
 
-@pytest.mark.parametrize("age", ["args", "omegaconf"])
+@pytest.mark.parametrize("age", ["args", "omegaconf", "fine-tuned"])
 def test_files_of_older_fairseq_releases_are_read_with_their_settings(
     tmp_path, saved, age, monkeypatch
 ):
@@ -180,14 +185,19 @@ def test_files_of_older_fairseq_releases_are_read_with_their_settings(
         names = ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")
         shape = {f"encoder_{name}": SMALL[name] for name in names}
         others = dict(lr=[1.0], dropout=0.25, attention_dropout=0.0, activation_fn="gelu")
-        content["args"] = argparse.Namespace(arch="roberta", encoder_layerdrop=0, **others, **shape)
+        others |= dict(encoder_layerdrop=0, **shape)
+        if age == "fine-tuned":  # its cfg is as flat
+            task = dict(_name="sentence_prediction")
+            content["cfg"] = dict(model=dict(_name="roberta", **others), task=task)
+            return
+        content["args"] = argparse.Namespace(arch="roberta", **others)
         del content["cfg"]
 
     fairseq_file(saved / "checkpoint_last.pt", tmp_path / "old.pt", change)
     monkeypatch.undo()
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "old.pt", weights_only=True)
-    more = ["--average_top_k_layers", 2] if age == "args" else []
+    more = [] if age == "omegaconf" else ["--average_top_k_layers", 2]
     said = run(tmp_path / "old.pt", "native", tmp_path / "ours.pt", *more)
     assert "start anew" in said and "not taken over: encoder.lm_head" in said and not mark.exists()
     loaded = checkpoint.load(tmp_path / "ours.pt")

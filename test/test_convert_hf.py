@@ -4,8 +4,11 @@ The tests against transformers itself skip where it is not installed: pip instal
 """
 
 import os
+import shutil
 import sys
 
+import convert
+import eval as evaluation
 import train
 from config import InputError
 from run import checkpoint
@@ -85,6 +88,7 @@ def test_a_head_for_words_fills_masks_in_transformers_with_the_same_logits(
         expected = student.lm_head(states.flatten(0, 1), student.encoder.embed_tokens.weight)
         logits = model.eval()(ids).logits[0]
     assert logits.shape[1] == len(tokenizer) == size + lacking and expected.std() > 0.1
+    assert tokenizer.model_max_length == SMALL["max_source_positions"]
     assert torch.allclose(logits[:, :size], expected, atol=1e-4)
     assert not logits.softmax(1)[:, size:].any()
     options = dict(tokenizer=tokenizer, device="cpu", top_k=1)
@@ -121,8 +125,33 @@ def test_the_way_to_transformers_and_back_is_exact(tmp_path, random_file):
     assert {k: back.config[k] for k in SMALL} == SMALL
     assert back.config["normalize_before"] == (student.encoder.layer_norm is not None)
     run(tmp_path / "back.pt", "hf", tmp_path / "again")
+    card = (tmp_path / "again" / "README.md").read_text()  # of a file that tells no training
+    assert "| `embed_dim` | 16 |" in card and "updates" not in card and "`lr`" not in card
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_a_folder_knows_the_dictionary_that_its_model_was_trained_with(
+    tmp_path, random_file, corpus_dir
+):
+    run(random_file[0], "hf", tmp_path / "hf")
+    shutil.copytree(corpus_dir, tmp_path / "other")
+    rows = (corpus_dir / "dict.txt").read_text().splitlines()
+    (tmp_path / "other" / "dict.txt").write_text("\n".join([*rows[::-1], ""]))
+    where = ["--ckpt", tmp_path / "hf", "--data_path"]
+    native = ["--to", "native", tmp_path / "native.pt"]
+    train_it = [*few(tmp_path / "other", tmp_path / "run"), "--init_from", tmp_path / "hf"]
+    for main, argv in (
+        (evaluation.main, [*where, tmp_path / "other", "--device", "cpu"]),
+        (convert.main, [*where, tmp_path / "other", *native]),
+        (train.main, train_it),
+    ):
+        with pytest.raises(InputError, match="hf: trained with another dictionary"):
+            call(main, *argv)
+    call(convert.main, *where, corpus_dir, *native)
+    argv = ["--ckpt", tmp_path / "native.pt", "--data_path", tmp_path / "other"]
+    with pytest.raises(InputError, match="native.pt: trained with another dictionary"):
+        call(evaluation.main, *argv, "--device", "cpu")
 
 
 def test_training_begins_with_a_folder_of_transformers(

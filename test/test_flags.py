@@ -70,6 +70,8 @@ def test_fairseq_exact_overrides_defaults_and_flags_override_it():
         "--data_path x --config_name tiny --lr 0.5 --adam_betas 0.5,0.75 --compile yes",
         "--data_path x --config_name npu_1p --fairseq_exact --drop_remainder no",
         "--data_path x --config_name base --fixed_masks",
+        "--data_path x --config_name base --objective data2vec2 --mask_multiple_length 1",
+        "--data_path x --config_name base_v2 --fairseq_exact --min_pred_var 1e-4",
     ],
 )
 def test_the_shortest_command_line_gives_the_same_settings(line):
@@ -346,7 +348,8 @@ def test_a_fairseq_yaml_is_read_and_ignored_entries_are_printed(yaml, capsys):
     given = yaml(text, "--mask_prob", "0.3")
     expected = dict(mask_prob=0.3, log_interval=7, ema_decay=0.5, layers=3, lr=3e-3, update_freq=2)
     assert {name: given[name] for name in expected} == expected
-    _, *printed = capsys.readouterr().err.splitlines()
+    _, silent, *printed = capsys.readouterr().err.splitlines()
+    assert "nothing of sample_break_mode" in silent and "mask_prob" not in silent
     for name, line in zip(("fp16", "max_positions", "world_size"), printed, strict=True):
         assert name in line
     assert "--update_freq 32 keeps" in printed[-1]  # 2 on 16 workers is 32 on one
@@ -354,11 +357,14 @@ def test_a_fairseq_yaml_is_read_and_ignored_entries_are_printed(yaml, capsys):
         "task: {tokens_per_sample: 99}\nmodel: {max_source_positions: '${task.tokens_per_sample}'}"
     )
     assert yaml(text)["max_source_positions"] == 99
+    # without a limit of tokens batches are of so many blocks, and PyYAML reads 2e-4 as text
+    given = yaml("dataset: {batch_size: 64, max_tokens: null}\noptimization: {lr: [2e-4]}\n")
+    assert (given["max_tokens"], given["lr"]) == (64 * 512, 2e-4)
 
 
 def test_fairseqs_base_yaml_runs_without_tensorboard(yaml, capsys, monkeypatch):
     text = "common: {tensorboard_logdir: tb, fp16: true}\n"
-    for package, folder, lines in ((object(), "tb", 2), (None, "", 3)):
+    for package, folder, lines in ((object(), "tb", 3), (None, "", 4)):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=package: package)
         assert yaml(text)["tensorboard_logdir"] == folder
         printed = capsys.readouterr().err.splitlines()

@@ -18,7 +18,7 @@ import train
 from config import InputError
 from judge import plot
 from run import checkpoint, describe, flags
-from test.helpers import FEW, HERE, call, few, make_run, wait_for
+from test.helpers import FEW, HERE, call, few, make_run, rows_of, wait_for
 from text import demo
 
 import pytest
@@ -181,8 +181,21 @@ def test_a_run_says_what_it_reads_and_how_much_time_is_left(
     assert re.search(rf"; {updates:,} updates read .*{read}$", printed, re.M)
     rows = re.findall(r"^update (\d+) .*\d (?:second|minute)s left$", printed, re.M)
     assert len(rows) == -(-updates // 2) - 1  # all but the last
-    speed = rf"^{updates - 2} updates at \S+ s: \d+ seconds; see --max_update$"
+    flag = "max_epoch" if epochs else "max_update"
+    speed = rf"^{updates - 2} updates at \S+ s: \d+ seconds; see --{flag}$"
     assert len(re.findall(speed, printed, re.M)) == 1
+
+
+def test_a_resume_with_longer_updates_counts_those_of_the_epochs_that_are_left(
+    corpus_dir, tmp_path
+):
+    batches = len(make_run(corpus_dir)[1].batch_ends)
+    argv = few(corpus_dir, tmp_path, "--disable_validation", "--log_interval", 1, "--max_epoch")
+    call(train.main, *argv, 1)
+    printed = call(train.main, *argv, 2, "--update_freq", 10)
+    updates = batches + -(-batches // 10)
+    assert f"; {updates} updates read the text 2.0 times" in printed
+    assert rows_of(tmp_path)[-1]["num_updates"] == updates and " left\n" in printed
 
 
 def test_a_run_shows_the_settings_that_differ_and_warns_of_text_that_is_never_seen(

@@ -23,6 +23,7 @@ def test_a_finished_run_continues_when_max_update_is_raised_and_a_used_folder_is
     for more, fact in (
         (["--seed", "2"], "seed was 1, is 2"),
         (["--no_resume"], "--overwrite"),
+        (["--init_from", none], "init_from was , is .*none"),
         # nothing is removed before every check has passed
         (["--no_resume", "--overwrite", "--data_path", none], "no such folder"),
     ):

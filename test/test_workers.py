@@ -100,6 +100,11 @@ def test_one_worker_continues_where_two_were_in_the_epoch(corpus_dir, tmp_path):
         # the first part's schedule ended at its own max_update: the losses agree until there
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4 if a["num_updates"] <= 3 else 0.1)
 
+    # more workers than batches are done: the next epoch all the same
+    call(train.main, *few(corpus_dir, tmp_path / "more", "--max_update", 1))
+    more = few(corpus_dir, tmp_path / "more", "--max_update", 2, "--reset_data_position")
+    assert torchrun(2, *more).returncode == 0 and rows_of(tmp_path / "more")[-1]["epoch"] == 2
+
     # 12 batches are done, so three workers can continue; five cannot
     assert progress_of(one)["batches"] == 12
     argv = few(corpus_dir, one, "--max_update", 7)
