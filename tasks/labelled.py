@@ -59,6 +59,10 @@ def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
     if is_binarized(cfg):
         # labels and tokens are numbers already
         splits, names = read_folders(folder, dictionary, longest)
+        # fairseq's script for STS-B has divided its scores by their scale already
+        if names is None and cfg.task == "none":
+            for split in splits.values():
+                split.labels = split.labels / np.float32(cfg.label_scale)
         texts = 1 + (folder / "input1").is_dir()
     elif cfg.data_path and cfg.task == "none":
         raise InputError(f"{folder}: no folder input0 in it; GLUE's files need --task, as rte")
@@ -272,12 +276,13 @@ def read_binarized_labels(folder: Path, split: str) -> tuple[np.ndarray, list[st
     # they only fill the dictionary up to a multiple of 8
     while names and names[-1].startswith("madeupword"):
         names.pop()
-    # a row is the label and EOS
-    tokens = [row[0] if len(row) else -1 for row in read_sentences(folder / split)]
+    # a row is the label and EOS; a label of two words would be that of its first
+    rows = read_sentences(folder / split)
+    tokens = [row[0] if len(row) and (row[1:] == EOS).all() else -1 for row in rows]
     numbers = np.array(tokens, np.int64) - len(SPECIAL)
     for row in np.flatnonzero((numbers < 0) | (numbers >= len(names)))[:1]:
         where = f"{folder / split}: row {row}"
-        raise InputError(f"{where} has no label that label/dict.txt names")
+        raise InputError(f"{where} is not one label that label/dict.txt names")
     return numbers, names
 
 

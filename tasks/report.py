@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,15 +56,15 @@ def older_results(folder: Path, ckpt: str, overwrite: bool) -> list[Path]:
 
     Raises InputError otherwise, and if something else would be lost.
     """
-    is_taken = any((folder / name).exists() for name in ("train.jsonl", "train.idx"))
-    if is_taken or Path(ckpt).resolve().parent == folder.resolve():
-        what = "holds the run to start from, or a dataset"
-        raise InputError(f"--save_dir {folder} {what}; choose another folder")
     names = ("finetune.jsonl", "results.json", BEST)
     older = [folder / name for name in names if (folder / name).exists()]
     # of several each has its folder; one with a dict.txt is a fine-tuning of its own
     logs = folder.glob("*_seed_*/finetune.jsonl")
     older += [log.parent for log in logs if not (log.parent / "dict.txt").exists()]
+    is_taken = any((folder / name).exists() for name in ("train.jsonl", "train.idx"))
+    if is_taken or Path(ckpt).resolve().parent in {path.resolve() for path in (folder, *older)}:
+        what = "holds the run to start from, or a dataset"
+        raise InputError(f"--save_dir {folder} {what}; choose another folder")
     if older and not overwrite:
         what = f"holds {older[0].name}; add --overwrite"
         raise InputError(f"--save_dir {folder} {what}, or choose another folder")
@@ -100,10 +99,13 @@ class SaveDir:
         for name in set(TEXT_FILES) - set(self.files):
             (self.folder / name).unlink(missing_ok=True)
         for old in set(self.older) - {path, path.parent}:
-            if old.is_dir():
-                shutil.rmtree(old)
-            else:
+            if not old.is_dir():
                 old.unlink()
+                continue
+            for name in ("finetune.jsonl", "finetune.new.jsonl", BEST):
+                (old / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what else is there is someone's
+                old.rmdir()
 
 
 def keep_best(group: list, metric: str):

@@ -78,9 +78,11 @@ class FinetuneConfig:
             raise InputError("--save_dir is missing: the folder for the fine-tuned checkpoint")
         if not self.lr:
             raise InputError("--lr is empty: one learning rate, or several joined by commas")
-        if bool(self.train or self.valid) == bool(self.data_path):
+        if len({f"{lr:g}" for lr in self.lr}) < len(self.lr):
+            raise InputError("--lr has one learning rate twice")
+        if bool(self.train or self.valid or self.test) == bool(self.data_path):
             raise InputError("the labelled text: --data_path DIR, or --train F --valid F")
-        if self.train and not (self.valid and self.text and self.label):
+        if not self.data_path and not (self.train and self.valid and self.text and self.label):
             raise InputError("--train F needs --valid F, --text COL[,COL] and --label COL")
         if self.task != "none" and not self.data_path:
             raise InputError(f"--task {self.task} needs --data_path, the folder of GLUE's files")

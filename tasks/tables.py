@@ -18,6 +18,7 @@ from config import InputError, printable, read_text, reading
 from text.files import lines_of
 
 JSON = (".jsonl", ".json")  # an object in each line
+MISSING = ("", "na", "n/a", "nan", "<na>", "null", "none", "nat", "inf", "-inf")  # of numbers
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def looks_like_header(file: File, labels: set, regression: bool, known: list | N
     # the name of an index, or of another column of numbers
     for place in set(range(len(first))) - set(places):
         others = [cells[place] for _, cells in file.rows[1:] if place < len(cells)]
-        is_name = first[place].strip() and score_of(first[place]) is None
+        is_name = first[place].strip().lower() not in MISSING and score_of(first[place]) is None
         if is_name and others and are_scores(others):
             return True
     return False
@@ -227,10 +228,15 @@ def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
     if not any(map(str.strip, lines)):
         raise InputError(f"{path}: no rows in it")
     if kind in JSON:
-        rows = [(0, [*names])]
+        rows, keys = [(0, [*names])], set()
         for number, line in enumerate(lines, 1):
             if line.strip():
-                rows.append((number, cells_of_json(line, names, f"{path}, line {number}")))
+                values = values_of_json(line, names, f"{path}, line {number}")
+                rows.append((number, [text_of(values.get(name)) for name in names]))
+                keys |= values.keys()
+        for name in names:  # one that some lack is empty there
+            if name not in keys:
+                raise InputError(f"{path}: no {name!r} in it, but {', '.join(sorted(keys))[:300]}")
         return rows
     if kind == ".tsv":  # quotes mean nothing there, as in GLUE's files
         rows = [(number, line.split("\t")) for number, line in enumerate(lines, 1)]
@@ -245,14 +251,17 @@ def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
     return [row for row in rows if has_one_cell or row[1] != [""]]
 
 
-def cells_of_json(line: str, names: list, where: str) -> list[str]:
-    """The values under `names` of a JSON object. Raises InputError, which begins with `where`."""
+def values_of_json(line: str, names: list, where: str) -> dict:
+    """A JSON object, its texts or numbers under `names`. Raises InputError with `where`."""
     with reading(f"{where}: not JSON"):
         values = json.loads(line, parse_constant=lambda name: None)  # NaN is null
         json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     is_object = isinstance(values, dict)
-    cells = [values.get(name) for name in names] if is_object else []
-    if not is_object or any(isinstance(cell, (dict, list)) for cell in cells):
+    if not is_object or any(isinstance(values.get(name), (dict, list)) for name in names):
         what = f"texts or numbers under {', '.join(names)}"
         raise InputError(f"{where}: expected a JSON object with {what}")
-    return ["" if cell is None else str(cell) for cell in cells]
+    return values
+
+
+def text_of(value) -> str:
+    return "" if value is None else str(value)

@@ -47,6 +47,7 @@ SETS = [
     ("tsv", AG_NEWS[:8], AG_NEWS[8:], "2", "1", False),  # 3 and 4 are labels, not places
     ("tsv", "a\t2\nb\t1\n", "c\t2\nd\t1\n", "1", "2", False),
     ("tsv", "a\tx\nb\ty\n", "c\ty\nd\tx\n", "1", "2", False),  # x is once in each file
+    ("csv", "a,x,NA\nb,y,3\n", "c,y,1\nd,x,2\n", "1", "2", False),  # a missing value is no name
     ("csv", *KAGGLE, "2", "3", True),
     ("csv", *KAGGLE, "text", "target", True),
     ("csv", *PANDAS, "2", "3", True),
@@ -263,6 +264,7 @@ TABLE = "text\tlabel\n"
         ("x.csv", 'text,label\n"w1,good\n', {}, "line 2: not a table"),
         ("x.jsonl", '{"text": "a", "label": "good"}\n[1]\n', {}, "line 2: .* JSON object"),
         ("x.jsonl", '{"text": [1], "label": "good"}\n', {}, "line 1: .* under text, label"),
+        ("x.jsonl", '{"body": "a", "label": 1}\n', {}, "no 'text' in it, but body, label"),
         ("x.jsonl", '{"text": "\\ud800", "label": 1}\n', {}, "line 1: not JSON"),
         ("x.jsonl", '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", {}, "line 1: not JSON"),
         ("x.txt", "w1\tgood\n", {}, "x.txt: .*.tsv, .csv or .jsonl"),
@@ -340,12 +342,25 @@ def test_a_task_can_be_read_from_fairseqs_binarized_folders(folders, place):
     assert names == ["yes", "no"] and split.labels.tolist() == [1, 0]
 
 
+def test_scores_of_fairseqs_folders_are_divided_as_those_of_tables(folders, place):
+    folder, _ = folders
+    for split in ("train", "valid", "valid1"):
+        (folder / "label" / f"{split}.label").write_text("2\n4\n")
+    dictionary = Dictionary(place / "data" / "dict.txt")
+    # but for those that fairseq's script has divided already
+    for task, scores in (("none", [0.4, 0.8]), ("stsb", [2, 4])):
+        settings = dict(data_path=str(folder), regression=True, label_scale=5.0, task=task)
+        data = labelled.read_data(FinetuneConfig(**settings), 64, dictionary, None)
+        assert data.train.labels.tolist() == pytest.approx(scores)
+
+
 @pytest.mark.parametrize(
     "labels, classes, message",
     [
         ([[4, EOS]], 2, "2 rows, but there are 1 labels"),
         ([[4, EOS], [6, EOS]], 2, "label/train: row 1"),
         ([[4], []], 2, "label/train: row 1"),
+        ([[4, EOS], [5, 4, EOS]], 2, "label/train: row 1"),
         ([[4, EOS], [5, EOS]], 1001, "1,001 classes"),
         ([[4, EOS], [4, EOS]], 2, "all training labels are 'class0'"),
     ],

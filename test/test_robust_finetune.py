@@ -1,6 +1,7 @@
 """Hostile input to fine-tuning is refused in one line, and nothing of a user's is lost."""
 
 import errno
+import shutil
 
 import finetune
 from config import InputError, RunError
@@ -89,6 +90,9 @@ def test_names_of_classes_print_no_escape_sequence(tuned, place, tmp_path):
         (dict(predict="x"), "not fine-tuned"),
         (dict(data_path="x"), "--data_path DIR, or --train"),
         (dict(train=None, valid=None, data_path="."), "no folder input0 in it"),
+        (dict(train=None), "--train F needs --valid F"),
+        (dict(train=None, valid=None, test="x", data_path="."), "--data_path DIR, or --train"),
+        (dict(lr="1e-2,0.01"), "one learning rate twice"),
         (dict(task="rte"), "--task rte needs --data_path"),
         (dict(metric="pearson"), "--metric pearson: choose from accuracy"),
         (dict(max_epoch=0), "--max_update 0 --max_epoch 0"),
@@ -112,13 +116,17 @@ def test_a_dictionary_of_something_else_is_refused(place, tmp_path):
 # ----------------------------------------------------------------------------- what is there stays
 
 
-def test_nothing_is_lost_unasked(tuned, place):
-    for options, message in (
-        ({}, "finetune.jsonl; add --overwrite"),
-        (dict(ckpt=tuned, overwrite=True), "holds the run to start from"),
+def test_nothing_is_lost_unasked(tuned, place, tmp_path):
+    one = tmp_path / "lr_0.1_seed_1"  # of several
+    shutil.copytree(tuned.parent, one)
+    (one / "dict.txt").unlink()
+    for folder, options, message in (
+        (tuned.parent, {}, "finetune.jsonl; add --overwrite"),
+        (tuned.parent, dict(ckpt=tuned, overwrite=True), "holds the run to start from"),
+        (tmp_path, dict(ckpt=one / tuned.name, overwrite=True), "holds the run to start from"),
     ):
         with pytest.raises(InputError, match=message):
-            finetune.main(flags(place, tuned.parent, **options))
+            finetune.main(flags(place, folder, **options))
 
 
 def contents(folder) -> dict:
@@ -156,9 +164,13 @@ def test_an_older_fine_tuning_stays_until_the_new_one_is_saved(lr, place, tmp_pa
             with pytest.raises(type(failure)):
                 finetune.main(argv)
         assert contents(folder) == older, name
+    notes = [path.parent / "notes.txt" for path in folder.rglob("finetune.jsonl")]
+    for path in notes:
+        path.write_text("mine")
     call(finetune.main, *argv)
     assert (folder / "dict.txt").read_bytes() == other.read_bytes()
     assert not set(older.values()) & set(contents(folder).values())
+    assert all(path.read_text() == "mine" for path in notes)
     assert not list(folder.rglob("*.new.jsonl"))
 
 
