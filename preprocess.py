@@ -153,9 +153,7 @@ def write_split(prefix: Path, names: list[str], tokenizer: Tokenizer, workers: i
 
 
 def preprocess(args: argparse.Namespace, dest: Path):
-    # all that can be wrong shows before anything is removed
-    for path in sorted(dest.glob("train[1-9]*.idx")):
-        raise InputError(f"{path}: training would read it after train; choose another --dest")
+    # read everything that is given before anything is removed
     given = {}
     for name, path in zip(TEXT_FILES, (args.dict, args.encoder_json, args.vocab_bpe)):
         if path:
@@ -261,6 +259,8 @@ def main(argv: list | None = None) -> int:
     dest = Path(args.dest)
     dest.mkdir(parents=True, exist_ok=True)
     with lock(dest, "--dest"):
+        for path in sorted(dest.glob("train[1-9]*.idx")):  # never one of ours
+            raise InputError(f"{path}: training would read it after train; choose another --dest")
         preprocess(args, dest)
     return 0
 

@@ -232,7 +232,8 @@ def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 values = values_of_json(line, names, f"{path}, line {number}")
-                rows.append((number, [text_of(values.get(name)) for name in names]))
+                cells = (values.get(name) for name in names)
+                rows.append((number, ["" if cell is None else str(cell) for cell in cells]))
                 keys |= values.keys()
         for name in names:  # one that some lack is empty there
             if name not in keys:
@@ -261,7 +262,3 @@ def values_of_json(line: str, names: list, where: str) -> dict:
         what = f"texts or numbers under {', '.join(names)}"
         raise InputError(f"{where}: expected a JSON object with {what}")
     return values
-
-
-def text_of(value) -> str:
-    return "" if value is None else str(value)

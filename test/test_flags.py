@@ -179,11 +179,7 @@ def test_notes_on_ignored_options_are_printed_once(without_torch):
     [
         (["-c", "import sys; sys.version_info = (3, 9, 18); import config"], 1, "Python 3.10"),
         (["-c", "import sys; sys.modules['fcntl'] = None; import config"], 1, "Linux or macOS"),
-        (
-            ["-S", "train.py", "--data_path", "x"],
-            2,
-            "has no numpy: pip install -r requirements.txt",
-        ),
+        (["-S", "train.py", "--data_path", "x"], 2, "has no numpy: pip install -r "),
     ],
 )
 def test_another_python_or_system_or_a_missing_package_is_one_line(words, code, needed):
@@ -353,10 +349,8 @@ def test_a_fairseq_yaml_is_read_and_ignored_entries_are_printed(yaml, capsys):
     for name, line in zip(("fp16", "max_positions", "world_size"), printed, strict=True):
         assert name in line
     assert "--update_freq 32 keeps" in printed[-1]  # 2 on 16 workers is 32 on one
-    text = (
-        "task: {tokens_per_sample: 99}\nmodel: {max_source_positions: '${task.tokens_per_sample}'}"
-    )
-    assert yaml(text)["max_source_positions"] == 99
+    link = "model: {max_source_positions: '${task.tokens_per_sample}'}"
+    assert yaml("task: {tokens_per_sample: 99}\n" + link)["max_source_positions"] == 99
     # without a limit of tokens batches are of so many blocks, and PyYAML reads 2e-4 as text
     given = yaml("dataset: {batch_size: 64, max_tokens: null}\noptimization: {lr: [2e-4]}\n")
     assert (given["max_tokens"], given["lr"]) == (64 * 512, 2e-4)
