@@ -8,11 +8,11 @@ from test import form
 import pytest
 
 # None may grow without a reason that is worth it: 0.4.0 gained data2vec 2.0 (about 1,000 lines and
-# 600 of tests) and files that mean something else (700 and 900). Beside some stands the goal.
+# 600 of tests) and files that mean something else (800 and 1,000). Beside some stands the goal.
 LIMITS = {
-    "product lines": 12_200,  # 8,200 without data2vec 2.0
-    "test lines": 9_210,  # 6,500
-    "lines that decide a number": 1223,  # 1,150
+    "product lines": 12_280,  # 8,200 without data2vec 2.0
+    "test lines": 9_310,  # 6,500
+    "lines that decide a number": 1225,  # 1,150
     "files of over 60 lines of code with under 8": 0,
     "lines over 100 columns": 0,
     "longest file": 400,
