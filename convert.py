@@ -75,7 +75,9 @@ def to_hf(content: dict, cfg: ModelConfig, text: tuple, teacher: bool, path: Pat
                 task = hf.classification(content["classifier"], cfg.embed_dim, path)
         elif head:
             task = hf.fill_mask(head, unknown)
-        hf.write(folder, encoder, cfg, unknown, task, content["dictionary"])
+        # of a fine-tuning it may be that of a folder's own tokenizer, with other symbols
+        entry = {} if "classifier" in content else content["dictionary"]
+        hf.write(folder, encoder, cfg, unknown, task, entry)
         page = card.text(out.resolve().name, task.pipeline, content)
         (folder / "README.md").write_text(page, encoding="utf-8")
     what = "is its model card; the licence and the corpus are yours to fill in"

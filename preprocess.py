@@ -99,7 +99,7 @@ def check_folder(dest: Path, settings: dict, texts: dict, given: dict[str, bytes
                 raise InputError(f"{path} was made with {key} {values}; {how}")
     # without a log of ours these may be someone's; fairseq's own has that name, too
     log = dest / "preprocess.log"
-    is_ours = log.exists() and (not log.stat().st_size or files.json_rows(log))
+    is_ours = log.exists() and not read_text(log, "replace").startswith("Namespace(")
     for name in () if is_ours else TEXT_FILES:
         path = dest / name
         if path.exists() and read_text(path, newline="").encode() != given.get(name):
@@ -259,7 +259,8 @@ def main(argv: list | None = None) -> int:
     dest = Path(args.dest)
     dest.mkdir(parents=True, exist_ok=True)
     with lock(dest, "--dest"):
-        for path in sorted(dest.glob("train[1-9]*.idx")):  # never one of ours
+        path = dest / "train1.idx"  # never one of ours
+        if path.exists() and (args.overwrite or not (dest / "train.idx").exists()):
             raise InputError(f"{path}: training would read it after train; choose another --dest")
         preprocess(args, dest)
     return 0

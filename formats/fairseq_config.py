@@ -102,7 +102,8 @@ REST = {
 SILENT = """sample_break_mode tokens_per_sample mask_prob mask_multiple_length random_token_prob
     leave_unmasked_prob head_layers average_top_k_layers layer_norm_target_layer loss_beta
     loss_scale ema_anneal_end_step adam_betas adam_eps weight_decay clip_norm lr max_update
-    warmup_updates"""
+    warmup_updates activation_fn attention_dropout max_source_positions layers embed_dim
+    ffn_embed_dim attention_heads"""
 
 
 # ----------------------------------------------------------- the text of a value becomes a setting

@@ -129,7 +129,7 @@ def loaded(content: dict, path) -> Loaded:
     if isinstance(tree, dict) and fairseq_v2.holds(state):
         tree = fairseq_v2.pretraining(tree)
     model = tree.get("model") if isinstance(tree, dict) else None
-    if isinstance(model, dict) and model.get("_name") == "roberta":  # fine-tuned: as args are
+    if isinstance(model, dict) and str(model.get("_name")).startswith("roberta"):  # fine-tuned
         tree = _args_tree(model, state)
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
         advice = "save its `model` entry alone and give its shape by flags"

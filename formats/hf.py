@@ -78,6 +78,7 @@ WORD_HEAD = [
 ]
 # our own entries in config.json: how many of the embeddings the dictionary has, and which it is
 SYMBOLS, ENTRY = "dictionary_size", "dictionary"
+OF_ENTRY = dict(size=int, digest=str, mask_id=int)
 SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
@@ -114,6 +115,8 @@ def load(folder: Path) -> Loaded:
     with reading(f"{where}: cannot be read as a config of transformers"):
         theirs = json.loads(read_text(where))
         settings = _settings(theirs, where)
+        entry = theirs.get(ENTRY) or {}
+        entry = {name: kind(entry[name]) for name, kind in OF_ENTRY.items()} if entry else {}
     _, name, prefix, parts = FAMILIES[settings["normalize_before"]]
     with reading(f"{folder}: not the weights of a {name} model"):
         state = {str(k).removeprefix(prefix): v for k, v in _weights(folder).items()}
@@ -122,8 +125,7 @@ def load(folder: Path) -> Loaded:
     if head:
         settings["objective"] = "mlm"
     student = {**{f"encoder.{k}": v for k, v in encoder.items()}, **head}
-    entry = theirs.get(ENTRY)
-    return Loaded("hf", settings, student, None, state, entry if isinstance(entry, dict) else {})
+    return Loaded("hf", settings, student, None, state, entry)
 
 
 def _settings(theirs: dict, where: Path) -> dict:

@@ -131,8 +131,8 @@ def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position:
         if batches % workers:  # this many workers are never at that batch
             changed["world_size"] = progress["world_size"], workers
         refuse(path, changed, ARCHITECTURE, "--init_from with another --save_dir")
-        if run.cfg.train.init_from:
-            refuse(path, changed, ["init_from"], "another --save_dir")
+        if run.cfg.train.init_from and "init_from" in changed:
+            log.say(f"note: --init_from is not read, since {path} is continued")
         # where in the data
         moving = (*POSITION, *fingerprint, "world_size")
         if not reset_position:

@@ -17,8 +17,9 @@ def describe_start(run, train: BlockDataset, log: Log, source: Path | None):
     from.
     """
     device, cfg, t = run.device, run.cfg, run.cfg.train
-    an_epoch = -(-len(train.batch_ends) // (device.world_size * t.update_freq))  # updates
-    done = run.batches_done // t.update_freq  # updates of this epoch
+    batches = -(-len(train.batch_ends) // device.world_size)  # of each worker
+    an_epoch = -(-batches // t.update_freq)  # updates
+    done = an_epoch - -(-(batches - run.batches_done) // t.update_freq)  # updates of this epoch
     left = t.max_update - run.num_updates
     if t.max_epoch:
         left = min(left, (t.max_epoch - run.epoch + 1) * an_epoch - done)

@@ -188,7 +188,7 @@ def test_files_of_older_fairseq_releases_are_read_with_their_settings(
         others |= dict(encoder_layerdrop=0, **shape)
         if age == "fine-tuned":  # its cfg is as flat
             task = dict(_name="sentence_prediction")
-            content["cfg"] = dict(model=dict(_name="roberta", **others), task=task)
+            content["cfg"] = dict(model=dict(_name="roberta_base", **others), task=task)
             return
         content["args"] = argparse.Namespace(arch="roberta", **others)
         del content["cfg"]

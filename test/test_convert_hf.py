@@ -212,6 +212,7 @@ CONFIG, SAFE = "config.json", "model.safetensors: not a complete"
         (edit(CONFIG, layer_norm_eps=1e-12), "layer_norm_eps is 1e-12; our model has only 1e-05"),
         (edit(CONFIG, layer_norm_eps=...), "layer_norm_eps is 1e-12; our model has only 1e-05"),
         (edit(CONFIG, model_type="bert"), "model_type is bert"),
+        (edit(CONFIG, dictionary=dict(digest="x")), "cannot be read as a config"),
         (edit(CONFIG, hidden_act="gelu_new"), "gelu_new: choose from gelu, relu"),
         (edit(CONFIG, hidden_size="wide"), "config.json: model.embed_dim=wide"),
         (edit(CONFIG, num_hidden_layers=3), "has no layers.2"),

@@ -14,6 +14,7 @@ import time
 import zipfile
 
 from config import InputError
+from test.converting import write_bpe
 from test.helpers import GPT2, dataset_files, golden, preprocess_words, run_preprocess, sentences_of
 from text import files, tokens
 from text.binarized import BOS, EOS, UNK, Dictionary
@@ -73,7 +74,6 @@ def test_cut_or_foreign_bpe_files_are_refused_and_special_tokens_need_no_merge(
         ((encoder, vocab[: len(vocab) // 2]), "does not merge two tokens|has no merge"),
         ((encoder, few), "one of the files is cut"),
         ((json.dumps({"a": 0}), "#version: 0.2\n"), "255 of the 256 single bytes"),
-        ((json.dumps(json.loads(encoder) | {"<s>": 50257}), vocab), "holds <s>, as the vocab.json"),
         ((special, vocab), ""),
     ):
         for name, content in zip(BPE_FILES, texts):
@@ -84,6 +84,20 @@ def test_cut_or_foreign_bpe_files_are_refused_and_special_tokens_need_no_merge(
             continue
         with pytest.raises(InputError, match=message):
             tokens.read_bpe(*files_of_bpe)
+
+
+def test_a_vocab_json_of_transformers_is_refused_beside_a_dictionary_of_other_ids(
+    tokenizers, tmp_path
+):
+    write_bpe(tmp_path)
+    vocab = json.loads((tmp_path / "encoder.json").read_text())
+    vocab = {"<s>": 0} | {token: i + 4 for token, i in vocab.items()}
+    (tmp_path / "encoder.json").write_text(json.dumps(vocab))
+    with pytest.raises(InputError, match="dict.txt: not of this BPE, which holds <s>"):
+        load_tokenizer(tmp_path, Dictionary(tmp_path / "dict.txt"))
+    # of its own ids it is one
+    (tmp_path / "dict.txt").write_text("".join(f"{i} 1\n" for i in vocab.values()))
+    assert len(load_tokenizer(tmp_path, Dictionary(tmp_path / "dict.txt"))(["the"])[0]) == 2
 
 
 # --------------------------------------------------------------------------------------- own BPE

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from config import InputError, read_text, reading
-from text.binarized import EOS, UNK, Dictionary, token_type
+from text.binarized import BOS, EOS, SPECIAL, UNK, Dictionary, token_type
 from text.files import disk_size, lines_of, read_all, visible
 
 import numpy as np
@@ -91,9 +91,6 @@ def read_bpe(encoder_json, vocab_bpe):
     alphabet = set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     if missing := alphabet - vocab.keys():
         what = f"{len(missing)} of the 256 single bytes have no token; not a byte-level BPE"
-        raise InputError(f"{encoder_json}: {what}")
-    if "<s>" in vocab:  # which text never becomes: a vocab.json, whose ids are others
-        what = "holds <s>, as the vocab.json of transformers does; encoder.json has other ids"
         raise InputError(f"{encoder_json}: {what}")
     bpe = byte_level(tokenizers.models.BPE(vocab, merges))
     # special tokens, such as <|endoftext|>, are cut before any merge; all others need a merge
@@ -231,7 +228,14 @@ class Tokenizer:
 
 
 def tokenizer_of(dictionary: Dictionary, bpe) -> Tokenizer:
-    """The tokenizer of a dataset: a text may hold any symbol but <mask>."""
+    """The tokenizer of a dataset: a text may hold any symbol but <mask>.
+
+    Raises InputError for the vocab.json of transformers, whose ids are not those of encoder.json.
+    """
+    vocab = bpe.get_vocab() if bpe else {}
+    if SPECIAL[BOS] in vocab and not {str(i) for i in vocab.values()} <= dictionary.ids.keys():
+        what = "not of this BPE, which holds <s>: is it a vocab.json in place of encoder.json?"
+        raise InputError(f"{dictionary.path}: {what}")
     ids = {symbol: i for symbol, i in dictionary.ids.items() if i != dictionary.mask_id}
     return Tokenizer(ids, token_type(dictionary.rows), bpe)
 
