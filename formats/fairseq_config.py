@@ -115,11 +115,11 @@ def boolean(text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
-AROUND = "[]'\" "  # a number: PyYAML takes 2e-4 for a text
+AROUND = "[]'\" "  # what stands around a number: fairseq writes lr=[0.0002], PyYAML quotes 2e-4
 
 
 def number(text: str) -> float:
-    return float(text.strip(AROUND))  # fairseq writes lr=[0.0002]
+    return float(text.strip(AROUND))
 
 
 def whole_number(text: str) -> int:
