@@ -104,8 +104,9 @@ class Dictionary:
             if Path(path).is_file() and beside.is_file():
                 Dictionary(beside).check_same(self.path)
         elif saved["digest"] != self.digest():
-            order = " in another order" if saved["size"] == len(self) else ""
-            sizes = f"{saved['size']} symbols; {self.path} has {len(self)}"
+            size = str(saved.get("size"))[:100]  # of a damaged file it may be anything, or missing
+            order = " in another order" if size == str(len(self)) else ""
+            sizes = f"{size} symbols; {self.path} has {len(self)}"
             raise InputError(f"{path}: trained with another dictionary ({sizes}){order}")
 
     def holds_bpe_ids(self) -> bool:
