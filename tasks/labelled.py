@@ -58,11 +58,9 @@ def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
     folder, header = Path(cfg.data_path), None
     if is_binarized(cfg):
         # labels and tokens are numbers already
-        splits, names = read_folders(folder, dictionary, longest)
-        # fairseq's script for STS-B has divided its scores by their scale already
-        if names is None and cfg.task == "none":
-            for split in splits.values():
-                split.labels = split.labels / np.float32(cfg.label_scale)
+        # but fairseq's script for STS-B has divided its scores already
+        scale = cfg.label_scale if cfg.task == "none" else 1.0
+        splits, names = read_folders(folder, dictionary, longest, scale)
         texts = 1 + (folder / "input1").is_dir()
     elif cfg.data_path and cfg.task == "none":
         raise InputError(f"{folder}: no folder input0 in it; GLUE's files need --task, as rte")
@@ -228,25 +226,25 @@ def is_binarized(cfg) -> bool:
     return bool(cfg.data_path) and (Path(cfg.data_path) / "input0").is_dir()
 
 
-def read_folders(folder: Path, dictionary, longest: int) -> tuple[dict, list[str] | None]:
+def read_folders(folder: Path, dictionary, longest: int, scale: float) -> tuple[dict, list | None]:
     """The splits of fairseq's binarized folders, and the names of the classes."""
     splits = {}
     for split in ("train", "valid", "valid1", "test"):
         label = folder / "label" / split
         is_there = any(label.with_suffix(end).is_file() for end in (".idx", ".label"))
         if is_there or split in ("train", "valid"):
-            splits[split], names = read_binarized(folder, split, dictionary, longest)
+            splits[split], names = read_binarized(folder, split, dictionary, longest, scale)
     return splits, names
 
 
 def read_binarized(
-    folder: Path, split: str, dictionary: Dictionary, longest: int
+    folder: Path, split: str, dictionary: Dictionary, longest: int, scale: float = 1.0
 ) -> tuple[Split, list[str] | None]:
     """A split of the folders input0, input1 (of pairs) and label that fairseq-preprocess wrote.
 
     Returns also the class names in order, None for scores. Raises InputError.
     """
-    labels, names = read_binarized_labels(folder / "label", split)
+    labels, names = read_binarized_labels(folder / "label", split, scale)
     if not len(labels):
         raise InputError(f"{folder / 'label' / split}: no rows in it")
     texts = []
@@ -265,12 +263,12 @@ def read_binarized(
     return make_split(texts, labels, longest), names
 
 
-def read_binarized_labels(folder: Path, split: str) -> tuple[np.ndarray, list[str] | None]:
-    """(class numbers int64, all class names); with a SPLIT.label (scores float32, None)."""
+def read_binarized_labels(folder: Path, split: str, scale: float) -> tuple[np.ndarray, list | None]:
+    """(class numbers int64, all class names); with a SPLIT.label (scores / scale float32, None)."""
     path = folder / f"{split}.label"
     if path.is_file():
         values = [line.strip() for line in read_text(path).splitlines()]
-        return scores(Table(path, list(range(1, len(values) + 1)), [], values)), None
+        return scores(Table(path, list(range(1, len(values) + 1)), [], values), scale), None
     dictionary = Dictionary(folder / "dict.txt")
     names = dictionary.symbols[len(SPECIAL) : dictionary.rows]
     # they only fill the dictionary up to a multiple of 8
