@@ -341,7 +341,7 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
         else:
             others[name] = text
     batch_size = values.get("batch_size")
-    if batch_size and flat.get("dataset.max_tokens", (None,))[0] is None:  # no such limit there
+    if batch_size and "max_tokens" not in values:  # no such limit there
         length = values.get("tokens_per_sample", fields["tokens_per_sample"].default)
         values["max_tokens"] = max(fields["max_tokens"].default, batch_size * length)
     if is_2:
