@@ -232,10 +232,10 @@ def tokenizer_of(dictionary: Dictionary, bpe) -> Tokenizer:
 
     Raises InputError for the vocab.json of transformers, whose ids are not those of encoder.json.
     """
-    vocab = bpe.get_vocab() if bpe else {}
-    if SPECIAL[BOS] in vocab and not {str(i) for i in vocab.values()} <= dictionary.ids.keys():
-        what = "not of this BPE, which holds <s>: is it a vocab.json in place of encoder.json?"
-        raise InputError(f"{dictionary.path}: {what}")
+    if bpe and bpe.token_to_id(SPECIAL[BOS]) is not None:
+        if not {str(i) for i in bpe.get_vocab().values()} <= dictionary.ids.keys():
+            what = "not of this BPE, which holds <s>: is it a vocab.json in place of encoder.json?"
+            raise InputError(f"{dictionary.path}: {what}")
     ids = {symbol: i for symbol, i in dictionary.ids.items() if i != dictionary.mask_id}
     return Tokenizer(ids, token_type(dictionary.rows), bpe)
 
