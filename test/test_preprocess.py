@@ -170,11 +170,14 @@ def test_someones_files_are_not_replaced_and_a_second_run_in_the_folder_is_refus
         assert (out / name).read_text() == "w1 1\n"
         (out / name).unlink()
     # fairseq-preprocess writes a log of the same name
-    for name, log in (("train1.idx", ""), ("dict.txt", "Namespace(dict_only=True)\n")):
+    for name, log, flags, message in (
+        ("train1.idx", "", ["--overwrite"], "train1.idx: training would read it after train"),
+        ("dict.txt", "Namespace(dict_only=True)\n", [], "dict.txt was not made by preprocess.py"),
+    ):
         (out / name).write_text("w1 1\n")
         (out / "preprocess.log").write_text(log)
-        with pytest.raises(InputError, match=f"{name}"):
-            preprocess_words(out, "--overwrite" if name != "dict.txt" else "--threshold=0", **texts)
+        with pytest.raises(InputError, match=message):
+            preprocess_words(out, *flags, **texts)
         (out / name).unlink()
     (out / "preprocess.log").unlink()
     with lock(out), pytest.raises(InputError, match="--dest .*out is in use by process"):

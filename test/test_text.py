@@ -86,9 +86,7 @@ def test_cut_or_foreign_bpe_files_are_refused_and_special_tokens_need_no_merge(
             tokens.read_bpe(*files_of_bpe)
 
 
-def test_a_vocab_json_of_transformers_is_refused_beside_a_dictionary_of_other_ids(
-    tokenizers, tmp_path
-):
+def test_a_vocab_json_is_refused_beside_a_dictionary_of_other_ids(tokenizers, tmp_path):
     write_bpe(tmp_path)
     vocab = json.loads((tmp_path / "encoder.json").read_text())
     vocab = {"<s>": 0} | {token: i + 4 for token, i in vocab.items()}
