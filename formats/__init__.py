@@ -1,1 +1,1 @@
-"""Other projects' spellings and files: fairseq's and Hugging Face's."""
+"""Other projects' spellings and files, translated: fairseq's and Hugging Face's."""

@@ -16,8 +16,8 @@ from train import Run, turns, update
 import torch
 
 # Largest difference, relative to the CPU's value, by the type of the device's matmuls; weights: of
-# how far they have moved. Some three to thousand times what a CPU has, which docs/ascend.md lists:
-# guesses until a card is measured.
+# how far they have moved. What a CPU has is in docs/ascend.md; these are guesses until a card is
+# measured.
 BOUNDS = {
     None: dict(forward=2e-5, gradient=1e-4, loss=2e-5, norm=1e-3, weights=0.01),
     torch.float16: dict(forward=5e-3, gradient=0.01, loss=2e-3, norm=0.01, weights=0.05),

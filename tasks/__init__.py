@@ -1,1 +1,1 @@
-"""Labelled text on a pretrained encoder."""
+"""What labelled text needs on a pretrained encoder; pretraining knows nothing of it."""

