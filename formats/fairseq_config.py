@@ -289,11 +289,8 @@ def read_yaml(path: Path, fields: dict, explain: bool) -> dict:
 
 def _tree_of(path: Path) -> dict:
     """What a YAML holds. Raises InputError."""
-    try:
+    with reading("reading a YAML config needs the PyYAML package: pip install pyyaml"):
         import yaml
-    except ImportError:
-        why = "reading a YAML config needs the PyYAML package: pip install pyyaml"
-        raise InputError(why) from None
     text = read_text(path)
     with reading(f"{path}: not YAML"):
         for event in yaml.parse(text):

@@ -3,7 +3,7 @@
 import threading
 from pathlib import Path
 
-from config import InputError, reading
+from config import reading
 
 
 class TensorBoard:
@@ -24,11 +24,8 @@ class TensorBoard:
 
     def __init__(self, logdir: str):
         """Raises InputError if tensorboard is missing or the folder cannot be written."""
-        try:
+        with reading("--tensorboard_logdir needs the tensorboard package: pip install tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            need = "needs the tensorboard package: pip install tensorboard"
-            raise InputError(f"--tensorboard_logdir {need}") from None
         self.logdir = Path(logdir)
         self.make = SummaryWriter
         self.writers = {}

@@ -10,9 +10,8 @@ import json
 import re
 import sys
 import tempfile
-import threading
 from collections import Counter
-from concurrent.futures import Future
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from config import InputError, read_text, reading
@@ -44,10 +43,8 @@ def warn_of_unknown(unknown: int, tokens: int) -> float:
 
 
 def need_tokenizers():
-    try:
+    with reading("BPE needs the tokenizers package: pip install tokenizers"):
         import tokenizers
-    except ImportError:
-        raise InputError("BPE needs the tokenizers package: pip install tokenizers") from None
     return tokenizers
 
 
@@ -134,17 +131,9 @@ def train_bpe(names: list[str], vocab_size: int, sample_mb: int) -> list[bytes]:
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    done = Future()  # brings an error of the trainer here
-
-    def train():
-        try:
-            done.set_result(bpe.train_from_iterator(sample, trainer, len(sample)))
-        except BaseException as e:
-            done.set_exception(e)
-
     # in a thread, since the trainer does not return to Python, where Ctrl-C is answered
-    threading.Thread(target=train, daemon=True).start()
-    done.result()
+    with ThreadPool(1) as pool:
+        pool.apply(bpe.train_from_iterator, (sample, trainer, len(sample)))
     with tempfile.TemporaryDirectory() as folder:
         _, merges = bpe.model.save(folder)
         merges = Path(merges).read_bytes()
