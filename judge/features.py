@@ -6,6 +6,7 @@ training a line begins with `<s>` and ends with `</s>`, and both count as tokens
 this room that stands above train.py.
 """
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -17,7 +18,7 @@ from run.progress import Bar
 from tasks.classifier import mean_state, outputs_of
 from tasks.labelled import Split
 from text.binarized import BOS, EOS, PAD, UNK
-from text.files import LONGEST
+from text.files import LONGEST, lines_of, open_file, seen
 from text.tokens import warn_of_unknown
 
 import numpy as np
@@ -28,23 +29,23 @@ CHUNK = 1 << 18  # bytes of text that are read, sorted by length, and written at
 
 def read_lines(source: str):
     """Yield lists of lines of a file, or of standard input for '-'. Raises InputError."""
-    # a pipe that nobody writes to would be waited for
-    if source != "-" and not Path(source).is_file():
-        raise InputError(f"--features {source}: not an ordinary file (- reads standard input)")
-    lines, size = [], 0
-    with sys.stdin.buffer if source == "-" else open(source, "rb") as file:
+    lines, size, is_first = [], 0, True
+    opened = (
+        open_file(source) if source != "-" else contextlib.nullcontext([sys.stdin.buffer, None])
+    )
+    with opened as (file, _):
         for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), 1):
             where = f"--features {source}, line {number}"
             if len(line) > LONGEST:
                 raise InputError(f"{where}: longer than {LONGEST >> 20} MiB")
             with reading(where):
-                lines.append(line.decode("utf-8").removesuffix("\n"))
+                lines.append(line.decode("utf-8"))
             size += len(line)
             if size >= CHUNK:
-                yield lines
-                lines, size = [], 0
+                yield lines_of(seen("".join(lines), source, is_first))
+                lines, size, is_first = [], 0, False
     if lines:
-        yield lines
+        yield lines_of(seen("".join(lines), source, is_first))
 
 
 def write_header(file, count: int, width: int):

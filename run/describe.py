@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import sys
-from pathlib import Path
 
 import data
 from config import DataConfig, InputError, printable
@@ -91,7 +90,7 @@ def describe_batches(dataset: BlockDataset, lists: list[np.ndarray], epoch: int)
 
 
 def notes(dataset: BlockDataset) -> list[str]:
-    """Why the blocks are shorter than they could be. A run says this at its start, too."""
+    """What may not be meant so in a dataset. A run says this at its start, too."""
     cfg = dataset.cfg
     rows = []
     if dataset.limit < cfg.tokens_per_sample and cfg.long_sentences == "split":
@@ -105,10 +104,13 @@ def notes(dataset: BlockDataset) -> list[str]:
         what = f"half of the blocks have at most {median:.0f} of {dataset.limit} tokens"
         how = "--sample_break_mode complete joins paragraphs that empty lines part"
         rows.append(f"{what}, since no block crosses an empty line; {how}")
+    shared = shared_text(dataset.stream) if dataset.training else ""
+    if shared:
+        rows.append(f"train and valid share {shared}; figures on valid say little of new text")
     return rows
 
 
-def shared_text(folder: Path) -> str:
+def shared_text(train: TokenStream) -> str:
     """What train and valid share: the files that preprocess.py read for both, or "everything".
 
     "" if nothing is known to be in both.
@@ -116,10 +118,11 @@ def shared_text(folder: Path) -> str:
     # there may be no valid, and the log may have been edited
     with contextlib.suppress(InputError, KeyError, TypeError):
         # the same tokens, whoever made the dataset
-        if TokenStream(folder, "train").digest() == TokenStream(folder, "valid").digest():
+        valid = TokenStream(train.folder, "valid")
+        if train.tokens == valid.tokens and train.digest() == valid.digest():
             return "everything"
         # the same file, by name, size and time
-        made_from = splits_made_from(folder)
+        made_from = splits_made_from(train.folder)
         train, valid = (made_from[split]["text"] for split in ("train", "valid"))
         return ", ".join(text["file"] for text in train if text in valid)
     return ""
@@ -195,10 +198,6 @@ def main(argv: list | None = None) -> int:
         return 0
     dataset = corpus.split(args.split, args.epoch)
     print_description(facts, dataset)
-    warnings = notes(dataset)
-    if shared := shared_text(dataset.stream.folder):
-        advice = "figures on valid say little of new text"
-        warnings.append(f"train and valid share {shared}; {advice}")
-    for text in warnings:
+    for text in notes(dataset):
         print(f"warning: {printable(text)}", file=sys.stderr)
     return 0

@@ -246,7 +246,8 @@ def parse(configs: list, doc: str, argv: list | None = None, extra=None, base: d
     folder, name = given.pop("config_dir"), given.pop("config_name")
     if given.get("objective") == "data2vec2" and not (folder or name or base):
         name = "base_v2"  # the defaults are version 1's
-    values = starting_values(folder, name, fields)
+    # no shell has seen the ~ of a YAML
+    values = {k: at_home(v) for k, v in starting_values(folder, name, fields).items()}
     values.update(base or {})
     if exact is not None:
         implied = exact_settings(given.get("objective") or values.get("objective"))

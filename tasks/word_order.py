@@ -16,6 +16,7 @@ from pathlib import Path
 from config import InputError, printable, read_text
 from run import flags
 from run.checkpoint import write_text
+from text.files import lines_of, read_chunks
 
 FEWEST, MOST = 5, 30  # words of a sentence
 ROWS = 13_000
@@ -92,7 +93,8 @@ def main(argv: list | None = None) -> int:
     flag("--dest", required=True, metavar="DIR", help="where train, valid and test.tsv go")
     flag("--rows", type=int, default=ROWS, metavar="N", help=f"at most so many [{ROWS}]")
     args = parser.parse_args(argv)
-    rows = rows_of(read_text(args.text).splitlines(), args.rows)
+    lines = [line for text in read_chunks(args.text) for line in lines_of(text)]
+    rows = rows_of(lines, args.rows)
     if len(rows) < 13:
         fit = f"{len(rows)} sentences of {FEWEST} to {MOST} words"
         raise InputError(f"--text {args.text}: {fit} are too few for three splits")

@@ -55,6 +55,8 @@ def test_text_that_train_and_valid_share_is_noticed(tmp_path, capsys):
         call(describe.main, "--data_path", tmp_path / name, *flags)
         said = capsys.readouterr().err
         assert expected in said if expected else not said
+        told = call(train.main, *few(tmp_path / name, tmp_path / "run" / name, "--max_update", 1))
+        assert expected in told and ("share" in told) == bool(expected)
     log = '{"step": "train", "made_from": 1}\n{"step": "valid"}\n'  # edited by someone
     (tmp_path / "both" / "preprocess.log").write_text(log)
     call(describe.main, "--data_path", tmp_path / "both")

@@ -1,5 +1,6 @@
 """Features of raw lines: `eval.py --features`."""
 
+import gzip
 import io
 import json
 import sys
@@ -72,6 +73,17 @@ def test_a_line_is_cut_where_the_training_blocks_end(tmp_path, model, text, caps
     assert "longer than 20 tokens" in capsys.readouterr().err
 
 
+def test_a_packed_text_and_one_with_byte_order_marks_are_read_as_for_training(tmp_path, model):
+    for name, content in (
+        ("plain", b"w1 w2\nw3\n"),
+        ("t.gz", gzip.compress(b"w1 w2\nw3\n")),
+        ("marks", "\ufeffw1 w2\n\ufeffw3\n".encode()),
+    ):
+        (tmp_path / name).write_bytes(content)
+        compute(model, tmp_path / name, tmp_path / f"{name}.npy")
+        assert (tmp_path / f"{name}.npy").read_bytes() == (tmp_path / "plain.npy").read_bytes()
+
+
 def test_an_endless_line_is_refused_and_not_held(tmp_path, model, monkeypatch):
     monkeypatch.setattr(features, "LONGEST", 1000)
     (tmp_path / "text").write_text("w1\n" + "w2 " * 400)
@@ -94,9 +106,10 @@ def test_many_unknown_words_are_told(tmp_path, model, capsys):
         (["--out", "f.npz"], "--out f.npz: .* .npy"),
         (["--out", "nowhere/f.npy"], "nowhere/f.npy"),
         (["--out", ""], "--out : .* .npy"),
-        (["--features", "nowhere"], "--features nowhere: "),
-        (["--features", "/dev/zero"], "--features /dev/zero: "),
+        (["--features", "nowhere"], "nowhere: no such file"),
+        (["--features", "/dev/zero"], "/dev/zero: not a file"),
         (["--features", "{folder}/empty"], "no lines"),
+        (["--features", "{folder}/pointer"], "pointer: .*Git LFS"),
         (["--features", "{folder}/latin"], "latin, line 2: not UTF-8 at byte 1"),
         (["--features", "{folder}/text.npy", "--out", "{folder}/text.npy"], "the text itself"),
         (["--untrained"], "without --untrained"),
@@ -105,7 +118,13 @@ def test_many_unknown_words_are_told(tmp_path, model, capsys):
 def test_impossible_requests_are_refused_in_one_line_and_leave_no_file(
     tmp_path, model, argv, message
 ):
-    contents = {"empty": b"", "latin": b"w1 w2\nw\xe9\n", "text.npy": b"w1 w2\n"}
+    pointer = b"version https://git-lfs.github.com/spec/v1\n"
+    contents = {
+        "empty": b"",
+        "pointer": pointer,
+        "latin": b"w1 w2\nw\xe9\n",
+        "text.npy": b"w1 w2\n",
+    }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     argv = [word.format(folder=tmp_path) for word in argv]

@@ -233,7 +233,7 @@ def test_marks_at_the_beginning_of_lines_and_lines_without_width_are_left_out(
     ("content", "note"),
     [
         ("text,label\na b,1\n", "plain text"),
-        ('{"text": "a b"}\n' * 30 + "\n", "JSON"),
+        ('{"text": "a b"}\n' * 30 + "\n", "t.txt: read as plain text"),
         ('{"text": "a b"}\n' * 3 + "a { b }\n[1]\n3\n", ""),
         ("a </s>\nb\n", "</s>"),
         ("a b\n<pad>", "<pad>"),

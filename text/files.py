@@ -41,6 +41,7 @@ NO_WIDTH = "\ufeff\u200b\u2060"  # byte order mark, zero-width space, word joine
 UNSEEN = re.compile(rf"^(?:[^\S\n]*[{NO_WIDTH}](?:[{NO_WIDTH}]|[^\S\n])*$|\ufeff+)", re.M)
 MARKS = ("<s>", "</s>", "<pad>")  # of the dataset, not of its text
 TYPED = re.compile(rf"(?<!\S)(?:{'|'.join(MARKS)})(?!\S)")
+OTHER_TEXT = re.compile(r"\.(csv|tsv|jsonl?|html?|xml)(\.(gz|bz2|xz))?$", re.I)
 LOOK = 200  # lines at the beginning of a file that tell what it is
 
 
@@ -94,6 +95,7 @@ def locate(name: str) -> Source:
         member = archive[2]
     if not path.is_file():
         raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    refuse_pointer(path)
     if member is None and not zipfile.is_zipfile(path):
         return Source(path, None, path.stat().st_size)
 
@@ -112,7 +114,6 @@ def locate(name: str) -> Source:
 def open_file(name: str):
     """Open a file as (file of its plain bytes, file of its bytes on the disk)."""
     source = locate(name)
-    refuse_pointer(source.path)
     with open(source.path, "rb") as raw:
         kind = format_of(raw.read(tarfile.BLOCKSIZE)) or source.path.suffix.lower()
         raw.seek(0)
@@ -148,7 +149,7 @@ def read_chunks(name: str, advance=lambda n: None):
                 text = rest + decoder.decode(block, final=not block)
             except UnicodeDecodeError as e:
                 line = lines + len((e.object[: e.start] + b".").splitlines())
-                advice = "convert the file first, as iconv does"
+                advice = "if it is a text, iconv converts it"
                 raise InputError(f"{name}, line {line}: not UTF-8 ({e.reason}); {advice}") from None
             # at the end of the file a line needs no "\n"
             end = text.rfind("\n") + 1 if block else len(text)
@@ -176,11 +177,9 @@ def seen(text: str, name: str, is_first: bool) -> str:
         note(f"{name}: holds {' or '.join(MARKS)} as a word; {how}")
     if is_first:
         lines = [line for line in text.split("\n", LOOK)[:LOOK] if line.strip()]
-        if len(json_objects(lines)) > 0.9 * len(lines):
-            what = "are JSON objects, so keys and braces become text, too"
-            note(f"{name}: its lines {what}; write the texts alone into a file")
-        if name.lower().endswith((".csv", ".tsv")):
-            note(f"{name}: read as plain text, so labels and the names of columns become text, too")
+        if OTHER_TEXT.search(name) or len(json_objects(lines)) > 0.9 * len(lines):
+            what = "keys, labels, names of columns and marks become text, too"
+            note(f"{name}: read as plain text, so {what}; write the texts alone into a file")
     return text
 
 
