@@ -20,9 +20,10 @@ from run.flags import exact_settings
 import torch
 
 PREFIXES = {"encoder.": "encoder.sentence_encoder.", "regression_head.": "encoder.regression_head."}
-OURS = "self_attn.qkv."
+QKV = "self_attn.qkv."
 Q, K, V = (f"self_attn.{part}_proj." for part in "qkv")
 TEACHER = "encoder._ema"
+OUR_ENTRY = "data2vec_text"  # in the extra_state of a file that we wrote
 # fairseq 0.12.2 has these in every layer, for a fast path that training does not take
 UNUSED = re.compile(r"(.*\.)?(version|(in_proj|out_proj|fc1|fc2)_(weight|bias))")
 FIELDS = {field.name: field for part in PARTS for field in dataclasses.fields(part)}
@@ -85,7 +86,7 @@ def merge_qkv(state: dict, path) -> dict:
             parts = [tensor, state.get(name.replace(Q, K)), state.get(name.replace(Q, V))]
             if any(part is None for part in parts):
                 raise InputError(f"{path}: {name} has no k_proj or v_proj beside it")
-            merged[name.replace(Q, OURS)] = torch.cat(parts)
+            merged[name.replace(Q, QKV)] = torch.cat(parts)
             continue
         if not (UNUSED.fullmatch(name) or K in name or V in name):
             merged[name] = tensor
@@ -96,13 +97,13 @@ def split_qkv(state: dict) -> dict:
     """The reverse of `merge_qkv`; the parts are copies."""
     split = {}
     for name, tensor in state.items():
-        if OURS not in name:
+        if QKV not in name:
             split[name] = tensor
             continue
         q, k, v = (part.clone() for part in tensor.chunk(3))
         # fairseq defines them in this order, so its optimizer counts them so
         for theirs, part in ((K, k), (V, v), (Q, q)):
-            split[name.replace(OURS, theirs)] = part
+            split[name.replace(QKV, theirs)] = part
     return split
 
 
@@ -135,7 +136,16 @@ def loaded(content: dict, path) -> Loaded:
         advice = "save its `model` entry alone and give its shape by flags"
         kind = "no config" if tree is None else f"a config that is a {type(tree).__name__}"
         raise InputError(f"{path}: has weights but {kind}; {advice}")
-    return Loaded("fairseq", settings(tree, path), student, teacher, content)
+    dictionary = ours_in(content).get("dictionary")
+    dictionary = dictionary if isinstance(dictionary, dict) else {}
+    return Loaded("fairseq", settings(tree, path), student, teacher, content, dictionary)
+
+
+def ours_in(content: dict) -> dict:
+    """What a fairseq file that we wrote has of its run; {} in any other."""
+    extra = content.get("extra_state")
+    ours = extra.get(OUR_ENTRY) if isinstance(extra, dict) else None
+    return ours if isinstance(ours, dict) else {}
 
 
 def settings(tree: dict, path) -> dict:

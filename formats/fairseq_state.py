@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 from config import InputError
 from formats import fairseq_config, fairseq_v2, fairseq_v2_config
-from formats.fairseq_names import FIELDS, TEACHER, from_reference, to_reference
+from formats.fairseq_names import FIELDS, OUR_ENTRY, TEACHER, from_reference, ours_in, to_reference
 from run.checkpoint import MOMENTS, Loaded, checked_moments
 
 # The groups of fairseq's config, and the settings in them that we write, under its names. Its
@@ -23,9 +23,8 @@ GROUPS = {
 }
 GROUPS["criterion"] = []
 TRAINING_GROUPS = ("optimization", "optimizer", "lr_scheduler")
-# What each kind of file keeps of the other: a fairseq file that we wrote has an entry in its
-# extra_state with what fairseq has no place for, and the file of ours made from one of fairseq's.
-OURS = "data2vec_text"
+# A fairseq file that we wrote has an entry in its extra_state with what fairseq has no place for
+# (fairseq_names.ours_in), and a file of ours that was made from one of fairseq's has this one.
 THEIRS = "fairseq"
 
 
@@ -131,7 +130,7 @@ def _new_file(content: dict) -> dict:
         criterion=None,
         optimizer_history=[history],
         task_state={},
-        extra_state={**extra, OURS: ours},
+        extra_state={**extra, OUR_ENTRY: ours},
     )
 
 
@@ -166,8 +165,8 @@ def from_fairseq(content: dict, template: dict, path) -> dict:
     updates = content["optimizer_history"][-1]["num_updates"]
     best = extra.get("best")  # in old files a number of numpy's, which is not loaded
     state = _our_moments(last["state"], content["model"], template, path)
-    if OURS in extra and extra[OURS]["progress"]["num_updates"] == updates:  # we wrote it
-        ours = dict(extra[OURS])
+    ours = dict(ours_in(content))
+    if ours and ours["progress"]["num_updates"] == updates:
         optimizer = {"state": state, "param_groups": ours.pop("param_groups")}
         return {"optimizer": optimizer, **ours}
     progress = dict(
@@ -216,9 +215,8 @@ def settings_of(loaded: Loaded, path) -> tuple[dict, str]:
     """
     if loaded.kind != "fairseq":
         return loaded.config, ""
-    extra = loaded.content.get("extra_state")
-    ours = extra.get(OURS) if isinstance(extra, dict) else None
-    if isinstance(ours, dict) and isinstance(ours.get("config"), dict):  # we wrote it
+    ours = ours_in(loaded.content)
+    if isinstance(ours.get("config"), dict):
         return ours["config"], ""
     values = {k: v for k, v in loaded.config.items() if k != "data_path"}  # on another machine
     tree = loaded.content.get("cfg") or {}

@@ -47,6 +47,7 @@ def test_the_way_to_fairseq_and_back_is_exact(tmp_path, saved):
     run(source, "fairseq", tmp_path / "theirs.pt")
     run(tmp_path / "theirs.pt", "native", tmp_path / "back.pt", "--from", "fairseq")
     a, b = checkpoint.load(source).content, checkpoint.load(tmp_path / "back.pt").content
+    assert load(tmp_path / "theirs.pt").dictionary == a["dictionary"]
     assert set(a) == set(b) and all(same(dict(a[k]), dict(b[k])) for k in a if k != "format")
 
 
@@ -308,7 +309,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, saved, kind, monk
 @pytest.mark.parametrize("value", [("a", "b"), (None, 1), ([1], [2]), torch.zeros(2)])
 def test_settings_of_a_wrong_type_in_what_fairseq_keeps_for_us_are_refused(tmp_path, saved, value):
     def change(content):
-        content["extra_state"][fairseq_state.OURS]["config"]["adam_betas"] = value
+        content["extra_state"][fairseq_names.OUR_ENTRY]["config"]["adam_betas"] = value
 
     fairseq_file(saved / "checkpoint_last.pt", tmp_path / "x.pt", change)
     with pytest.raises(InputError, match=r"x.pt: damaged: its config|--adam_betas"):

@@ -103,6 +103,8 @@ class Dictionary:
             beside = Path(path).parent / "dict.txt"
             if Path(path).is_file() and beside.is_file():
                 Dictionary(beside).check_same(self.path)
+            else:
+                note(f"{path} does not say its dictionary; it must be the one of {self.path}")
         elif saved["digest"] != self.digest():
             size = str(saved.get("size"))[:100]  # of a damaged file it may be anything, or missing
             order = " in another order" if size == str(len(self)) else ""
