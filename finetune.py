@@ -105,8 +105,7 @@ def read_task(cfg: FinetuneConfig, device: Device) -> Task:
     head = {}
     if source.head and not (cfg.new_head or cfg.freeze):
         # fairseq's heads name no classes, but its folders number them
-        if cfg.data_path and cfg.task == "none" and source.head.classes is None:
-            source.head.classes = data.names
+        source.head.is_numbered = bool(cfg.data_path) and cfg.task == "none"
         new = new_head(cfg, source, data)
         head = pretrained.fit_head(source.head, new, data.names, cfg.label_scale, source.path)
     return Task(cfg, device, source, text, data, metric, head)

@@ -86,11 +86,8 @@ SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
 def _safetensors():
-    try:
+    with reading(f"{SAFE} needs the safetensors package: pip install safetensors"):
         import safetensors.torch
-    except ImportError:
-        why = f"{SAFE} needs the safetensors package: pip install safetensors"
-        raise InputError(why) from None
     return safetensors.torch
 
 
@@ -233,8 +230,9 @@ def classification(entry: dict, width: int, path) -> Task:
     layers = dict(dense=nn.Linear(width, width), out_proj=nn.Linear(width, len(names)))
     expected = nn.ModuleDict(layers)  # for names and shapes
     head = checkpoint.own_state(entry["head"], expected, "the classification head", path)
-    for name in ("out_proj.weight", "out_proj.bias"):
-        head[name] *= entry["label_scale"]
+    if not entry["labels"]:
+        for name in ("out_proj.weight", "out_proj.bias"):
+            head[name] *= entry["label_scale"]
     settings = dict(
         problem_type="single_label_classification" if entry["labels"] else "regression",
         id2label={str(i): name for i, name in enumerate(names)},

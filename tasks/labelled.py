@@ -6,6 +6,7 @@ commit 3f6ba43f. `cfg` is finetune.py's FinetuneConfig.
 """
 
 import dataclasses
+import os
 import re
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ from pathlib import Path
 from config import InputError, printable, read_text
 from tasks.tables import GLUE, Columns, Table, are_scores, read_tables, score_of
 from text.binarized import BOS, EOS, SPECIAL, UNK, Dictionary, TokenFile
+from text.files import note
 from text.tokens import warn_of_unknown
 
 import numpy as np
@@ -85,6 +87,11 @@ def files_of(cfg) -> dict[str, tuple]:
     if cfg.task == "none":
         columns = own_columns(cfg, cfg.label)
         paths = dict(train=cfg.train, valid=cfg.valid, test=cfg.test)
+        for path, times in Counter(os.path.realpath(path) for path in paths.values()).items():
+            if times > 1 and Path(path).is_file():
+                note(
+                    f"{path} is several of --train, --valid, --test: no figure on it is of new text"
+                )
         return {split: (path, columns) for split, path in paths.items() if path}
     columns, dev = GLUE[cfg.task], GLUE["mnli_dev"]
     files = dict(train=("train", columns), valid=("dev", columns))

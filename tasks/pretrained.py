@@ -38,6 +38,7 @@ class Head:
     classes: list | None = None  # the names of its rows, where the file has them
     scale: float = 0.0  # scores are its outputs times this (0: the file does not say)
     is_sorted: bool = False  # rows without names are in the order of the names
+    is_numbered: bool = False  # or in the order in which the data number the classes
 
 
 @dataclass
@@ -208,8 +209,10 @@ def classes_of(head: Head, ours: list, path: Path) -> list:
     bias = head.weights["out_proj.bias"]
     rows = len(bias) if isinstance(bias, torch.Tensor) and bias.ndim else 0
     theirs = [SCORE] if rows == 1 else head.classes
-    if theirs is None and head.is_sorted and rows == len(ours):
-        theirs = sorted(ours, key=lambda name: (score_of(name) or 0.0, name))
+    if theirs is None and (head.is_numbered or head.is_sorted) and rows == len(ours):
+        theirs = list(ours)
+        if head.is_sorted:
+            theirs.sort(key=lambda name: (score_of(name) or 0.0, name))
         note = f"note: {path} does not name the classes of its head, taken for"
         print(printable(f"{note} {shown(theirs)} in this order"))
     if theirs is None:

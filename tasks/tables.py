@@ -10,12 +10,11 @@ import io
 import json
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import InputError, printable, read_text, reading
-from text.files import lines_of
+from config import InputError, read_text, reading
+from text.files import lines_of, note
 
 JSON = (".jsonl", ".json")  # an object in each line
 MISSING = ("", "na", "n/a", "nan", "<na>", "null", "none", "nat", "inf", "-inf")  # of numbers
@@ -97,7 +96,7 @@ class File:
             rows = [row for row in rows if len(row[1]) == columns.fields]
             if others:
                 what = f"{len(others):,} rows without {columns.fields} fields are left out"
-                print(printable(f"note: {self.path}: {what}"))
+                note(f"{self.path}: {what}")
         if not rows:
             raise InputError(f"{self.path}: no rows in it but the header")
         # texts to predict, and QQP's, may be empty
@@ -151,13 +150,17 @@ def guess_header(files: list[File], regression: bool, known: list | None):
     named = [file for file in files if file.has_header]
     plain = [file for file in files if not file.has_header]
     if not named:
+        for file in plain:
+            if file.columns.label is None:  # with a label, the first row's is like the others'
+                row = f"{', '.join(file.first)[:200]} (--header true leaves it out)"
+                note(f"first row of {file.path} taken for a text: {row}")
         return
-    cells = printable(", ".join(named[0].first)[:200])
+    cells = ", ".join(named[0].first)[:200]
     if plain:
         both = f"{named[0].path} seems to begin with a header ({cells}), {plain[0].path} does not"
         raise InputError(f"{both}; make them alike, or say --header true or false")
     paths = ", ".join(str(file.path) for file in named)
-    print(printable(f"note: first row of {paths} taken for a header: {cells}"), file=sys.stderr)
+    note(f"first row of {paths} taken for a header: {cells}")
 
 
 def looks_like_header(file: File, labels: set, regression: bool, known: list | None) -> bool:
@@ -166,7 +169,8 @@ def looks_like_header(file: File, labels: set, regression: bool, known: list | N
     if max(places) >= len(first):
         return False
     # what the texts were called in training
-    if known and known == [first[place] for place in places[: len(file.columns.text)]]:
+    names = [first[place].strip().lower() for place in places[: len(file.columns.text)]]
+    if known and names == [name.strip().lower() for name in known]:
         return True
     # pandas' numbers, without and with its index
     numbers = [str(i) for i in range(len(first))]

@@ -7,6 +7,7 @@ import finetune
 from config import InputError
 from formats.fairseq_names import split_qkv
 from run import checkpoint
+from tasks.pretrained import Head, classes_of
 from test.helpers import call
 from test.test_finetune import flags, head_of, rows_of
 
@@ -100,6 +101,14 @@ def test_a_head_for_other_classes_is_an_error_that_names_them(
     call(finetune.main, *flags(place, tmp_path / "out", new_head=True, **(own | dict(lr=0))))
     new = head_of(tmp_path / "out" / "checkpoint_best.pt")["dense.weight"]
     assert not torch.equal(new, head_of(colors)["dense.weight"])
+
+
+def test_a_head_that_fairseqs_folder_numbers_is_told_and_has_as_many_rows(capsys):
+    head = Head({"out_proj.bias": torch.zeros(3)}, is_numbered=True)
+    assert classes_of(head, COLORS, "f.pt") == COLORS
+    assert "does not name the classes of its head, taken for red, green" in capsys.readouterr().out
+    with pytest.raises(InputError, match="the 3 classes of its head have no names"):
+        classes_of(head, COLORS[:2], "f.pt")
 
 
 def test_a_head_without_names_is_refused(colors, place, tmp_path):

@@ -101,6 +101,7 @@ GIVEN = [
     ("x.tsv", "a\tc\nb\td\n", "1,2", ["q", "s"], ["ab", "cd"]),
     ("x.tsv", "index\tq\n0\ta\n1\tb\n", "2", None, ["ab"]),  # of CoLA, whose train has none
     ("x.tsv", "a\tc\nb\td\n", "1,2", None, ["ab", "cd"]),
+    ("x.tsv", "Q\tS \na\tc\nb\td\n", "1,2", ["q", "s"], ["ab", "cd"]),
     ("x.txt", "a\rb", "", None, ["ab"]),  # of an old Mac
     ("x.txt", "a\rb\nc\n", "", None, [["a\rb", "c"]]),  # a cell of one
     ("x.txt", "a\tb\nc\n", "", None, [["a\tb", "c"]]),
@@ -116,11 +117,15 @@ GIVEN = [
 
 
 @pytest.mark.parametrize("name, content, text, known, texts", GIVEN)
-def test_every_row_to_predict_is_read_but_for_a_header(name, content, text, known, texts, tmp_path):
+def test_every_row_to_predict_is_read_but_for_a_header(
+    name, content, text, known, texts, tmp_path, capsys
+):
     (tmp_path / name).write_text(content, newline="")
     cfg = FinetuneConfig(predict=str(tmp_path / name), text=text)
     entry = dict(texts=len(texts), header=known)
     assert predict.read_texts(cfg, entry) == [list(column) for column in texts]
+    is_told = text == "1,2" and texts[0][0] == content[0]
+    assert ("taken for a text: a, c" in capsys.readouterr().err) == is_told
     entry["texts"] = 3 - len(texts)
     if name == "x.txt" and len(texts) == 2:  # a classifier of one text reads the tab as a space
         return
@@ -305,12 +310,15 @@ def test_a_text_longer_than_the_table_is_cut_and_counted(place, tmp_path, capsys
 
 def test_scores_that_are_taken_for_classes_are_told(tmp_path, capsys):
     path = tmp_path / "t.tsv"
-    names = [f"c{i}" for i in range(11)]
+    names, noted = [f"c{i}" for i in range(11)], []
     for labels, said in ((range(11), True), (range(3), False), (names, False)):
         path.write_text(TABLE + "".join(f"w1\t{label}\n" for label in labels for _ in "ab"))
         cfg = FinetuneConfig(train=str(path), valid=str(path), text="text", label="label")
         labelled.read_data(cfg, 64, None, lambda column: [np.array([4, EOS]) for _ in column])
-        assert ("--regression" in capsys.readouterr().out) == said
+        captured = capsys.readouterr()
+        assert ("--regression" in captured.out) == said
+        noted.append("t.tsv is several of --train, --valid" in captured.err)
+    assert noted == [True, False, False]  # once
     with pytest.raises(InputError, match="v.tsv, line 2: label '2.5' .* --regression"):
         labelled.class_numbers(tables.Table("v.tsv", [2], [["w1"]], ["2.5"]), ["1", "2"])
 
