@@ -56,11 +56,12 @@ import torch.nn.functional as F
 from torch.profiler import record_function
 
 
-def synthetic(cfg: Config, vocabulary: int) -> Config:
+def synthetic(cfg: Config, vocabulary: int, workers: int) -> Config:
     """Write a dataset of full blocks of random tokens; returns the settings that read it so."""
     data, folder = cfg.data, Path(cfg.data.data_path)
     # eight updates of full batches, read again and again
-    blocks = max(1, data.max_tokens // data.tokens_per_sample) * cfg.train.update_freq * 8
+    full = max(1, data.max_tokens // data.tokens_per_sample)
+    blocks = full * cfg.train.update_freq * workers * 8
     shape = (blocks, data.tokens_per_sample - 1)
     sentences = np.random.default_rng(0).integers(4, vocabulary, shape)
     sentences[:, -1] = EOS
@@ -91,19 +92,16 @@ def measure(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
             matmuls = Matmuls(device)
         if i >= warmup:
             batches, done = last
-            blocks = sum(batch.nsentences for batch in batches)
-            tokens = sum(batch.ntokens for batch in batches)
-            flops = update_flops(batches, run)
             # of all workers; an update whose gradients overflowed was none
-            predictions = int(done.step.counts[0]) if done else 0
-            rows.append((seconds, blocks, tokens, predictions, flops, matmuls.burst(0.1)))
+            counts = [int(count) for count in done.step.counts] if done else [0, 0, 0]
+            rows.append((seconds, *counts, update_flops(batches, run), matmuls.burst(0.1)))
     parts = time_parts(device, work, updates)
     source.close()
 
-    seconds, blocks, tokens, predictions, flops, peak = np.array(rows).T  # (updates,) each
+    seconds, predictions, blocks, tokens, flops, peak = np.array(rows).T  # (updates,) each
     return dict(
-        fps=np.median(blocks / seconds) * device.world_size,
-        wps=np.median(tokens / seconds) * device.world_size,
+        fps=np.median(blocks / seconds),
+        wps=np.median(tokens / seconds),
         predictions=np.median(predictions / seconds),
         ups=np.median(1 / seconds),
         ms=1e3 * np.median(seconds),
@@ -260,7 +258,7 @@ def main(argv: list | None = None) -> int:
         with contextlib.closing(open_device(cfg.device)) as device:
             if is_synthetic:
                 check_memory(cfg.model, args.vocabulary, device, copies=5)
-                cfg = synthetic(cfg, args.vocabulary)
+                cfg = synthetic(cfg, args.vocabulary, device.world_size)
             result = describe(cfg, device, args, is_synthetic)
             result |= bench(cfg, device, Corpus(cfg.data), args)
     if device.rank == 0:
@@ -299,6 +297,8 @@ def bench(cfg: Config, device: Device, corpus: Corpus, args) -> dict:
     if args.compare and plain != cfg.model:
         only = ", ".join(f"--{name} {value}" for name, value in Plain.ONLY.items())
         raise InputError(f"--compare: what is written plainly is the step of {only}")
+    if device.world_size > 1 and (args.check or args.compare):
+        raise InputError("--check and --compare: on one device, without torchrun")
     if args.check:
         return dict(check=check(cfg, device, corpus, args.updates))
     run = Run(cfg, device, len(corpus.dictionary))

@@ -215,6 +215,11 @@ class ModelConfig:
     def predicts_words(self) -> bool:
         return self.objective == "mlm" or self.mlm_weight > 0
 
+    @property
+    def norms_over_places(self) -> bool:
+        per_layer = self.batch_norm_target_layer or self.instance_norm_target_layer
+        return per_layer or self.instance_norm_targets
+
     def check(self):
         heads, width = self.attention_heads, self.embed_dim
         if width % heads:

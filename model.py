@@ -248,7 +248,7 @@ def teacher_targets(teacher: Encoder, batch, cfg: ModelConfig) -> Tensor:
 
     batch: a `data.Batch` on the teacher's device. Returns (M, C) float32.
     """
-    if cfg.batch_norm_target_layer or cfg.instance_norm_target_layer or cfg.instance_norm_targets:
+    if cfg.norms_over_places:
         return targets_over_places(teacher, batch, cfg)
     top_k = cfg.average_top_k_layers
     _, layers = teacher(batch.target, batch.target_padded, top_k, batch.target_places)

@@ -56,8 +56,9 @@ def update_flops(batches: list, run) -> float:
         masked = np.bincount(places // batch.source.shape[1], minlength=len(source))
         total += 3 * (encoder_flops(source, masked, cfg) + head * len(places))
         if cfg.objective == "data2vec":
-            # with teacher_input=masked, every position of the teacher's input is a target
-            wanted = masked if run.cfg.data.teacher_input == "full" else target
+            # a masked teacher predicts at all it reads, and norms over places need all of them
+            is_whole = run.cfg.data.teacher_input == "masked" or cfg.norms_over_places
+            wanted = target if is_whole else masked
             total += encoder_flops(target, wanted, cfg)
     return total
 

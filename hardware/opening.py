@@ -37,8 +37,12 @@ def open_device(cfg: DeviceConfig) -> Device:
         device, name = torch.device("cpu"), platform.processor() or platform.machine()
     else:
         device, name = _take_card(kind, local_rank)
+    # float32 convolutions, of data2vec2's decoder, as exact as the matmuls
+    if kind == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
     if kind == "npu":
         _check_npu(cfg.amp, name, rank)
+        torch.npu.conv.allow_hf32 = False
     if world_size > 1:
         _join_workers(kind, rank, world_size)
     return Device(device, name, _amp_type(cfg.amp, kind, name), rank, world_size)
