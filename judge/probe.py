@@ -21,6 +21,7 @@ less about a hidden word than the two tokens beside it. Nothing can name all wor
 """
 
 import copy
+import math
 from dataclasses import dataclass
 
 from config import Config, InputError
@@ -225,6 +226,8 @@ class Probe:
         # places of one block share their text: the standard error is that of the blocks' sums
         _, block = np.unique(self.valid.blocks, return_inverse=True)
         sums = np.bincount(block, gain - gain.mean())
+        n = len(sums)
+        variance = np.square(sums).sum() * n / (n - 1) if n > 1 else math.inf
         figures = dict(
             classes=self.classes,
             train_places=len(self.train.labels),
@@ -232,7 +235,7 @@ class Probe:
             train_left_out=self.train.left_out,
             valid_left_out=self.valid.left_out,
             gain=float(gain.mean()),
-            gain_error=float(np.sqrt(np.square(sums).sum()) / len(labels)),
+            gain_error=float(np.sqrt(variance) / len(labels)),
             gain_neighbours=float((untrained["loss"] - self.counted["loss"]).mean()),
         )
         guess = dict(hit=labels == self.log_share.argmax(), loss=-self.log_share[labels])

@@ -158,7 +158,7 @@ class Guesses:
         self.sums = {name: torch.zeros(3, device=where) for name in ("student", *GUESSES)}
         # over all blocks: d, d^2, d n and n^2, where d is a guess's squared error less the
         # student's, summed over the n places of a block
-        self.blocks = {name: torch.zeros(4, device=where) for name in GUESSES}
+        self.blocks = {name: torch.zeros(5, device=where) for name in GUESSES}
 
     def add(self, batch: Batch, prediction: Tensor, target: Tensor):
         """Take in a batch on the device with its prediction and target (M, C)."""
@@ -181,7 +181,7 @@ class Guesses:
             self.sums[name] += torch.stack([errors[name].sum(), cosine, loss])
         for name, sums in self.blocks.items():
             d = sums_of_rows(errors[name] - errors["student"], rows, blocks)  # (B,)
-            parts = (d, d.square(), d * count, count.square())
+            parts = (d, d.square(), d * count, count.square(), (count > 0).float())
             sums += torch.stack([part.sum() for part in parts])
 
     def figures(self, moment_sums: Tensor, places: int) -> dict:
@@ -200,10 +200,11 @@ class Guesses:
             figures[f"cosine_{name}"] = cosine / places
             figures[f"loss_{name}"] = loss / places
             # the sum over blocks of (d - n mean)^2, where mean is that of a place
-            d, d2, dn, n2 = self.blocks[name].tolist()
+            d, d2, dn, n2, blocks = self.blocks[name].tolist()
             spread = max(0.0, d2 - 2 * dn * d / places + n2 * (d / places) ** 2)
             figures[f"gain_{name}"] = d / total
-            figures[f"gain_{name}_error"] = math.sqrt(spread) / total
+            variance = spread * blocks / (blocks - 1) if blocks > 1 else math.inf
+            figures[f"gain_{name}_error"] = math.sqrt(variance) / total
         figures["beyond_block"] = 1 - (1 - figures["r2"]) / max(1e-9, 1 - figures["r2_block"])
         return figures
 

@@ -81,6 +81,7 @@ class Log:
         self.is_torn = False  # whether the last row was written in part
         self.last_update = 0
         self.is_speed_told = False
+        self.stopped = None  # when the pause began, within one
         self.reset()
 
     def open(self, last_update: int):
@@ -109,7 +110,8 @@ class Log:
 
     def state(self) -> dict:
         """The interval so far, as plain values; all its figures must have been read."""
-        seconds = time.perf_counter() - self.since
+        end = time.perf_counter() if self.stopped is None else self.stopped
+        seconds = max(0.0, end - self.since)
         return dict(updates=self.figures, skipped=self.skipped, seconds=seconds)
 
     def restore(self, state: dict):
@@ -288,8 +290,9 @@ class Log:
     @contextlib.contextmanager
     def paused(self):
         """What happens inside counts as no training time."""
-        begin = time.perf_counter()
+        self.stopped = begin = time.perf_counter()
         yield
+        self.stopped = None
         # an interval that began inside pauses only from there on
         self.since += time.perf_counter() - max(begin, self.since)
 

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import config
 import convert
@@ -17,7 +18,7 @@ import preprocess
 import train
 from config import InputError
 from judge import plot
-from run import checkpoint, describe, flags
+from run import checkpoint, describe, flags, log
 from test.helpers import FEW, HERE, call, few, make_run, rows_of, wait_for
 from text import demo
 
@@ -208,3 +209,15 @@ def test_a_run_shows_the_settings_that_differ_and_warns_of_text_that_is_never_se
         assert first.startswith(f"data2vec-text {config.VERSION}: train.py --config_name tiny ")
         assert "--max_update 1" in first and "mask_prob" not in first
         assert re.search(rf"^{warning}\d+\.\d\d% of the .* never seen", printed, re.M)
+
+
+def test_a_save_within_a_pause_counts_none_of_it(tmp_path, corpus_dir, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(log, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    rows = log.Log(make_run(corpus_dir, save_dir=str(tmp_path))[0])
+    now[0] = 3.0
+    with rows.paused():
+        now[0] = 10.0
+        assert rows.state()["seconds"] == 3.0
+    now[0] = 12.0
+    assert rows.state()["seconds"] == 5.0

@@ -1,6 +1,7 @@
 """The guesses that read no word, and what is said about a student beside them."""
 
 import json
+import math
 import shutil
 
 import eval as evaluation
@@ -71,7 +72,8 @@ def test_the_guesses_equal_their_definition_place_by_place(corpus_dir, options):
         gain = (error - own).numpy()
         spread = np.bincount(block, gain - gain.mean())  # a block's places are one observation
         assert figures[f"gain_{name}"] == near(gain.sum() / total, abs=1e-4)
-        standard_error = np.sqrt(np.square(spread).sum()) / total
+        n = len(np.unique(block))
+        standard_error = np.sqrt(np.square(spread).sum() * n / (n - 1)) / total
         assert figures[f"gain_{name}_error"] == near(standard_error, rel=1e-3)
     share = (figures["r2"] - figures["r2_block"]) / (1 - figures["r2_block"])
     assert figures["beyond_block"] == near(share, abs=1e-6)
@@ -152,6 +154,12 @@ def test_a_folder_without_a_training_split_is_evaluated_without_the_guesses(tmp_
     assert len(guesses) == 12
     assert alone == {name: beside[name] for name in beside if name not in guesses}
     assert "no training split" in call(evaluation.main, *argv[:2], "--data_path", tmp_path)
+
+
+def test_one_block_gives_no_standard_error(tmp_path):
+    make_dataset(tmp_path, [[*range(4, 20), EOS]], 24)
+    run, dataset = make_run(tmp_path, mask_multiple_length=1)
+    assert quality.evaluate(run, dataset, dataset)["gain_block_error"] == math.inf
 
 
 # ------------------------------------------------------------------------------------------ counts
