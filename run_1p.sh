@@ -3,7 +3,7 @@
 #
 #   bash run_1p.sh                                         demo corpus, tiny model: two minutes
 #   bash run_1p.sh learn                                   preset small on film reviews, shortened,
-#                    then fine-tuned (--max_update 12000: all of it; --data_path=DIR: pretrain alone)
+#                    then fine-tuned (--max_update 12000: all of it; --data_path=DIR: trains alone)
 #   bash run_1p.sh full --data_path=DIR [train.py flags]   pretrain; the same command continues
 #   bash run_1p.sh full --raw_dir=DIR [flags]              the same, from DIR's wiki.*.raw
 #   bash run_1p.sh performance --data_path=DIR [flags]     5,000 updates, to measure throughput

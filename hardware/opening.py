@@ -42,7 +42,8 @@ def open_device(cfg: DeviceConfig) -> Device:
         torch.backends.cudnn.allow_tf32 = False
     if kind == "npu":
         _check_npu(cfg.amp, name, rank)
-        torch.npu.conv.allow_hf32 = False
+        if hasattr(torch.npu, "conv"):  # an emulated device has none
+            torch.npu.conv.allow_hf32 = False
     if world_size > 1:
         _join_workers(kind, rank, world_size)
     return Device(device, name, _amp_type(cfg.amp, kind, name), rank, world_size)

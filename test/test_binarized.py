@@ -11,7 +11,7 @@ import eval as evaluation
 import finetune
 import train
 from config import InputError
-from formats import fairseq_state
+from formats import fairseq_names
 from run import describe
 from test.helpers import FEW, GOLDEN, call, dataset_files, golden, make_dataset, write_index
 from text.binarized import DTYPES, EOS, Dictionary, TokenStream, write_dataset
@@ -78,7 +78,7 @@ def test_every_dict_txt_that_data_bring_must_be_the_one_that_is_used(tmp_path, s
     last, bare = saved / "checkpoint_last.pt", tmp_path / "bare.pt"
     call(convert.main, "--ckpt", last, "--to", "fairseq", bare)
     content = torch.load(bare)
-    del content["extra_state"][fairseq_state.OURS]
+    del content["extra_state"][fairseq_names.OUR_ENTRY]
     for path in (bare, a / "bare.pt", b / "bare.pt"):
         torch.save(content, path)
     (tmp_path / "t.tsv").write_text("\n".join(["text\tlabel", *["w1 w2\tx", "w3\ty"] * 4, ""]))

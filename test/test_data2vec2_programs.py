@@ -9,7 +9,7 @@ import eval as evaluation
 import finetune
 import train
 from config import InputError
-from formats import fairseq_state
+from formats import fairseq_names
 from run import checkpoint
 from tasks import pretrained
 from test.helpers import call, compare_checkpoints, config_of, golden, hidden_states, rows_of
@@ -39,7 +39,7 @@ def test_a_checkpoint_goes_to_fairseqs_form_and_back_bit_for_bit(saved2, tmp_pat
     compare_checkpoints(saved2, tmp_path / "native.pt")
     file = torch.load(tmp_path / "fairseq.pt", weights_only=False)
     # names, shapes and settings are found again where no entry of ours tells
-    del file["extra_state"][fairseq_state.OURS]
+    del file["extra_state"][fairseq_names.OUR_ENTRY]
     file["cfg"]["distributed_training"] = dict(distributed_world_size=1)
     torch.save(file, tmp_path / "plain.pt")
     call(convert.main, "--ckpt", tmp_path / "plain.pt", "--to", "native", tmp_path / "again.pt")
