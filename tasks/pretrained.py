@@ -211,7 +211,7 @@ def classes_of(head: Head, ours: list, path: Path) -> list:
     theirs = [SCORE] if rows == 1 else head.classes
     if theirs is None and (head.is_numbered or head.is_sorted) and rows == len(ours):
         theirs = list(ours)
-        if head.is_sorted:
+        if not head.is_numbered:
             theirs.sort(key=lambda name: (score_of(name) or 0.0, name))
         note = f"note: {path} does not name the classes of its head, taken for"
         print(printable(f"{note} {shown(theirs)} in this order"))

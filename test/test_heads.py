@@ -104,7 +104,7 @@ def test_a_head_for_other_classes_is_an_error_that_names_them(
 
 
 def test_a_head_that_fairseqs_folder_numbers_is_told_and_has_as_many_rows(capsys):
-    head = Head({"out_proj.bias": torch.zeros(3)}, is_numbered=True)
+    head = Head({"out_proj.bias": torch.zeros(3)}, is_sorted=True, is_numbered=True)
     assert classes_of(head, COLORS, "f.pt") == COLORS
     assert "does not name the classes of its head, taken for red, green" in capsys.readouterr().out
     with pytest.raises(InputError, match="the 3 classes of its head have no names"):
