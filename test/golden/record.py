@@ -10,7 +10,6 @@ it is changed but two things: the first weights are those of rule.py, and what i
 
 import contextlib
 import hashlib
-import inspect
 import json
 import os
 import platform
@@ -36,40 +35,19 @@ PLAIN = (
 ).split()
 
 # the settings that differ from fairseq's base.yaml; its names without their groups, as here
-BATCHES = {
-    "doc": dict(sample_break_mode="complete_doc", tokens_per_sample=64, max_tokens=512),
-    "complete": dict(
-        dict(sample_break_mode="complete", tokens_per_sample=48, max_tokens=700, batch_size=16),
-        **dict(random_token_prob=0.2, leave_unmasked_prob=0.1, seed=7),
-    ),
-    "none": dict(
-        dict(sample_break_mode="none", tokens_per_sample=32, max_tokens=1000),
-        **dict(mask_stdev=1.5, mask_prob=0.5),
-    ),
-    "eos": dict(
-        dict(sample_break_mode="eos", tokens_per_sample=96, max_tokens=300),
-        **dict(mask_multiple_length=2, seed=5),
-    ),
-}
-RUN = dict(
-    BATCHES["doc"],
-    max_update=60,
-    save_interval_updates=40,
-    warmup_updates=10,
-    lr=0.003,
-    ema_decay=0.9,
-    ema_end_decay=0.99,
-    ema_anneal_end_step=40,
-    average_top_k_layers=2,
-    embed_dim=16,
-    ffn_embed_dim=32,
-    layers=2,
-    attention_heads=2,
-    max_source_positions=64,
-    dropout=0,
-    attention_dropout=0,
-    clip_norm=1,
+BATCHES = dict(
+    doc=dict(sample_break_mode="complete_doc", tokens_per_sample=64, max_tokens=512),
+    complete=dict(sample_break_mode="complete", tokens_per_sample=48, max_tokens=700),
+    none=dict(sample_break_mode="none", tokens_per_sample=32, max_tokens=1000),
+    eos=dict(sample_break_mode="eos", tokens_per_sample=96, max_tokens=300),
 )
+BATCHES["complete"].update(batch_size=16, random_token_prob=0.2, leave_unmasked_prob=0.1, seed=7)
+BATCHES["none"].update(mask_stdev=1.5, mask_prob=0.5)
+BATCHES["eos"].update(mask_multiple_length=2, seed=5)
+RUN = dict(BATCHES["doc"], max_update=60, save_interval_updates=40, warmup_updates=10, lr=0.003)
+RUN.update(ema_decay=0.9, ema_end_decay=0.99, ema_anneal_end_step=40, average_top_k_layers=2)
+RUN.update(embed_dim=16, ffn_embed_dim=32, layers=2, attention_heads=2, max_source_positions=64)
+RUN.update(dropout=0, attention_dropout=0, clip_norm=1)
 GROUPS = {
     "common": "seed",
     "task": "sample_break_mode tokens_per_sample mask_prob mask_multiple_length random_token_prob"
@@ -106,20 +84,18 @@ def changed():
     @contextlib.contextmanager
     def numpy_seed(*key):
         drawn = np.random.default_rng(int(hash(key) % 1e6))
-        numpy.random = types.SimpleNamespace(
-            rand=drawn.random, choice=drawn.choice, normal=drawn.normal
-        )
+        draws = dict(rand=drawn.random, choice=drawn.choice, normal=drawn.normal)
+        numpy.random = types.SimpleNamespace(**draws)
         yield
 
     def batch_by_size(*args, **options):
         batches = before[2](*args, **options)
-        return (
-            batches[:-1] if len(batches[-1]) % options["required_batch_size_multiple"] else batches
-        )
+        if len(batches[-1]) % options["required_batch_size_multiple"]:
+            batches = batches[:-1]
+        return batches
 
-    if "default_rng" not in inspect.getsource(masking):
-        masking.np, masking.data_utils = numpy, types.SimpleNamespace(numpy_seed=numpy_seed)
-        data_utils.batch_by_size = batch_by_size
+    masking.np, masking.data_utils = numpy, types.SimpleNamespace(numpy_seed=numpy_seed)
+    data_utils.batch_by_size = batch_by_size
     yield
     masking.np, masking.data_utils, data_utils.batch_by_size = before
 
@@ -162,9 +138,8 @@ def record_batches(settings: dict, workers: int) -> dict:
 
         real = train.Trainer, train.train
         train.Trainer, train.train = Worker, look
-        fairseq_train(
-            dict(settings, **{k: RUN[k] for k in ("embed_dim", "layers", "attention_heads")})
-        )
+        small = {name: RUN[name] for name in ("embed_dim", "layers", "attention_heads")}
+        fairseq_train(dict(settings, **small))
         train.Trainer, train.train = real
     return found
 
@@ -173,9 +148,7 @@ def used(model) -> list:
     """(name, weight) of all that are trained. The release's layers have more, such as `fc1_weight`,
     for a fast path that training does not take: zeros that stay zeros."""
     return [
-        (name, p)
-        for name, p in model.named_parameters()
-        if name.rpartition(".")[2] in ("weight", "bias")
+        (name, p) for name, p in model.named_parameters() if name.endswith((".weight", ".bias"))
     ]
 
 
@@ -203,9 +176,8 @@ def record_run(folder: str) -> dict:
                 validations[-1].append(row)
             else:
                 row["nsentences"] = sum(log["nsentences"] for log in logs)
-                row.update(
-                    gnorm=float(grad_norm), lr=self.lr_used, ema_decay=logs[0]["ema_decay"] / 1000
-                )
+                row.update(gnorm=float(grad_norm), lr=self.lr_used)
+                row["ema_decay"] = logs[0]["ema_decay"] / 1000
                 updates.append(row)
             return super()._reduce_and_log_stats(logs, sample_size, grad_norm)
 
@@ -219,11 +191,8 @@ def record_run(folder: str) -> dict:
     losses = []
     for rows in validations:
         size = sum(row["sample_size"] for row in rows)
-        losses.append(
-            dict(
-                loss=sum(row["loss"] * row["sample_size"] for row in rows) / size, sample_size=size
-            )
-        )
+        total = sum(row["loss"] * row["sample_size"] for row in rows)
+        losses.append(dict(loss=total / size, sample_size=size))
     return dict(updates=updates, validations=losses)
 
 
@@ -238,15 +207,9 @@ def main(folder: Path):
     preprocess.cli_main()
     (golden / "corpus" / "preprocess.log").unlink()
     torch.set_num_threads(1)
-    numbers = dict(
-        fairseq=fairseq.__version__,
-        torch=torch.__version__,
-        numpy=np.__version__,
-        python=platform.python_version(),
-        settings=dict(batches=BATCHES, run=RUN),
-        batches={},
-        run={},
-    )
+    numbers = dict(fairseq=fairseq.__version__, torch=torch.__version__, numpy=np.__version__)
+    numbers["python"] = platform.python_version()
+    numbers.update(settings=dict(batches=BATCHES, run=RUN), batches={}, run={})
     for name, batches in (("released", contextlib.nullcontext), ("changed", changed)):
         with batches():
             numbers["batches"][name] = {k: record_batches(v, 1) for k, v in BATCHES.items()}

@@ -8,9 +8,8 @@ alone.
 import numpy as np
 
 LINES = {"train": 1200, "valid": 200}
-WORDS = (
-    260  # different ones in the text; the dictionary takes fewer, so that there are unknown words
-)
+# different ones in the text; the dictionary takes fewer, so that there are unknown words
+WORDS = 260
 
 
 def draws(state: int):
