@@ -2,6 +2,7 @@
 functions."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -100,7 +101,7 @@ def speed_aside(rows: list) -> list:
     return [{name: value for name, value in row.items() if name not in speed} for row in rows]
 
 
-def make_dataset(folder, sentences=None, words=60, splits=("train", "valid"), seed=0):
+def make_dataset(folder, sentences=None, words=60, seed=0):
     """A small dataset of random sentences in documents; the ids 4 .. words - 1."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +112,7 @@ def make_dataset(folder, sentences=None, words=60, splits=("train", "valid"), se
             for _ in range(rng.integers(1, 8)):
                 sentences.append([*rng.integers(4, words, rng.integers(1, 40)).tolist(), EOS])
             sentences.append([EOS])
-    for split in splits:
+    for split in ("train", "valid"):
         write_dataset(folder / split, sentences, words)
     (folder / "dict.txt").write_text("".join(f"w{i} {100 - i}\n" for i in range(words - 4)))
     return folder, sentences
@@ -136,49 +137,25 @@ def tokenizers():
     return pytest.importorskip("tokenizers", reason="BPE needs the tokenizers package")
 
 
+def dataset_of(folder, split="train", **options):
+    """A split in short blocks and small batches."""
+    sizes = dict(tokens_per_sample=32, max_tokens=256)
+    return Corpus(DataConfig(**{"data_path": str(folder), **sizes, **options})).split(split)
+
+
 @pytest.fixture
 def block_dataset(corpus_dir):
-    def make(split="train", **options):
-        sizes = dict(tokens_per_sample=32, max_tokens=256)
-        return Corpus(DataConfig(data_path=str(corpus_dir), **sizes, **options)).split(split)
-
-    return make
+    return functools.partial(dataset_of, corpus_dir)
 
 
-def write_index(prefix, sentences, code, order=None):
-    """An .idx and .bin of any integer type, with the sentences in the file in another order if
-    asked."""
+def write_index(prefix, sentences, code):
+    """An .idx and .bin of any integer type."""
     blobs = [np.asarray(sentence, DTYPES[code]).tobytes() for sentence in sentences]
-    order = range(len(blobs)) if order is None else order
-    Path(f"{prefix}.bin").write_bytes(b"".join(blobs[i] for i in order))
-    begins = np.cumsum([0] + [len(blobs[i]) for i in order])
-    offsets = np.zeros(len(blobs), "<i8")
-    offsets[list(order)] = begins[:-1]
-    lengths = np.asarray([len(sentence) for sentence in sentences], "<i4")
+    Path(f"{prefix}.bin").write_bytes(b"".join(blobs))
+    offsets = np.cumsum([0, *map(len, blobs)], dtype="<i8")[:-1]
+    lengths = np.array([*map(len, sentences)], "<i4")
     head = MAGIC + struct.pack("<QBQ", 1, code, len(blobs))
     Path(f"{prefix}.idx").write_bytes(head + lengths.tobytes() + offsets.tobytes())
-
-
-def blocks_by_walking(sizes, mode, block_size):
-    """The rule for cutting blocks, sentence by sentence."""
-    blocks, at, current = [], 0, 0
-
-    def close():
-        nonlocal at, current
-        if current > (1 if mode == "complete_doc" else 0):
-            blocks.append((at, at + current))
-        at, current = at + current, 0
-
-    for size in sizes:
-        if mode == "complete_doc" and size == 1:
-            close()
-            at += 1
-            continue
-        if current and current + size > block_size:
-            close()
-        current += size
-    close()
-    return blocks
 
 
 def random_encoder(seed=0, vocabulary=40, **options):
@@ -223,18 +200,21 @@ def small_content(updates=0, **entries) -> dict:
     return {**content, "progress": {**content["progress"], "num_updates": updates}}
 
 
+def tensors_of(path) -> list:
+    """Student, teacher and the optimizer's moments of a checkpoint."""
+    content = checkpoint.load(path).content
+    moments = [t for state in content["optimizer"]["state"].values() for t in state.values()]
+    return [*content["student"].values(), *content["teacher"].values(), *moments]
+
+
 def compare_checkpoints(a, b, exactly=True):
-    a, b = checkpoint.load(a).content, checkpoint.load(b).content
-    lists = []
-    for content in (a, b):
-        moments = [t for state in content["optimizer"]["state"].values() for t in state.values()]
-        lists.append([*content["student"].values(), *content["teacher"].values(), *moments])
-    assert len(lists[0]) > 50
-    for x, y in zip(*lists, strict=True):
+    both = tensors_of(a), tensors_of(b)
+    assert len(both[0]) > 50
+    for x, y in zip(*both, strict=True):
         assert torch.equal(x, y) if exactly else torch.allclose(x, y, atol=2e-6)
     measured = {"world_size", "batches", "best_loss", "first_target_var", "hours"}
-    a, b = ({k: v for k, v in c["progress"].items() if k not in measured} for c in (a, b))
-    assert a == b
+    a, b = (checkpoint.load(path).content["progress"] for path in (a, b))
+    assert {k: a[k] for k in a.keys() - measured} == {k: b[k] for k in b.keys() - measured}
 
 
 def program(name, *argv, **environment):

@@ -19,16 +19,16 @@ from pathlib import Path
 
 import config
 import convert
-from config import DataConfig, InputError, RunError
-from data import Corpus
+from config import InputError, RunError
 from formats.load import load
 from judge import plot
 from run import flags
 from run.log import Log
-from test.helpers import make_run
+from test.converting import write_bpe
+from test.helpers import dataset_of, make_run
 from text import files
 from text.binarized import HEADER
-from text.tokens import need_tokenizers, read_bpe
+from text.tokens import read_bpe
 
 import torch
 
@@ -168,8 +168,7 @@ def packed_zip(raw: bytes, rng: random.Random) -> bytes:
 
 
 def read_dataset(path: Path):
-    cfg = DataConfig(data_path=str(path.parent), tokens_per_sample=32, max_tokens=256)
-    dataset = Corpus(cfg).split("train")
+    dataset = dataset_of(path.parent)
     for ids in dataset.epoch_batches(1):
         dataset.batch(ids, 1)
     dataset.stream.counts(dataset.dictionary)  # checks every token
@@ -205,10 +204,7 @@ def write_originals(folder: Path, last: Path):
         convert.main(["--ckpt", str(last), "--to", "hf", str(folder / "hf")])
     content = torch.load(folder / "fairseq.pt", weights_only=True)
     torch.save(content, folder / "old.pt", _use_new_zipfile_serialization=False)
-    alphabet = sorted(need_tokenizers().pre_tokenizers.ByteLevel.alphabet())
-    (folder / "vocab.bpe").write_text("#version: 0.2\na b\n", encoding="utf-8")
-    vocabulary = {token: i for i, token in enumerate([*alphabet, "ab"])}
-    (folder / "encoder.json").write_text(json.dumps(vocabulary))
+    write_bpe(folder)
     tree = {"model": {"layers": 1, "x": 1}, "task": {"seed": 1, "data": 1}}
     (folder / "base.yaml").write_text(json.dumps(tree, indent=1))
     text = b"some words\n\nof a text, \xc3\xa9\n" * 20

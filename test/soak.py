@@ -74,8 +74,7 @@ def fuzz(count: int, folder: Path, seed: int = 0) -> dict:
     corpus, save_dir = make_dataset(folder / "corpus")[0], folder / "run"
     call(train.main, *few(corpus, save_dir, "--max_update", 3))
     (folder / "files").mkdir()
-    attempts = mutations.fuzz(count, folder / "files", corpus, save_dir, seed)
-    return vars(attempts)
+    return vars(mutations.fuzz(count, folder / "files", corpus, save_dir, seed))
 
 
 def memory(updates: int, folder: Path) -> dict:

@@ -4,7 +4,6 @@ Every clone can run this. docs/golden.md says how it was recorded.
 """
 
 import json
-import re
 
 import convert
 import data
@@ -20,6 +19,7 @@ from test.helpers import (
     preprocess_words,
     rows_of,
     same_figures,
+    tensors_of,
 )
 
 import numpy as np
@@ -59,22 +59,12 @@ def test_batches_equal_those_that_fairseq_made(batches, name):
     recorded = RECORDED["batches"][batches][name]
     assert len(recorded) >= 3
     for key, theirs in recorded.items():
-        split, epoch, rank, workers = re.match(
-            r"(\w+) epoch (\d+) worker (\d+) of (\d+)", key
-        ).groups()
+        split, _, epoch, _, rank, _, workers = key.split()  # train epoch 1 worker 0 of 2
         which = dict(split=split, epoch=epoch, rank=rank, world_size=workers)
         argv = flags(batches, RECORDED["settings"]["batches"][name] | which)
         facts = json.loads(call(describe.main, *argv, "--json"))
         ours = dict(empty="empty_batches", sentences="sentences_used", tokens="tokens_used")
         assert {k: facts[ours.get(k, k)] for k in theirs} == theirs, key
-
-
-def tensors_of(path) -> list:
-    """Student, teacher and the optimizer's moments."""
-    content = checkpoint.load(path).content
-    states = content["optimizer"]["state"].values()
-    moments = [state[moment] for state in states for moment in checkpoint.MOMENTS]
-    return [*content["student"].values(), *content["teacher"].values(), *moments]
 
 
 def test_a_run_equals_the_one_of_fairseq_and_continues_from_its_checkpoint(tmp_path, batches):
