@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import data
 from config import DataConfig, InputError
-from data import Batch, Corpus, mask_block
-from test.helpers import make_dataset
+from data import Batch, mask_block
+from test.helpers import dataset_of, make_dataset
 from text import masks
 from text.binarized import PAD
 from text.workers import prefetch
@@ -56,14 +56,7 @@ def test_blocks_for_which_numpy_draws_again_are_reported():
     assert len(check_masks(cfg, np.full(len(ids), 10_000), ids, epoch=1))
 
 
-def dataset_of(folder, split="train", **options):
-    settings = dict(tokens_per_sample=32, max_tokens=256) | options
-    return Corpus(DataConfig(data_path=str(folder), **settings)).split(split)
-
-
-def test_another_python_or_numpy_is_noticed_and_blocks_are_then_masked_by_the_rule(
-    corpus_dir, monkeypatch
-):
+def test_another_python_or_numpy_is_noticed_and_masks_follow_the_rule(corpus_dir, monkeypatch):
     dataset = dataset_of(corpus_dir)
     lists = dataset.epoch_batches(1)
     exact, tuple_hashes = masks.hide_blocks_is_exact.__wrapped__, masks.tuple_hashes
@@ -158,24 +151,6 @@ def test_a_pad_symbol_in_the_text_counts_as_padding(tmp_path):
     batches = list(dataset.batches(dataset.epoch_batches(1), 1))
     check_same_batches(batches, [plain_batch(dataset, batch.ids, 1) for batch in batches])
     assert {batch.target_padded for batch in batches} == {True, False}
-
-
-def test_batches_before_a_bad_token_are_yielded_and_the_error_names_its_sentence(tmp_path):
-    folder, _ = make_dataset(tmp_path)
-    dataset = dataset_of(folder)
-    lists = dataset.epoch_batches(1)
-    place = int(dataset.starts[lists[5][0]])
-    good = list(dataset.batches(lists[:5], 1))
-    items = np.fromfile(folder / "train.bin", np.uint16)
-    items[place] = 60  # <mask>
-    items.tofile(folder / "train.bin")
-    came = []
-    with pytest.raises(
-        InputError, match=f"sentence {np.searchsorted(dataset.stream.starts, place, 'right') - 1} "
-    ):
-        for batch in prefetch(dataset_of(folder).batches(lists, 1), depth=3):
-            came.append(batch)
-    check_same_batches(came, good)
 
 
 # ------------------------------------------------------------------------------------ the thread
