@@ -4,7 +4,6 @@ fine-tuning."""
 import json
 
 import config
-import convert
 import eval as evaluation
 import finetune
 import train
@@ -12,8 +11,10 @@ from config import InputError
 from formats import fairseq_names
 from run import checkpoint
 from tasks import pretrained
+from test.converting import run
 from test.helpers import call, compare_checkpoints, config_of, golden, hidden_states, rows_of
 from test.test_data2vec2 import FOLDER, LAST, argv_of, blocks_of, few2, settings
+from test.test_finetune import flags as finetune_flags
 from text.binarized import PAD
 
 import numpy as np
@@ -34,19 +35,19 @@ def shapes_of(state: dict) -> dict:
 
 
 def test_a_checkpoint_goes_to_fairseqs_form_and_back_bit_for_bit(saved2, tmp_path):
-    call(convert.main, "--ckpt", saved2, "--to", "fairseq", tmp_path / "fairseq.pt")
-    call(convert.main, "--ckpt", tmp_path / "fairseq.pt", "--to", "native", tmp_path / "native.pt")
+    run(saved2, "fairseq", tmp_path / "fairseq.pt")
+    run(tmp_path / "fairseq.pt", "native", tmp_path / "native.pt")
     compare_checkpoints(saved2, tmp_path / "native.pt")
     file = torch.load(tmp_path / "fairseq.pt", weights_only=False)
     # names, shapes and settings are found again where no entry of ours tells
     del file["extra_state"][fairseq_names.OUR_ENTRY]
     file["cfg"]["distributed_training"] = dict(distributed_world_size=1)
     torch.save(file, tmp_path / "plain.pt")
-    call(convert.main, "--ckpt", tmp_path / "plain.pt", "--to", "native", tmp_path / "again.pt")
+    run(tmp_path / "plain.pt", "native", tmp_path / "again.pt")
     ours, again = (checkpoint.load(p).content for p in (saved2, tmp_path / "again.pt"))
-    states = ours["optimizer"]["state"].items(), again["optimizer"]["state"].items()
-    for (i, a), (j, b) in zip(*states, strict=True):
-        assert i == j and all(torch.equal(a[name], b[name]) for name in checkpoint.MOMENTS)
+    a, b = (content["optimizer"]["state"] for content in (ours, again))
+    assert list(a) == list(b)
+    assert all(torch.equal(a[i][name], b[i][name]) for i in a for name in checkpoint.MOMENTS)
     elsewhere = {"data_path", "save_dir", "device", "amp", *config.FAIRSEQ_EXACT, "fairseq_exact"}
     for name in set(ours["config"]) - elsewhere:
         assert ours["config"][name] == again["config"][name], name
@@ -58,7 +59,7 @@ def test_names_shapes_and_config_are_those_of_the_recorded_checkpoint(tmp_path):
     recorded = json.loads((FOLDER / "checkpoint.json").read_text())
     argv = dict(save_dir=tmp_path, disable_validation=True, device="cpu", max_update=1)
     call(train.main, *argv_of("small", **argv))
-    call(convert.main, "--ckpt", tmp_path / LAST, "--to", "fairseq", tmp_path / "fairseq.pt")
+    run(tmp_path / LAST, "fairseq", tmp_path / "fairseq.pt")
     file = torch.load(tmp_path / "fairseq.pt", weights_only=False)
     assert set(file) == set(recorded["top_level"])
     assert shapes_of(file["model"]) == recorded["model"]
@@ -96,7 +97,7 @@ def test_fine_tuning_reads_whole_text_as_the_recorded_classifier_does():
 @torch.no_grad()
 def test_transformers_computes_the_encoders_hidden_states(saved2, tmp_path):
     transformers = pytest.importorskip("transformers", reason="needs the package transformers")
-    call(convert.main, "--ckpt", saved2, "--to", "hf", tmp_path / "hf")
+    run(saved2, "hf", tmp_path / "hf")
     assert "| `clone_batch` | 3 |" in (tmp_path / "hf" / "README.md").read_text()
     model = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
     tokens = torch.from_numpy(blocks_of(20, 13, 2).target)
@@ -217,15 +218,14 @@ def test_a_yaml_of_another_model_is_refused(tmp_path, line, other, fact):
 
 
 def test_a_fine_tuned_model_of_fairseqs_gives_its_encoder_and_head(saved2, tmp_path):
-    call(convert.main, "--ckpt", saved2, "--to", "fairseq", tmp_path / "fairseq.pt")
+    run(saved2, "fairseq", tmp_path / "fairseq.pt")
     file = torch.load(tmp_path / "fairseq.pt", weights_only=False)
     names = [name for name in file["model"] if "decoder" not in name and name != "_ema"]
     weights = {f"model.{name}": file["model"][name] for name in names}
     head = {"dense.weight": torch.ones(16, 16), "dense.bias": torch.ones(16)}
     head |= {"out_proj.weight": torch.ones(3, 16), "out_proj.bias": torch.ones(3)}
-    weights |= {
-        f"classification_heads.sentence_classification_head.{k}": v for k, v in head.items()
-    }
+    place = "classification_heads.sentence_classification_head"
+    weights |= {f"{place}.{name}": value for name, value in head.items()}
     model = dict(_name="data2vec_text_classification", pretrained_model_args=file["cfg"])
     torch.save(dict(model=weights, cfg=dict(model=model)), tmp_path / "classifier.pt")
     first, second = (pretrained.load(p) for p in (saved2, tmp_path / "classifier.pt"))
@@ -233,11 +233,7 @@ def test_a_fine_tuned_model_of_fairseqs_gives_its_encoder_and_head(saved2, tmp_p
     assert all(torch.equal(first.weights[k], v) for k, v in second.weights.items())
 
 
-def test_it_is_fine_tuned(saved2, corpus_dir, tmp_path):
-    rows = "".join(f"w{i} w{i + 1}\t{i % 2}\n" for i in range(40))
-    (tmp_path / "all.tsv").write_text(f"text\tlabel\n{rows}")
-    table = tmp_path / "all.tsv"
-    argv = ["--ckpt", saved2, "--train", table, "--valid", table, "--text", "text"]
-    argv += ["--label", "label", "--max_epoch", 1, "--dict", corpus_dir / "dict.txt"]
-    call(finetune.main, *argv, "--device", "cpu", "--save_dir", tmp_path / "out")
-    assert (tmp_path / "out" / "checkpoint_best.pt").is_file()
+def test_it_is_fine_tuned(saved2, corpus_dir, place, tmp_path):
+    own = dict(ckpt=saved2, dict=corpus_dir / "dict.txt", max_epoch=1)
+    call(finetune.main, *finetune_flags(place, tmp_path, **own))
+    assert (tmp_path / "checkpoint_best.pt").is_file()
