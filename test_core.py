@@ -178,9 +178,7 @@ def test_the_learning_rate_warms_up_and_falls_as_the_formula_says():
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.05])
-def test_an_update_is_the_references_adam_with_eps_beside_the_uncorrected_root(
-    corpus_dir, clip_norm
-):
+def test_an_update_is_adam_with_eps_beside_the_uncorrected_root(corpus_dir, clip_norm):
     betas, eps, decay = (0.8, 0.9), 0.03, 0.1  # large, so that their places show
     rules = dict(adam_betas="0.8,0.9", adam_eps=eps, weight_decay=decay, clip_norm=clip_norm)
     run, dataset = make_run(corpus_dir, lr=0.01, **rules)
@@ -254,9 +252,7 @@ def test_an_fp16_overflow_skips_the_update_and_is_not_counted(corpus_dir, scale)
 
 
 @pytest.mark.parametrize("layers_only", [True, False])
-def test_the_teacher_begins_as_a_copy_moves_by_the_formula_and_takes_no_gradient(
-    corpus_dir, layers_only
-):
+def test_the_teacher_is_a_copy_that_moves_by_the_formula_without_gradient(corpus_dir, layers_only):
     schedule = dict(ema_anneal_end_step=10, ema_decay=0.5, ema_end_decay=0.9)
     schedule |= dict(ema_transformer_layers_only=layers_only)
     run, dataset = make_run(corpus_dir, update_freq=3, **schedule)

@@ -10,7 +10,7 @@ from formats import fairseq_names
 from judge import quality
 from model import data2vec_loss, teacher_targets
 from run import checkpoint
-from test.helpers import CPU, call, few, make_run, rows_of
+from test.helpers import CPU, call, few, flags_of, make_run, rows_of
 
 import numpy as np
 import pytest
@@ -79,8 +79,7 @@ def test_it_is_evaluated_beside_the_word_frequencies(corpus_dir):
 
 @pytest.mark.parametrize("options", [BASELINE, dict(mlm_weight=1)])
 def test_such_a_run_trains_validates_and_serves_eval(tmp_path, corpus_dir, options, capsys):
-    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
-    call(train.main, *few(corpus_dir, tmp_path, "--max_update", 6, *flags))
+    call(train.main, *few(corpus_dir, tmp_path, "--max_update", 6, *flags_of(options)))
     argv = ["--ckpt", tmp_path / "checkpoint_last.pt", "--untrained", "--probe"]
     result = json.loads(call(evaluation.main, *argv, "--probe_places", 50, "--json"))
     row = rows_of(tmp_path, "valid_mlm_loss")[-1]
@@ -90,9 +89,7 @@ def test_such_a_run_trains_validates_and_serves_eval(tmp_path, corpus_dir, optio
     assert "warning" not in capsys.readouterr().err
 
 
-def test_a_run_begins_with_the_encoder_of_another_objective_and_says_which_heads_differ(
-    tmp_path, corpus_dir, capsys
-):
+def test_an_encoder_of_another_objective_is_taken_and_heads_are_told(tmp_path, corpus_dir, capsys):
     still = "--max_update 1 --lr 0 --weight_decay 0".split()
 
     def start(name, *argv) -> str:
