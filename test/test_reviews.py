@@ -19,8 +19,7 @@ import pytest
 
 def wheel(path, rows) -> str:
     text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerows([("text", "label", "source"), *rows])
+    csv.writer(text).writerows([("text", "label", "source"), *rows])
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(reviews.MEMBER, text.getvalue())
     return str(path)
