@@ -27,9 +27,8 @@ def test_correlations_are_those_of_scipy():
     label = rng.integers(0, 6, 100) / 5  # many ties
     predicted = np.round(label + rng.normal(0, 0.5, 100), 1)
     ours = metrics.of_scores(predicted, label)
-    pearson, spearman = theirs.pearsonr(predicted, label)[0], theirs.spearmanr(predicted, label)[0]
-    expected = dict(pearson=pearson, spearman=spearman)
-    expected["pearson_and_spearman"] = (pearson + spearman) / 2
+    a, b = theirs.pearsonr(predicted, label)[0], theirs.spearmanr(predicted, label)[0]
+    expected = dict(pearson=a, spearman=b, pearson_and_spearman=(a + b) / 2)
     assert ours == pytest.approx(expected)
 
 
