@@ -5,12 +5,11 @@ import io
 import json
 import sys
 
-import convert
 import eval as evaluation
 from config import InputError
-from formats import fairseq_names
 from judge import features
-from test.helpers import SMALL, call, random_encoder
+from run import checkpoint
+from test.helpers import SMALL, call, random_encoder, small_content
 from text.binarized import BOS, EOS, Dictionary
 
 import numpy as np
@@ -23,14 +22,12 @@ BLOCK = 32
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, corpus_dir):
     """An encoder with random weights, and its checkpoint."""
-    folder = tmp_path_factory.mktemp("model")
+    path = tmp_path_factory.mktemp("model") / "model.pt"
     student, _ = random_encoder(0, len(Dictionary(corpus_dir / "dict.txt")))
-    state = fairseq_names.to_reference(student.state_dict(), student.encoder.state_dict())
-    torch.save(state, folder / "bare.pt")
-    settings = {**SMALL, "data_path": corpus_dir, "tokens_per_sample": BLOCK, "max_tokens": 100}
-    argv = [word for name, value in settings.items() for word in (f"--{name}", value)]
-    call(convert.main, "--ckpt", folder / "bare.pt", "--to", "native", folder / "model.pt", *argv)
-    return student.encoder, folder / "model.pt"
+    settings = dict(SMALL, data_path=str(corpus_dir), tokens_per_sample=BLOCK, max_tokens=100)
+    weights = dict(student=student.state_dict(), teacher=student.encoder.state_dict())
+    checkpoint.save(small_content(config=settings, **weights), path)
+    return student.encoder, path
 
 
 @pytest.fixture(scope="module")
@@ -115,16 +112,9 @@ def test_many_unknown_words_are_told(tmp_path, model, capsys):
         (["--untrained"], "without --untrained"),
     ],
 )
-def test_impossible_requests_are_refused_in_one_line_and_leave_no_file(
-    tmp_path, model, argv, message
-):
-    pointer = b"version https://git-lfs.github.com/spec/v1\n"
-    contents = {
-        "empty": b"",
-        "pointer": pointer,
-        "latin": b"w1 w2\nw\xe9\n",
-        "text.npy": b"w1 w2\n",
-    }
+def test_impossible_requests_are_refused_and_leave_no_file(tmp_path, model, argv, message):
+    contents = {"empty": b"", "latin": b"w1 w2\nw\xe9\n", "text.npy": b"w1 w2\n"}
+    contents["pointer"] = b"version https://git-lfs.github.com/spec/v1\n"
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     argv = [word.format(folder=tmp_path) for word in argv]
