@@ -19,7 +19,7 @@ TYPED = ["<s>", "</s>", "<pad>", "<unk>", "<mask>", " <mask> "]
 
 
 def lines_of(parts) -> list[str]:
-    """1,000 lines of mixed Unicode, of any characters too."""
+    """Lines of mixed Unicode, of any characters too."""
     rng = random.Random(0)
     codes = [rng.randrange(0x3000) + 0x10000 * (i % 3 == 0) for i in range(300)]
     pieces = [*parts * 100, *" " * 300, *map(chr, codes)]
@@ -43,9 +43,10 @@ def two_files(folder):
     (folder / "tokenizer_config.json").unlink()
 
 
-LOWER = dict(type="Lowercase")
 REPLACE = dict(type="Replace", pattern={"String": "``"}, content='"')
 SETTINGS, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
+LOWER = edit(TOKENIZER, normalizer__normalizers=lambda steps: [*steps, dict(type="Lowercase")])
+UNIGRAM = edit(TOKENIZER, model__type="Unigram", model__vocab=[["a", 0.0]])
 PAIRS = edit(TOKENIZER, model__merges=lambda merges: [merge.split(" ") for merge in merges])
 CASES = [
     # kind of our export, a change of the folder, what is refused or ""
@@ -56,11 +57,7 @@ CASES = [
     ("bpe", edit(TOKENIZER, model__type=..., pre_tokenizer__use_regex=...), ""),
     ("bpe", edit(SETTINGS, tokenizer_class="RobertaTokenizer"), ""),
     ("bpe", edit(TOKENIZER, normalizer=None), ""),
-    (
-        "bpe",
-        edit(TOKENIZER, normalizer__normalizers=lambda steps: [*steps, LOWER]),
-        "the normalizer Lowercase",
-    ),
+    ("bpe", LOWER, "the normalizer Lowercase"),
     ("bpe", edit(TOKENIZER, normalizer=REPLACE), "the normalizer Replace"),
     ("bpe", edit(TOKENIZER, pre_tokenizer__add_prefix_space=True), "add_prefix_space True"),
     ("bpe", edit(TOKENIZER, pre_tokenizer__use_regex=False), "use_regex False"),
@@ -72,11 +69,7 @@ CASES = [
     ("bpe", edit(SETTINGS, cls_token="[CLS]"), "the added token '[CLS]'"),
     ("bpe", edit(SETTINGS, additional_special_tokens=["[A]"]), "the added token '[A]'"),
     ("bpe", lambda folder: again(folder, "thin"), "the added token 'thin'"),
-    (
-        "bpe",
-        edit(TOKENIZER, model__type="Unigram", model__vocab=[["a", 0.0]]),
-        "a model with type Unigram",
-    ),
+    ("bpe", UNIGRAM, "a model with type Unigram"),
     ("words", lambda folder: None, ""),
     ("words", again, ""),
     ("words", edit(TOKENIZER, normalizer=None), ""),
