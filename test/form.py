@@ -130,10 +130,8 @@ def code_and_comments(path: Path) -> tuple[int, int]:
     """Lines of code without blank lines and docstrings, and lines that hold a comment."""
     docstrings = set()
     for node in ast.walk(tree_of(path)):
-        body = getattr(node, "body", None)
-        first = body[0] if isinstance(body, list) and body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-            docstrings |= set(range(first.lineno, first.end_lineno + 1))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docstrings |= set(range(node.lineno, node.end_lineno + 1))
     code = comments = 0
     for number, line in enumerate(lines_of(path), 1):
         if number in docstrings or not line.strip():
