@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import io
 import json
 import os
 import re
@@ -49,46 +50,30 @@ def test_foreign_and_misfitting_checkpoints_are_refused(saved, tmp_path, corpus_
     torch.save({"weight": torch.zeros(2)}, other)
     torch.save([1], many)
     bigger = make_dataset(tmp_path / "bigger", words=80)[0]
-    start = ["--max_update", 5, "--init_from", file]
-    for refused, message in (
-        (lambda: load(cut), "cut.pt.* damaged"),
-        (lambda: load(other), "other.pt.* neither"),
-        (lambda: load(many), "list.pt.* holds a list"),
-        (lambda: checkpoint.load(other), "other.pt: not a checkpoint of this .*--init_from"),
-        (lambda: train.main(few(bigger, tmp_path / "new", *start)), "another dictionary"),
-        (
-            lambda: train.main(few(corpus_dir, tmp_path / "new", *start, "--embed_dim", 32)),
-            r"is \(.*this model's is",
-        ),
-        (
-            lambda: train.main(few(corpus_dir, tmp_path / "new", *start, "--attention_heads", 4)),
-            "last.pt: its --attention_heads is 2, and here 4",
-        ),
-        (
-            lambda: train.main(few(corpus_dir, tmp_path / "new", *start, "--layers", 3)),
-            "has no encoder.layers.2",
-        ),
-        (
-            lambda: train.main(few(corpus_dir, saved, "--max_update", 5, "--layers", 3)),
-            "layers was 2, is 3",
-        ),
-        (
-            lambda: evaluation.main(["--ckpt", str(file), "--data_path", str(bigger)]),
-            "another dictionary",
-        ),
+    start = few(corpus_dir, tmp_path / "new", "--max_update", 5, "--init_from", file)
+    resume = few(corpus_dir, saved, "--max_update", 5)
+    heads = "last.pt: its --attention_heads is 2, and here 4"
+    for read, argument, message in (
+        (load, cut, "cut.pt.* damaged"),
+        (load, other, "other.pt.* neither"),
+        (load, many, "list.pt.* holds a list"),
+        (checkpoint.load, other, "other.pt: not a checkpoint of this .*--init_from"),
+        (train.main, [*start, f"--data_path={bigger}"], "another dictionary"),
+        (train.main, [*start, "--embed_dim=32"], r"is \(.*this model's is"),
+        (train.main, [*start, "--attention_heads=4"], heads),
+        (train.main, [*start, "--layers=3"], "has no encoder.layers.2"),
+        (train.main, [*resume, "--layers=3"], "layers was 2, is 3"),
+        (evaluation.main, [f"--ckpt={file}", f"--data_path={bigger}"], "another dictionary"),
     ):
         with pytest.raises(InputError, match=message):
-            refused()
+            read(argument)
 
 
-class FullDisk:
+class FullDisk(io.RawIOBase):
     """A file on a disk without room."""
 
     def write(self, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def flush(self):
-        pass
 
 
 def failing_saves(monkeypatch, numbers):
@@ -152,9 +137,7 @@ def test_a_resume_tries_checkpoints_from_the_most_updates_and_waits_for_no_pipe(
     assert found == ["last", "3_20", "best", "2_10", "1_5", "odd", "pipe"]
 
 
-def test_a_resumed_run_does_not_hold_the_file_that_it_came_from(
-    saved, corpus_dir, tmp_path, monkeypatch
-):
+def test_a_resumed_run_does_not_hold_its_old_file(saved, corpus_dir, tmp_path, monkeypatch):
     shutil.copytree(saved, tmp_path / "run")
     loop = train.loop
 
