@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+from unittest.mock import Mock
 
 import convert
 import preprocess
@@ -63,11 +64,8 @@ def test_resume_falls_back_to_the_next_older_good_file_and_says_so(saved, corpus
 def test_memory_that_runs_out_in_a_resume_is_no_damage(
     saved, corpus_dir, tmp_path, monkeypatch, owner, name, error
 ):
-    def full(*_, **__):
-        raise error
-
     shutil.copytree(saved, tmp_path / "run")
-    monkeypatch.setattr(owner, name, full)
+    monkeypatch.setattr(owner, name, Mock(side_effect=error))
     with pytest.raises(type(error)) as raised:
         train.main(few(corpus_dir, tmp_path / "run", "--max_update", 5))
     assert raised.value is error
