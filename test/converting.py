@@ -10,7 +10,7 @@ import types
 import convert
 import train
 from run import checkpoint
-from test.helpers import SMALL, call, few, random_encoder
+from test.helpers import call, few, random_encoder
 from text.binarized import Dictionary
 
 import pytest
@@ -26,11 +26,6 @@ def saved(tmp_path_factory, corpus_dir):
     argv = "--fairseq_exact --max_update 4 --save_interval_updates 2 --keep_interval_updates -1"
     call(train.main, *few(corpus_dir, folder, *argv.split(), "--disable_validation"))
     return folder
-
-
-def shape_flags(**more) -> list:
-    """The flags that say what a bare state dict does not."""
-    return [word for name, value in {**SMALL, **more}.items() for word in (f"--{name}", value)]
 
 
 @pytest.fixture
@@ -82,8 +77,26 @@ def edit(file, **parts):
     return change
 
 
+def replace(old: bytes, new: bytes):
+    """Replaces bytes of a folder's model.safetensors."""
+
+    def change(folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes().replace(old, new))
+
+    return change
+
+
 def run(source, kind, out, *argv):
     return call(convert.main, "--ckpt", source, "--to", kind, out, *argv)
+
+
+def pretend(thing, place: str, monkeypatch):
+    """Lets pickle find a class or a function in a module that is not there."""
+    thing.__module__, thing.__qualname__ = place, thing.__name__
+    module = types.SimpleNamespace(**{thing.__name__: thing})
+    for part in itertools.accumulate(place.split("."), "{}.{}".format):
+        monkeypatch.setitem(sys.modules, part, module)
 
 
 class OnNpu:
@@ -105,11 +118,8 @@ def save_of_npu(tree, path, monkeypatch):
         raise AssertionError("a file has made torch_npu run")
 
     Format = enum.IntEnum("Format", {"ND": 2})
-    for thing, name in ((_rebuild_npu_tensor, "utils.storage"), (Format, "npu._format")):
-        thing.__module__, thing.__qualname__ = f"torch_npu.{name}", thing.__name__
-        module = types.SimpleNamespace(**{thing.__name__: thing})
-        for part in ("torch_npu", f"torch_npu.{name.split('.')[0]}", thing.__module__):
-            monkeypatch.setitem(sys.modules, part, module)
+    pretend(_rebuild_npu_tensor, "torch_npu.utils.storage", monkeypatch)
+    pretend(Format, "torch_npu.npu._format", monkeypatch)
     layouts = itertools.cycle([2, True, Format.ND])
 
     def on_npu(node):

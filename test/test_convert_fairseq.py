@@ -1,12 +1,14 @@
 """Conversions to and from fairseq, and what convert.py refuses."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pickle
 import sys
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import config
 import convert
@@ -17,7 +19,7 @@ from formats import fairseq_config, fairseq_names, fairseq_state
 from formats.load import load
 from run import checkpoint
 from test.converting import *  # noqa: F403
-from test.converting import both_norms, run, same, save_of_npu, shape_flags
+from test.converting import both_norms, pretend, run, same, save_of_npu
 from test.helpers import (
     GOLDEN,
     SMALL,
@@ -25,6 +27,7 @@ from test.helpers import (
     call,
     compare_checkpoints,
     few,
+    flags_of,
     golden,
     make_dataset,
 )
@@ -35,10 +38,12 @@ import torch
 FAIRSEQ = GOLDEN / "checkpoint" / "fairseq_doc128.pt"
 
 
-def fairseq_file(source, path, change=lambda content: None):
+@contextlib.contextmanager
+def fairseq_file(source, path):
+    """The content of fairseq's form of a checkpoint, which is changed before it is written."""
     run(source, "fairseq", path)
     content = torch.load(path, weights_only=True)
-    change(content)
+    yield content
     torch.save(content, path)
 
 
@@ -102,16 +107,13 @@ def test_what_we_write_for_fairseq_has_the_layout_of_its_own_file(tmp_path, save
 
 def test_a_run_resumes_exactly_through_fairseqs_file(tmp_path, saved, corpus_dir):
     """Our own entries are removed, and the moments are one vector, as of fairseq's fp16 runs."""
-
-    def change(content):
+    with fairseq_file(saved / "checkpoint_1_2.pt", tmp_path / "theirs.pt") as content:
         del content["extra_state"]["data2vec_text"]
         content["cfg"]["distributed_training"] = {"distributed_world_size": 1}
         last = content["last_optimizer_state"]
         states = last["state"].values()
         flat = {m: torch.cat([s[m].flatten() for s in states]) for m in checkpoint.MOMENTS}
         last["state"], last["loss_scale"] = {0: {"step": 2, **flat}}, 64.0
-
-    fairseq_file(saved / "checkpoint_1_2.pt", tmp_path / "theirs.pt", change)
     (tmp_path / "run").mkdir()
     last = tmp_path / "run" / "checkpoint_last.pt"
     run(tmp_path / "theirs.pt", "native", last)
@@ -133,11 +135,9 @@ def test_a_run_resumes_exactly_through_fairseqs_file(tmp_path, saved, corpus_dir
     ],
 )
 def test_moments_that_do_not_fit_are_left_out_with_the_reason(tmp_path, saved, spoilt, message):
-    def change(content):
+    with fairseq_file(saved / "checkpoint_last.pt", tmp_path / "theirs.pt") as content:
         states = content["last_optimizer_state"]["state"]
         states[0] = {**states[0], **spoilt} if spoilt else {}
-
-    fairseq_file(saved / "checkpoint_last.pt", tmp_path / "theirs.pt", change)
     said = run(tmp_path / "theirs.pt", "native", tmp_path / "ours.pt")
     assert "start anew" in said and message in said
     content = checkpoint.load(tmp_path / "ours.pt").content
@@ -154,47 +154,38 @@ def test_settings_come_back_from_fairseqs_config_tree(saved):
 
 def as_omegaconf(value, monkeypatch):
     """The value as OmegaConf's nodes hold it in files of 2020 and 2021."""
-    module, name, entry = "nodes", "AnyNode", "_val"
+    name, entry = "AnyNode", "_val"
     if isinstance(value, dict):
-        module, name, entry = "dictconfig", "DictConfig", "_content"
+        name, entry = "DictConfig", "_content"
         value = {key: as_omegaconf(part, monkeypatch) for key, part in value.items()}
     if isinstance(value, list):
-        module, name, entry = "listconfig", "ListConfig", "_content"
+        name, entry = "ListConfig", "_content"
         value = [as_omegaconf(part, monkeypatch) for part in value]
-    place = f"omegaconf.{module}"
-    kind = type(name, (types.SimpleNamespace,), {"__module__": place})
+    place = f"omegaconf.{name.lower()}"
     if place not in sys.modules:
-        for part in ("omegaconf", place):
-            monkeypatch.setitem(sys.modules, part, types.SimpleNamespace(**{name: kind}))
+        pretend(type(name, (types.SimpleNamespace,), {}), place, monkeypatch)
     return getattr(sys.modules[place], name)(_metadata=None, _parent=None, **{entry: value})
 
 
 @pytest.mark.parametrize("age", ["args", "omegaconf", "fine-tuned"])
-def test_files_of_older_fairseq_releases_are_read_with_their_settings(
-    tmp_path, saved, age, monkeypatch
-):
+def test_older_files_of_fairseq_are_read_with_their_settings(tmp_path, saved, age, monkeypatch):
     mark = tmp_path / "ran"
-
-    def change(content):
+    with fairseq_file(saved / "checkpoint_last.pt", tmp_path / "old.pt") as content:
         model = {k.replace("regression_head", "lm_head"): v for k, v in content["model"].items()}
         content["model"] = {**model, "encoder.lm_head.dense.weight": torch.ones(2, 2)}
         content["extra_state"] = {"best": Payload(mark)}
-        if age == "omegaconf":
-            content["cfg"]["model"]["transformer"]["dropout"] = 0.25
-            content["cfg"] = as_omegaconf(content["cfg"], monkeypatch)
-            return
+        cfg = content.pop("cfg")
         names = ("layers", "embed_dim", "ffn_embed_dim", "attention_heads")
-        shape = {f"encoder_{name}": SMALL[name] for name in names}
-        others = dict(lr=[1.0], dropout=0.25, attention_dropout=0.0, activation_fn="gelu")
-        others |= dict(encoder_layerdrop=0, **shape)
-        if age == "fine-tuned":  # its cfg is as flat
+        flat = {f"encoder_{name}": SMALL[name] for name in names} | dict(encoder_layerdrop=0)
+        flat |= dict(lr=[1.0], dropout=0.25, attention_dropout=0.0, activation_fn="gelu")
+        if age == "args":
+            content["args"] = argparse.Namespace(arch="roberta", **flat)
+        elif age == "omegaconf":
+            cfg["model"]["transformer"]["dropout"] = 0.25
+            content["cfg"] = as_omegaconf(cfg, monkeypatch)
+        else:  # its cfg is as flat
             task = dict(_name="sentence_prediction")
-            content["cfg"] = dict(model=dict(_name="roberta_base", **others), task=task)
-            return
-        content["args"] = argparse.Namespace(arch="roberta", **others)
-        del content["cfg"]
-
-    fairseq_file(saved / "checkpoint_last.pt", tmp_path / "old.pt", change)
+            content["cfg"] = dict(model=dict(_name="roberta_base", **flat), task=task)
     monkeypatch.undo()
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "old.pt", weights_only=True)
@@ -235,13 +226,9 @@ WEIGHT = "encoder.sentence_encoder.layers.0.{}.weight"
 @pytest.mark.parametrize(
     "place", ["", "model", "cfg", WEIGHT.format("fc1"), WEIGHT.format("self_attn.k_proj")]
 )
-def test_an_object_without_which_a_file_cannot_be_read_is_named_by_its_class(
-    tmp_path, saved, place
-):
-    def change(content):
+def test_an_object_that_a_file_cannot_do_without_is_named_by_its_class(tmp_path, saved, place):
+    with fairseq_file(saved / "checkpoint_last.pt", tmp_path / "x.pt") as content:
         (content["model"] if "." in place else content)[place] = Payload(tmp_path / "ran")
-
-    fairseq_file(saved / "checkpoint_last.pt", tmp_path / "x.pt", change)
     if not place:  # the file is the object
         torch.save(Payload(tmp_path / "ran"), tmp_path / "x.pt")
     for read in (load, checkpoint.load):  # os.system is called
@@ -258,7 +245,7 @@ def test_bare_state_dicts_take_their_shape_from_flags(tmp_path, random_file):
     # parameters instead of tensors
     state = {k: torch.nn.Parameter(v) for k, v in theirs.items() if k != fairseq_names.TEACHER}
     torch.save(state, tmp_path / "parameters.pt")
-    shape = shape_flags(normalize_before=student.encoder.layer_norm is not None)
+    shape = flags_of(dict(SMALL, normalize_before=student.encoder.layer_norm is not None))
     run(tmp_path / "bare.pt", "fairseq", tmp_path / "theirs.pt", *shape)
     for name, argv in (("bare", shape), ("parameters", shape), ("theirs", [])):
         run(tmp_path / f"{name}.pt", "native", tmp_path / f"from_{name}.pt", *argv)
@@ -297,9 +284,7 @@ def test_what_cannot_be_converted_is_refused_and_nothing_is_written(tmp_path, sa
 
 @pytest.mark.parametrize("kind", ["hf", "fairseq", "native"])
 def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, saved, kind, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
+    full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(*dict(hf=(Path, "write_bytes")).get(kind, (torch, "save")), full)
     with pytest.raises(OSError, match="No space left"):
         run(saved / "checkpoint_last.pt", kind, tmp_path / "out")
@@ -308,10 +293,8 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, saved, kind, monk
 
 @pytest.mark.parametrize("value", [("a", "b"), (None, 1), ([1], [2]), torch.zeros(2)])
 def test_settings_of_a_wrong_type_in_what_fairseq_keeps_for_us_are_refused(tmp_path, saved, value):
-    def change(content):
+    with fairseq_file(saved / "checkpoint_last.pt", tmp_path / "x.pt") as content:
         content["extra_state"][fairseq_names.OUR_ENTRY]["config"]["adam_betas"] = value
-
-    fairseq_file(saved / "checkpoint_last.pt", tmp_path / "x.pt", change)
     with pytest.raises(InputError, match=r"x.pt: damaged: its config|--adam_betas"):
         run(tmp_path / "x.pt", "native", tmp_path / "out.pt")
 

@@ -13,22 +13,20 @@ import train
 from config import InputError
 from run import checkpoint
 from test.converting import *  # noqa: F403
-from test.converting import WORDS, both_norms, edit, run, same, write_bpe
+from test.converting import WORDS, both_norms, edit, replace, run, same, write_bpe
 from test.helpers import SMALL, Payload, call, few, hidden_states, random_encoder, small_content
 from text.binarized import BOS, EOS, PAD, UNK, Dictionary
 
 import pytest
 import torch
 
-why = "safetensors is not installed: pip install safetensors"
-safetensors = pytest.importorskip("safetensors.torch", reason=why)
+safetensors = pytest.importorskip("safetensors.torch")
 
 
 @pytest.fixture
 def transformers(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    why = "transformers is not installed: pip install transformers"
-    return pytest.importorskip("transformers", reason=why)
+    return pytest.importorskip("transformers")
 
 
 @both_norms
@@ -131,20 +129,17 @@ def test_the_way_to_transformers_and_back_is_exact(tmp_path, random_file):
         assert (tmp_path / "hf" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_a_folder_knows_the_dictionary_that_its_model_was_trained_with(
-    tmp_path, random_file, corpus_dir
-):
+def test_a_folder_knows_the_dictionary_of_its_training(tmp_path, random_file, corpus_dir):
     run(random_file[0], "hf", tmp_path / "hf")
     shutil.copytree(corpus_dir, tmp_path / "other")
     rows = (corpus_dir / "dict.txt").read_text().splitlines()
     (tmp_path / "other" / "dict.txt").write_text("\n".join([*rows[::-1], ""]))
     where = ["--ckpt", tmp_path / "hf", "--data_path"]
     native = ["--to", "native", tmp_path / "native.pt"]
-    train_it = [*few(tmp_path / "other", tmp_path / "run"), "--init_from", tmp_path / "hf"]
-    for main, argv in (
-        (evaluation.main, [*where, tmp_path / "other", "--device", "cpu"]),
-        (convert.main, [*where, tmp_path / "other", *native]),
-        (train.main, train_it),
+    for main, *argv in (
+        (evaluation.main, *where, tmp_path / "other", "--device", "cpu"),
+        (convert.main, *where, tmp_path / "other", *native),
+        (train.main, *few(tmp_path / "other", tmp_path / "run"), "--init_from", tmp_path / "hf"),
     ):
         with pytest.raises(InputError, match="hf: trained with another dictionary"):
             call(main, *argv)
@@ -154,9 +149,7 @@ def test_a_folder_knows_the_dictionary_that_its_model_was_trained_with(
         call(evaluation.main, *argv, "--device", "cpu")
 
 
-def test_training_begins_with_a_folder_of_transformers(
-    tmp_path, random_file, corpus_dir, monkeypatch
-):
+def test_training_begins_with_transformers_weights(tmp_path, random_file, corpus_dir, monkeypatch):
     run(random_file[0], "hf", tmp_path / "hf")
     argv = few(corpus_dir, tmp_path / "run", "--max_update", 1, "--lr", 0, "--weight_decay", 0)
     call(train.main, *argv, "--init_from", tmp_path / "hf")
@@ -193,16 +186,6 @@ def test_a_pickled_float16_model_with_a_head_and_token_types_is_read(tmp_path, r
         assert torch.equal(back[f"encoder.{name}"], expected), name
 
 
-def replace(old: bytes, new: bytes):
-    """Replaces bytes of model.safetensors."""
-
-    def change(folder):
-        path = folder / "model.safetensors"
-        path.write_bytes(path.read_bytes().replace(old, new))
-
-    return change
-
-
 CONFIG, SAFE = "config.json", "model.safetensors: not a complete"
 
 
@@ -226,9 +209,7 @@ CONFIG, SAFE = "config.json", "model.safetensors: not a complete"
         (replace(b"word_embeddings", b"word_embeddingz"), "hf: not the weights of a Data2VecText"),
     ],
 )
-def test_folders_of_transformers_that_are_damaged_or_other_models_get_one_line(
-    tmp_path, random_file, change, message
-):
+def test_damaged_folders_and_other_models_get_one_line(tmp_path, random_file, change, message):
     run(random_file[0], "hf", tmp_path / "hf")
     change(tmp_path / "hf")
     with pytest.raises(InputError, match=message) as error:
