@@ -1,13 +1,12 @@
 """The classification head of a fine-tuned model goes along by the names of its classes."""
 
-import json
-
 import convert
 import finetune
 from config import InputError
 from formats.fairseq_names import split_qkv
 from run import checkpoint
 from tasks.pretrained import Head, classes_of
+from test.converting import edit, replace
 from test.helpers import call
 from test.test_finetune import flags, head_of, rows_of
 
@@ -29,17 +28,13 @@ def colors(place, tmp_path_factory):
     """A checkpoint fine-tuned on three classes, of which blue is the first: blue, green, red."""
     folder = tmp_path_factory.mktemp("colors")
     train = color_table(folder / "t.tsv", (20, 30, 40))
-    own = dict(train=train, valid=train, max_epoch=20)
-    call(finetune.main, *flags(place, folder / "out", **own))
+    call(finetune.main, *flags(place, folder / "out", train=train, valid=train, max_epoch=20))
     return folder / "out" / "checkpoint_best.pt"
 
 
-def as_transformers(colors, folder, names=None):
+def as_transformers(colors, folder):
     pytest.importorskip("safetensors")
     call(convert.main, "--ckpt", colors, "--to", "hf", folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["id2label"] = names or config["id2label"]
-    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -53,21 +48,14 @@ def as_fairseq(colors, path):
     return path
 
 
-@pytest.mark.parametrize(
-    "kind, counts",
-    [
-        ("ours", (40, 30, 20)),
-        ("ours", (30, 40, 20)),
-        ("transformers", (40, 30, 20)),
-        ("transformers LABEL_0", (40, 30, 20)),
-    ],
-)
-def test_the_rows_of_a_head_go_by_class_names(kind, counts, colors, place, tmp_path):
+@pytest.mark.parametrize("kind", ["ours", "ours 2", "transformers", "transformers LABEL_0"])
+def test_the_rows_of_a_head_go_by_class_names(kind, colors, place, tmp_path):
     ckpt, names = colors, COLORS
-    if kind == "transformers":
+    counts = (30, 40, 20) if kind == "ours 2" else (40, 30, 20)
+    if "transformers" in kind:
         ckpt = as_transformers(colors, tmp_path / "hf")
-    elif kind != "ours":
-        ckpt = as_transformers(colors, tmp_path / "hf", {str(i): f"LABEL_{i}" for i in range(3)})
+    if kind == "transformers LABEL_0":
+        edit("config.json", id2label={str(i): f"LABEL_{i}" for i in range(3)})(ckpt)
         names = ["2", "1", "0"]  # their order is that of the rows: blue is 0
     train = color_table(tmp_path / "t.tsv", counts, names)
     own = dict(train=train, valid=train, lr=0, max_epoch=1, dict=colors.parent / "dict.txt")
@@ -82,12 +70,7 @@ def test_the_rows_of_a_head_go_by_class_names(kind, counts, colors, place, tmp_p
         ((2, 3, 4), ["red", "green", "violet"], {}, "new are violet; missing are blue"),
         ((2, 3, 4, 5), [*COLORS, "violet"], {}, "new are violet; missing are none"),
         ((2, 3), COLORS, {}, "new are none; missing are blue"),
-        (
-            (2, 3, 4),
-            list("123"),
-            dict(regression=True),
-            "new are a score; missing are blue, green, red",
-        ),
+        ((2, 3, 4), "123", dict(regression=True), "new are a score; missing are blue, green, red"),
     ],
 )
 def test_a_head_for_other_classes_is_an_error_that_names_them(
@@ -128,8 +111,6 @@ def test_a_head_that_is_found_and_not_taken_is_told(kind, colors, place, tmp_pat
         torch.save(torch.load(ckpt) | {"classification_heads.y.a": torch.ones(1)}, ckpt)
     else:
         ckpt = as_transformers(colors, tmp_path / "hf")
-        weights = ckpt / "model.safetensors"
-        content = weights.read_bytes().replace(b"classifier.out_proj", b"qa_outputs.out_proj")
-        weights.write_bytes(content)
+        replace(b"classifier.out_proj", b"qa_outputs.out_proj")(ckpt)
     out = call(finetune.main, *flags(place, tmp_path / "out", ckpt=ckpt, **own))
     assert "is not taken" in out
