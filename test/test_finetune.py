@@ -1,9 +1,7 @@
 """Fine-tuning: equal to the reference's recorded runs, its rules by formula, and its use."""
 
 import json
-from pathlib import Path
 
-import convert
 import eval as evaluation
 import finetune
 import train
@@ -12,7 +10,7 @@ from model import Data2VecText
 from run import checkpoint
 from run import flags as command_line
 from tasks import baselines, classifier, labelled
-from test.helpers import CPU, GOLDEN, SMALL, call, few, golden
+from test.helpers import CPU, GOLDEN, SMALL, call, few, golden, small_content
 
 import numpy as np
 import pytest
@@ -30,7 +28,7 @@ def write_table(path, seed, count):
         words = [WORDS[k] for k in rng.integers(3, len(WORDS), rng.integers(2, 9))]
         words.insert(int(rng.integers(0, len(words))), ("w1", "w2")[i % 2])
         rows.append(f"{' '.join(words)}\t{('good', 'bad')[i % 2]}\n")
-    Path(path).write_text("".join(rows))
+    path.write_text("".join(rows))
     return path
 
 
@@ -43,11 +41,9 @@ def place(tmp_path_factory):
     torch.manual_seed(1)
     cfg = ModelConfig(**SMALL)
     model = Data2VecText(cfg, 40)
-    content = convert.beginning(1) | dict(
-        config={**vars(cfg), "data_path": str(folder / "data")},
-        student=model.state_dict(),
-        teacher={k: v + 0.01 for k, v in model.encoder.state_dict().items()},
-    )
+    settings = {**vars(cfg), "data_path": str(folder / "data")}
+    teacher = {k: v + 0.01 for k, v in model.encoder.state_dict().items()}
+    content = small_content(config=settings, student=model.state_dict(), teacher=teacher)
     checkpoint.save(content, folder / "pretrained.pt")
     for seed, (split, count) in enumerate((("train", 120), ("valid", 40), ("test", 30))):
         write_table(folder / f"{split}.tsv", seed, count)
@@ -62,13 +58,22 @@ def flags(place, out, **options):
     return [f"--{k}={v}" for k, v in {**known, **options}.items() if v is not None]
 
 
-def rows_of(folder, key="loss"):
-    rows = [json.loads(line) for line in (Path(folder) / "finetune.jsonl").read_text().splitlines()]
-    return [row for row in rows if key in row]
+def read_rows(path) -> list:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def labels_of(table) -> list:
-    return [line.split("\t")[1] for line in Path(table).read_text().splitlines()[1:]]
+def rows_of(folder, key="loss") -> list:
+    return [row for row in read_rows(folder / "finetune.jsonl") if key in row]
+
+
+def labels_of(table, column=1) -> list:
+    return [line.split("\t")[column] for line in table.read_text().splitlines()[1:]]
+
+
+def predicted(ckpt, source, *argv) -> list:
+    """The rows that finetune.py prints for a file's texts, as cells."""
+    out = call(finetune.main, "--ckpt", ckpt, "--predict", source, "--device", "cpu", *argv)
+    return [row.split("\t") for row in out.splitlines()]
 
 
 def head_of(path) -> dict:
@@ -100,7 +105,7 @@ def test_recorded_runs_come_out_equal(name, tmp_path, monkeypatch):
     start = ["--data_path", folder / "bin", "--ckpt", folder / "init.pt", "--fairseq_exact"]
     call(finetune.main, *start, "--save_dir", tmp_path, *argv)
 
-    theirs = [json.loads(line) for line in (folder / "trajectory.jsonl").read_text().splitlines()]
+    theirs = read_rows(folder / "trajectory.jsonl")
     assert [ids.tolist() for _, ids in forwards] == [ids for row in theirs for ids in row["ids"]]
     rows = forwards[0][0].data.train.rows
     shapes = [list(classifier.pad([rows[i] for i in ids])[0].shape) for _, ids in forwards]
@@ -120,8 +125,8 @@ def test_recorded_runs_come_out_equal(name, tmp_path, monkeypatch):
         accuracy = recorded["accuracy"] and pytest.approx(recorded["accuracy"], rel=1e-6)
         assert row["valid_accuracy"] == accuracy
         assert np.abs(outputs.numpy() - np.array(recorded["logits"])).max() < 1e-5
-    entry = checkpoint.load(tmp_path / "checkpoint_best.pt").content["classifier"]
-    assert entry["labels"] == (settings["labels"] and settings["labels"][:2])
+    labels = checkpoint.load(tmp_path / "checkpoint_best.pt").content["classifier"]["labels"]
+    assert labels == (settings["labels"] and settings["labels"][:2])
 
 
 # -------------------------------------------------------------------------------- rules by formula
@@ -146,10 +151,8 @@ def test_batches_end_where_the_next_example_would_not_fit():
         walked[-1] = more
     cut = classifier.cut_batches(lengths, order, 8, 150)
     assert [batch.tolist() for batch in cut] == walked
-    shuffled = list(range(len(cut)))
-    np.random.RandomState(5 + 2).shuffle(shuffled)
-    epoch = classifier.epoch_batches(cut, 5, 2)
-    assert [batch.tolist() for batch in epoch] == [walked[i] for i in shuffled]
+    np.random.RandomState(5 + 2).shuffle(walked)
+    assert [batch.tolist() for batch in classifier.epoch_batches(cut, 5, 2)] == walked
     # sorted by length within groups that chance decides
     grouped = classifier.group_lengths(lengths, order, 64)
     for i in range(0, 200, 64):
@@ -188,24 +191,22 @@ def test_a_bag_of_tokens_is_tf_idf_and_logistic_regression():
     split = labelled.Split(rows, labels)
     data = finetune.Data(split, {"valid": split}, None, ["0", "1", "2"], 1)
     best = baselines.bag_of_tokens(data, 24, "accuracy")
-    fits = [
-        linear_model.LogisticRegression(C=strength, max_iter=9999).fit(dense, labels)
-        for strength in baselines.STRENGTHS
-    ]
-    right = [fit.score(dense, labels) for fit in fits]
+    right = []
+    for strength in baselines.STRENGTHS:
+        fit = linear_model.LogisticRegression(C=strength, max_iter=9999).fit(dense, labels)
+        right.append(fit.score(dense, labels))
     assert best["valid"]["accuracy"] == max(right)
     assert best["strength"] == baselines.STRENGTHS[np.argmax(right)]
 
 
-@pytest.mark.parametrize("kind", ["two classes", "three classes", "a class missing", "scores"])
-def test_a_linear_fit_has_the_least_loss(kind):
+# of three outputs and two labels, a class is missing; one output is of scores
+@pytest.mark.parametrize("outputs, classes", [(2, 2), (3, 3), (3, 2), (1, 0)])
+def test_a_linear_fit_has_the_least_loss(outputs, classes):
     pytest.importorskip("sklearn")
     rng = np.random.default_rng(2)
     features = rng.normal(size=(40, 5))
-    labels = rng.integers(0, 3 if kind == "three classes" else 2, 40)
-    outputs = 3 if kind in ("three classes", "a class missing") else 2
-    if kind == "scores":
-        labels, outputs = rng.normal(size=40).astype(np.float32), 1
+    scores = rng.normal(size=40).astype(np.float32)
+    labels = rng.integers(0, classes, 40) if classes else scores
     weight, bias = baselines.fit(features, labels, outputs, strength=0.3)
     weight.requires_grad_()
     logits = torch.from_numpy(features).float() @ weight.T + bias
@@ -227,17 +228,14 @@ def test_a_task_is_learned_and_raw_lines_get_names(place, tmp_path, pool, lr):
     best = tmp_path / "checkpoint_best.pt"
     assert ("dense.weight" in head_of(best)) == (pool == "cls")
     (tmp_path / "lines").write_text("w5 w1 w6\n\nw2\n")
-    predict = ["--ckpt", best, "--device", "cpu", "--predict"]
-    rows = call(finetune.main, *predict, tmp_path / "lines").splitlines()
-    cells = [row.split("\t") for row in rows]
+    cells = predicted(best, tmp_path / "lines")
     assert cells[0] == ["label", "bad", "good"]
     assert cells[1][0] == "good" and cells[3][0] == "bad"
     for _, *shares in cells[1:]:
         assert sum(map(float, shares)) == pytest.approx(1, abs=1e-5)
-    table = [place / "test.tsv", "--text", "1", "--out", tmp_path / "o.tsv", "--batch_size", 7]
-    call(finetune.main, *predict, *table)
-    names = [line.split("\t")[0] for line in (tmp_path / "o.tsv").read_text().splitlines()[1:]]
-    assert names == labels_of(place / "test.tsv")
+    argv = ["--text", "1", "--out", tmp_path / "o.tsv", "--batch_size", 7]
+    predicted(best, place / "test.tsv", *argv)
+    assert labels_of(tmp_path / "o.tsv", 0) == labels_of(place / "test.tsv")
     # the same file gives features
     features = ["--features", place / "train.tsv", "--out", tmp_path / "f.npy"]
     call(evaluation.main, "--ckpt", best, *features, "--data_path", tmp_path, "--device", "cpu")
@@ -273,9 +271,8 @@ def test_a_frozen_encoder_stays_as_it_is_under_a_linear_probe(place, tmp_path):
     tuned = checkpoint.load(best).student
     for name, tensor in checkpoint.load(place / "pretrained.pt").student.items():
         assert not name.startswith("encoder.") or torch.equal(tuned[name], tensor)
-    predict = ["--predict", place / "valid.tsv", "--text", "text", "--device", "cpu"]
-    rows = call(finetune.main, "--ckpt", best, *predict).splitlines()[1:]
-    hits = [row.split("\t")[0] == y for row, y in zip(rows, labels_of(place / "valid.tsv"))]
+    rows = predicted(best, place / "valid.tsv", "--text", "text")[1:]
+    hits = [row[0] == y for row, y in zip(rows, labels_of(place / "valid.tsv"))]
     accuracy = max(row["valid_accuracy"] for row in rows_of(tmp_path, "valid_accuracy"))
     assert np.mean(hits) == accuracy > 0.8
 
@@ -307,9 +304,8 @@ def test_weights_that_diverge_end_in_one_line(place, tmp_path):
 
 @pytest.mark.parametrize("objective", ["data2vec", "mlm"])
 def test_what_train_py_wrote_is_fine_tuned(objective, corpus_dir, place, tmp_path):
-    argv = ["--objective", objective, "--max_update", 2]
-    call(train.main, *few(corpus_dir, tmp_path / "run", *argv))
-    last = tmp_path / "run" / "checkpoint_last.pt"
+    call(train.main, *few(corpus_dir, tmp_path, "--objective", objective, "--max_update", 2))
+    last = tmp_path / "checkpoint_last.pt"
     call(finetune.main, *flags(place, tmp_path / "out", ckpt=last, lr=0, max_epoch=1))
     after = checkpoint.load(tmp_path / "out" / "checkpoint_best.pt").student
     before = checkpoint.load(last).student
