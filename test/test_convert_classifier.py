@@ -4,7 +4,7 @@ import convert
 import finetune
 from config import InputError
 from test.helpers import call
-from test.test_finetune import flags, place  # noqa: F401
+from test.test_finetune import flags, predicted
 
 import pytest
 import torch
@@ -18,21 +18,19 @@ def test_the_pipeline_gives_our_names_probabilities_and_scores(place, tmp_path, 
     path, texts = tmp_path / "t.csv", ["w5 w1 w6", "w2 w9", "w3 w4 w1 w7 w8 unheard"]
     options = dict(label_scale=5)  # of scores alone
     if kind == "pairs":
-        rows = ["a,b,y", *(f"w{1 + i % 2} w5,w{1 + i // 2 % 2},{i % 3}" for i in range(30))]
+        rows = [f"w{1 + i % 2} w5,w{1 + i // 2 % 2},{i % 3}" for i in range(30)]
+        path.write_text("\n".join(["a,b,y", *rows]))
         options = dict(train=path, valid=path, text="a,b", label="y")
         texts = ["w1 w5\tw2", "w2\tw2 w7"]
     if kind == "scores":
         rows = [f"w{4 + i % 9} w{1 + i % 2},{2 + 2 * (i % 2)}" for i in range(30)]
-        rows = ["text,label", *rows]
+        path.write_text("\n".join(["text,label", *rows]))
         options = dict(train=path, valid=path, regression=True, label_scale=5)
-    if kind != "texts":
-        path.write_text("\n".join(rows))
     call(finetune.main, *flags(place, tmp_path / "out", max_epoch=2, **options))
     best, folder = tmp_path / "out" / "checkpoint_best.pt", tmp_path / "hf"
     call(convert.main, "--ckpt", best, "--to", "hf", folder)
     (tmp_path / "lines").write_text("\n".join(texts))
-    said = call(finetune.main, "--ckpt", best, "--predict", tmp_path / "lines", "--device", "cpu")
-    names, *rows = [row.split("\t") for row in said.splitlines()]
+    names, *rows = predicted(best, tmp_path / "lines")
     how = dict(function_to_apply="none") if kind == "scores" else {}
     options = dict(model=str(folder), top_k=None, **how)
     pipeline = transformers.pipeline("text-classification", **options)

@@ -2,12 +2,13 @@
 
 import errno
 import shutil
+from unittest.mock import Mock
 
 import finetune
 from config import InputError, RunError
 from run import checkpoint
 from test.helpers import call
-from test.test_finetune import flags
+from test.test_finetune import flags, predicted
 
 import pytest
 import torch
@@ -23,62 +24,54 @@ def tuned(place, tmp_path_factory):
     return out / "checkpoint_best.pt"
 
 
-def changed(path, out, keys, value):
-    """A copy of the checkpoint in which one value of its tree is another."""
+def changed(path, out, entry, key, value):
+    """A copy of the checkpoint in which one value of an entry is another."""
     content = torch.load(path, weights_only=True)
-    part = content
-    for key in keys[:-1]:
-        part = part[key]
-    part[keys[-1]] = value
+    content[entry][key] = value
     torch.save(content, out)
     return out
 
 
-def predict(path, folder) -> list[str]:
-    """The arguments that classify one line in `folder`."""
-    (folder / "lines").write_text("w1\n")
-    return [f"--ckpt={path}", f"--predict={folder / 'lines'}", "--device=cpu"]
+@pytest.fixture
+def lines(tmp_path):
+    (tmp_path / "lines").write_text("w1\n")
+    return tmp_path / "lines"
 
 
 @pytest.mark.parametrize(
-    "keys, value, message",
+    "entry, key, value, message",
     [
-        (("config", "attention_heads"), "two", "--attention_heads two: must be of type int"),
-        (("config", "attention_heads"), -2, "--attention_heads -2: must be at least 1"),
-        (("config", "activation_fn"), 7, "--activation_fn 7: must be of type str"),
-        (("config", "data_path"), 5, "no dict.txt in"),
-        (("student", TOKENS), torch.zeros(0, 16), "0 tokens"),
-        (("student", TOKENS), torch.zeros(40, 0), "--embed_dim 0: must be at least 1"),
-        (
-            ("student", TOKENS),
-            torch.zeros(40, 16, dtype=torch.complex64),
-            "not an ordinary tensor of",
-        ),
-        (("student", POSITIONS), torch.zeros(1, 16), "1 positions"),
-        (("student", FC1), torch.zeros(()), "not the weights of an encoder"),
-        (("classifier", "labels"), [], "classifier"),
-        (("classifier", "labels"), [1, 2], "classifier"),
-        (("classifier", "label_scale"), float("nan"), "classifier"),
-        (("classifier", "label_scale"), 0, "classifier"),
-        (("classifier", "head"), {}, "head has no out_proj.weight"),
+        ("config", "attention_heads", "two", "--attention_heads two: must be of type int"),
+        ("config", "attention_heads", -2, "--attention_heads -2: must be at least 1"),
+        ("config", "activation_fn", 7, "--activation_fn 7: must be of type str"),
+        ("config", "data_path", 5, "no dict.txt in"),
+        ("student", TOKENS, torch.zeros(0, 16), "0 tokens"),
+        ("student", TOKENS, torch.zeros(40, 0), "--embed_dim 0: must be at least 1"),
+        ("student", TOKENS, torch.zeros(40, 16).to(torch.complex64), "not an ordinary tensor of"),
+        ("student", POSITIONS, torch.zeros(1, 16), "1 positions"),
+        ("student", FC1, torch.zeros(()), "not the weights of an encoder"),
+        ("classifier", "labels", [], "classifier"),
+        ("classifier", "labels", [1, 2], "classifier"),
+        ("classifier", "label_scale", float("nan"), "classifier"),
+        ("classifier", "label_scale", 0, "classifier"),
+        ("classifier", "head", {}, "head has no out_proj.weight"),
     ],
 )
 def test_a_checkpoint_with_one_wrong_value_is_refused_in_one_line(
-    keys, value, message, place, tuned, tmp_path
+    entry, key, value, message, place, tuned, tmp_path, lines
 ):
-    path = changed(tuned, tmp_path / "x.pt", keys, value)
+    path = changed(tuned, tmp_path / "x.pt", entry, key, value)
     with pytest.raises(InputError, match=message):
-        finetune.main(predict(path, tmp_path))
-    if keys[0] != "classifier":
+        predicted(path, lines)
+    if entry != "classifier":
         with pytest.raises(InputError, match=message):
             finetune.main(flags(place, tmp_path / "out", ckpt=path))
 
 
-def test_names_of_classes_print_no_escape_sequence(tuned, place, tmp_path):
+def test_names_of_classes_print_no_escape_sequence(tuned, tmp_path, lines):
     names = ["\x1b[2J\n", "\ud800"]
-    path = changed(tuned, tmp_path / "x.pt", ("classifier", "labels"), names)
-    rows = call(finetune.main, *predict(path, tmp_path)).splitlines()
-    assert rows[0] == "label\t\\x1b[2J\t\\ud800"
+    path = changed(tuned, tmp_path / "x.pt", "classifier", "labels", names)
+    assert predicted(path, lines)[0] == ["label", "\\x1b[2J", "\\ud800"]
 
 
 @pytest.mark.parametrize(
@@ -155,12 +148,8 @@ def test_an_older_fine_tuning_stays_until_the_new_one_is_saved(lr, place, tmp_pa
     other.write_text((place / "data" / "dict.txt").read_text().replace("w30 1", "v30 1"))
     argv = flags(place, folder, lr=lr, max_epoch=1, overwrite=True, dict=other)
     for name, failure in FAILURES.items():
-
-        def fail(*_, failure=failure):
-            raise failure
-
         with monkeypatch.context() as patch:
-            patch.setattr(name, fail)
+            patch.setattr(name, Mock(side_effect=failure))
             with pytest.raises(type(failure)):
                 finetune.main(argv)
         assert contents(folder) == older, name
@@ -182,10 +171,9 @@ def test_a_dictionary_and_a_bpe_of_the_users_stay(name, place, tmp_path):
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_predictions_do_not_replace_what_they_read(tuned, tmp_path):
-    argv = predict(tuned, tmp_path)
-    (tmp_path / "link").symlink_to(tmp_path / "lines")
-    for path in (tmp_path / "lines", tmp_path / "link", tuned):
+def test_predictions_do_not_replace_what_they_read(tuned, tmp_path, lines):
+    (tmp_path / "link").symlink_to(lines)
+    for path in (lines, tmp_path / "link", tuned):
         with pytest.raises(InputError, match="is a file that this reads"):
-            finetune.main([*argv, "--out", str(path)])
-    assert (tmp_path / "lines").read_text() == "w1\n" and checkpoint.load(tuned)
+            predicted(tuned, lines, "--out", path)
+    assert lines.read_text() == "w1\n" and checkpoint.load(tuned)
