@@ -46,12 +46,8 @@ def sources() -> list[Path]:
     return [path for path in files() if path.suffix == ".py"]
 
 
-def is_test(path: Path) -> bool:
-    return path.parts[0] == "test" or path.name == "test_core.py"
-
-
 def product() -> list[Path]:
-    return [path for path in sources() if not is_test(path)]
+    return [path for path in sources() if path.parts[0] != "test" and path.name != "test_core.py"]
 
 
 def lines_of(path: Path) -> list[str]:
