@@ -48,6 +48,7 @@ from model import Data2VecText, data2vec_loss
 from run.guard import check_memory
 from run.progress import Bar
 from text.binarized import EOS, PAD, write_dataset
+from text.files import with_nulls
 from train import Run, lr_at, update
 
 import numpy as np
@@ -268,7 +269,7 @@ def main(argv: list | None = None) -> int:
             print_compare(result)
         else:
             print_table(result)
-        print(json.dumps(result))
+        print(json.dumps(with_nulls(result)))
     return int(args.check and result["check"]["beyond"] > 0)
 
 

@@ -51,6 +51,7 @@ from judge.probe import table as probe_table
 from judge.quality import GUESSES, evaluate, verdict
 from run.checkpoint import Loaded
 from run.resume import init_from
+from text.files import with_nulls
 from text.tokens import load_tokenizer
 from train import Run
 
@@ -144,7 +145,7 @@ def main(argv: list | None = None) -> int:
         work = write_features if args.features else evaluation
         result = work(cfg, device, Corpus(cfg.data), loaded, path, args)
     if device.rank == 0:
-        print(json.dumps(result) if args.json else text_of(result))
+        print(json.dumps(with_nulls(result)) if args.json else text_of(result))
     return 0
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import re
 import sys
@@ -13,7 +12,7 @@ from config import printable, read_text
 from run.checkpoint import write_text
 from run.curves import TensorBoard
 from run.progress import Bar
-from text.files import json_objects
+from text.files import json_objects, with_nulls
 
 import torch
 import torch.nn.functional as F
@@ -232,10 +231,7 @@ class Log:
         """Write a row, and show it."""
         if self.device.rank > 0:
             return
-        # JSON has no word for NaN and infinity
-        for name, value in row.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                row = {**row, name: None}
+        row = with_nulls(row)
         try:
             with self.path.open("a") as file:
                 file.write("\n" if self.is_torn else "")

@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import lzma
+import math
 import re
 import sys
 import tarfile
@@ -217,6 +218,17 @@ def json_rows(path) -> list[dict]:
     if not Path(path).is_file():
         return []
     return json_objects(read_text(path, "replace").splitlines())
+
+
+def with_nulls(value):
+    """A value for json.dumps: None for NaN and infinity, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {name: with_nulls(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [with_nulls(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def splits_made_from(folder: Path) -> dict:
