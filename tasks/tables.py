@@ -136,7 +136,22 @@ def read_tables(files: dict, regression: bool = False, known: list | None = None
     """
     files = {split: File(Path(path), columns) for split, (path, columns) in files.items()}
     guess_header([f for f in files.values() if f.has_header is None], regression, known)
+    check_numbers([f for f in files.values() if f.has_header], known)
     return {split: file.table() for split, file in files.items()}
+
+
+def check_numbers(files: list[File], known: list | None):
+    """Raise InputError where the number of a column means another one than in the first file."""
+    for file in files:
+        if None in file.places or max(file.places) >= len(file.first):
+            continue
+        names = [file.first[place].strip() for place in file.places]
+        # another name may mean the same, unless the right one is elsewhere
+        for expected, name in zip(known or names, names):
+            if expected != name and expected in file.first:
+                what = f"{expected!r} is another column than its number says, that of {name!r}"
+                raise InputError(f"{file.path}: {what}; name the columns with --text and --label")
+        known = known or names
 
 
 # ---------------------------------------------------------------------------------------- a header
@@ -159,8 +174,9 @@ def guess_header(files: list[File], regression: bool, known: list | None):
     if plain:
         both = f"{named[0].path} seems to begin with a header ({cells}), {plain[0].path} does not"
         raise InputError(f"{both}; make them alike, or say --header true or false")
-    paths = ", ".join(str(file.path) for file in named)
-    note(f"first row of {paths} taken for a header: {cells}")
+    for first in {tuple(file.first): None for file in named}:
+        paths = ", ".join(str(file.path) for file in named if tuple(file.first) == first)
+        note(f"first row of {paths} taken for a header: {', '.join(first)[:200]}")
 
 
 def looks_like_header(file: File, labels: set, regression: bool, known: list | None) -> bool:
