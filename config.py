@@ -94,7 +94,7 @@ def reading(what: str):
             raise
         why = str(getattr(e, "strerror", None) or e).strip() or type(e).__name__
         if isinstance(e, UnicodeDecodeError):
-            why = f"not UTF-8 at byte {e.start}"
+            why = f"not UTF-8 at byte {e.start}; if it is a text, iconv converts it"
         raise InputError(f"{what}: {why.splitlines()[0][:200]}") from None
 
 

@@ -267,13 +267,18 @@ def read_rows(path: Path, names: list) -> list[tuple[int, list[str]]]:
         try:
             rows = [(reader.line_num, cells or [""]) for cells in reader]
         except csv.Error as e:
-            raise InputError(f"{path}, line {reader.line_num}: not a table: {e}") from None
+            what = f"not a table: {e}"
+            if ";" in lines[0] and "," not in lines[0]:
+                what += "; semicolons do not part columns, commas do"
+            raise InputError(f"{path}, line {reader.line_num}: {what}") from None
     has_one_cell = len(rows[0][1]) == 1
     return [row for row in rows if has_one_cell or row[1] != [""]]
 
 
 def values_of_json(line: str, names: list, where: str) -> dict:
     """A JSON object, its texts or numbers under `names`. Raises InputError with `where`."""
+    if line.lstrip().startswith("["):
+        raise InputError(f"{where}: an array; write a JSON object in each line, as .jsonl")
     with reading(f"{where}: not JSON"):
         values = json.loads(line, parse_constant=lambda name: None)  # NaN is null
         json.dumps(values, ensure_ascii=False).encode()  # half of a surrogate pair is no text
