@@ -218,6 +218,7 @@ def main(argv: list | None = None) -> int:
         parts, args = flags.parse(PARTS, __doc__, argv, extra=add_flags, base=settings)
     config = {k: v for part in parts for k, v in vars(part).items()}
     parts = dict(zip(PARTS, parts))
+    loaded.check_settings(config, path)
     weights = own_weights(loaded, parts[ModelConfig], path)
     content, why = complete(loaded, weights, config["seed"], path)
     content = fairseq_files.without_objects({**content, "config": config}, {})

@@ -15,13 +15,14 @@ import pickle
 import re
 import secrets
 import shutil
+import sys
 import tarfile
 import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import InputError, reading, refuse_pointer
+from config import InputError, printable, reading, refuse_pointer
 from hardware.vectors import MOMENTS
 
 import torch
@@ -66,6 +67,16 @@ class Loaded:
     teacher: dict | None
     content: dict  # the whole file
     dictionary: dict = field(default_factory=dict)  # Dictionary.entry of its own, if it has that
+
+    def check_settings(self, here: dict, path):
+        """Raise InputError for other settings, of those that no weight's shape shows."""
+        for name in ("attention_heads", "activation_fn"):
+            saved = str(self.config.get(name, here[name]))[:100]
+            if saved != str(here[name]):
+                raise InputError(f"{path}: its --{name} is {saved}, and here {here[name]}")
+        if "attention_heads" not in self.config:
+            what = f"{path} does not say its --attention_heads; taking {here['attention_heads']}"
+            print(f"note: {printable(what)}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------- writing

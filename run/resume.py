@@ -221,10 +221,7 @@ def check_agreement(run, corpus: Corpus, fingerprint: dict):
 def init_from(run, corpus: Corpus, loaded: checkpoint.Loaded, path):
     """Take the weights and the teacher of any checkpoint; optimizer and schedule start fresh."""
     corpus.dictionary.check_checkpoint(loaded.dictionary, path)
-    # what no weight's shape shows
-    theirs = {k: v for k, v in loaded.config.items() if k in ("attention_heads", "activation_fn")}
-    for name, (saved, here) in changes(theirs, run.cfg.flat()).items():
-        raise InputError(f"{path}: its --{name} is {saved}, and here {here}")
+    loaded.check_settings(run.cfg.flat(), path)
     weights, ours, warnings = dict(loaded.student), run.student.state_dict(), []
     # a head that is missing starts at random, and one that is not used is left out
     for prefix, head in HEADS.items():

@@ -94,6 +94,7 @@ def load(path, attention_heads: int = 0) -> Pretrained:
     loaded = load_any(path)
     weights = checkpoint.stripped(loaded.student, "encoder.")
     shape, vocabulary = shape_of(weights, loaded.config, attention_heads, path)
+    loaded.check_settings(vars(shape), path)
     # without memory: what these weights must fit
     with torch.device("meta"):
         expected = Encoder(shape, vocabulary)
@@ -124,12 +125,8 @@ def shape_of(weights: dict, settings: dict, attention_heads: int, path) -> tuple
             sizes = f"{vocabulary} tokens, {positions} positions, inner width {ffn_width}"
             raise ValueError(sizes)
     layers = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
-    heads = attention_heads or settings.get("attention_heads")
-    if not heads:
-        # 64 channels each, as in all published sizes, or a small model's four
-        heads = max(4, width // 64)
-        note = f"note: {path} does not say how many attention heads it has; taking {heads}"
-        print(printable(f"{note} (--attention_heads)"), file=sys.stderr)
+    # a guess: 64 channels each, as in all published sizes, or a small model's four
+    heads = attention_heads or settings.get("attention_heads") or max(4, width // 64)
     shape = ModelConfig(
         layers=layers,
         embed_dim=width,
