@@ -52,6 +52,7 @@ class Pretrained:
     entry: dict | None  # what our fine-tuning added to it (classifier.entry_of)
     head: Head | None  # its classification head, if it has one
     dictionary: dict  # size, digest and mask_id, as our checkpoints have them; else empty
+    longest: int  # tokens of the pretraining's blocks; 0 if unknown
     folder: str  # of the pretraining data, on the machine that trained it; or empty
 
     def encoder(self, untrained: bool, dropout: float) -> Encoder:
@@ -99,6 +100,8 @@ def load(path, attention_heads: int = 0) -> Pretrained:
     with torch.device("meta"):
         expected = Encoder(shape, vocabulary)
     ours = loaded.content if loaded.kind == "ours" else {}
+    with reading(f"{path}: damaged: its tokens_per_sample"):
+        longest = int(loaded.config.get("tokens_per_sample") or 0)
     entry = entry_of(loaded, path) if "classifier" in ours else None
     return Pretrained(
         path=path,
@@ -108,6 +111,7 @@ def load(path, attention_heads: int = 0) -> Pretrained:
         entry=entry,
         head=find_head(loaded, entry, path),
         dictionary=loaded.dictionary,
+        longest=longest,
         folder=str(loaded.config.get("data_path") or ""),
     )
 

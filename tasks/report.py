@@ -175,6 +175,10 @@ def describe(source, data, metric: str, lr: float):
     sizes = [f"{len(split.rows):,} {name}" for name, split in data.valid.items()]
     sizes = ", ".join([f"{len(data.train.rows):,} train", *sizes])
     print(printable(f"{source.path} | {sizes} | best by {metric} on valid"))
+    long = int((data.train.lengths > source.longest).sum())
+    if long and source.longest:
+        what = f"{long:,} examples of train are longer than the {source.longest} tokens of"
+        print(f"note: {what} pretraining's blocks, and the positions beyond are untrained")
     if not data.names:
         return
     # what a model reaches that has learned nothing
