@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +51,8 @@ class Pretrained:
     entry: dict | None  # what our fine-tuning added to it (classifier.entry_of)
     head: Head | None  # its classification head, if it has one
     dictionary: dict  # size, digest and mask_id, as our checkpoints have them; else empty
-    longest: int  # tokens of the pretraining's blocks; 0 if unknown
     folder: str  # of the pretraining data, on the machine that trained it; or empty
+    longest: int  # tokens of the pretraining's blocks; 0 if unknown
 
     def encoder(self, untrained: bool, dropout: float) -> Encoder:
         """A new encoder with these weights, or with the random ones that pretraining begins with.
@@ -100,9 +99,9 @@ def load(path, attention_heads: int = 0) -> Pretrained:
     with torch.device("meta"):
         expected = Encoder(shape, vocabulary)
     ours = loaded.content if loaded.kind == "ours" else {}
+    entry = entry_of(loaded, path) if "classifier" in ours else None
     with reading(f"{path}: damaged: its tokens_per_sample"):
         longest = int(loaded.config.get("tokens_per_sample") or 0)
-    entry = entry_of(loaded, path) if "classifier" in ours else None
     return Pretrained(
         path=path,
         shape=shape,
@@ -111,8 +110,8 @@ def load(path, attention_heads: int = 0) -> Pretrained:
         entry=entry,
         head=find_head(loaded, entry, path),
         dictionary=loaded.dictionary,
-        longest=longest,
         folder=str(loaded.config.get("data_path") or ""),
+        longest=longest,
     )
 
 
@@ -174,8 +173,12 @@ def of_transformers(state: dict, folder: Path) -> Head | None:
             tell_left_out(folder, f"not for sequences: {', '.join(sorted(names))}")
         return None
     with reading(f"{folder / 'config.json'}: id2label"):
-        names = json.loads(read_text(folder / "config.json")).get("id2label") or {}
+        config = json.loads(read_text(folder / "config.json"))
+        names = config.get("id2label") or {}
         names = [str(names[str(i)]) for i in range(len(names))]
+    if config.get("problem_type") == "multi_label_classification":
+        tell_left_out(folder, "for several classes at once")
+        return None
     # what transformers calls classes that nobody named
     if names == [f"LABEL_{i}" for i in range(len(names))]:
         names = None
@@ -201,6 +204,7 @@ def fit_head(head: Head, new: nn.Module, names: list | None, scale: float, path:
         state[name] = state[name][order]
         if names is None and head.scale:
             state[name] *= head.scale / scale
+    print(printable(f"note: the head of {path} is taken; --new_head draws another"))
     return state
 
 
