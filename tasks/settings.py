@@ -84,6 +84,8 @@ class FinetuneConfig:
             raise InputError("the labelled text: --data_path DIR, or --train F --valid F")
         if not self.data_path and not (self.train and self.valid and self.text and self.label):
             raise InputError("--train F needs --valid F, --text COL[,COL] and --label COL")
+        if self.data_path and (self.text or self.label):
+            raise InputError("--text and --label go with --train; in --data_path they are known")
         if self.task != "none" and not self.data_path:
             raise InputError(f"--task {self.task} needs --data_path, the folder of GLUE's files")
         if not (self.max_update or self.max_epoch):
