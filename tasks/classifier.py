@@ -13,6 +13,7 @@ from run import checkpoint
 from run.checkpoint import Loaded
 from tasks import metrics
 from tasks.labelled import Split
+from tasks.tables import score_of
 
 import numpy as np
 import torch
@@ -156,7 +157,8 @@ def figures_of(outputs: Tensor, split: Split, names: list | None) -> dict:
         measures = metrics.of_scores(outputs.view(-1).numpy(), split.labels)
         return dict(loss=loss, accuracy=None, **measures)
     # F1 is that of the class 1, where there are two
-    positive = names.index("1") if len(names) == 2 and "1" in names else None
+    ones = [i for i, name in enumerate(names) if score_of(name) == 1]
+    positive = ones[0] if len(names) == 2 and ones else None
     return dict(loss=loss, **metrics.of_classes(outputs.argmax(1).numpy(), split.labels, positive))
 
 
