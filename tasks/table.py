@@ -65,7 +65,10 @@ def row_of(folder: str) -> tuple[str, ...]:
 def main(argv: list | None = None) -> int:
     parser = flags.Parser(description=__doc__)
     parser.add_argument("folders", nargs="+", metavar="DIR", help="a --save_dir of finetune.py")
-    rows = [COLUMNS, *map(row_of, parser.parse_args(argv).folders)]
+    folders = parser.parse_args(argv).folders
+    rows = [COLUMNS, *map(row_of, folders)]
+    if len({task for task, *_ in rows}) < len(rows):  # the folders above them tell them apart
+        rows[1:] = [(folder, *cells) for folder, (_, *cells) in zip(folders, rows[1:])]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         print(printable("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip()))

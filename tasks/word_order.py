@@ -94,7 +94,7 @@ def main(argv: list | None = None) -> int:
     flag("--rows", type=int, default=ROWS, metavar="N", help=f"at most so many [{ROWS}]")
     args = parser.parse_args(argv)
     lines = [line for text in read_chunks(args.text) for line in lines_of(text)]
-    rows = rows_of(lines, args.rows)
+    rows = rows_of(lines, max(0, args.rows))
     if len(rows) < 13:
         fit = f"{len(rows)} sentences of {FEWEST} to {MOST} words"
         raise InputError(f"--text {args.text}: {fit} are too few for three splits")
