@@ -11,6 +11,7 @@ from hardware.device import Device
 from hardware.opening import with_amp
 from run import checkpoint
 from text.binarized import TokenStream
+from text.files import json_rows
 
 # What a resumed run may not change: the model, and, without --reset_data_position, what decides
 # which batch is next: these settings, the data, the number of workers.
@@ -256,6 +257,9 @@ def prepare_save_dir(folder: Path, args):
 
 
 def remove(folder: Path, *patterns: str):
+    log = folder / "train.jsonl"
+    if any("num_updates" not in row for row in json_rows(log)):  # it would be written over
+        raise InputError(f"{log} is no log of a run; choose another --save_dir")
     for pattern in patterns:
         for path in folder.glob(pattern):
             path.unlink()
