@@ -212,7 +212,8 @@ def parse(argv: list | None) -> argparse.Namespace:
     number = dict(type=whole_number, metavar="N")
     kinds = ("gpt2", "train", "none")
     for split in reversed(SPLITS):
-        add(f"--{split}", nargs="+", default=[], metavar="F", help=f"text of the {split} split")
+        many = dict(nargs="+", action="extend", default=[], metavar="F")
+        add(f"--{split}", help=f"text of the {split} split", **many)
     add("--dest", required=True, metavar="DIR", help="folder to write to")
     add("--bpe", required=True, choices=kinds, help="how text becomes tokens, see above")
     add("--encoder_json", metavar="F", help="GPT-2's encoder.json")
