@@ -21,7 +21,7 @@ POSITION = (
     " required_batch_size_multiple drop_remainder"
 ).split()
 # settings whose change between two starts need not be told
-UNTOLD = tuple("data_path init_from device npu_ log_ tensor validate_ save_ keep_ disable_".split())
+UNTOLD = tuple("data_path init_from device npu_ log_ tensor validate_ save_ disable_".split())
 # what a changed digest of a fingerprint means
 DIGESTS = dict(
     dataset="the first folder of --data_path has changed",

@@ -57,12 +57,14 @@ class Saves:
         names = ["checkpoint_last.pt"]
         if is_best:
             names.append("checkpoint_best.pt")
-        if epoch and interval > 0 and run.num_updates % interval == 0:
+        is_kept = epoch > 0 and interval > 0 and run.num_updates % interval == 0
+        if is_kept:
             names.append(f"checkpoint_{epoch}_{run.num_updates}.pt")
         content = {**contents(run, self.corpus, self.fingerprint), "log": self.log.state()}
         try:
             checkpoint.save(by_itself(content), *(self.folder / name for name in names))
-            checkpoint.prune(self.folder, run.cfg.train.keep_interval_updates)
+            if is_kept:
+                checkpoint.prune(self.folder, run.cfg.train.keep_interval_updates)
             self.best_saved = run.best_loss, run.best_gain
         except OSError as e:
             run.best_loss, run.best_gain = self.best_saved  # the better one was not written
