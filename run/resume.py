@@ -93,6 +93,9 @@ def find_checkpoint(folder: Path, device: Device) -> tuple[Path, checkpoint.Load
         return None
     for path in paths:
         try:
+        if path.is_file():  # one that may not be read is not damaged
+            with reading(f"{path}"):
+                path.open("rb").close()
             return path, checkpoint.load(path)
         except InputError as e:
             failure = e
