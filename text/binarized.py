@@ -209,6 +209,9 @@ class TokenFile:
                 right = f"expected byte {start[i] * dtype.itemsize} of a .bin of {len(items)} bytes"
                 raise InputError(f"{idx}: {where}; {right}; {REBUILD}")
             self.tokens += int(size.sum())
+        if self.tokens * dtype.itemsize != len(items):
+            what = f"{self.tokens} tokens, and a .bin of {len(items)} bytes"
+            raise InputError(f"{idx}: {what}; they do not belong together; {REBUILD}")
 
 
 class TokenStream:
