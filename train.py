@@ -297,9 +297,9 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         # what is wrong with the data shows before anything is made
         corpus = Corpus(cfg.data)
         dataset = corpus.split("train", 1)
-        if not t.disable_validation:
-            corpus.split("valid")
         fingerprint = resume.fingerprint_of(corpus)
+        if not t.disable_validation:
+            fingerprint["valid"] = corpus.split("valid").stream.digest()
         if device.rank == 0:
             resume.prepare_save_dir(folder, args)
             stack.enter_context(lock(folder))

@@ -26,6 +26,7 @@ UNTOLD = tuple("data_path init_from device npu_ log_ tensor validate_ save_ disa
 DIGESTS = dict(
     dataset="the first folder of --data_path has changed",
     other_folders="a further folder of --data_path has changed",
+    valid="the valid split, so its best figures start anew",
 )
 # of a student, by the beginnings of their weights' names
 HEADS = {"regression_head.": "regression head", "lm_head.": "head for words", "decoder.": "decoder"}
@@ -92,10 +93,10 @@ def find_checkpoint(folder: Path, device: Device) -> tuple[Path, checkpoint.Load
     if not paths:
         return None
     for path in paths:
-        try:
         if path.is_file():  # one that may not be read is not damaged
             with reading(f"{path}"):
                 path.open("rb").close()
+        try:
             return path, checkpoint.load(path)
         except InputError as e:
             failure = e
@@ -138,7 +139,7 @@ def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position:
         if run.cfg.train.init_from and "init_from" in changed:
             log.say(f"note: --init_from is not read, since {path} is continued")
         # where in the data
-        moving = (*POSITION, *fingerprint, "world_size")
+        moving = {*POSITION, *fingerprint, "world_size"} - {"valid"}
         if not reset_position:
             refuse(path, changed, moving, RESET)
             count = len(corpus.split("train", progress["epoch"]).batch_ends)
@@ -148,10 +149,13 @@ def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position:
         others = sorted(set(changed) - set(moving))
         others = [name for name in others if not name.startswith(UNTOLD)]
         if others:
-            words = ["{} {} -> {}".format(name, *changed[name]) for name in others]
+            told = {name: "{} {} -> {}".format(name, *changed[name]) for name in others}
+            words = [DIGESTS.get(name, text) for name, text in told.items()]
             log.say(f"note: changed since the checkpoint: {', '.join(words)}")
 
         take(run, loaded, path)
+        if "valid" in changed:
+            run.best_loss = run.best_gain = run.first_target_var = None
         run.epoch, run.batches_done = progress["epoch"], batches // workers
         log.restore(loaded.content["log"])
     if reset_position and batches:
@@ -253,6 +257,9 @@ def prepare_save_dir(folder: Path, args):
         folder.mkdir(parents=True, exist_ok=True)
     if args.overwrite and not args.no_resume:
         raise InputError("--overwrite goes with --no_resume: it removes the old run in --save_dir")
+    log = folder / "train.jsonl"
+    if any("num_updates" not in row for row in json_rows(log)):  # it would be written over
+        raise InputError(f"{log} is no log of a run; choose another --save_dir")
     names = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
     if args.no_resume and names and not args.overwrite:
         advice = "add --overwrite to start over there, or choose another --save_dir"
@@ -260,9 +267,6 @@ def prepare_save_dir(folder: Path, args):
 
 
 def remove(folder: Path, *patterns: str):
-    log = folder / "train.jsonl"
-    if any("num_updates" not in row for row in json_rows(log)):  # it would be written over
-        raise InputError(f"{log} is no log of a run; choose another --save_dir")
     for pattern in patterns:
         for path in folder.glob(pattern):
             path.unlink()
