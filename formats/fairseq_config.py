@@ -318,7 +318,9 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
     is_2 = version_2.is_version_2(tree)
     built_in = BUILT_IN | version_2.BUILT_IN if is_2 else BUILT_IN
     for name, (value, text) in flat.items():
-        ours = None if is_2 and name in version_2.UNREAD else OURS.get(name)
+        ours = OURS.get(name, name)  # in no group our own names count, too
+        if is_2 and name in version_2.UNREAD:
+            ours = None
         if value is None or text == "???":  # OmegaConf's 'must be given'
             continue
         if is_2 and name in version_2.READ_TOGETHER and ours is None:
