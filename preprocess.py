@@ -168,6 +168,9 @@ def preprocess(args: argparse.Namespace, dest: Path):
         bpe = read_bpe(args.encoder_json, args.vocab_bpe)
     if args.bpe == "train":
         need_tokenizers()
+    if args.bpe != "none":
+        for name in {name for names in asked.values() for name in names}:
+            files.tell_tokenised(name)
     if args.overwrite:  # the indexes first
         names = [f"{split}.{kind}" for kind in ("idx", "bin") for split in reversed(SPLITS)]
         for name in (*names, *TEXT_FILES, "preprocess.log"):

@@ -43,6 +43,7 @@ UNSEEN = re.compile(rf"^(?:[^\S\n]*[{NO_WIDTH}](?:[{NO_WIDTH}]|[^\S\n])*$|\ufeff
 MARKS = ("<s>", "</s>", "<pad>")  # of the dataset, not of its text
 TYPED = re.compile(rf"(?<!\S)(?:{'|'.join(MARKS)})(?!\S)")
 OTHER_TEXT = re.compile(r"\.(csv|tsv|jsonl?|html?|xml)(\.(gz|bz2|xz))?$", re.I)
+TOKENISED = re.compile(r"[\d ]+|.*(▁|@@ ).*")  # a line of ids, or of another tool's pieces
 LOOK = 200  # lines at the beginning of a file that tell what it is
 
 
@@ -184,6 +185,15 @@ def seen(text: str, name: str, is_first: bool) -> str:
     return text
 
 
+def tell_tokenised(name: str):
+    """A note where a text for a BPE seems to be tokens already."""
+    lines = next(read_chunks(name), "").split("\n", LOOK)[:LOOK]
+    lines = [line for line in lines if line.strip()]
+    if lines and sum(map(bool, map(TOKENISED.fullmatch, lines))) > 0.9 * len(lines):
+        how = "--bpe none takes tokens as they are, with the dict.txt that they are of"
+        note(f"{name}: seems to be tokenized already; {how}")
+
+
 def read_all(names: list[str], label: str):
     """The text of several files, as read_chunks, with a progress bar.
 
@@ -210,16 +220,6 @@ def json_objects(lines: list[str]) -> list[dict]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def json_rows(path) -> list[dict]:
-    """The objects of a log with one in each line; [] if there is no such file.
-
-    A row that was cut by a crash is left out.
-    """
-    if not Path(path).is_file():
-        return []
-    return json_objects(read_text(path, "replace").splitlines())
-
-
 def with_nulls(value):
     """A value for json.dumps: None for NaN and infinity, for which JSON has no word."""
     if isinstance(value, dict):
@@ -229,6 +229,16 @@ def with_nulls(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def json_rows(path) -> list[dict]:
+    """The objects of a log with one in each line; [] if there is no such file.
+
+    A row that was cut by a crash is left out.
+    """
+    if not Path(path).is_file():
+        return []
+    return json_objects(read_text(path, "replace").splitlines())
 
 
 def splits_made_from(folder: Path) -> dict:
