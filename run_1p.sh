@@ -57,17 +57,17 @@ absolute() { # a relative path, or some joined by ':', starts at the caller's fo
 
 data_path="" raw_dir="" checkpoint_path="" save_dir="" flags=()
 while [ $# -gt 0 ]; do
-    case $1 in
-    --data_path=* | --raw_dir=* | --checkpoint_path=* | --save_dir=*)
-        name=${1%%=*}
-        printf -v "${name#--}" %s "$(absolute "${1#*=}")"
+    name=${1%%=*}
+    name=${name//-/_} # --data-path is --data_path
+    case $name in
+    __data_path | __raw_dir | __checkpoint_path | __save_dir)
+        if [ "$1" = "${1%%=*}" ]; then
+            [ $# -gt 1 ] || refuse "$1 needs a value"
+            set -- "$1=$2" "${@:3}"
+        fi
+        printf -v "${name#__}" %s "$(absolute "${1#*=}")"
         ;;
-    --data_path | --raw_dir | --checkpoint_path | --save_dir)
-        [ $# -gt 1 ] || refuse "$1 needs a value"
-        printf -v "${1#--}" %s "$(absolute "$2")"
-        shift
-        ;;
-    -h | --help)
+    _h | __help)
         sed -n '2,/^\[/{/^#/s/^# \{0,1\}//p}' "$here/run_1p.sh"
         exit
         ;;
@@ -77,6 +77,8 @@ while [ $# -gt 0 ]; do
 done
 [[ ! $mode =~ ^(full|performance|eval)$ || -n $data_path$raw_dir ]] ||
     refuse "--data_path=DIR is missing (with dict.txt, train.bin, train.idx), or --raw_dir=DIR"
+[[ $mode != demo || -z $data_path$raw_dir ]] || refuse "demo has its own text; full takes a folder"
+[[ $mode != learn || -z $raw_dir ]] || refuse "learn takes --data_path=DIR; full takes --raw_dir"
 
 # ---- find or make the Python that runs it
 trap 'exit 130' INT # pip ends a Ctrl-C with the code of any other failure
@@ -133,6 +135,9 @@ fi
 # ---- the data
 output=output/$device_id
 log=$output/train_$device_id.log
+ckpt=${checkpoint_path:-${save_dir:-$output/full}/checkpoint_last.pt} # what eval reads
+anew=(--no_resume)
+[ -n "$save_dir" ] || anew+=(--overwrite) # a folder that is named must be empty
 save_dir=${save_dir:-$output/$mode}
 mkdir -p "$output"
 if [[ -n $raw_dir && $mode =~ ^(full|performance|eval)$ ]]; then
@@ -155,8 +160,8 @@ if [[ -n $raw_dir && $mode =~ ^(full|performance|eval)$ ]]; then
 fi
 
 if [ $mode = eval ]; then
-    exec "$python" eval.py --device cpu --amp off --data_path "$data_path" \
-        --ckpt "${checkpoint_path:-$output/full/checkpoint_last.pt}" ${flags[@]+"${flags[@]}"}
+    exec "$python" eval.py --device cpu --amp off --data_path "$data_path" --ckpt "$ckpt" \
+        ${flags[@]+"${flags[@]}"}
 fi
 
 # train.py inherits the lock, so it holds even if this script is killed and train.py is not
@@ -166,7 +171,7 @@ exec 9>>"$output/.lock"
 preset=npu_1p extra=()
 case $mode in
 demo)
-    preset=tiny data_path=$output/demo-bin extra=(--no_resume --overwrite)
+    preset=tiny data_path=$output/demo-bin extra=("${anew[@]}")
     # train.idx marks it as complete; another Python's help texts would be another corpus
     [ -e "$data_path/train.idx" ] || "$python" data.py --make_demo "$data_path"
     ;;
@@ -188,7 +193,7 @@ learn)
     fi
     ;;
 performance)
-    extra=(--no_resume --overwrite --max_update 5000 --save_interval 0 --validate_interval 0)
+    extra=("${anew[@]}" --max_update 5000 --save_interval 0 --validate_interval 0)
     ;;
 esac
 [ -z "$checkpoint_path" ] || extra+=(--init_from "$checkpoint_path")
@@ -203,7 +208,7 @@ fi
 # the report sums the seconds of a run's parts; a run that starts over forgets the earlier ones
 parts=$save_dir/run_1p_seconds.txt starts_over=yes
 words=" ${extra[*]-} ${flags[*]-} "
-[[ ! -e $save_dir/checkpoint_last.pt || $words == *" --no_resume "* ]] || starts_over=no
+[[ ! -e $save_dir/checkpoint_last.pt || ${words//-/_} == *" __no_resume "* ]] || starts_over=no
 begin=$(date +%s)
 seen=$(wc -c <"$log")
 "$python" train.py --config_name $preset --data_path "$data_path" --save_dir "$save_dir" \
