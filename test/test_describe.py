@@ -1,11 +1,8 @@
 """What data.py, and a run at its start, say of a dataset that may not be what was meant."""
 
 import train
-from config import InputError
 from run import describe
 from test.helpers import call, few, make_dataset, preprocess_words, run_preprocess, small_corpus
-
-import pytest
 
 SMALL = ["--tokens_per_sample", 32, "--max_tokens", 256]
 
@@ -60,19 +57,3 @@ def test_text_that_train_and_valid_share_is_noticed(tmp_path, capsys):
     log = '{"step": "train", "made_from": 1}\n{"step": "valid"}\n'  # edited by someone
     (tmp_path / "both" / "preprocess.log").write_text(log)
     call(describe.main, "--data_path", tmp_path / "both")
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--data_path FILE", "test_describe.py: a file, not a dataset's folder"),
-        ("--data_path nowhere", "nowhere: no such folder"),
-        ("", "--data_path is missing"),
-        ("--data_path :", "names no folder"),
-        ("--data_path x --epoch 0", "--epoch must be"),
-        ("--data_path x --rank 1", "--rank from 0"),
-    ],
-)
-def test_a_mistake_in_the_command_line_is_one_line(flags, message):
-    with pytest.raises(InputError, match=message):
-        describe.main([__file__ if word == "FILE" else word for word in flags.split()])

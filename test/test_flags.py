@@ -16,7 +16,7 @@ from config import DataConfig, DeviceConfig, InputError
 from formats.fairseq_config import BUILT_IN, IGNORED, OURS
 from hardware.opening import open_device
 from run import flags
-from test.helpers import FEW, HERE, call, program
+from test.helpers import HERE, call, few, program
 
 import pytest
 
@@ -93,12 +93,12 @@ def test_the_shortest_command_line_gives_the_same_settings(line):
         ("--save_dir=", "save_dir is empty"),
         ("--overwrite", "goes with --no_resume"),
         ("--data_path :", "names no folder"),
+        ("--distributed-world-size 16", "--nproc_per_node 16 .* --update_freq 16 keeps"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_train(tmp_path, corpus_dir, line, message):
-    argv = [*FEW, "--max_update", 1, "--data_path", corpus_dir, "--save_dir", tmp_path / "run"]
     with pytest.raises(InputError, match=message):
-        call(train.main, *argv, *line.split())
+        call(train.main, *few(corpus_dir, tmp_path / "run", "--max_update", 1, *line.split()))
 
 
 @pytest.mark.parametrize(
@@ -137,6 +137,12 @@ def without_torch(tmp_path):
         ("convert.py --dicct x", "did you mean --dict?"),
         ("preprocess.py --destdir x --dest x --bpe none", "did you mean --dest?"),
         ("data.py --data_path x --seed x", "argument --seed: "),
+        (f"data.py --data_path {__file__}", "test_flags.py: a file, not a dataset's folder"),
+        ("data.py --data_path nowhere", "nowhere: no such folder"),
+        ("data.py", "--data_path is missing"),
+        ("data.py --data_path :", "names no folder"),
+        ("data.py --data_path x --epoch 0", "--epoch must be"),
+        ("data.py --data_path x --rank 1", "--rank from 0"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line_before_torch_is_imported(without_torch, line, answer):
@@ -193,9 +199,7 @@ def test_another_python_or_system_or_a_missing_package_is_one_line(words, code, 
     ("flag", "given", "rank"),
     [("--local-rank=1", "3", "3"), ("--local_rank=1", "", "1"), ("--local-rank=-1", "", "0")],
 )
-def test_the_rank_of_torchs_older_launcher_counts_unless_torchrun_gave_one(
-    monkeypatch, parts, flag, given, rank
-):
+def test_the_rank_of_torchs_older_launcher_counts(monkeypatch, parts, flag, given, rank):
     monkeypatch.setenv("LOCAL_RANK", given)  # restored after the test
     if not given:
         del os.environ["LOCAL_RANK"]
@@ -309,12 +313,6 @@ def test_an_option_that_is_ignored_is_named_in_one_line(line, capsys):
 def test_what_cannot_be_taken_is_answered_in_one_line(line, answer):
     with pytest.raises(InputError, match=answer):
         settings(*line.split())
-
-
-def test_the_world_size_of_an_old_command_line_must_be_torchruns(corpus_dir):
-    argv = ["--data_path", corpus_dir, "--distributed_training.distributed_world_size", 16]
-    with pytest.raises(InputError, match="--nproc_per_node 16 .* --update_freq 16 keeps"):
-        call(train.main, *argv)
 
 
 @pytest.fixture

@@ -1,31 +1,49 @@
-"""Whole runs: a resume, a guarded folder, workers, learning, an end by the clock."""
+"""Whole runs: a guarded folder, learning; an end by a signal, a closed terminal or the clock."""
 
+import contextlib
+import dataclasses
 import json
+import os
+import pty
+import signal
+import sys
+import time
 
 import eval as evaluation
+import finetune
 import train
 from config import InputError
-from run.guard import Clock
-from test.helpers import call, compare_checkpoints, few, progress_of, rows_of, speed_aside
+from run import checkpoint
+from run.guard import Clock, Signals
+from test.helpers import (
+    CPU,
+    HERE,
+    call,
+    compare_checkpoints,
+    few,
+    progress_of,
+    rows_of,
+    speed_aside,
+    start_training,
+    wait_for,
+)
+from test.test_finetune import flags as finetune_flags
+from test.test_robust import before_updates
 from text import demo
 
 import pytest
 
 
-def test_a_finished_run_continues_when_max_update_is_raised_and_a_used_folder_is_guarded(
-    tmp_path, corpus_dir
-):
+def test_a_finished_run_can_be_continued_and_a_used_folder_is_guarded(tmp_path, corpus_dir):
     argv = few(corpus_dir, tmp_path)
     call(train.main, *argv, "--max_update", 3)
     printed = call(train.main, *argv, "--max_update", 5, "--init_from", "x.pt")
     assert "note: --init_from is not read, since " in printed
     assert [row["num_updates"] for row in rows_of(tmp_path)] == [1, 2, 3, 4, 5]
-    none = str(tmp_path / "none")
     for more, fact in (
-        (["--seed", "2"], "seed was 1, is 2"),
         (["--no_resume"], "--overwrite"),
         # nothing is removed before every check has passed
-        (["--no_resume", "--overwrite", "--data_path", none], "no such folder"),
+        (["--no_resume", "--overwrite", "--data_path", "none"], "no such folder"),
     ):
         with pytest.raises(InputError, match=fact):
             train.main([*argv, "--max_update", "6", *more])
@@ -50,6 +68,110 @@ def test_the_small_model_learns_more_than_to_predict_the_mean(tmp_path):
     assert result["pred_var"] > 0.05 and result["target_var"] > 0.05
 
 
+# ------------------------------------------------------------------------------------------ signals
+
+
+def sending(number, *updates):
+    """Sends a signal to this process before these updates."""
+    return lambda n: n in updates and os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_finishes_the_update_and_saves_and_the_run_continues_bit_for_bit(
+    monkeypatch, corpus_dir, tmp_path, number
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    argv = ["--max_update", 30, "--dropout", 0.1]
+    call(train.main, *few(corpus_dir, whole, *argv))
+    before_updates(monkeypatch, sending(number, 3, 21))
+    before = signal.getsignal(number)
+    for update in (3, 21):
+        assert train.main(few(corpus_dir, parts, *argv)) == 128 + number
+        assert progress_of(parts)["num_updates"] == update
+        assert signal.getsignal(number) is before
+    assert train.main(few(corpus_dir, parts, *argv)) == 0
+    compare_checkpoints(whole / "checkpoint_last.pt", parts / "checkpoint_last.pt")
+    assert speed_aside(rows_of(whole)) == speed_aside(rows_of(parts))
+
+
+def test_a_hangup_that_nohup_ignores_does_not_end_a_run(monkeypatch, corpus_dir, tmp_path):
+    before_updates(monkeypatch, sending(signal.SIGHUP, 2))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train.main(few(corpus_dir, tmp_path, "--max_update", 4)) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_fine_tuning_with_its_best_model(monkeypatch, place, tmp_path, number):
+    step = finetune.tuning_step
+
+    def signalled(tuning, groups):
+        sending(number, 1)(tuning.num_updates)
+        return step(tuning, groups)
+
+    monkeypatch.setattr(finetune, "tuning_step", signalled)
+    assert finetune.main(finetune_flags(place, tmp_path, seeds=2)) == 128 + number
+    found = list(tmp_path.rglob("checkpoint_best.pt"))
+    assert len(found) == 1 and checkpoint.load(found[0]).content["classifier"]
+    assert not (tmp_path / "results.json").exists()  # it would look complete
+
+
+def test_a_closed_terminal_costs_no_update(corpus_dir, tmp_path):
+    child, terminal = pty.fork()
+    if child == 0:
+        command = [sys.executable, HERE / "train.py", *few(corpus_dir, tmp_path)]
+        os.execv(sys.executable, [str(word) for word in (*command, "--max_update", 10**6)])
+    os.set_blocking(terminal, False)
+    while not (tmp_path / "train.jsonl").exists() or not rows_of(tmp_path):
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 65536)  # else it may wait for a reader
+        time.sleep(0.1)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
+    assert progress_of(tmp_path)["num_updates"] == rows_of(tmp_path)[-1]["num_updates"]
+
+
+@pytest.mark.parametrize(
+    "workers, number",
+    [(2, signal.SIGTERM), (2, signal.SIGINT), (1, signal.SIGTERM), (1, signal.SIGHUP)],
+)
+def test_the_echo_of_a_signal_is_ignored_and_one_workers_counts(monkeypatch, workers, number):
+    device = dataclasses.replace(CPU, world_size=workers)
+    with Signals(device) as signals:
+        for _ in range(2):
+            os.kill(os.getpid(), number)
+        other = [0, 0, 1]  # another worker's clock asks for a save
+        most = lambda self, values: [max(pair) for pair in zip(values, other)]  # noqa: E731
+        monkeypatch.setattr(type(device), "agree", most)
+        assert signals.agreed() == (number, 0, 1)
+
+
+def test_a_run_continues_when_nobody_reads_its_output(corpus_dir, tmp_path):
+    process = start_training(*few(corpus_dir, tmp_path, "--max_update", 60))
+    wait_for(process, "update 2 ")
+    process.stdout.close()
+    assert process.wait(60) == 0 and progress_of(tmp_path)["num_updates"] == 60
+
+
+def test_a_second_signal_ends_at_once_and_a_second_run_is_refused(corpus_dir, tmp_path):
+    process = start_training(*few(corpus_dir, tmp_path, "--max_update", 100000))
+    try:
+        wait_for(process, "update 2 ")
+        with pytest.raises(InputError, match=rf"in use by process {process.pid} on"):
+            train.main(few(corpus_dir, tmp_path, "--max_update", 1))
+        # both signals arrive while it cannot act on the first
+        for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+            os.kill(process.pid, number)
+        assert process.wait(20) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
+    finally:
+        process.kill()
+        process.stdout.close()
+    # the lock ended with its process
+    call(train.main, *few(corpus_dir, tmp_path, "--max_update", 1, "--no_resume", "--overwrite"))
+
+
 # ------------------------------------------------------------------------------------- --max_hours
 
 
@@ -60,9 +182,7 @@ def eighths(monkeypatch):
     monkeypatch.setattr(Clock, "now", lambda clock: clock.hours)
 
 
-def test_the_first_of_hours_and_updates_ends_the_run_and_no_number_changes(
-    eighths, corpus_dir, tmp_path
-):
+def test_hours_or_updates_end_a_run_and_change_no_number(eighths, corpus_dir, tmp_path):
     rows = {}
     for name, hours, updates in (("plain", 0, 12), ("updates", 100, 12), ("hours", 1, 8)):
         argv = ["--max_update", 12, "--max_hours", hours]
@@ -81,15 +201,13 @@ def test_an_interrupted_run_continues_with_the_hours_that_it_had_used(
     argv = "--max_hours 1 --save_interval_updates 2 --dropout 0.1".split()
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     call(train.main, *few(corpus_dir, whole, *argv))
-    real = train.update
 
-    def failing(run, batches):
-        if run.num_updates == 5:
+    def interrupt(number):
+        if number == 6:
             raise KeyboardInterrupt
-        return real(run, batches)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "update", failing)
+        before_updates(patch, interrupt)
         call(train.main, *few(corpus_dir, parts, *argv))
     text = call(train.main, *few(corpus_dir, parts, *argv))
     assert "at update 4, epoch 1, after 30 minutes" in text
