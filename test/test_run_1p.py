@@ -12,15 +12,7 @@ from pathlib import Path
 
 from config import InputError
 from run.modelzoo import report
-from test.helpers import (
-    FEW,
-    HERE,
-    copy_of_the_project,
-    few,
-    progress_of,
-    small_corpus,
-    terminate_after,
-)
+from test.helpers import FEW, HERE, copy_of_the_project, progress_of, small_corpus, terminate_after
 from text.binarized import TokenFile
 
 import pytest
@@ -127,8 +119,8 @@ def test_exit_codes_files_and_a_rerun_that_keeps_log_and_time(tmp_path, corpus_d
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_are_passed_on_and_the_run_saves(corpus_dir, tmp_path, number):
     env, folder = copy_of_the_project(tmp_path), tmp_path / "run"
-    command = ["bash", tmp_path / "run_1p.sh", "full"]
-    command += few(corpus_dir, folder, "--max_update", 100000)
+    command = ["bash", tmp_path / "run_1p.sh", "full", *FEW, "--data_path", corpus_dir]
+    command += ["--save_dir", folder, "--max_update", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     terminate_after(process, "update 3 ", number)
     assert process.returncode == 128 + number
@@ -249,9 +241,7 @@ def test_a_raw_folder_is_preprocessed_once_then_trained_on(tmp_path, tokenizers)
 PIP = "python -m pip install --quiet --disable-pip-version-check"
 
 
-def test_missing_packages_go_into_the_projects_own_environment_even_in_a_path_with_a_space(
-    tmp_path,
-):
+def test_missing_packages_go_into_the_environment_of_a_project_in_any_path(tmp_path):
     project = Project(tmp_path / "my project", lacks="*torch*")
     venv = project.folder / ".venv" / "bin"  # its Python has been removed
     venv.mkdir(parents=True)
@@ -293,9 +283,6 @@ def test_the_extras_name_the_packages_that_the_requirements_pin():
     named = {package for packages in extras.values() for package in packages}
     named -= {package for package in named if package.startswith("data2vec-text[")}
     assert named - {"ruff"} == pins["test"] - {"numpy"}
-
-
-# -------------------------------------------------------------------------------------- the report
 
 
 def test_rows_and_seconds_that_no_run_wrote_do_not_end_the_report(tmp_path):
