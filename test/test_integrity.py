@@ -69,23 +69,18 @@ def test_records_that_are_compressed_oversized_unchecked_or_too_short_are_refuse
     def shorten(name, content):
         return content[:16] if name.endswith("data/0") else content
 
+    ours = {"format": checkpoint.FORMAT, **small_content()}
     torch.save({"model": {BIAS: torch.ones(1_000_000)}}, file)
     for damage, message in (
         (lambda: rewrite(file, bad, zipfile.ZIP_DEFLATED), "a compressed record"),
         (lambda: rewrite(file, bad, zipfile.ZIP_STORED, shorten), r"bad\.pt: cannot be read"),
         (lambda: field(24, (10**9).to_bytes(4, "little")), "larger than the file"),
         (lambda: field(16, bytes(4)), "checksum"),
+        (lambda: torch.save(ours, bad, _use_new_zipfile_serialization=False), "damaged: not"),
     ):
         damage()
         with pytest.raises(InputError, match=message):
             load(bad)
-
-
-def test_a_file_of_our_format_whose_records_have_no_checksums_is_damaged(tmp_path):
-    content = {"format": checkpoint.FORMAT, **small_content()}
-    torch.save(content, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(InputError, match="damaged"):
-        checkpoint.load(tmp_path / "x.pt")
 
 
 def test_a_tar_archive_is_refused_before_torch_sees_it(tmp_path, monkeypatch):
@@ -139,9 +134,7 @@ DAMAGE = {  # entry: what may be there instead; None: nothing
 
 
 @pytest.mark.parametrize("entry", DAMAGE)
-def test_a_missing_or_odd_entry_ends_a_resume_in_one_line_and_nothing_is_lost(
-    saved, corpus_dir, tmp_path, entry
-):
+def test_an_odd_entry_ends_a_resume_in_one_line_without_loss(saved, corpus_dir, tmp_path, entry):
     content, file = without_format(saved / "checkpoint_last.pt"), tmp_path / "checkpoint_last.pt"
     values = DAMAGE[entry]
     if entry == "progress":
