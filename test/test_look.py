@@ -19,15 +19,6 @@ import numpy as np
 import pytest
 import torch
 
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, corpus_dir):
-    """The folder of a run of six updates with a validation at the end."""
-    folder = tmp_path_factory.mktemp("run")
-    call(train.main, *few(corpus_dir, folder, "--max_update", 6))
-    return folder
-
-
 # ------------------------------------------------------------------------------------------- probe
 
 
@@ -119,10 +110,8 @@ def test_the_probe_finds_words_in_features_that_tell_them_and_none_in_others(tmp
     assert "\nwords learned: " in probe.table(result, "valid")
 
 
-def test_the_probe_is_deterministic_and_its_untrained_model_is_the_start_of_training(
-    finished, corpus_dir
-):
-    argv = ["--ckpt", finished / "checkpoint_last.pt", "--device", "cpu", "--probe"]
+def test_the_probe_repeats_and_its_untrained_model_is_the_start_of_training(saved, corpus_dir):
+    argv = ["--ckpt", saved / "checkpoint_last.pt", "--device", "cpu", "--probe"]
     argv += ["--probe_places", "300"]
     first, second = (json.loads(call(evaluation.main, *argv, "--json")) for _ in range(2))
     assert first == second
@@ -179,9 +168,7 @@ def points(folder) -> dict:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
 
 
-def test_tensorboard_has_the_rows_under_fairseqs_names_and_a_resumed_run_repeats_none(
-    tmp_path, corpus_dir
-):
+def test_tensorboard_has_fairseqs_names_and_a_resumed_run_repeats_no_row(tmp_path, corpus_dir):
     pytest.importorskip("tensorboard")
     argv = few(corpus_dir, tmp_path / "run", "--tensorboard_logdir", tmp_path / "tb")
     call(train.main, *argv, "--max_update", 3)
@@ -203,8 +190,7 @@ def test_tensorboard_has_the_rows_under_fairseqs_names_and_a_resumed_run_repeats
     rows, curves = rows_of(tmp_path / "run", "valid_loss"), points(tmp_path / "tb" / "valid")
     assert set(curves) == {key.removeprefix("valid_") for key in rows[0]} - {"num_updates"}
     assert [step for step, _ in curves["best_loss"]] == [3, 6]
-    losses = [row["valid_loss"] for row in rows]
-    assert [value for _, value in curves["loss"]] == pytest.approx(losses)
+    assert [value for _, value in curves["loss"]] == pytest.approx([r["valid_loss"] for r in rows])
 
 
 def test_nulls_and_skipped_updates_make_no_points_in_tensorboard(tmp_path):
@@ -219,9 +205,7 @@ def test_nulls_and_skipped_updates_make_no_points_in_tensorboard(tmp_path):
     assert points(tmp_path / "train_inner") == expected  # written before close()
 
 
-def test_a_missing_tensorboard_or_a_bad_folder_is_refused_at_the_start(
-    tmp_path, corpus_dir, monkeypatch
-):
+def test_a_missing_tensorboard_or_a_bad_folder_is_refused(tmp_path, corpus_dir, monkeypatch):
     argv = few(corpus_dir, tmp_path / "run", "--tensorboard_logdir")
     (tmp_path / "file").write_text("")
     if importlib.util.find_spec("tensorboard"):
@@ -261,9 +245,9 @@ def test_curves_have_gaps_for_nulls_and_ignore_damaged_lines_and_skipped_updates
         assert series.keys() == {"lr", "loss", "valid_loss"}
 
 
-def test_a_picture_shows_every_run_and_the_panels_that_any_run_has(finished, tmp_path):
+def test_a_picture_shows_every_run_and_the_panels_that_any_run_has(saved, tmp_path):
     pytest.importorskip("matplotlib")
-    text = (finished / "train.jsonl").read_text()
+    text = (saved / "train.jsonl").read_text()
     runs = [write_rows(tmp_path / f"run_{i}", text) for i in range(7)]  # more than colours
     call(plot.main, *runs, "--out", tmp_path / "all.svg")
     picture = (tmp_path / "all.svg").read_text()
@@ -276,7 +260,7 @@ def test_a_picture_shows_every_run_and_the_panels_that_any_run_has(finished, tmp
     call(plot.main, write_rows(tmp_path / "p", rows), "--out", tmp_path / "all.svg")
     picture = (tmp_path / "all.svg").read_text()
     assert {title for title in titles if f"<!-- {title}" in picture} == absent
-    call(plot.main, finished, "--out", tmp_path / "one.png")
+    call(plot.main, saved, "--out", tmp_path / "one.png")
     head = (tmp_path / "one.png").read_bytes()[:24]
     assert head.startswith(b"\x89PNG") and int.from_bytes(head[16:20], "big") == 1200
 
@@ -294,7 +278,7 @@ def test_odd_rows_and_names_do_not_spoil_a_picture(tmp_path, capsys):
     assert "\x1b" not in capsys.readouterr().out
 
 
-def test_what_cannot_be_drawn_is_refused_in_one_line(finished, tmp_path, monkeypatch):
+def test_what_cannot_be_drawn_is_refused_in_one_line(saved, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     (tmp_path / "empty.jsonl").write_text('{"skipped": true, "num_updates": 1}\n')
     for run, name, message in (
@@ -302,9 +286,9 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(finished, tmp_path, monkeyp
         (tmp_path, "x.png", "train.jsonl: no such file"),
         (tmp_path / "empty.jsonl", "x.png", "empty.jsonl: no row"),
         ("/dev/zero", "x.png", "/dev/zero: not a file"),
-        (finished, "x.doc", "x.doc: .*png"),
-        (finished, "no/x.png", "no/x.png"),
-        (finished, "x.png", "pip install matplotlib"),
+        (saved, "x.doc", "x.doc: .*png"),
+        (saved, "no/x.png", "no/x.png"),
+        (saved, "x.png", "pip install matplotlib"),
     ):
         if "pip" in message:
             monkeypatch.setitem(sys.modules, "matplotlib", None)
