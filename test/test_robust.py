@@ -52,13 +52,10 @@ def before_updates(monkeypatch, act):
 
 
 def test_a_bad_block_in_the_middle_of_a_run_costs_no_update(corpus_dir, tmp_path):
-    folder = tmp_path / "set"
-    shutil.copytree(corpus_dir, folder)
+    folder = shutil.copytree(corpus_dir, tmp_path / "set")
     dataset = make_run(folder)[1]
     block = int(dataset.epoch_batches(1)[5][0])  # of the sixth batch
-    items = np.fromfile(folder / "train.bin", np.uint16)
-    items[dataset.starts[block]] = 999
-    items.tofile(folder / "train.bin")
+    np.memmap(folder / "train.bin", np.uint16, "r+")[dataset.starts[block]] = 999
     with pytest.raises(InputError, match="token id 999"):
         train.main(few(folder, tmp_path / "run", "--max_update", 100))
     assert progress_of(tmp_path / "run")["num_updates"] == 5
@@ -135,8 +132,7 @@ def test_a_non_finite_update_leaves_the_weights_alone_and_is_logged(
     assert [row["num_updates"] for row in skipped] == [1, 3] and all(r["blocks"] for r in skipped)
     assert [row["loss"] is None for row in rows_of(tmp_path)] == [True, False, True, False, False]
     states = [checkpoint.load(tmp_path / f"checkpoint_1_{u}.pt").student for u in (2, 3, 4)]
-    pairs = zip(states, states[1:])
-    same = [all(map(torch.equal, a.values(), b.values())) for a, b in pairs]
+    same = [all(map(torch.equal, a.values(), b.values())) for a, b in zip(states, states[1:])]
     # an optimizer that cannot skip still moves the weights by its momentum
     assert same == [fused, False]
     assert all(t.isfinite().all() for t in states[-1].values())
