@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import time
@@ -101,13 +100,6 @@ assert "torch_npu" not in sys.modules"""
         assert run.stdout.strip() == f"0 {policy} 64 64", run.stderr
 
 
-def test_what_a_device_cannot_do_is_refused_in_one_line(tmp_path, corpus_dir):
-    for flag, value in (("--npu_profile", 2), ("--device", "cuda")):
-        if flag == "--npu_profile" or not torch.cuda.is_available():
-            with pytest.raises(InputError, match=flag):
-                train.main(few(corpus_dir, tmp_path, "--max_update", 20, flag, value))
-
-
 def test_the_loss_scaler_has_the_references_rules():
     scaler = dataclasses.replace(CPU, amp=torch.float16, world_size=4).scaler(update_freq=2)
     assert scaler.get_scale() == 128 and scaler.get_growth_interval() == 2**14 // 8
@@ -125,9 +117,7 @@ def test_mixed_precision_trains_and_the_teacher_stays_in_float32(tmp_path, corpu
     assert all(t.dtype == torch.float32 for t in [*saved.teacher.values(), *saved.student.values()])
 
 
-def test_auto_is_bf16_where_a_cpu_is_fast_at_it_and_a_resumed_run_keeps_what_it_began_with(
-    monkeypatch, corpus_dir, tmp_path
-):
+def test_auto_is_bf16_on_a_fast_cpu_and_a_resume_keeps_it(monkeypatch, corpus_dir, tmp_path):
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     for has in ((False, False), (True, False), (False, True), ()):  # the last: an older torch
         answers = {name: lambda answer=answer: answer for name, answer in zip(names, has)}
@@ -238,17 +228,8 @@ def test_a_model_too_large_for_the_memory_is_refused_at_once(tmp_path, corpus_di
     assert time.monotonic() - began < 10
 
 
-def test_memory_that_cannot_be_had_is_one_line(capsys):
-    with pytest.raises(SystemExit) as ended:
-        flags.program(lambda: torch.empty(2**50))
-    assert ended.value.code == 1
-    assert re.fullmatch(".*: stopped: out of memory: .*\n", capsys.readouterr().err)
-
-
 @pytest.mark.parametrize("limit", ["memory.max", "memory/memory.limit_in_bytes"])
-def test_what_a_container_may_have_counts_as_memory_and_not_what_its_host_has(
-    limit, tmp_path, monkeypatch
-):
+def test_the_memory_is_what_a_container_may_have(limit, tmp_path, monkeypatch):
     folder = tmp_path / "sys/fs/cgroup"
     (folder / "memory").mkdir(parents=True)
     (folder / "memory.max").write_text("max\n")

@@ -40,15 +40,11 @@ def test_a_finished_run_that_is_started_again_names_the_flag_to_raise(saved, cor
     assert (saved / "train.jsonl").read_text().startswith(before)
 
 
-def test_a_folder_or_another_file_as_checkpoint_is_named_for_what_it_is(
-    saved, corpus_dir, tmp_path
-):
-    best = tmp_path / "best"
-    best.mkdir()
-    (best / "checkpoint_best.pt").write_bytes(b"")
+def test_a_folder_or_another_file_as_checkpoint_is_named_as_such(saved, corpus_dir, tmp_path):
+    (tmp_path / "checkpoint_best.pt").touch()
     for path, fact in (
         (saved, f"give {saved}/checkpoint_last.pt"),
-        (best, "give .*checkpoint_best.pt"),
+        (tmp_path, "give .*checkpoint_best.pt"),
         (corpus_dir, "a folder without a checkpoint"),
         (saved / "train.jsonl", "train.jsonl: .*torch.save has not written it"),
         (tmp_path / "none.pt", "none.pt: no such checkpoint file"),
@@ -112,7 +108,7 @@ def test_output_that_is_not_utf_8_gets_escapes_and_ends_no_program(tmp_path, mon
         assert b"\\u" in out, (argv, out)
 
 
-def test_an_interruption_and_a_full_disk_are_one_line_with_the_file(capsys, monkeypatch, tmp_path):
+def test_an_interruption_a_full_disk_and_no_memory_are_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["folder/eval.py"])
 
     def interrupted(*_):
@@ -134,16 +130,17 @@ def test_an_interruption_and_a_full_disk_are_one_line_with_the_file(capsys, monk
     assert ended(capsys, lambda: demo.make_demo(tmp_path / "demo")) == (1, text)
     code, text = ended(capsys, lambda: open(tmp_path / "none" / "file", "w"))
     assert code == 2 and "none/file: No such file" in text and text.count("\n") == 1
+    code, text = ended(capsys, lambda: torch.empty(2**50))
+    assert code == 1 and re.fullmatch("eval.py: stopped: out of memory: .*\n", text)
 
 
 @pytest.mark.parametrize("where", ["in torch", "in the work"])
 def test_ctrl_c_ends_a_benchmark_without_a_traceback(tmp_path, where):
     command = [sys.executable, "-u", HERE / "bench.py", *FEW, "--updates", "100000"]
-    env = dict(os.environ)
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     if where == "in torch":
         slow = "import time\nprint('device', flush=True)\ntime.sleep(60)\n"
         (tmp_path / "torch.py").write_text(slow)
-        env["PYTHONPATH"] = str(tmp_path)
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     # a background job, such as a test's, ignores it
     heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
@@ -164,44 +161,34 @@ def test_ctrl_c_ends_a_benchmark_without_a_traceback(tmp_path, where):
 
 
 @pytest.mark.parametrize(
-    ("argv", "epochs", "read"),
+    ("argv", "updates", "read"),
     [
-        ("--max_update 6", None, "% of the text"),
-        ("--max_update 900 --max_epoch 2", 2, "the text 2.0 times"),
-        ("--max_update 900 --max_epoch 1 --update_freq 2", 0.5, "the text 1.0 times"),
+        ("--max_update 6", 6, "% of the text"),
+        # an epoch has 15 batches
+        ("--max_update 900 --max_epoch 2", 30, "the text 2.0 times"),
+        ("--max_update 900 --max_epoch 1 --update_freq 2", 8, "the text 1.0 times"),
     ],
 )
-def test_a_run_says_what_it_reads_and_how_much_time_is_left(
-    corpus_dir, tmp_path, argv, epochs, read
-):
-    updates = 6
-    if epochs:
-        updates = -int(-epochs * len(make_run(corpus_dir)[1].batch_ends) // 1)
+def test_a_run_says_what_it_reads_and_the_time_left(corpus_dir, tmp_path, argv, updates, read):
     more = ["--disable_validation", "--log_interval", 2, *argv.split()]
     printed = call(train.main, *few(corpus_dir, tmp_path, *more))
     assert re.search(rf"; {updates:,} updates read .*{read}$", printed, re.M)
     rows = re.findall(r"^update (\d+) .*\d (?:second|minute)s left$", printed, re.M)
     assert len(rows) == -(-updates // 2) - 1  # all but the last
-    flag = "max_epoch" if epochs else "max_update"
+    flag = "max_epoch" if "max_epoch" in argv else "max_update"
     speed = rf"^{updates - 2} updates at \S+ s: \d+ seconds; see --{flag}$"
     assert len(re.findall(speed, printed, re.M)) == 1
 
 
-def test_a_resume_with_longer_updates_counts_those_of_the_epochs_that_are_left(
-    corpus_dir, tmp_path
-):
-    batches = len(make_run(corpus_dir)[1].batch_ends)
-    argv = few(corpus_dir, tmp_path, "--disable_validation", "--log_interval", 1, "--max_epoch")
+def test_a_resume_with_longer_updates_counts_those_that_are_left(corpus_dir, tmp_path):
+    argv = few(corpus_dir, tmp_path, "--disable_validation", "--max_epoch")
     call(train.main, *argv, 1)
     printed = call(train.main, *argv, 2, "--update_freq", 10)
-    updates = batches + -(-batches // 10)
-    assert f"; {updates} updates read the text 2.0 times" in printed
-    assert rows_of(tmp_path)[-1]["num_updates"] == updates and " left\n" in printed
+    assert "; 17 updates read the text 2.0 times" in printed  # of 15 batches, and of 10 and 5
+    assert rows_of(tmp_path)[-1]["num_updates"] == 17 and " left\n" in printed
 
 
-def test_a_run_shows_the_settings_that_differ_and_warns_of_text_that_is_never_seen(
-    corpus_dir, tmp_path
-):
+def test_a_run_shows_the_settings_that_differ_and_warns_of_unseen_text(corpus_dir, tmp_path):
     for more, warning in (([], ""), (["--fairseq_exact"], "warning: ")):
         folder = tmp_path / f"run{len(more)}"
         printed = call(train.main, *few(corpus_dir, folder, "--max_update", 1, *more))
