@@ -55,10 +55,8 @@ def test_a_finished_run_can_be_continued_and_a_used_folder_is_guarded(tmp_path, 
 def test_the_small_model_learns_more_than_to_predict_the_mean(tmp_path):
     demo_dir, folder = tmp_path / "demo", tmp_path / "run"
     demo.make_demo(demo_dir)
-    argv = (
-        "--config_name tiny --max_update 100 --tokens_per_sample 64 --max_tokens 1024"
-        " --embed_dim 64 --ffn_embed_dim 256 --device cpu"
-    ).split()
+    argv = "--config_name tiny --device cpu --max_update 100 --tokens_per_sample 64".split()
+    argv += "--max_tokens 1024 --embed_dim 64 --ffn_embed_dim 256".split()
     call(train.main, *argv, "--data_path", demo_dir, "--save_dir", folder)
     ckpt = folder / "checkpoint_best.pt"
     result = json.loads(call(evaluation.main, "--ckpt", ckpt, "--untrained", "--json"))
