@@ -148,6 +148,7 @@ DAMAGE = {
     "60 sentences in 20 bytes": lambda idx, bin_: os.truncate(idx, 20),
     "60 sentences in 742 bytes": lambda idx, bin_: os.truncate(idx, 742),
     "60 sentences in 762 bytes": lambda idx, bin_: os.truncate(idx, 762),
+    r"200 tokens, and a \.bin of 402 bytes": lambda idx, bin_: bin_.open("ab").write(bytes(2)),
     r"byte 100; expected byte 100 of a \.bin of 100": lambda idx, bin_: os.truncate(bin_, 100),
     "version 2": lambda idx, bin_: patch(idx, 9, 2, 8),
     "code 6": lambda idx, bin_: patch(idx, 17, 6, 1),

@@ -9,6 +9,7 @@ import re
 import shutil
 from pathlib import Path
 
+import convert
 import eval as evaluation
 import train
 from config import InputError, RunError
@@ -61,6 +62,7 @@ def test_foreign_and_misfitting_checkpoints_are_refused(saved, tmp_path, corpus_
         (train.main, [*start, f"--data_path={bigger}"], "another dictionary"),
         (train.main, [*start, "--embed_dim=32"], r"is \(.*this model's is"),
         (train.main, [*start, "--attention_heads=4"], heads),
+        (convert.main, [f"--ckpt={file}", "--attention_heads=4", "--to", "native", "x"], heads),
         (train.main, [*start, "--layers=3"], "has no encoder.layers.2"),
         (train.main, [*resume, "--layers=3"], "layers was 2, is 3"),
         (evaluation.main, [f"--ckpt={file}", f"--data_path={bigger}"], "another dictionary"),

@@ -238,7 +238,7 @@ def test_an_object_that_a_file_cannot_do_without_is_named_by_its_class(tmp_path,
 
 
 @both_norms
-def test_bare_state_dicts_take_their_shape_from_flags(tmp_path, random_file):
+def test_bare_state_dicts_take_their_shape_from_flags(tmp_path, random_file, capsys):
     _, (student, teacher) = random_file
     theirs = fairseq_names.to_reference(student.state_dict(), teacher.encoder.state_dict())
     torch.save(theirs, tmp_path / "bare.pt")
@@ -252,6 +252,8 @@ def test_bare_state_dicts_take_their_shape_from_flags(tmp_path, random_file):
         loaded = checkpoint.load(tmp_path / f"from_{name}.pt")
         assert same(loaded.student, dict(student.state_dict()))
         assert loaded.config["layers"] == SMALL["layers"]
+        is_told = "does not say its --attention_heads; taking 2" in capsys.readouterr().err
+        assert is_told == (name != "theirs")
         encoder = (student if name == "parameters" else teacher).encoder
         assert same(loaded.teacher, dict(encoder.state_dict()))
     with pytest.raises(InputError, match="the student's encoder has no layers.2"):

@@ -41,7 +41,7 @@ def place(tmp_path_factory):
     torch.manual_seed(1)
     cfg = ModelConfig(**SMALL)
     model = Data2VecText(cfg, 40)
-    settings = {**vars(cfg), "data_path": str(folder / "data")}
+    settings = {**vars(cfg), "data_path": str(folder / "data"), "tokens_per_sample": 32}
     teacher = {k: v + 0.01 for k, v in model.encoder.state_dict().items()}
     content = small_content(config=settings, student=model.state_dict(), teacher=teacher)
     checkpoint.save(content, folder / "pretrained.pt")

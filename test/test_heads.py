@@ -62,6 +62,7 @@ def test_the_rows_of_a_head_go_by_class_names(kind, colors, place, tmp_path):
     out = call(finetune.main, *flags(place, tmp_path / "o", ckpt=ckpt, attention_heads=2, **own))
     assert rows_of(tmp_path / "o", "valid_loss")[0]["valid_accuracy"] == 1
     assert ("does not name the classes" in out) == (kind == "transformers LABEL_0")
+    assert f"note: the head of {ckpt} is taken" in out
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,9 @@ def test_a_head_without_names_is_refused(colors, place, tmp_path):
         finetune.main(flags(place, tmp_path / "out", attention_heads=2, **own))
 
 
-@pytest.mark.parametrize("kind", ["another form", "two of fairseq", "transformers for tokens"])
+@pytest.mark.parametrize(
+    "kind", ["another form", "two of fairseq", "transformers for tokens", "for several classes"]
+)
 def test_a_head_that_is_found_and_not_taken_is_told(kind, colors, place, tmp_path):
     own = dict(attention_heads=2, dict=colors.parent / "dict.txt", max_epoch=1)
     ckpt = colors
@@ -111,6 +114,9 @@ def test_a_head_that_is_found_and_not_taken_is_told(kind, colors, place, tmp_pat
         torch.save(torch.load(ckpt) | {"classification_heads.y.a": torch.ones(1)}, ckpt)
     else:
         ckpt = as_transformers(colors, tmp_path / "hf")
-        replace(b"classifier.out_proj", b"qa_outputs.out_proj")(ckpt)
+        if kind == "for several classes":
+            edit("config.json", problem_type="multi_label_classification")(ckpt)
+        else:
+            replace(b"classifier.out_proj", b"qa_outputs.out_proj")(ckpt)
     out = call(finetune.main, *flags(place, tmp_path / "out", ckpt=ckpt, **own))
     assert "is not taken" in out

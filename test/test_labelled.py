@@ -107,6 +107,7 @@ GIVEN = [
     ("x.tsv", "text\na\n  \n", "text", None, ["a"]),
     ("x.txt", "a\r\n\r\nb", "", None, [["a", "", "b"]]),
     ("x.txt", "a\tc\nb\td\n", "", None, ["ab", "cd"]),
+    ("x.tsv", "q\ts\nb\td\n", "", ["q", "s"], ["qb", "sd"]),  # told
     ("x.tsv", "text\tmore\na\tx\n\t\nb\ty\n", "text", None, [["a", "", "b"]]),  # as pandas'
     ("x.tsv", "text\na\n\nb\n\n", "text", None, [["a", "", "b"]]),
     ("x.csv", 'text\na\n\n"b\rc"\n', "text", None, [["a", "", "b\rc"]]),
@@ -124,7 +125,9 @@ def test_every_row_to_predict_is_read_but_for_a_header(
     entry = dict(texts=len(texts), header=known)
     assert predict.read_texts(cfg, entry) == [list(column) for column in texts]
     is_told = text == "1,2" and texts[0][0] == content[0]
-    assert ("taken for a text: a, c" in capsys.readouterr().err) == is_told
+    told = capsys.readouterr().err
+    assert ("taken for a text: a, c" in told) == is_told
+    assert ("is the header of training" in told) == (bool(known) and not text)
     entry["texts"] = 3 - len(texts)
     if name == "x.txt" and len(texts) == 2:  # a classifier of one text reads the tab as a space
         return
@@ -253,6 +256,9 @@ TABLE = "text\tlabel\n"
         ("x.tsv", TABLE + "w1\t" + "a" * 100_000 + "\n", {}, "line 2: label 'a{80}"),
         ("x.csv", 'text,label\n"w1,good\n', {}, "line 2: not a table"),
         ("x.jsonl", '{"text": "a", "label": "good"}\n[1]\n', {}, "line 2: .* JSON object"),
+        ("x.json", '[\n{"text": "a", "label": "good"}]\n', {}, "line 1: an array"),
+        ("x.csv", 'text;label\n"w1;";good\n', {}, "line 2: not a table: .* semicolons"),
+        ("x.tsv", "label\ttext\ngood\tw1\n", dict(text=1, label=2), "'text' is another column"),
         ("x.jsonl", '{"text": [1], "label": "good"}\n', {}, "line 1: .* under text, label"),
         ("x.jsonl", '{"body": "a", "label": 1}\n', {}, "no 'text' in it, but body, label"),
         ("x.jsonl", '{"text": "\\ud800", "label": 1}\n', {}, "line 1: not JSON"),
@@ -275,7 +281,7 @@ def test_a_table_that_cannot_be_used_is_one_line(name, text, options, message, p
     table = tmp_path / name
     table.write_text(text)
     # what training alone must have is tried with train
-    if "awful" in message or "80" in message:
+    if "awful" in message or "80" in message or "another" in message:
         options = dict(train=place / "train.tsv", **options)
     own = dict(train=table, valid=table) | options
     with pytest.raises(InputError, match=message) as error:
@@ -287,8 +293,9 @@ def test_a_text_longer_than_the_table_is_cut_and_counted(place, tmp_path, capsys
     table = tmp_path / "t.tsv"
     table.write_text(f"{TABLE}{'w5 ' * 80}\tgood\nw2\tbad\n")
     own = dict(train=table, valid=place / "valid.tsv", max_epoch=1)
-    call(finetune.main, *flags(place, tmp_path / "out", **own))
+    printed = call(finetune.main, *flags(place, tmp_path / "out", **own))
     assert "1 of 2 examples of train are longer than 64 tokens" in capsys.readouterr().err
+    assert "note: 1 examples of train are longer than the 32 tokens of" in printed
     with pytest.raises(InputError, match="--fairseq_exact: 1 of 2 examples of train"):
         finetune.main(flags(place, tmp_path / "out2", fairseq_exact=True, **own))
 

@@ -198,6 +198,19 @@ def test_many_unknown_words_are_warned_of_and_a_split_without_text_is_refused(tm
         assert not (tmp_path / split / f"{split}.idx").exists()
 
 
+def test_a_flag_given_twice_takes_both_and_tokens_are_told_from_text(tmp_path, capsys, tokenizers):
+    one, two = tmp_path / "one.txt", tmp_path / "two.txt"
+    one.write_text("12 7 3001\n15\n")
+    two.write_text("th@@ e cat\n\u2581the \u2581cat\n")
+    both = "--train", one, "--train", two, "--bpe"
+    for how, is_told in (("none", False), ("train", True)):
+        run_preprocess(tmp_path / how, *both, how)
+        assert len(sentences_of(tmp_path / how, "train")) == 5  # an empty line between them
+        told = capsys.readouterr().err
+        for path in (one, two):
+            assert (f"{path}: seems to be tokenized already" in told) == is_told
+
+
 def dies_at(step: int, start) -> bool:
     """Call start() in a child that gets SIGKILL at its step-th change of the disk, if it comes."""
     pid = os.fork()

@@ -123,6 +123,8 @@ def test_the_task_of_word_order_is_balanced_repeatable_and_uses_a_sentence_once(
     originals = {"".join(sorted(sentence)) for sentence, _ in texts}
     assert len(originals) == 52
     text.write_text("one has to see it\n")
+    with pytest.raises(InputError, match="0 sentences of"):
+        word_order.main(["--text", str(text), "--dest", str(tmp_path / "c"), "--rows", "-1"])
     with pytest.raises(InputError, match="1 sentences of 5 to 30 words are too few"):
         word_order.main(["--text", str(text), "--dest", str(tmp_path / "c")])
 
@@ -143,7 +145,9 @@ def test_the_table_takes_the_rate_that_is_best_on_valid_and_pairs_the_seeds(tmp_
     # of pretrained 72 and 74, of untrained 50 and 53; paired 22 and 21
     told = ("order", "accuracy, test", "51.2", "51.5 +- 2.1", "73.0 +- 1.4", "21.5 +- 0.5")
     assert row == told
-    assert "51.2" in call(table.main, str(tmp_path / "order"))
+    folder = str(tmp_path / "order")
+    assert "51.2" in call(table.main, folder)
+    assert folder in call(table.main, folder, folder)  # two of one name
     (tmp_path / "order" / "results.json").write_text("{}")
     with pytest.raises(InputError, match="results.json: not the results"):
         table.row_of(str(tmp_path / "order"))

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import math
 import os
 import random
 import re
@@ -21,6 +22,12 @@ from text.binarized import BOS, EOS, UNK, Dictionary
 from text.tokens import BPE_FILES, find_text_files, load_tokenizer
 
 import pytest
+
+
+def test_json_has_null_for_what_is_no_number():
+    rows = {"a": [math.inf, {"b": math.nan}], "c": (1.5, "inf", None)}
+    assert files.with_nulls(rows) == {"a": [None, {"b": None}], "c": [1.5, "inf", None]}
+
 
 CHINESE = ["自监督学习 不需要 人工标注的数据。", "2022年，data2vec 统一了语音、图像和文本。", ""]
 
