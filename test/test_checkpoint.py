@@ -99,6 +99,28 @@ def test_a_save_that_fails_loses_nothing_and_is_tried_again(monkeypatch, corpus_
     assert updates == {"1_5": 5, "1_6": 6, "best": updates["best"], "last": 6}
 
 
+def test_kept_checkpoints_go_only_where_another_is_kept(corpus_dir, tmp_path):
+    keep = ["--save_interval_updates", 1, "--keep_interval_updates"]
+    for updates, argv, left in ((2, [*keep, -1], "12"), (3, [], "12"), (4, [*keep, 2], "24")):
+        printed = call(train.main, *few(corpus_dir, tmp_path, "--max_update", updates, *argv))
+        assert sorted(path.stem[-1] for path in tmp_path.glob("checkpoint_1_*")) == [*left]
+        assert ("keep_interval_updates" in printed.partition("changed since")[2]) == (updates > 2)
+
+
+def test_a_checkpoint_that_may_not_be_read_ends_a_resume(corpus_dir, saved, tmp_path, monkeypatch):
+    shutil.copytree(saved, tmp_path / "run")
+    shutil.copy(saved / "checkpoint_last.pt", tmp_path / "run" / "checkpoint_1_1.pt")
+
+    def denied(path, mode="r", *args, **named):
+        if path.name == "checkpoint_last.pt":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return io.open(path, mode, *args, **named)
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(InputError, match="checkpoint_last.pt: Permission denied"):
+        train.main(few(corpus_dir, tmp_path / "run", "--max_update", "9"))
+
+
 def test_a_final_save_that_fails_is_an_error_and_leaves_the_older_file(
     monkeypatch, corpus_dir, tmp_path
 ):

@@ -343,6 +343,7 @@ def test_a_fairseq_yaml_is_read_and_ignored_entries_are_printed(yaml, capsys):
     assert "--update_freq 32 keeps" in printed[-1]  # 2 on 16 workers is 32 on one
     link = "model: {max_source_positions: '${task.tokens_per_sample}'}"
     assert yaml("task: {tokens_per_sample: 99}\n" + link)["max_source_positions"] == 99
+    assert yaml("layers: 3\nlr: 1e-2")["layers"] == 3  # our own names, in no group
     assert yaml("checkpoint: {save_dir: ~/run}")["save_dir"] == os.path.expanduser("~/run")
     # without a limit of tokens batches are of so many blocks, and PyYAML reads 2e-4 as text
     given = yaml("dataset: {batch_size: 64, max_tokens: null}\noptimization: {lr: [2e-4]}\n")

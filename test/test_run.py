@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pty
+import shutil
 import signal
 import sys
 import time
@@ -30,12 +31,20 @@ from test.helpers import (
 from test.test_finetune import flags as finetune_flags
 from test.test_robust import before_updates
 from text import demo
+from text.binarized import EOS, write_dataset
 
 import pytest
 
 
 def test_a_finished_run_can_be_continued_and_a_used_folder_is_guarded(tmp_path, corpus_dir):
     argv = few(corpus_dir, tmp_path)
+    log = tmp_path / "train.jsonl"
+    log.write_text('{"text": "someone\'s"}\n')
+    for more in ([], ["--no_resume", "--overwrite"]):
+        with pytest.raises(InputError, match="train.jsonl is no log of a run"):
+            train.main([*argv, *more])
+    assert "someone" in log.read_text()
+    log.unlink()
     call(train.main, *argv, "--max_update", 3)
     printed = call(train.main, *argv, "--max_update", 5, "--init_from", "x.pt")
     assert "note: --init_from is not read, since " in printed
@@ -50,6 +59,19 @@ def test_a_finished_run_can_be_continued_and_a_used_folder_is_guarded(tmp_path, 
     assert progress_of(tmp_path)["num_updates"] == 5
     call(train.main, *argv, "--max_update", 2, "--no_resume", "--overwrite")
     assert [row["num_updates"] for row in rows_of(tmp_path)] == [1, 2]
+
+
+def test_a_resume_with_another_valid_split_says_so_and_begins_its_best_anew(tmp_path, corpus_dir):
+    other, run = tmp_path / "other", tmp_path / "run"
+    shutil.copytree(corpus_dir, other)
+    write_dataset(other / "valid", [[*range(4, 14), EOS]] * 20, 60)
+    for folder, updates, is_told in ((corpus_dir, 2, False), (other, 4, True), (other, 6, False)):
+        before = progress_of(run)["first_target_var"] if updates > 2 else None
+        printed = call(train.main, *few(folder, run, "--max_update", updates))
+        assert ("the valid split, so" in printed) == is_told
+        now = progress_of(run)["first_target_var"]
+        assert (now == before) == (updates == 6)
+        assert (now == rows_of(run, "valid_loss")[-1]["valid_target_var"]) == (updates < 6)
 
 
 def test_the_small_model_learns_more_than_to_predict_the_mean(tmp_path):

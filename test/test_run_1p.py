@@ -65,7 +65,9 @@ def run_1p(folder: Path, env: dict, *argv, cwd=HERE, shell="bash"):
     [
         ("0", ["fly"], "no mode 'fly'"),
         ("0", ["full"], "--data_path=DIR is missing"),
-        ("0", ["eval", "--data_path"], "needs a value"),
+        ("0", ["eval", "--data-path"], "needs a value"),
+        ("0", ["demo", "--data_path=x"], "demo has its own text"),
+        ("0", ["learn", "--raw-dir=x"], "learn takes --data_path"),
         ("../../x", ["full", "--data_path=x"], "ASCEND_DEVICE_ID '../../x'"),
         (".", [], "ASCEND_DEVICE_ID '.'"),
     ],
@@ -177,6 +179,22 @@ def test_the_modelzoos_scripts_start_the_modes(tmp_path, mode, begin):
     last = project.calls(".py")[-1]
     assert last.startswith(begin)
     assert f"--data_path {tmp_path}/x y" in last and " /home/me/a.pt" in last
+
+
+def test_a_folder_that_is_named_is_not_emptied(tmp_path):
+    project = Project(tmp_path)
+    for mode, save_dir, is_emptied in (
+        ("performance", "output/0/performance", True),
+        ("performance", "/my", False),
+        ("demo", "/my", False),
+        ("eval", "/my", False),
+    ):
+        argv = [] if mode == "demo" else ["--data-path=x"]
+        named = [] if is_emptied else [f"--save-dir={save_dir}"]
+        project.run(mode, *argv, *named)
+        last = project.calls(".py")[-1]
+        assert ("--overwrite" in last) == is_emptied
+        assert (f"{save_dir}/checkpoint_last.pt" if mode == "eval" else f"{save_dir} ") in last
 
 
 def test_seconds_of_a_run_that_starts_over_are_counted_anew(tmp_path):
