@@ -125,6 +125,8 @@ def write_split(prefix: Path, names: list[str], tokenizer: Tokenizer, workers: i
     began = time.perf_counter()
     split = prefix.name
     unknown = 0
+    if tokenizer.bpe:
+        files.tell_tokenised(names)
 
     def chunks():
         nonlocal unknown
@@ -168,9 +170,6 @@ def preprocess(args: argparse.Namespace, dest: Path):
         bpe = read_bpe(args.encoder_json, args.vocab_bpe)
     if args.bpe == "train":
         need_tokenizers()
-    if args.bpe != "none":
-        for name in {name for names in asked.values() for name in names}:
-            files.tell_tokenised(name)
     if args.overwrite:  # the indexes first
         names = [f"{split}.{kind}" for kind in ("idx", "bin") for split in reversed(SPLITS)]
         for name in (*names, *TEXT_FILES, "preprocess.log"):

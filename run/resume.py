@@ -139,7 +139,7 @@ def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position:
         if run.cfg.train.init_from and "init_from" in changed:
             log.say(f"note: --init_from is not read, since {path} is continued")
         # where in the data
-        moving = {*POSITION, *fingerprint, "world_size"} - {"valid"}
+        moving = [name for name in (*POSITION, *fingerprint, "world_size") if name != "valid"]
         if not reset_position:
             refuse(path, changed, moving, RESET)
             count = len(corpus.split("train", progress["epoch"]).batch_ends)
@@ -149,9 +149,7 @@ def resume(run, corpus: Corpus, fingerprint: dict, found: tuple, reset_position:
         others = sorted(set(changed) - set(moving))
         others = [name for name in others if not name.startswith(UNTOLD)]
         if others:
-            told = {name: "{} {} -> {}".format(name, *changed[name]) for name in others}
-            words = [DIGESTS.get(name, text) for name, text in told.items()]
-            log.say(f"note: changed since the checkpoint: {', '.join(words)}")
+            log.say(f"note: changed since the checkpoint: {in_words(changed, others)}")
 
         take(run, loaded, path)
         if "valid" in changed:
@@ -170,14 +168,17 @@ def changes(saved: dict, now: dict) -> dict:
     return {k: (str(saved[k])[:100], now[k]) for k in both if saved[k] != now[k]}
 
 
+def in_words(changed: dict, names) -> str:
+    """Those of these names that are among what changed, with both values."""
+    both = {name: "{} was {}, is {}".format(name, *values) for name, values in changed.items()}
+    return ", ".join(DIGESTS.get(name, both[name]) for name in names if name in changed)
+
+
 def refuse(path: Path, changed: dict, names, advice: str):
     """Raise InputError if one of these names is among what changed."""
-    words = []
-    for name in [name for name in names if name in changed]:
-        words.append(DIGESTS.get(name) or "{} was {}, is {}".format(name, *changed[name]))
-    if words:
+    if words := in_words(changed, names):
         advice = f"use the old settings, or {advice}"
-        raise InputError(f"{path} belongs to another run: {', '.join(words)}; {advice}")
+        raise InputError(f"{path} belongs to another run: {words}; {advice}")
 
 
 def take(run, loaded: checkpoint.Loaded, path: Path):

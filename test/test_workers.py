@@ -130,7 +130,7 @@ def test_settings_that_move_the_data_position_are_refused_by_name_or_reset_it(
             train.main(few(corpus_dir, folder, "--max_update", 6, *argv))
     argv = ["--max_update", 6, "--max_tokens", 128, "--lr", 0.01, reset]
     printed = call(train.main, *few(corpus_dir, folder, *argv))
-    assert re.search("^note: changed since the checkpoint: .*lr .* -> 0.01", printed, re.M)
+    assert re.search("^note: changed since the checkpoint: .*lr was .*, is 0.01", printed, re.M)
     places = [(row["num_updates"], row["epoch"]) for row in rows_of(folder)]
     assert places[-3:] == [(4, 1), (5, 2), (6, 2)]
 

@@ -185,13 +185,14 @@ def seen(text: str, name: str, is_first: bool) -> str:
     return text
 
 
-def tell_tokenised(name: str):
-    """A note where a text for a BPE seems to be tokens already."""
-    lines = next(read_chunks(name), "").split("\n", LOOK)[:LOOK]
-    lines = [line for line in lines if line.strip()]
-    if lines and sum(map(bool, map(TOKENISED.fullmatch, lines))) > 0.9 * len(lines):
-        how = "--bpe none takes tokens as they are, with the dict.txt that they are of"
-        note(f"{name}: seems to be tokenized already; {how}")
+def tell_tokenised(names: list[str]):
+    """A note on each text for a BPE that seems to be tokens already."""
+    for name in names:
+        lines = next(read_chunks(name), "").split("\n", LOOK)[:LOOK]
+        lines = [line for line in lines if line.strip()]
+        if lines and sum(map(bool, map(TOKENISED.fullmatch, lines))) > 0.9 * len(lines):
+            how = "--bpe none takes tokens as they are, with the dict.txt that they are of"
+            note(f"{name}: seems to be tokenized already; {how}")
 
 
 def read_all(names: list[str], label: str):
