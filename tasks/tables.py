@@ -147,10 +147,10 @@ def check_numbers(files: list[File], known: list | None):
             continue
         names = [file.first[place].strip() for place in file.places]
         # another name may mean the same, unless the right one is elsewhere
-        for expected, name in zip(known or names, names):
+        for place, expected, name in zip(file.places, known or names, names):
             if expected != name and expected in file.first:
-                what = f"{expected!r} is another column than its number says, that of {name!r}"
-                raise InputError(f"{file.path}: {what}; name the columns with --text and --label")
+                what = f"column {place + 1} is {name!r} here, and {expected!r} is another"
+                raise InputError(f"{file.path}: {what}; name columns instead of numbering them")
         known = known or names
 
 
