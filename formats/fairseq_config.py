@@ -318,13 +318,12 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
     is_2 = version_2.is_version_2(tree)
     built_in = BUILT_IN | version_2.BUILT_IN if is_2 else BUILT_IN
     for name, (value, text) in flat.items():
-        ours = OURS.get(name, name)  # in no group our own names count, too
-        if is_2 and name in version_2.UNREAD:
-            ours = None
+        ours = None if is_2 and name in version_2.UNREAD else OURS.get(name)
         if value is None or text == "???":  # OmegaConf's 'must be given'
             continue
         if is_2 and name in version_2.READ_TOGETHER and ours is None:
             continue
+        ours = ours or name  # in no group our own names count, too
         if ours in fields:
             # OmegaConf's link to another entry
             if link := re.fullmatch(r"\$\{([\w.]+)\}", text):

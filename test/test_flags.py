@@ -118,7 +118,7 @@ def without_torch(tmp_path):
         ("convert.py --dicct x", "did you mean --dict?"),
         ("preprocess.py --destdir x --dest x --bpe none", "did you mean --dest?"),
         ("data.py --data_path x --seed x", "argument --seed: "),
-        (f"data.py --data_path {__file__}", "test_flags.py: a file, not a dataset's folder"),
+        ("data.py --data_path FILE", "test_flags.py: a file, not a dataset's folder"),
         ("data.py --data_path nowhere", "nowhere: no such folder"),
         ("data.py", "--data_path is missing"),
         ("data.py --data_path :", "names no folder"),
@@ -127,7 +127,7 @@ def without_torch(tmp_path):
     ],
 )
 def test_a_mistake_is_answered_in_one_line_before_torch_is_imported(without_torch, line, answer):
-    result = without_torch(*line.split())
+    result = without_torch(*(__file__ if word == "FILE" else word for word in line.split()))
     assert result.returncode == 2 and answer in result.stderr, result.stderr
     assert result.stderr.startswith(f"{line.split()[0]}: error: ")
     assert result.stderr.count("\n") == 1

@@ -107,7 +107,7 @@ GIVEN = [
     ("x.tsv", "text\na\n  \n", "text", None, ["a"]),
     ("x.txt", "a\r\n\r\nb", "", None, [["a", "", "b"]]),
     ("x.txt", "a\tc\nb\td\n", "", None, ["ab", "cd"]),
-    ("x.tsv", "q\ts\nb\td\n", "", ["q", "s"], ["qb", "sd"]),  # told
+    ("x.txt", "q\ts\nb\td\n", "", ["q", "s"], ["qb", "sd"]),  # told
     ("x.tsv", "text\tmore\na\tx\n\t\nb\ty\n", "text", None, [["a", "", "b"]]),  # as pandas'
     ("x.tsv", "text\na\n\nb\n\n", "text", None, [["a", "", "b"]]),
     ("x.csv", 'text\na\n\n"b\rc"\n', "text", None, [["a", "", "b\rc"]]),

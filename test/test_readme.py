@@ -77,7 +77,7 @@ def test_program_and_flags_of_a_command_that_is_not_run_exist(words, monkeypatch
         mode, *options = flags(words)
         script = (HERE / name).read_text(encoding="utf-8")
         assert f"#   bash run_1p.sh {mode} " in script
-        assert all(f"{option.split('=')[0]}=*" in script for option in options)
+        assert all(option.split("=")[0].replace("--", " __") in script for option in options)
         return
     if words[0] == "torchrun":
         get_args_parser().parse_args(words[1:])
