@@ -1,9 +1,12 @@
 """The measures of fine-tuning are those of scikit-learn and scipy."""
 
 from tasks import metrics
+from tasks.classifier import figures_of
+from tasks.labelled import Split
 
 import numpy as np
 import pytest
+import torch
 
 
 @pytest.mark.parametrize("count", [2, 5])
@@ -37,3 +40,10 @@ def test_a_measure_that_is_not_defined_is_zero():
     assert set(metrics.of_scores(constant, label).values()) == {0}
     assert metrics.of_classes(constant, label, 1)["matthews"] == 0
     assert metrics.of_classes(constant, constant, 1)["f1"] == 0
+
+
+@pytest.mark.parametrize("names, f1", [("0 1", 4 / 5), ("0.0 1.0", 4 / 5), ("a b", 11 / 15)])
+def test_f1_is_of_the_class_one_however_it_is_written(names, f1):
+    split = Split([], np.array([0, 0, 1, 1]))
+    figures = figures_of(torch.eye(2)[[0, 1, 1, 1]], split, names.split())
+    assert figures["f1"] == pytest.approx(f1)
