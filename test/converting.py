@@ -118,6 +118,8 @@ def save_of_npu(tree, path, monkeypatch):
         raise AssertionError("a file has made torch_npu run")
 
     Format = enum.IntEnum("Format", {"ND": 2})
+    # some releases of Python 3.11 pickle a member by getattr, which no safe loader takes
+    Format.__reduce_ex__ = lambda member, _: (Format, (member.value,))
     pretend(_rebuild_npu_tensor, "torch_npu.utils.storage", monkeypatch)
     pretend(Format, "torch_npu.npu._format", monkeypatch)
     layouts = itertools.cycle([2, True, Format.ND])
