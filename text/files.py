@@ -178,18 +178,22 @@ def seen(text: str, name: str, is_first: bool) -> str:
         how = "leave it out: every line gets its </s>, and every block its <s>, by itself"
         note(f"{name}: holds {' or '.join(MARKS)} as a word; {how}")
     if is_first:
-        lines = [line for line in text.split("\n", LOOK)[:LOOK] if line.strip()]
+        lines = first_lines(text)
         if OTHER_TEXT.search(name) or len(json_objects(lines)) > 0.9 * len(lines):
             what = "keys, labels, names of columns and marks become text, too"
             note(f"{name}: read as plain text, so {what}; write the texts alone into a file")
     return text
 
 
+def first_lines(text: str) -> list[str]:
+    """Those of the first LOOK lines that are not blank."""
+    return [line for line in text.split("\n", LOOK)[:LOOK] if line.strip()]
+
+
 def tell_tokenised(names: list[str]):
     """A note on each text for a BPE that seems to be tokens already."""
     for name in names:
-        lines = next(read_chunks(name), "").split("\n", LOOK)[:LOOK]
-        lines = [line for line in lines if line.strip()]
+        lines = first_lines(next(read_chunks(name), ""))
         if lines and sum(map(bool, map(TOKENISED.fullmatch, lines))) > 0.9 * len(lines):
             how = "--bpe none takes tokens as they are, with the dict.txt that they are of"
             note(f"{name}: seems to be tokenized already; {how}")
