@@ -63,7 +63,7 @@ def read_texts(cfg, entry: dict) -> list[list[str]]:
     lines = tables.lines_in(path)
     if lines in ([], [""]):
         raise InputError(f"{path}: no lines in it")
-    if lines[0].split("\t") == entry.get("header"):
+    if tables.plain(lines[0].split("\t")) == tables.plain(entry.get("header") or []):
         note = f"note: the first line of {path} is the header of training, and read as a text"
         print(printable(f"{note}; --text names the columns of a table"), file=sys.stderr)
     if count == 1:

@@ -140,15 +140,20 @@ def read_tables(files: dict, regression: bool = False, known: list | None = None
     return {split: file.table() for split, file in files.items()}
 
 
+def plain(names) -> list[str]:
+    """Names of columns, to be compared."""
+    return [name.strip().lower() for name in names]
+
+
 def check_numbers(files: list[File], known: list | None):
     """Raise InputError where the number of a column means another one than in the first file."""
     for file in files:
         if None in file.places or max(file.places) >= len(file.first):
             continue
-        names = [file.first[place].strip() for place in file.places]
+        names = plain(file.first[place] for place in file.places)
         # another name may mean the same, unless the right one is elsewhere
-        for place, expected, name in zip(file.places, known or names, names):
-            if expected != name and expected in file.first:
+        for place, expected, name in zip(file.places, plain(known or names), names):
+            if expected != name and expected in plain(file.first):
                 what = f"column {place + 1} is {name!r} here, and {expected!r} is another"
                 raise InputError(f"{file.path}: {what}; name columns instead of numbering them")
         known = known or names
@@ -185,8 +190,8 @@ def looks_like_header(file: File, labels: set, regression: bool, known: list | N
     if max(places) >= len(first):
         return False
     # what the texts were called in training
-    names = [first[place].strip().lower() for place in places[: len(file.columns.text)]]
-    if known and names == [name.strip().lower() for name in known]:
+    texts = [first[place] for place in places[: len(file.columns.text)]]
+    if known and plain(texts) == plain(known):
         return True
     # pandas' numbers, without and with its index
     numbers = [str(i) for i in range(len(first))]

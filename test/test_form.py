@@ -10,7 +10,7 @@ import pytest
 # None may grow without a reason that is worth it: 0.4.0 gained data2vec 2.0 (about 1,000 lines and
 # 600 of tests) and files that mean something else (800 and 1,000). Beside some stands the goal.
 LIMITS = {
-    "product lines": 12_403,  # 8,200 without data2vec 2.0
+    "product lines": 12_412,  # 8,200 without data2vec 2.0
     "test lines": 9_100,  # 6,500
     "lines that decide a number": 1225,  # 1,150
     "files of over 60 lines of code with under 8": 0,
