@@ -51,25 +51,24 @@ class Dictionary:
         if not path.exists():
             raise InputError(missing(path))
         self.symbols = list(SPECIAL)
-        known = set(SPECIAL)
+        self.ids = {symbol: i for i, symbol in enumerate(SPECIAL)}
         lines = lines_of(read_text(path, encoding="utf-8-sig"))
         for number, line in enumerate(lines, 1):
             symbol, _, count = line.rstrip().rpartition(" ")
             overwrite = count == "#fairseq:overwrite"
             if overwrite:
                 symbol, _, count = symbol.rpartition(" ")
-            where = f"{path}, line {number}"
             if not symbol or not count.lstrip("+-").isdigit():
-                raise InputError(f"{where}: expected '<symbol> <count>', not {line[:80]!r}")
-            if symbol in known and not overwrite:
-                raise InputError(f"{where}: {symbol!r} is listed twice")
-            known.add(symbol)
+                what = f"expected '<symbol> <count>', not {line[:80]!r}"
+                raise InputError(f"{path}, line {number}: {what}")
+            if symbol in self.ids and not overwrite:
+                raise InputError(f"{path}, line {number}: {symbol!r} is listed twice")
+            self.ids[symbol] = len(self.symbols)  # an overwrite's id is that of its own line
             self.symbols.append(symbol)
         self.rows = len(self.symbols)  # without an unlisted <mask>: the type of the .bin needs it
-        if "<mask>" not in known:
+        if "<mask>" not in self.ids:
+            self.ids["<mask>"] = len(self.symbols)
             self.symbols.append("<mask>")
-        # an overwrite's id is that of its own line
-        self.ids = {symbol: i for i, symbol in enumerate(self.symbols)}
         self.mask_id = self.ids["<mask>"]
 
     def __len__(self):
