@@ -122,6 +122,9 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(MEANT.get(asked, asked), names, 1, 0.77)
         return f"; did you mean --{near[0]}?" if near else ""
 
+    def exit(self, status=0, message=None):  # after --help
+        leave(status)
+
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")
 
@@ -311,10 +314,11 @@ def program(main):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     try:
-        leave(main())
+        code = main()
+        sys.stdout.flush()  # what cannot be written is an error of the program
+        leave(code)
     except BrokenPipeError:  # `... | head`
-        sys.stderr.close()
-        sys.exit(141)
+        leave(141)
     except KeyboardInterrupt:
         end(130, "interrupted")
     except InputError as e:
@@ -334,7 +338,8 @@ def program(main):
 
 def end(code: int, text: str):
     """Exit with one line on stderr."""
-    print(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # its terminal may be gone
+        print(f"{Path(sys.argv[0]).name}: {printable(text)}", file=sys.stderr)
     leave(code)
 
 
@@ -344,8 +349,11 @@ def leave(code: int):
     A thread of torch.distributed that asks for Python's lock while Python ends aborts the process
     (SIGABRT), now and then and also after a good run.
     """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python would try again at its end, and make the code 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if "MASTER_ADDR" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -134,6 +134,23 @@ def test_an_interruption_a_full_disk_and_no_memory_are_one_line(capsys, monkeypa
     assert code == 1 and re.fullmatch("eval.py: stopped: out of memory: .*\n", text)
 
 
+def test_an_output_that_nobody_takes_is_no_traceback(corpus_dir):
+    pipe, unread = os.pipe()
+    os.close(pipe)
+    full = os.open("/dev/full", os.O_WRONLY)
+    data, lines = ["--json", "--data_path", corpus_dir], subprocess.PIPE
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    for argv, stdout, stderr, ending in (
+        (data, unread, lines, (141, b"")),
+        (data, full, lines, (1, b"data.py: stopped: No space left on device\n")),
+        (["--help"], unread, lines, (0, b"")),
+        (["--none"], lines, unread, (2, None)),
+    ):
+        command = [sys.executable, HERE / "data.py", *argv]
+        done = subprocess.run(command, stdout=stdout, stderr=stderr, env=environment)
+        assert (done.returncode, done.stderr) == ending
+
+
 @pytest.mark.parametrize("where", ["in torch", "in the work"])
 def test_ctrl_c_ends_a_benchmark_without_a_traceback(tmp_path, where):
     command = [sys.executable, "-u", HERE / "bench.py", *FEW, "--updates", "100000"]
