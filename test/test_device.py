@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -215,7 +214,6 @@ def test_a_model_too_large_for_the_memory_is_refused_at_once(tmp_path, corpus_di
     run = few(corpus_dir, tmp_path, "--max_update", 1)
     small = ModelConfig(layers=1, ffn_embed_dim=1, embed_dim=12_000, head_layers=100)
     bpe = f"--bpe train --vocab_size 1000000000 --train {tmp_path} --dest {tmp_path}".split()
-    began = time.monotonic()
     for ask, message in (
         (lambda: train.main([*run, "--layers", "1000", "--embed_dim", "100000"]), "too large"),
         (lambda: train.main([*run, "--layers", "20000"]), "--layers 20000: must be at most 1000"),
@@ -225,7 +223,6 @@ def test_a_model_too_large_for_the_memory_is_refused_at_once(tmp_path, corpus_di
     ):
         with pytest.raises(InputError, match=message):
             ask()
-    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("limit", ["memory.max", "memory/memory.limit_in_bytes"])
