@@ -176,7 +176,7 @@ class Plain:
             total += loss.detach()
         self.scaler.unscale_(self.adam)
         grads = [p.grad for p in self.student.parameters() if p.grad is not None]
-        torch._foreach_div_(grads, sum(batch.sample_size for batch in batches))
+        torch._foreach_div_(grads, sum(len(batch.masked) for batch in batches))
         limit = cfg.optim.clip_norm or float("inf")
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), limit)
 
@@ -229,7 +229,7 @@ def compare(run: Run, corpus: Corpus, warmup: int, updates: int) -> dict:
         figures[name] = np.median(values)
         figures[f"{name}_range"] = [values.min(), values.max()]
     figures["tokens"] = sum(batch.ntokens for batch in batches)
-    figures["blocks"] = sum(batch.nsentences for batch in batches)
+    figures["blocks"] = sum(len(batch.ids) for batch in batches)
     return figures
 
 

@@ -51,8 +51,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def refuse_pointer(path):
-    """Raise InputError if a file is the few lines that a clone without Git LFS has in its place."""
+def check_file(path):
+    """Raise InputError unless it is an ordinary file; a pipe or a device could be endless. Nor may
+    it be the few lines that a clone without Git LFS has in its place."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: {'not a file' if Path(path).exists() else 'no such file'}")
     with open(path, "rb") as file:
         if file.read(24).startswith(b"version https://git-lfs"):
             what = "a pointer of Git LFS, not the file itself; get it with: git lfs pull"
@@ -60,15 +63,12 @@ def refuse_pointer(path):
 
 
 def read_text(path, errors="strict", encoding="utf-8", newline=None) -> str:
-    """The text of an ordinary file; a pipe or a device could be endless. Raises InputError.
+    """The text of an ordinary file. Raises InputError.
 
     newline: as for open; "" leaves the ends of lines as they are.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     with reading(f"{path}"):
-        refuse_pointer(path)
+        check_file(path)
         with open(path, encoding=encoding, errors=errors, newline=newline) as file:
             return file.read()
 

@@ -97,14 +97,6 @@ class Batch:
     target_padded: bool
     pinned: object = None  # all arrays in one tensor that a device can copy itself (Device.pin)
 
-    @property
-    def nsentences(self) -> int:
-        return len(self.ids)
-
-    @property
-    def sample_size(self) -> int:
-        return len(self.masked)
-
 
 class BlockDataset:
     """The blocks of one split of one folder, cut into batches once.

@@ -188,7 +188,7 @@ def test_an_update_is_adam_with_eps_beside_the_uncorrected_root(corpus_dir, clip
         here = CPU.upload(batch)
         target = teacher_targets(run.teacher, here, run.cfg.model)
         loss = data2vec_loss(run.student(here.source, here.masked), target, run.cfg.model)
-        loss = loss / batch.sample_size
+        loss = loss / len(batch.masked)
         grads = dict(zip(state, torch.autograd.grad(loss, list(run.student.parameters()))))
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
         lr = train.lr_at(t - 1, run.cfg.train)

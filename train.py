@@ -196,7 +196,7 @@ def count(batches: list[Batch], cfg: ModelConfig) -> torch.Tensor:
     """(3,) int64 on the host: places in the loss, blocks, tokens."""
     counts = torch.zeros(3, dtype=torch.int64)
     for batch in batches:
-        counts += torch.tensor([len(places_of(batch, cfg)), batch.nsentences, batch.ntokens])
+        counts += torch.tensor([len(places_of(batch, cfg)), len(batch.ids), batch.ntokens])
     return counts
 
 
@@ -312,7 +312,12 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         run = Run(cfg, device, len(corpus.dictionary))
         log = Log(run)
         stack.callback(log.close)
-        path = start_from(run, corpus, fingerprint, log, found, args)
+        path = None
+        if found:
+            path = found[0]
+            resume.resume(run, corpus, fingerprint, found, args.reset_data_position, log)
+        elif t.init_from:
+            resume.init_from(run, corpus, load(t.init_from), t.init_from)
         del found  # the weights once more
         profiled = stack.enter_context(device.profile(t, run.num_updates))
         resume.check_agreement(run, corpus, fingerprint)  # and every worker has read what it needs
@@ -325,17 +330,6 @@ def train(cfg: Config, device: Device, args) -> tuple[dict, int]:
         validation = None if t.disable_validation else Validation(run, corpus)
         source = stack.enter_context(contextlib.closing(turns(run, corpus)))
         return loop(run, source, validation, saves, signals, profiled)
-
-
-def start_from(run: Run, corpus: Corpus, fingerprint: dict, log: Log, found, args) -> Path | None:
-    """Continue from the checkpoint found, whose path is returned, or start, from --init_from."""
-    if found:
-        resume.resume(run, corpus, fingerprint, found, args.reset_data_position, log)
-        return found[0]
-    path = run.cfg.train.init_from
-    if path:
-        resume.init_from(run, corpus, load(path), path)
-    return None
 
 
 def main(argv: list | None = None) -> int:

@@ -315,7 +315,8 @@ def from_reference(tree: dict, fields, where: str) -> tuple[dict, dict]:
         # Python does not print an integer of thousands of digits
         flat = {name: (value, str(value)) for name, value in _leaves(tree)}
     # of data2vec 2.0 some entries are read together, and some names mean something else
-    is_2 = version_2.is_version_2(tree)
+    model = tree.get("model")
+    is_2 = isinstance(model, dict) and model.get("_name") == "data2vec_multi"
     built_in = BUILT_IN | version_2.BUILT_IN if is_2 else BUILT_IN
     for name, (value, text) in flat.items():
         ours = None if is_2 and name in version_2.UNREAD else OURS.get(name)

@@ -38,11 +38,6 @@ def holds(state: dict) -> bool:
     return any(str(name).startswith(ENCODERS) for name in state)
 
 
-def is_ours(student: dict) -> bool:
-    """Whether a student of ours is one of version 2."""
-    return any(name.startswith("decoder.") for name in student)
-
-
 def our_name(name: str) -> str | None:
     """Our name of a student's weight; None if it is none of a text model's."""
     for theirs, ours in BEGINNINGS.items():

@@ -98,11 +98,6 @@ BUILT_IN |= {f"{TEXT}{name}": True for name in ON_OF_TEXT}
 BUILT_IN |= dict.fromkeys(ON, True)
 
 
-def is_version_2(tree: dict) -> bool:
-    model = tree.get("model")
-    return isinstance(model, dict) and model.get("_name") == "data2vec_multi"
-
-
 def spelled(flat: dict) -> dict:
     """Our settings as the groups `model`, `optimizer`, `lr_scheduler` of a config of fairseq's."""
     entries = {name: flat[ours] for name, ours in OURS.items()}

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import DataConfig, InputError, ModelConfig, read_text, reading, refuse_pointer
+from config import DataConfig, InputError, ModelConfig, check_file, read_text, reading
 from formats import fairseq_config, fairseq_files
 from formats.fairseq_names import FIELDS, merge_qkv, split_qkv
 from model import LAYER_NORM_EPS, PAD
@@ -96,11 +96,6 @@ def is_known(name: str) -> bool:
     return name.startswith(("embeddings.", "encoder.layer.", "LayerNorm."))
 
 
-def is_folder(path: Path) -> bool:
-    """Whether it is a folder of transformers, if only in part."""
-    return any((path / name).is_file() for name in ("config.json", SAFE, PICKLED))
-
-
 def load(folder: Path) -> Loaded:
     """A folder that save_pretrained wrote for a model of FAMILIES, with or without a task's head.
 
@@ -153,7 +148,7 @@ def _weights(folder: Path) -> dict:
     if (folder / SAFE).is_file():
         package = _safetensors()
         with reading(f"{folder / SAFE}: not a complete safetensors file"):
-            refuse_pointer(folder / SAFE)
+            check_file(folder / SAFE)
             return package.load_file(folder / SAFE)
     if (folder / PICKLED).is_file():
         return checkpoint.read(folder / PICKLED, fairseq_files.load)

@@ -17,7 +17,8 @@ from run.checkpoint import Loaded
 def load(path) -> Loaded:
     """Read a file or a folder, whose kind shows by itself. Raises InputError."""
     path = Path(path)
-    if hf.is_folder(path):
+    # a folder of transformers, if only in part
+    if any((path / name).is_file() for name in ("config.json", hf.SAFE, hf.PICKLED)):
         loaded = hf.load(path)
     else:
         content = checkpoint.read(path, fairseq_files.load)

@@ -22,7 +22,7 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import InputError, printable, reading, refuse_pointer
+from config import InputError, check_file, printable, reading
 from hardware.vectors import MOMENTS
 
 import torch
@@ -231,7 +231,7 @@ def read(path, load=load_plain) -> dict:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
     with reading(f"{path}: cannot be read as a checkpoint"):
-        refuse_pointer(path)
+        check_file(path)
         with open(path, "rb") as file:
             start = file.read(4)
         # torch before 2.6 would unpack a tar

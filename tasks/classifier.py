@@ -7,6 +7,7 @@ sentence_prediction; but for group_lengths, which fairseq does not have.
 import math
 
 from config import reading
+from data import padded
 from hardware.device import Device
 from model import PAD, Encoder
 from run import checkpoint
@@ -64,11 +65,8 @@ def epoch_batches(batches: list, seed: int, epoch: int) -> list:
 
 def pad(rows: list[np.ndarray]) -> tuple[np.ndarray, bool]:
     """Rows of tokens -> (B, T) int64, filled up with PAD on the right; whether any PAD is in it."""
-    lengths = [len(row) for row in rows]
-    tokens = np.full((len(rows), max(lengths)), PAD, np.int64)
-    for place, row in zip(tokens, rows):
-        place[: len(row)] = row
-    return tokens, min(lengths) < max(lengths)
+    lengths = np.array([len(row) for row in rows])
+    return padded(np.concatenate(rows), lengths, PAD), bool(lengths.min() < lengths.max())
 
 
 # --------------------------------------------------------------------------------- encoder and head

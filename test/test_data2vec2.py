@@ -168,7 +168,7 @@ def test_each_copy_hides_its_share_of_the_text_and_no_pad(lengths, mask_prob):
     targets = copies.target.ravel()[copies.target_places]
     assert np.array_equal(targets, batch.target.repeat(4, 0)[hidden])
     # each update has masks of its own, and so has each set of blocks
-    if copies.sample_size > 20:
+    if len(copies.masked) > 20:
         others = replace(batch, ids=batch.ids + 1)
         for blocks, update in ((batch, 3), (batch, 4), (others, 3)):
             masked = masked_copies(blocks, update, cfg, 4).masked

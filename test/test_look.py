@@ -49,7 +49,7 @@ def test_the_labels_of_the_probe_are_the_tokens_under_the_masks(tmp_path, teache
     answers = zip(places.labels, places.blocks, strict=True)
     masked = 0
     for batch, flat in places.batches:
-        masked += batch.sample_size
+        masked += len(batch.masked)
         assert (batch.source.ravel()[flat] == corpus.dictionary.mask_id).all()
         for place, (label, block) in zip(flat.tolist(), answers):
             row, column = divmod(place, batch.source.shape[1])

