@@ -37,7 +37,9 @@ UNREAD = ("task.mask_prob", "task.mask_multiple_length", "task.mask_stdev")
 # what the code takes where a file is silent, and our defaults are version 1's or the release's
 DEFAULTS = dict(
     objective="data2vec2",
-    mask_multiple_length=1,
+    layers=8,
+    average_top_k_layers=8,
+    mask_prob=0.7,
     clone_batch=1,
     decoder_dim=384,
     decoder_kernel=5,
@@ -49,6 +51,8 @@ DEFAULTS = dict(
     loss_scale=0.0,
     layer_norm_target_layer=False,
 )
+# the same, where it is not the one value that is built in here
+UNLIKE = {"model.norm_eps": "1e-06", f"{TEXT}prenet_depth": "4", f"{TEXT}mask_length": "5"}
 # one setting here
 DROPOUTS = {
     "model.encoder_dropout": "0.1",
@@ -132,9 +136,12 @@ def finish(values: dict, flat: dict, where: str):
     if len({float(text) for text in dropouts.values()}) > 1:
         listed = ", ".join(f"{name}={text}" for name, text in dropouts.items())
         raise InputError(f"{where}: {listed}: here they are one setting, --dropout")
-    # silent files mean another epsilon than ours
-    if "model.norm_eps" not in flat:
-        raise InputError(f"{where}: without model.norm_eps it is 1e-06; only 1e-05 is built in")
+    for name, value in UNLIKE.items():
+        if name not in flat:
+            what = f"without {name} it is {value}; only {BUILT_IN.get(name, 1)} is built in"
+            raise InputError(f"{where}: {what}")
+    if "max_update" in values:
+        values.setdefault("ema_anneal_end_step", values["max_update"])
     ratio = float(flat.get("model.mlp_ratio", (None, "4"))[1])
     values["ffn_embed_dim"] = int(ratio * values.get("embed_dim", 768))
     for name, value in DEFAULTS.items():

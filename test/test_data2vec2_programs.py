@@ -2,6 +2,7 @@
 fine-tuning."""
 
 import json
+import re
 
 import config
 import eval as evaluation
@@ -198,6 +199,10 @@ def test_fairseqs_yaml_gives_the_preset_and_its_words_change_it(tmp_path, capsys
     words = ["model.clone_batch=4", "model.modalities.text.decoder.decoder_kernel=5", "--depth", 12]
     ours = read_yaml(RELEASED, tmp_path, *words)
     assert (ours["clone_batch"], ours["decoder_kernel"]) == (4, 5)
+    # what it does not say is as in the code
+    lines = re.sub(r"\n *(depth: 12|average_top_k_layers|ema_anneal_end_step).*", "", RELEASED)
+    silent = read_yaml(lines, tmp_path)
+    assert (silent["layers"], silent["ema_anneal_end_step"]) == (8, silent["max_update"])
 
 
 @pytest.mark.parametrize(
@@ -210,6 +215,10 @@ def test_fairseqs_yaml_gives_the_preset_and_its_words_change_it(tmp_path, capsys
         ("prenet_depth: 0", "prenet_depth: 1", "prenet_depth"),
         ("layerdrop: 0", "end_of_block_targets: true", "end_of_block_targets"),
         ("_name: adam,", "_name: adafactor,", "adam"),
+        # what the code takes there is another model
+        ("norm_eps: 1.0e-5", "", "norm_eps it is 1e-06; only 1e-05"),
+        ("prenet_depth: 0", "", "prenet_depth it is 4; only 0"),
+        ("mask_length: 1", "", "mask_length it is 5; only 1"),
     ],
 )
 def test_a_yaml_of_another_model_is_refused(tmp_path, line, other, fact):
