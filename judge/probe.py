@@ -24,7 +24,7 @@ import copy
 import math
 from dataclasses import dataclass
 
-from config import Config, InputError
+from config import Config, InputError, RunError
 from data import Batch, BlockDataset, Corpus
 from data2vec2 import Data2Vec2, masked_copies
 from hardware.device import Device
@@ -174,6 +174,8 @@ class Probe:
         """
         device = self.run.device
         x, x_valid = (features(student, device, places) for places in (self.train, self.valid))
+        if not (x.isfinite().all() and x_valid.isfinite().all()):
+            raise RunError("--probe: the student's features are not finite")
         x, x_valid = whiten(x, x_valid)
         weight, bias = self.fit(x)
         y = device.tensor(self.valid.labels)

@@ -6,7 +6,7 @@ import shutil
 
 import eval as evaluation
 import train
-from config import DataConfig, GuardConfig
+from config import DataConfig, GuardConfig, RunError
 from data import Corpus
 from judge import neighbours, probe, quality
 from model import data2vec_loss, teacher_targets
@@ -138,6 +138,9 @@ def test_the_probe_compares_with_the_weights_before_the_first_update(corpus_dir)
     train.update(run, [dataset.batch(dataset.epoch_batches(1)[0], 1)])
     again = quality.Validation(run, Corpus(run.cfg.data)).first_student().state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
+    run.student.encoder.layers[0].fc2.bias.data[0] = math.nan
+    with pytest.raises(RunError, match="features are not finite"):
+        probe.Probe(run, Corpus(run.cfg.data), "valid", 50).ask(run.student)
 
 
 def test_a_folder_without_a_training_split_gives_no_guesses(tmp_path, corpus_dir, saved):
