@@ -133,11 +133,14 @@ def test_a_bpe_is_trained_on_a_sample_spread_over_the_text(tokenizers, tmp_path,
     monkeypatch.setattr(files, "CHUNK", 10_000)
     lines = [f"word{i // 1000} " * 10 + "\n" for i in range(20_000)]
     (tmp_path / "t.txt").write_text("".join(lines))
+    (tmp_path / "t.gz").write_bytes(gzip.compress("".join(lines).encode()))
     sample = []
     monkeypatch.setattr(tokens, "lines_of", lambda chunk: sample.append(chunk) or [chunk])
-    tokens.train_bpe([str(tmp_path / "t.txt")], vocab_size=400, sample_mb=1)
-    assert 0.8e6 < sum(map(len, sample)) < 1.2e6
-    assert len({re.match("word[0-9]+", chunk)[0] for chunk in sample}) == 20
+    for name in ("t.txt", "t.gz"):
+        sample.clear()
+        tokens.train_bpe([str(tmp_path / name)], vocab_size=400, sample_mb=1)
+        assert 0.8e6 < sum(map(len, sample)) < 1.2e6
+        assert len({re.match("word[0-9]+", chunk)[0] for chunk in sample}) == 20
 
 
 def test_a_bpe_is_trained_on_pieces_of_a_long_run_and_on_ordinary_text_as_it_is(

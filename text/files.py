@@ -255,6 +255,15 @@ def disk_size(names: list[str]) -> int:
     return sum(locate(name).size for name in names)
 
 
+def text_size(names: list[str]) -> int:
+    """Bytes of the texts, unpacked."""
+    size = 0
+    for name in names:
+        with reading(f"{name}: cannot be read"), open_file(name) as (file, _):
+            size += file.seek(0, io.SEEK_END)
+    return size
+
+
 def identity(name: str) -> dict:
     """Name, size and time of a file: if they are the same, so is taken to be its content."""
     source = locate(name)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from config import InputError, read_text, reading
 from text.binarized import BOS, EOS, SPECIAL, UNK, Dictionary, token_type
-from text.files import disk_size, lines_of, read_all, visible
+from text.files import lines_of, read_all, text_size, visible
 
 import numpy as np
 
@@ -112,7 +112,7 @@ def train_bpe(names: list[str], vocab_size: int, sample_mb: int) -> list[bytes]:
     """
     tokenizers = need_tokenizers()
     # every 1 / share-th piece of the text
-    share = min(1.0, sample_mb * 1e6 / max(1, disk_size(names)))
+    share = min(1.0, sample_mb * 1e6 / max(1, text_size(names)))
     sample = []
     for i, text in enumerate(read_all(names, "reading for the BPE")):
         if int((i + 1) * share) > int(i * share):
