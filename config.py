@@ -1,4 +1,4 @@
-"""The ground: every setting and preset, in the order of the paper, and the two errors.
+"""The ground: every setting of a run, in the order of the paper, the presets, and the two errors.
 
 No torch, and nothing of ours: a program that imports this file first answers --help at once.
 Each group of settings is a frozen dataclass whose fields are made with `option`; run/flags.py turns
@@ -20,6 +20,11 @@ if sys.version_info < (3, 10):
     sys.exit(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}")
 if not importlib.util.find_spec("fcntl"):
     sys.exit("Linux or macOS is needed; on Windows, use its Linux (WSL)")
+
+# one that is closed at the start is None, and the next file to be opened would take its place
+for _name, _mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    if getattr(sys, _name) is None:
+        setattr(sys, _name, open(os.devnull, _mode))
 
 VERSION = "0.4.0"  # docs/changelog.md begins with it
 
@@ -246,7 +251,7 @@ class OptimConfig:
     clip_norm: float = option(5.0, "largest global gradient norm (0: no clipping)", low=0)
     adam_betas: tuple = option((0.9, 0.98), "Adam's decays", low=0, below=1)
     adam_eps: float = option(1e-6, "Adam's epsilon, of the uncorrected second moment", above=0)
-    weight_decay: float = option(0.01, "decoupled weight decay, on all parameters", low=0)
+    weight_decay: float = option(0.01, "decoupled weight decay; 2.0: of matrices alone", low=0)
 
     def check(self):
         if len(self.adam_betas) != 2:

@@ -145,8 +145,12 @@ def test_an_output_that_nobody_takes_is_no_traceback(corpus_dir):
         (data, full, lines, (1, b"data.py: stopped: No space left on device\n")),
         (["--help"], unread, lines, (0, b"")),
         (["--none"], lines, unread, (2, None)),
+        (data, None, lines, (0, b"")),
+        (["--none"], lines, None, (2, None)),
     ):
-        command = [sys.executable, HERE / "data.py", *argv]
+        # None: closed from the start
+        closed = "".join(f" {n}>&-" for n, to in ((1, stdout), (2, stderr)) if to is None)
+        command = ["bash", "-c", f'"$@"{closed}', "", sys.executable, HERE / "data.py", *argv]
         done = subprocess.run(command, stdout=stdout, stderr=stderr, env=environment)
         assert (done.returncode, done.stderr) == ending
 
