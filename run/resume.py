@@ -5,7 +5,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-from config import Config, InputError, ModelConfig, RunError, printable, reading
+from config import Config, InputError, ModelConfig, RunError, printable, read_text, reading
 from data import Corpus
 from hardware.device import Device
 from hardware.opening import with_amp
@@ -193,8 +193,7 @@ def take(run, loaded: checkpoint.Loaded, path: Path):
     run.num_updates = progress["num_updates"]
     run.teacher_updates = progress["teacher_updates"]
     if run.cfg.train.fairseq_exact and run.cfg.model.objective == "data2vec2":
-        # differs from fairseq: nothing is lost; there a resumed run never makes the teacher's step
-        # that was due
+        # as fairseq, whose resumed run never makes the teacher's step that was due
         run.teacher_updates = run.num_updates
     run.optimizer.skipped = progress["skipped"]
     run.best_loss = progress["best_loss"]
@@ -259,7 +258,10 @@ def prepare_save_dir(folder: Path, args):
     if args.overwrite and not args.no_resume:
         raise InputError("--overwrite goes with --no_resume: it removes the old run in --save_dir")
     log = folder / "train.jsonl"
-    if any("num_updates" not in row for row in json_rows(log)):  # it would be written over
+    rows = json_rows(log)
+    # it would be written over; a first row may have been cut by a crash
+    is_other = not rows and log.is_file() and "\n" in read_text(log, "replace")
+    if is_other or any("num_updates" not in row for row in rows):
         raise InputError(f"{log} is no log of a run; choose another --save_dir")
     names = sorted(path.name for path in folder.iterdir() if path.name != ".lock")
     if args.no_resume and names and not args.overwrite:

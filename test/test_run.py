@@ -39,12 +39,13 @@ import pytest
 def test_a_finished_run_can_be_continued_and_a_used_folder_is_guarded(tmp_path, corpus_dir):
     argv = few(corpus_dir, tmp_path)
     log = tmp_path / "train.jsonl"
-    log.write_text('{"text": "someone\'s"}\n')
-    for more in ([], ["--no_resume", "--overwrite"]):
-        with pytest.raises(InputError, match="train.jsonl is no log of a run"):
-            train.main([*argv, *more])
-    assert "someone" in log.read_text()
-    log.unlink()
+    for text in ('{"text": "someone\'s"}\n', '["someone\'s", 1]\n'):
+        log.write_text(text)
+        for more in ([], ["--no_resume", "--overwrite"]):
+            with pytest.raises(InputError, match="train.jsonl is no log of a run"):
+                train.main([*argv, *more])
+        assert log.read_text() == text
+    log.write_text('{"loss": 1')  # a crash cut the first row
     call(train.main, *argv, "--max_update", 3)
     printed = call(train.main, *argv, "--max_update", 5, "--init_from", "x.pt")
     assert "note: --init_from is not read, since " in printed
