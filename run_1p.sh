@@ -68,7 +68,7 @@ while [ $# -gt 0 ]; do
         printf -v "${name#__}" %s "$(absolute "${1#*=}")"
         ;;
     _h | __help)
-        sed -n '2,/^\[/{/^#/s/^# \{0,1\}//p}' "$here/run_1p.sh"
+        sed -n '2,/^\[/s/^# \{0,1\}//p' "$here/run_1p.sh"
         exit
         ;;
     *) flags+=("$1") ;;

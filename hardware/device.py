@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import resource
+import sys
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -145,7 +146,8 @@ class Device:
         """Bytes: the allocator's peak; on a CPU the process's peak resident size."""
         if self.type != "cpu":
             return self._module.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def rng_state(self) -> dict:
         state = {"cpu": torch.get_rng_state()}

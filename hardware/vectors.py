@@ -1,4 +1,4 @@
-"""How the weights lie: each by itself, or all of a model in two long vectors.
+"""How the weights lie: each by itself, or those of a model in two long vectors (or four).
 
 Two vectors are for an NPU, where launching a kernel costs more than running it at small batches,
 and where several of torch's operators for lists of tensors are loops. The gradient's norm, the

@@ -306,7 +306,7 @@ def program(main):
     """Run a program's main() and exit.
 
     An InputError becomes one line on stderr and exit code 2, a RunError or a full disk 1, Ctrl-C
-    130.
+    130, a reader that is gone (`| head`) 141.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by answer_early
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -59,8 +59,7 @@ def read_data(cfg, longest: int, dictionary, tokenize) -> Data:
     """The labelled text as examples of at most `longest` tokens. Raises InputError."""
     folder, header = Path(cfg.data_path), None
     if is_binarized(cfg):
-        # labels and tokens are numbers already
-        # but fairseq's script for STS-B has divided its scores already
+        # labels and tokens are numbers; fairseq's script for STS-B has divided its scores, too
         scale = cfg.label_scale if cfg.task == "none" else 1.0
         splits, names = read_folders(folder, dictionary, longest, scale)
         texts = 1 + (folder / "input1").is_dir()
