@@ -41,6 +41,7 @@ from optim import Optimizer
 from run import checkpoint
 from run.guard import Signals, check_memory
 from run.lock import lock
+from run.progress import say
 from tasks import baselines, classifier, predict, pretrained, report
 from tasks.classifier import Classifier, LinearProbe, SentenceHead, figures_of, loss_sum
 from tasks.labelled import Data, Split, read_data
@@ -255,7 +256,7 @@ class Outlet:
         if is_first:
             os.replace(self.part, self.part.with_name("finetune.jsonl"))
         shown = f"valid loss {valid['loss']:.4f}, {metric} {valid[metric]:.4f}"
-        tqdm.write(f"{self.job.name}: {where}: {shown}")
+        say(f"{self.job.name}: {where}: {shown}")
 
 
 def tuning_loop(tuning: Tuning, task: Task, outlet: Outlet, signals: Signals):

@@ -2,22 +2,20 @@
 
 import contextlib
 import json
-import os
 import re
 import sys
 import time
 from pathlib import Path
 
-from config import printable, read_text
+from config import read_text
 from run.checkpoint import write_text
 from run.curves import TensorBoard
-from run.progress import Bar
+from run.progress import Bar, say
 from text.files import json_objects, with_nulls
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 # what a row has and a printed line has not
 HIDDEN = re.compile(
@@ -294,13 +292,8 @@ class Log:
 
     def say(self, text: str):
         """A line for a person."""
-        if self.device.rank > 0:
-            return
-        try:
-            tqdm.write(printable(text))  # above a bar, if there is one
-            sys.stdout.flush()
-        except OSError:  # the reader is gone, as `| tee` is after Ctrl-C
-            sys.stdout = Path(os.devnull).open("w", errors="replace")
+        if self.device.rank == 0:
+            say(text)
 
     def close(self):
         if self.bar is not None:

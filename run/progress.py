@@ -1,6 +1,11 @@
-"""A bar with the time left, for a person who waits; without a terminal there is none."""
+"""For a person who waits: lines, and a bar with the time left, if there is a terminal."""
 
+import errno
+import os
 import sys
+from pathlib import Path
+
+from config import printable
 
 from tqdm import tqdm
 
@@ -14,3 +19,14 @@ def Bar(iterable=None, rank: int = 0, what: str = "", leave: bool = False, **opt
     is_hidden = rank > 0 or not sys.stderr.isatty()
     form = dict(bar_format=FORMAT, dynamic_ncols=True, file=sys.stderr)
     return tqdm(iterable, desc=desc, leave=leave, disable=is_hidden, **form, **options)
+
+
+def say(text: str):
+    """Print a line, above a bar if there is one. Work that has begun goes on if nobody takes it."""
+    try:
+        tqdm.write(printable(text))
+        sys.stdout.flush()
+    except OSError as e:
+        # the reader is gone, as `| tee` is after Ctrl-C; a disk may have room again
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            sys.stdout = Path(os.devnull).open("w", errors="replace")

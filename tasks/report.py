@@ -139,13 +139,10 @@ def say_bag(bag: dict | None, metric: str):
 
 
 def finish(results: list, bag: dict | None, metric: str, folder: Path):
-    """Print a line for each group, move the best checkpoint to `folder`, write results.json.
+    """Move the best checkpoint to `folder`, write results.json, and print a line for each group.
 
     results: finetune.Outlet of each fine-tuning, the seeds of a group in a row.
     """
-    for name, group in itertools.groupby(results, lambda result: result.job.group):
-        say([result.best for result in group], metric, name)
-    say_bag(bag, metric)
     # all figures, not only the best one's
     rows = []
     for result in results:
@@ -163,6 +160,10 @@ def finish(results: list, bag: dict | None, metric: str, folder: Path):
             result.path.unlink(missing_ok=True)
     content = dict(metric=metric, best=best, runs=rows, bag=bag)
     checkpoint.write_text(folder / "results.json", json.dumps(content, indent=1))
+    # what stands there a closed terminal cannot lose
+    for name, group in itertools.groupby(results, lambda result: result.job.group):
+        say([result.best for result in group], metric, name)
+    say_bag(bag, metric)
     print(printable(f"best on valid: {best} | {final}"))
 
 
