@@ -9,6 +9,8 @@ import os
 import signal
 import zipfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context, resource_tracker
 from pathlib import Path
 
 import preprocess
@@ -25,7 +27,7 @@ from test.helpers import (
     sentences_of,
     small_corpus,
 )
-from text import files
+from text import files, workers
 from text.binarized import Dictionary, TokenStream
 from text.tokens import Tokenizer
 
@@ -268,6 +270,15 @@ def test_a_kill_at_any_moment_leaves_nothing_that_looks_whole_and_the_next_run_c
         assert dataset_files(out) == whole
         step += 1
     assert step > 15
+
+
+def test_a_worker_never_hears_the_ctrl_c_that_the_parent_answers():
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        workers._submit(pool, "encode", "").exception()  # it has no tokenizer
+        blocked = pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, []).result()
+    assert signal.SIGINT in blocked and signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 def test_a_killed_worker_is_an_error_not_a_hang(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 
 from config import RunError
 from text import files
@@ -23,9 +23,17 @@ def _end_with_parent():
 
 def _begin(*arguments):
     global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer = Tokenizer(*arguments)
+
+
+def _submit(pool, method: str, chunk: str):
+    """The parent answers Ctrl-C: a process that this starts never hears it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_work, method, chunk)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(method: str, chunk: str):
@@ -42,13 +50,14 @@ def tokenize(method: str, tokenizer: Tokenizer, names: list[str], label: str, wo
     if workers < 2:
         yield from map(getattr(tokenizer, method), chunks)
         return
+    resource_tracker.ensure_running()  # which unblocks SIGINT
     # not fork: threads of tokenizers may be running
     parts = (tokenizer.ids, tokenizer.dtype, tokenizer.bpe)
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, parts)
     ahead = deque()  # results to come, in order
     try:
         for chunk in chunks:
-            ahead.append(pool.submit(_work, method, chunk))
+            ahead.append(_submit(pool, method, chunk))
             if len(ahead) > 2 * workers:
                 yield ahead.popleft().result()
         while ahead:
