@@ -15,6 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import DataConfig, InputError
+
+if __name__ == "__main__":
+    from run import flags
+
+    flags.start()
+
 from text.binarized import BOS, PAD, SPECIAL, Dictionary, TokenStream, missing
 from text.blocks import cut_batches, cut_blocks, order_by_length
 from text.masks import hide_blocks, hide_blocks_is_exact, ranges

@@ -34,6 +34,10 @@ from pathlib import Path
 from config import InputError, printable, read_text
 from formats.fairseq_config import whole_number
 from run import flags
+
+if __name__ == "__main__":
+    flags.start()
+
 from run.lock import lock
 from text import files
 from text.binarized import Dictionary, build_dictionary, publish, write_parts

@@ -10,7 +10,12 @@ import math
 from pathlib import Path
 
 from config import InputError, printable, reading
-from run import checkpoint, flags
+from run import flags
+
+if __name__ == "__main__":
+    flags.start()
+
+from run import checkpoint
 from text.files import json_rows
 
 # Okabe and Ito's palette for colour-blind readers, without yellow (faint on white) and black

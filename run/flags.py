@@ -40,7 +40,7 @@ MEANT = dict(learning_rate="lr", max_steps="max_update", warmup_steps="warmup_up
 MEANT |= dict(num_layers="layers", trainpref="train", validpref="valid", testpref="test")
 MEANT |= dict(destdir="dest", srcdict="dict")
 OPPOSITES = ("--no_", "--un")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM)  # a disk or the memory
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM)  # a disk or the memory
 # Options that a program had until 0.3.0, and what to do instead.
 GONE = {
     "train.py": {
@@ -288,12 +288,16 @@ def answer_early(configs: list, doc: str, extra=None, check=None):
             instances, _ = parse(configs, doc, extra=extra)
         if check:
             check(*instances)
-        # a missing package would be a traceback a moment later
-        for name in ("numpy", "torch", "tqdm"):
-            if not importlib.util.find_spec(name):
-                raise InputError(f"this Python has no {name}: pip install -r requirements.txt")
     except InputError as e:
         end(2, f"error: {e}")
+    start()
+
+
+def start():
+    """What a program does before it imports packages, which may lack and can take seconds."""
+    for name in ("numpy", "torch", "tqdm"):
+        if not importlib.util.find_spec(name):
+            end(2, f"error: this Python has no {name}: pip install -r requirements.txt")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background: ignored
         # while modules are imported nothing is to be kept
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -308,11 +312,15 @@ def program(main):
     An InputError becomes one line on stderr and exit code 2, a RunError or a full disk 1, Ctrl-C
     130, a reader that is gone (`| head`) 141.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by answer_early
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by `start`
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    # a terminal may have no character for a text, a class or a path
+    # so that what is half written is removed; a SIGHUP that nohup has ignored stays so
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    # a terminal may have no character for a text, a class or a path; and a log shows each line
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         code = main()
         sys.stdout.flush()  # what cannot be written is an error of the program

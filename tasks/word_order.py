@@ -15,6 +15,10 @@ from pathlib import Path
 
 from config import InputError, printable, read_text
 from run import flags
+
+if __name__ == "__main__":
+    flags.start()
+
 from run.checkpoint import write_text
 from text.files import lines_of, read_chunks
 

@@ -167,6 +167,9 @@ def test_notes_on_ignored_options_are_printed_once(without_torch):
         (["-c", "import sys; sys.version_info = (3, 9, 18); import config"], 1, "Python 3.10"),
         (["-c", "import sys; sys.modules['fcntl'] = None; import config"], 1, "Linux or macOS"),
         ("-S train.py --data_path x".split(), 2, "has no numpy: pip install -r requirements.txt"),
+        ("-S preprocess.py --help".split(), 2, "has no numpy"),
+        ("-S data.py --help".split(), 2, "has no numpy"),
+        ("-S -m judge.plot".split(), 2, "has no numpy"),
     ],
 )
 def test_another_python_or_system_or_a_missing_package_is_one_line(words, code, needed):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import config
 import convert
@@ -18,7 +19,7 @@ import preprocess
 import train
 from config import InputError
 from judge import plot
-from run import checkpoint, describe, flags, log
+from run import checkpoint, describe, flags, log, progress
 from test.helpers import FEW, HERE, call, few, make_run, rows_of, wait_for
 from text import demo
 
@@ -103,6 +104,7 @@ def test_output_that_is_not_utf_8_gets_escapes_and_ends_no_program(tmp_path, mon
             patch.setattr(sys, "stdout", streams[0])
             patch.setattr(sys, "stderr", streams[1])
             flags.program(module.main)
+        assert streams[0].line_buffering  # a log shows each line at once
         out, errors = (stream.buffer.getvalue() for stream in streams if not stream.flush())
         assert end.value.code == 0, (argv, errors)
         assert b"\\u" in out, (argv, out)
@@ -153,6 +155,30 @@ def test_an_output_that_nobody_takes_is_no_traceback(corpus_dir):
         command = ["bash", "-c", f'"$@"{closed}', "", sys.executable, HERE / "data.py", *argv]
         done = subprocess.run(command, stdout=stdout, stderr=stderr, env=environment)
         assert (done.returncode, done.stderr) == ending
+
+
+def test_a_disk_that_has_room_again_gets_the_next_lines(monkeypatch):
+    gone = OSError(errno.EIO, "the terminal is gone")
+    stream = Mock(flush=Mock(side_effect=[OSError(errno.ENOSPC, "full"), None, gone]))
+    monkeypatch.setattr(sys, "stdout", stream)
+    for _ in range(4):
+        progress.say("a line")
+    assert stream.flush.call_count == 3 and sys.stdout is not stream
+
+
+def test_sigterm_removes_what_is_half_written(tmp_path):
+    code = """if True:
+        import os, signal
+        from run import checkpoint, flags
+        def main():
+            with checkpoint.whole("x") as part:
+                part.touch()
+                os.kill(os.getpid(), signal.SIGTERM)
+                signal.pause()
+        flags.program(main)"""
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    assert done.returncode == 128 + signal.SIGTERM and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("where", ["in torch", "in the work"])

