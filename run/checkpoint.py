@@ -113,7 +113,9 @@ def whole(path):
     What is made there replaces `path` when the block ends, and is removed if the block fails.
     """
     path = Path(os.path.abspath(path))
-    if path.exists() and not (path.is_file() or path.is_dir()):  # /dev/null would become a file
+    # /dev/null would become a file, and so would the link /dev/stdout
+    is_other = path.exists() and not (path.is_file() or path.is_dir())
+    if is_other or path.parent == Path("/dev"):
         raise OSError(errno.EEXIST, "is neither a file nor a folder", str(path))
     part = path.with_name(f"{path.stem}.{secrets.token_hex(4)}{path.suffix}.tmp")
     try:
@@ -122,7 +124,8 @@ def whole(path):
             _sync(inner)
         _sync(part)
         os.replace(part, path)
-        _sync(path.parent)  # the rename itself
+        with contextlib.suppress(OSError):  # not every file system can
+            _sync(path.parent)  # the rename itself
     except BaseException as e:
         if part.is_dir():
             shutil.rmtree(part)
