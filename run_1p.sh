@@ -22,7 +22,7 @@
 [ -n "${BASH_VERSION-}" ] || exec bash "$0" "$@" # sh run_1p.sh
 set -euo pipefail
 start=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 here=$PWD
 
 refuse() {
@@ -211,8 +211,11 @@ words=" ${extra[*]-} ${flags[*]-} "
 [[ ! -e $save_dir/checkpoint_last.pt || ${words//-/_} == *" __no_resume "* ]] || starts_over=no
 begin=$(date +%s)
 seen=$(wc -c <"$log")
-"$python" train.py --config_name $preset --data_path "$data_path" --save_dir "$save_dir" \
-    ${extra[@]+"${extra[@]}"} ${flags[@]+"${flags[@]}"} >>"$log" 2>&1 &
+(
+    trap - INT # which bash ignores in the background
+    exec "$python" train.py --config_name $preset --data_path "$data_path" --save_dir "$save_dir" \
+        ${extra[@]+"${extra[@]}"} ${flags[@]+"${flags[@]}"}
+) >>"$log" 2>&1 &
 train=$!
 tail -c +$((seen + 1)) -s 0.2 -f --pid=$train "$log" &
 # A terminal's Ctrl-C reaches train.py by itself; a signal to this script alone is passed on.
