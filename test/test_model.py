@@ -98,15 +98,6 @@ def test_the_last_layer_at_the_wanted_places_alone_equals_the_whole_layer_there(
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(a.detach().abs().max()))
 
 
-def test_attention_in_plain_matmuls_matches_torch():
-    q, k, v = (torch.randn(3, 2, n, 8) for n in (4, 7, 7))
-    attend = torch.rand(3, 1, 1, 7) < 0.6
-    attend[1] = False  # a token that may look nowhere gets 0, not NaN
-    for mask in (None, attend.expand(3, 1, 4, 7)):
-        expected = F.scaled_dot_product_attention(q, k, v, mask)
-        assert torch.allclose(kernels.explicit_attention(q, k, v, mask, 0.0), expected, atol=1e-6)
-
-
 def targets_as_the_reference_pads(teacher, cfg, padded_target, places):
     """The targets with torch's own norms over the padded form, (M, C)."""
     _, layers = teacher(padded_target, True, cfg.average_top_k_layers)
