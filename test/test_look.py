@@ -7,12 +7,12 @@ import sys
 
 import eval as evaluation
 import train
-from config import DataConfig, InputError
+from config import InputError
 from data import Corpus
 from hardware.device import Device
 from judge import plot, probe
 from run.curves import TensorBoard
-from test.helpers import call, few, make_dataset, make_run, rows_of
+from test.helpers import call, dataset_of, few, make_dataset, make_run, rows_of
 from text.binarized import EOS, UNK
 
 import numpy as np
@@ -22,35 +22,28 @@ import torch
 # ------------------------------------------------------------------------------------------- probe
 
 
-def corpus_of(folder, sentences, words, **options):
-    make_dataset(folder, sentences, words)
-    options |= dict(data_path=str(folder), tokens_per_sample=32, max_tokens=256)
-    return Corpus(DataConfig(**options))
-
-
 @pytest.mark.parametrize("most, tokens", [(3, [5, 6, 8]), (1000, [5, 6, 8, 7])])
 def test_the_classes_are_the_most_frequent_words_in_order(tmp_path, monkeypatch, most, tokens):
     monkeypatch.setattr(probe, "CLASSES", most)
     # in a tie the lower id is first; special tokens, and words that never occur, are no classes
     sentences = [[7] * 4 + [5] * 6 + [6] * 5 + [8] * 5 + [UNK] * 9 + [EOS]] * 3
-    corpus = corpus_of(tmp_path, sentences, 12)
-    classes = probe.frequent_tokens(corpus.split("train").stream, corpus.dictionary)
+    dataset = dataset_of(make_dataset(tmp_path, sentences, 12)[0])
+    classes = probe.frequent_tokens(dataset.stream, dataset.dictionary)
     assert np.flatnonzero(classes >= 0).tolist() == sorted(tokens)
     assert classes[tokens].tolist() == list(range(len(tokens)))
 
 
 @pytest.mark.parametrize("teacher_input", ["full", "masked"])
-def test_the_labels_of_the_probe_are_the_tokens_under_the_masks(tmp_path, teacher_input):
-    corpus = corpus_of(tmp_path, None, 60, teacher_input=teacher_input)
-    dataset = corpus.split("valid")
-    classes = probe.frequent_tokens(corpus.split("train").stream, corpus.dictionary)
-    cfg = make_run(tmp_path)[0].cfg
-    places = probe.find_places(dataset, classes, 10**6, cfg)
+def test_the_labels_of_the_probe_are_the_tokens_under_the_masks(corpus_dir, teacher_input):
+    run, training = make_run(corpus_dir, teacher_input=teacher_input)
+    dataset = Corpus(run.cfg.data).split("valid")
+    classes = probe.frequent_tokens(training.stream, training.dictionary)
+    places = probe.find_places(dataset, classes, 10**6, run.cfg)
     answers = zip(places.labels, places.blocks, strict=True)
     masked = 0
     for batch, flat in places.batches:
         masked += len(batch.masked)
-        assert (batch.source.ravel()[flat] == corpus.dictionary.mask_id).all()
+        assert (batch.source.ravel()[flat] == dataset.dictionary.mask_id).all()
         for place, (label, block) in zip(flat.tolist(), answers):
             row, column = divmod(place, batch.source.shape[1])
             assert batch.ids[row] == block
@@ -58,7 +51,7 @@ def test_the_labels_of_the_probe_are_the_tokens_under_the_masks(tmp_path, teache
     assert len(places.labels) + places.left_out == masked
     assert not dataset.training
     assert len(places.batches) == probe.MASK_EPOCHS * len(dataset.batch_ends)
-    assert 50 <= len(probe.find_places(dataset, classes, 50, cfg).labels) < len(places.labels)
+    assert 50 <= len(probe.find_places(dataset, classes, 50, run.cfg).labels) < len(places.labels)
 
 
 def test_whitening_gives_mean_0_and_unit_covariance():

@@ -167,10 +167,9 @@ def test_one_block_gives_no_standard_error(tmp_path):
 def test_the_guess_by_neighbours_is_the_formula_over_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(neighbours, "AT_ONCE", 7)
     make_dataset(tmp_path, None, 30)
-    options = dict(tokens_per_sample=32, max_tokens=256, mask_multiple_length=2)
-    corpus = Corpus(DataConfig(data_path=str(tmp_path), **options))
+    cfg = make_run(tmp_path, mask_multiple_length=2)[0].cfg
+    corpus = Corpus(cfg.data)
     class_of = probe.frequent_tokens(corpus.split("train").stream, corpus.dictionary)
-    cfg = make_run(tmp_path)[0].cfg
     splits = (corpus.split(name) for name in ("train", "valid"))
     counted, asked = (probe.find_places(split, class_of, 300, cfg) for split in splits)
     batch, flat = asked.batches[0]
