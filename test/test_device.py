@@ -12,14 +12,14 @@ from types import SimpleNamespace
 import bench
 import preprocess
 import train
-from config import PARTS, Config, DeviceConfig, InputError, ModelConfig
+from config import DeviceConfig, InputError, ModelConfig
 from hardware import device, kernels, opening
 from hardware.device import Device
 from hardware.opening import is_bf16_fast_on_cpu, open_device
-from run import checkpoint, flags
+from run import checkpoint
 from run.guard import check_memory
 from run.resume import with_amp_of_the_start
-from test.helpers import CPU, FEW, HERE, call, few, rows_of
+from test.helpers import CPU, FEW, HERE, call, config_of, few, rows_of
 from text.workers import prefetch
 
 import numpy as np
@@ -144,8 +144,7 @@ def test_auto_is_bf16_on_a_fast_cpu_and_a_resume_keeps_it(monkeypatch, corpus_di
 def test_a_checkpoint_decides_what_auto_leaves_open(monkeypatch, began, on, asked, expected):
     monkeypatch.setattr(opening, "VERSION", (2, 3))
     monkeypatch.setattr(opening, "is_bf16_fast_on_cpu", lambda: True)
-    parts, _ = flags.parse(PARTS, "", ["--data_path", "x", "--device", "cpu", "--amp", asked])
-    cfg = Config(*parts)
+    cfg = config_of("--data_path", "x", "--device", "cpu", "--amp", asked)
     state = SimpleNamespace(config=dict(amp=began), content=dict(rng={"cpu": 0, on: 0}))
     settled, here = with_amp_of_the_start(cfg, open_device(cfg.device), ("x.pt", state))
     assert settled.device.amp == here.amp_name == expected
@@ -180,19 +179,18 @@ def test_an_older_torch_gets_another_form_or_one_line(monkeypatch, version, is_n
 @pytest.mark.parametrize("teacher_input", ["full", "masked"])
 def test_a_batch_in_one_piece_arrives_as_its_arrays(monkeypatch, block_dataset, teacher_input):
     dataset, moves = block_dataset(teacher_input=teacher_input, random_token_prob=0.2), []
-    card = Device(torch.device("cpu"), "test", None)
     hosts = [dataset.batch(ids, 1) for ids in dataset.epoch_batches(1)[:6]]
     expected = [CPU.upload(host) for host in hosts]
     assert CPU.pin(hosts[0]) is hosts[0]
-    monkeypatch.setattr(Device, "type", "card")
+    monkeypatch.setattr(Device, "type", "card")  # of CPU, too
     module = SimpleNamespace(set_device=lambda device: None)
     monkeypatch.setattr(torch, "card", module, raising=False)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: moves.append(self) or self)
     for host, plain in zip(hosts, expected):
-        staged = card.pin(host)
+        staged = CPU.pin(host)
         # the host still counts with it
         assert isinstance(staged.source, np.ndarray)
-        for batch in (card.upload(staged), card.upload(host)):
+        for batch in (CPU.upload(staged), CPU.upload(host)):
             for name, value in vars(plain).items():
                 mine = getattr(batch, name)
                 assert type(mine) is type(value) and np.array_equal(mine, value), name
