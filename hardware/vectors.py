@@ -142,12 +142,10 @@ class _Stretches:
     """
 
     def __init__(self, weights: _Vectors, prefix: str = ""):
-        def first_part(name: str) -> str:
-            return name.removeprefix(prefix).split(".")[0]
-
         self.parts = []
         for names, vector in zip(weights.names, weights.vectors):
-            groups = [list(group) for _, group in itertools.groupby(names, first_part)]
+            runs = itertools.groupby(names, lambda name: name.removeprefix(prefix).split(".")[0])
+            groups = [list(run) for _, run in runs]
             sizes = [sum(weights.shapes[name].numel() for name in group) for group in groups]
             for (name, *_), part in zip(groups, vector.detach().split(sizes)):
                 if name.startswith(prefix):
