@@ -127,10 +127,11 @@ def loaded(content: dict, path) -> Loaded:
         return Loaded("state_dict", {}, student, teacher, content)
     # cfg since 2021, args before
     tree = content.get("cfg") or _args_tree(content.get("args"), state)
-    if isinstance(tree, dict) and fairseq_v2.holds(state):
-        tree = fairseq_v2.pretraining(tree)
     model = tree.get("model") if isinstance(tree, dict) else None
-    if isinstance(model, dict) and str(model.get("_name")).startswith("roberta"):  # fine-tuned
+    # a fine-tuned model has a config of its own; of version 2 the pretraining's is inside of it
+    if isinstance(model, dict) and fairseq_v2.holds(state):
+        tree = model.get("pretrained_model_args") or tree
+    elif isinstance(model, dict) and str(model.get("_name")).startswith("roberta"):
         tree = _args_tree(model, state)
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
         advice = "save its `model` entry alone and give its shape by flags"

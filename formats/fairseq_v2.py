@@ -91,13 +91,6 @@ def to_reference(student: dict, teacher: dict) -> dict:
     return state
 
 
-def pretraining(tree: dict) -> dict:
-    """The config of the pretraining, which a fine-tuned model has inside of its own."""
-    model = tree.get("model")
-    inner = model.get("pretrained_model_args") if isinstance(model, dict) else None
-    return inner if isinstance(inner, dict) else tree
-
-
 # -------------------------------------------------------------------------------------- optimizer
 
 
