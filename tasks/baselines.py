@@ -64,8 +64,8 @@ def bag_of_tokens(data: Data, vocabulary: int, metric: str) -> dict | None:
         return None
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    tokens = range(vocabulary)
-    bags = TfidfVectorizer(analyzer=words_of, vocabulary=tokens, sublinear_tf=True, lowercase=False)
+    options = dict(vocabulary=range(vocabulary), sublinear_tf=True, lowercase=False)
+    bags = TfidfVectorizer(analyzer=lambda row: row[row >= len(SPECIAL)].tolist(), **options)
     train = bags.fit_transform(data.train.rows)  # (N, V), sparse
     splits = {**data.valid, "test": data.test} if data.test else data.valid
     best = None
@@ -78,11 +78,6 @@ def bag_of_tokens(data: Data, vocabulary: int, metric: str) -> dict | None:
         if best is None or figures["valid"][metric] > best["valid"][metric]:
             best = dict(strength=strength, **figures)
     return best
-
-
-def words_of(row: np.ndarray) -> list[int]:
-    """The tokens of an example but the special ones."""
-    return row[row >= len(SPECIAL)].tolist()
 
 
 def probes(model: Classifier, device: Device, data: Data, cfg):
