@@ -72,10 +72,8 @@ TOKENS = "embeddings.word_embeddings.weight"
 # BERT's sentences A and B, which only transformers has
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 NOT_OURS = (TOKEN_TYPES, "embeddings.position_ids")
-WORD_HEAD = [
-    f"lm_head.{name}"
-    for name in ("bias", "dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias")
-]
+WORD_HEAD = """lm_head.bias lm_head.dense.weight lm_head.dense.bias lm_head.layer_norm.weight
+lm_head.layer_norm.bias""".split()
 # our own entries in config.json: how many of the embeddings the dictionary has, and which it is
 SYMBOLS, ENTRY = "dictionary_size", "dictionary"
 OF_ENTRY = dict(size=int, digest=str, mask_id=int)
