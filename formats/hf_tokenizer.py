@@ -64,15 +64,13 @@ def write(folder: Path, dictionary: Dictionary, bpe, longest: int, fills_masks: 
     # normalized: they are looked for in the normalized text; else each piece between two of them
     # would be stripped
     flags = dict(single_word=False, rstrip=False, normalized=True, special=True)
-    added = [
-        dict(id=dictionary.ids[s], content=s, lstrip=s == "<mask>", **flags)
-        for s in (*SPECIAL, "<mask>")
-    ]
+    names = sorted((*SPECIAL, "<mask>"), key=dictionary.ids.get)
+    added = [dict(id=dictionary.ids[s], content=s, lstrip=s == "<mask>", **flags) for s in names]
     tokenizer = dict(
         version="1.0",
         truncation=None,
         padding=None,
-        added_tokens=sorted(added, key=lambda token: token["id"]),
+        added_tokens=added,
         normalizer=dict(type="Sequence", normalizers=normalizers),
         pre_tokenizer=cut,
         post_processor=ENDS,
