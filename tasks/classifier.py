@@ -138,14 +138,12 @@ def outputs_of(function, device: Device, split: Split, cfg, sort: bool = False) 
     # fairseq validates unsorted; where nothing is compared with it, less padding is faster
     if sort:
         order = np.argsort(-split.lengths, kind="stable")
-    batches = cut_batches(split.lengths, order, cfg.batch_size, cfg.max_tokens)
     outputs = []
-    for ids in batches:
+    for ids in cut_batches(split.lengths, order, cfg.batch_size, cfg.max_tokens):
         tokens, padded = pad([split.rows[i] for i in ids])
         with device.autocast():
             outputs.append(function(device.tensor(tokens), padded).float().cpu())
-    place = torch.from_numpy(np.argsort(np.concatenate(batches)))  # of each example
-    return torch.cat(outputs)[place]
+    return torch.cat(outputs)[np.argsort(order)]  # each example at its place
 
 
 def figures_of(outputs: Tensor, split: Split, names: list | None) -> dict:
