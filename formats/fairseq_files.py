@@ -17,11 +17,9 @@ STORAGES = "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()
 
 
 def load(path, mmap: bool):
-    """What torch.save wrote at `path`: tensors, plain Python values, and in place of any other
-    object an Inert whose class has its name.
+    """What torch.save wrote at `path`. Raises whatever torch raises for a damaged or foreign file.
 
-    Settings, which old fairseq files store as objects, become dicts. Raises whatever torch raises
-    for a damaged or foreign file.
+    In place of an object that is no settings it has an Inert whose class has the object's name.
     """
     # torch's own reader refuses every class that is not on its list
     try:
