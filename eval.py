@@ -45,9 +45,7 @@ from config import PARTS, Config, DeviceConfig, InputError, printable, reading
 from data import Corpus
 from formats.load import load
 from hardware.opening import open_device
-from judge import features
-from judge.probe import Probe
-from judge.probe import table as probe_table
+from judge import features, probe
 from judge.quality import GUESSES, evaluate, verdict
 from run.checkpoint import Loaded
 from run.resume import init_from
@@ -81,7 +79,7 @@ def text_of(result: dict) -> str:
         lines.append("position, block, constant: guesses that read no word (judge/quality.py)")
     lines.append(verdict(result))
     if "probe" in result:
-        lines.append(probe_table(result["probe"], result["split"]))
+        lines.append(probe.table(result["probe"], result["split"]))
     return "\n".join(lines)
 
 
@@ -109,8 +107,8 @@ def evaluation(cfg: Config, device, corpus: Corpus, loaded: Loaded, path, args) 
     if args.untrained:
         untrained = evaluate(run, dataset, train)
     if args.probe:
-        probe = Probe(run, corpus, args.split, args.probe_places)
-        first_weights = probe.ask(run.student)
+        asked = probe.Probe(run, corpus, args.split, args.probe_places)
+        first_weights = asked.ask(run.student)
 
     # and with the checkpoint's weights
     init_from(run, corpus, loaded, path)
@@ -118,7 +116,7 @@ def evaluation(cfg: Config, device, corpus: Corpus, loaded: Loaded, path, args) 
     if args.untrained:
         result["untrained"] = untrained
     if args.probe:
-        result["probe"] = probe.result(first_weights, probe.ask(run.student))
+        result["probe"] = asked.result(first_weights, asked.ask(run.student))
     return result
 
 
