@@ -6,10 +6,10 @@ training a line begins with `<s>` and ends with `</s>`, and both count as tokens
 this room that stands above train.py.
 """
 
-import contextlib
 import dataclasses
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from config import InputError, reading
@@ -30,9 +30,7 @@ CHUNK = 1 << 18  # bytes of text that are read, sorted by length, and written at
 def read_lines(source: str):
     """Yield lists of lines of a file, or of standard input for '-'. Raises InputError."""
     lines, size, is_first = [], 0, True
-    opened = (
-        open_file(source) if source != "-" else contextlib.nullcontext([sys.stdin.buffer, None])
-    )
+    opened = nullcontext((sys.stdin.buffer, None)) if source == "-" else open_file(source)
     with opened as (file, _):
         for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), 1):
             where = f"--features {source}, line {number}"
