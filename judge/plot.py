@@ -144,8 +144,7 @@ def main(argv: list | None = None) -> int:
     flag("runs", nargs="+", metavar="RUN", help="a --save_dir of train.py, or its train.jsonl")
     flag("--out", default="curves.png", metavar="FILE", help="the picture [curves.png]")
     args = parser.parse_args(argv)
-    series = [read_run(run) for run in args.runs]
-    draw(dict(zip(map(printable, args.runs), series)), Path(args.out))
+    draw({printable(run): read_run(run) for run in args.runs}, Path(args.out))
     print(printable(args.out))
     return 0
 

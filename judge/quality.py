@@ -217,8 +217,7 @@ def position_means(run, train: BlockDataset) -> Tensor:
     sums = torch.zeros(width + 1, cfg.model.embed_dim + 1, device=device.torch_device)
     share = -(-FIT_BATCHES // device.world_size)
     lists = train.epoch_batches(1, device.rank, device.world_size)[:share]
-    hosts = train.batches(lists, 1)
-    for host in Bar(hosts, rank=device.rank, what="position guess", total=len(lists)):
+    for host in Bar(train.batches(lists, 1), device.rank, what="position guess", total=len(lists)):
         batch = device.upload(masked_copies(host, 0, cfg, 1))
         with device.autocast():
             # (M, C); with data2vec2 the teacher reads the student's features
