@@ -63,7 +63,7 @@ def where_it_is(run, source: Path) -> str:
 def what_is_read(cfg, train: BlockDataset, updates: int, epochs: float) -> str:
     """Blocks and batches of an epoch, and how often the run reads the text."""
     # each epoch reads one of the folders
-    passes = epochs / len(cfg.data.data_path.strip(":").split(":"))
+    passes = epochs / sum(map(bool, cfg.data.data_path.split(":")))
     read = f"the text {passes:,.1f} times"
     if passes < 0.995:
         read = f"{100 * passes:.2g}% of the text"

@@ -6,7 +6,8 @@ FILE has a sentence a line, and should not be in the pretraining text. DIR recei
 valid.tsv and test.tsv with the columns `text` and `label` (original, swapped): of --rows sentences
 9 in 13, 1 in 13 and 3 in 13. No sentence is used twice, half of them are swapped, and the order of
 words is all that tells which: a bag of words can only guess. In Chinese and Japanese, characters
-stand for words. Source: the bigram shift of SentEval (Conneau et al. 2018, arXiv 1805.01070).
+stand for words; swapped ones become other pieces of a BPE, so that a bag of these knows something.
+Source: the bigram shift of SentEval (Conneau et al. 2018, arXiv 1805.01070).
 """
 
 import random
