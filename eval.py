@@ -107,8 +107,8 @@ def evaluation(cfg: Config, device, corpus: Corpus, loaded: Loaded, path, args) 
     if args.untrained:
         untrained = evaluate(run, dataset, train)
     if args.probe:
-        asked = probe.Probe(run, corpus, args.split, args.probe_places)
-        first_weights = asked.ask(run.student)
+        linear_probe = probe.Probe(run, corpus, args.split, args.probe_places)
+        first_weights = linear_probe.ask(run.student)
 
     # and with the checkpoint's weights
     init_from(run, corpus, loaded, path)
@@ -116,7 +116,7 @@ def evaluation(cfg: Config, device, corpus: Corpus, loaded: Loaded, path, args) 
     if args.untrained:
         result["untrained"] = untrained
     if args.probe:
-        result["probe"] = asked.result(first_weights, asked.ask(run.student))
+        result["probe"] = linear_probe.result(first_weights, linear_probe.ask(run.student))
     return result
 
 
