@@ -122,6 +122,10 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(MEANT.get(asked, asked), names, 1, 0.77)
         return f"; did you mean --{near[0]}?" if near else ""
 
+    def _print_message(self, message, file=None):
+        with contextlib.suppress(OSError):  # `--help | head`
+            super()._print_message(message, file)
+
     def exit(self, status=0, message=None):  # after --help
         leave(status)
 
