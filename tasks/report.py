@@ -160,7 +160,7 @@ def finish(results: list, bag: dict | None, metric: str, folder: Path):
             result.path.unlink(missing_ok=True)
     content = dict(metric=metric, best=best, runs=rows, bag=bag)
     checkpoint.write_text(folder / "results.json", json.dumps(content, indent=1))
-    # what stands there a closed terminal cannot lose
+    # last, so that a terminal that is gone loses none of it
     for name, group in itertools.groupby(results, lambda result: result.job.group):
         say([result.best for result in group], metric, name)
     say_bag(bag, metric)
