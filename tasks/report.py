@@ -119,7 +119,7 @@ def keep_best(group: list, metric: str):
             result.path.unlink(missing_ok=True)
 
 
-def say(figures: list[dict], metric: str, label: str):
+def say_figures(figures: list[dict], metric: str, label: str):
     """Print a line for the figures of fine-tunings that differ in their seed alone."""
     parts = []
     for split in [name for name, value in figures[0].items() if isinstance(value, dict)]:
@@ -135,7 +135,7 @@ def say(figures: list[dict], metric: str, label: str):
 def say_bag(bag: dict | None, metric: str):
     """Print what a bag of the tokens reaches, if that was measured."""
     if bag:
-        say([bag], metric, "a bag of the tokens, without an encoder")
+        say_figures([bag], metric, "a bag of the tokens, without an encoder")
 
 
 def finish(results: list, bag: dict | None, metric: str, folder: Path):
@@ -162,7 +162,7 @@ def finish(results: list, bag: dict | None, metric: str, folder: Path):
     checkpoint.write_text(folder / "results.json", json.dumps(content, indent=1))
     # last, so that a terminal that is gone loses none of it
     for name, group in itertools.groupby(results, lambda result: result.job.group):
-        say([result.best for result in group], metric, name)
+        say_figures([result.best for result in group], metric, name)
     say_bag(bag, metric)
     print(printable(f"best on valid: {best} | {final}"))
 
