@@ -124,10 +124,10 @@ def own_weights(loaded: Loaded, cfg: ModelConfig, path) -> dict:
     for name, module in model.named_children():
         state = checkpoint.stripped(loaded.student, f"{name}.")
         if state:
-            state = checkpoint.own_state(state, module, f"the student's {name}", path)
+            state = checkpoint.own(state, module.state_dict(), f"the student's {name}", path)
             student |= {f"{name}.{k}": v for k, v in state.items()}
     teacher = loaded.teacher or checkpoint.stripped(student, "encoder.")  # as at the start
-    teacher = checkpoint.own_state(teacher, model.encoder, "the teacher", path)
+    teacher = checkpoint.own(teacher, model.encoder.state_dict(), "the teacher", path)
     return dict(student=student, teacher=teacher)
 
 
@@ -137,10 +137,10 @@ def complete(loaded: Loaded, weights: dict, seed: int, path) -> tuple[dict, str]
     The reason is empty where it does not. Raises InputError for a damaged file of ours.
     """
     if loaded.kind == "ours":
-        shapes = [tensor.shape for tensor in weights["student"].values()]
+        student = list(weights["student"].values())
         with reading(f"{path}: damaged: its optimizer"):
             optimizer = dict(loaded.content["optimizer"])
-            optimizer["state"] = checkpoint.checked_moments(optimizer["state"], shapes, path)
+            optimizer["state"] = checkpoint.checked_moments(optimizer["state"], student, path)
         return {**loaded.content, **weights, "optimizer": optimizer}, ""
     content = {**beginning(seed), **weights, "dictionary": loaded.dictionary}
     if loaded.kind != "fairseq":

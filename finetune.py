@@ -137,10 +137,14 @@ class Tuning:
     """The state of one fine-tuning."""
 
     def __init__(self, task: Task, job: Job, model: Classifier):
-        cfg = self.cfg = task.cfg
+        cfg, lengths = task.cfg, task.data.train.lengths
         self.device, self.data, self.job = task.device, task.data, job
         self.model = model.train()
-        self.batches = self.training_batches()
+        # every epoch has the same batches in another order
+        order = classifier.training_order(len(lengths), job.seed)
+        if not cfg.fairseq_exact:
+            order = classifier.group_lengths(lengths, order, BATCHES_GROUPED * cfg.batch_size)
+        self.batches = classifier.cut_batches(lengths, order, cfg.batch_size, cfg.max_tokens)
         # Adam has the settings of pretraining, but for these two
         weights = Separate(model, model.encoder, task.device.amp)
         rules = OptimConfig(clip_norm=cfg.clip_norm, weight_decay=cfg.weight_decay)
@@ -154,20 +158,6 @@ class Tuning:
         self.warmup = cfg.warmup_updates
         if self.warmup < 0:
             self.warmup = round(WARMUP_SHARE * self.total)
-
-    def training_batches(self) -> list[np.ndarray]:
-        """Row numbers of each batch; every epoch has the same batches in another order."""
-        cfg, lengths = self.cfg, self.data.train.lengths
-        order = classifier.training_order(len(lengths), self.job.seed)
-        if not cfg.fairseq_exact:
-            order = classifier.group_lengths(lengths, order, BATCHES_GROUPED * cfg.batch_size)
-        return classifier.cut_batches(lengths, order, cfg.batch_size, cfg.max_tokens)
-
-    def updates_of(self, epoch: int) -> list[list[np.ndarray]]:
-        """The batches of each update of an epoch; the last update takes what is left."""
-        order = classifier.epoch_batches(self.batches, self.job.seed, epoch)
-        freq = self.cfg.update_freq
-        return [order[i : i + freq] for i in range(0, len(order), freq)]
 
 
 def tuning_lr_at(updates: int, lr: float, warmup: int, total: int) -> float:
@@ -264,13 +254,14 @@ def tuning_loop(tuning: Tuning, task: Task, outlet: Outlet, signals: Signals):
 
     There is a validation after each epoch and after the last update.
     """
-    end, epoch = tuning.end, 0
+    end, freq, epoch = tuning.end, task.cfg.update_freq, 0
     bar = tqdm(total=end, desc=outlet.job.name, unit=" updates", disable=None, file=sys.stderr)
     is_over = False
     while not is_over:
         epoch += 1
-        for groups in tuning.updates_of(epoch):
-            row = tuning_step(tuning, groups)
+        batches = classifier.epoch_batches(tuning.batches, outlet.job.seed, epoch)
+        for i in range(0, len(batches), freq):  # the last update takes what is left
+            row = tuning_step(tuning, batches[i : i + freq])
             if row is None:
                 row = dict(num_updates=tuning.num_updates, overflow=True)
             else:

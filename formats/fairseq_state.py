@@ -205,7 +205,7 @@ def _our_moments(states: dict, model: dict, template: dict, path) -> dict:
         ours, _ = from_reference(parts, path)
         for i, name in enumerate(template):
             rows[i][moment] = ours[name]
-    return checked_moments(rows, [tensor.shape for tensor in template.values()], path)
+    return checked_moments(rows, list(template.values()), path)
 
 
 def settings_of(loaded: Loaded, path) -> tuple[dict, str]:

@@ -15,23 +15,22 @@ OURS = {
     "model.num_heads": "attention_heads",
     "model.layer_norm_first": "normalize_before",
     "model.encoder_dropout": "dropout",
-    "model.clone_batch": "clone_batch",
-    f"{TEXT}mask_prob": "mask_prob",
     f"{TEXT}mask_length": "mask_multiple_length",
-    f"{TEXT}mask_noise_std": "mask_noise_std",
-    f"{TEXT}max_source_positions": "max_source_positions",
-    f"{TEXT}decoder.decoder_dim": "decoder_dim",
-    f"{TEXT}decoder.decoder_kernel": "decoder_kernel",
-    f"{TEXT}decoder.decoder_layers": "decoder_layers",
-    f"{TEXT}decoder.decoder_groups": "decoder_groups",
-    f"{TEXT}decoder.decoder_residual": "decoder_residual",
     f"{TEXT}decoder.projection_layers": "head_layers",
     "optimizer.groups.default.lr_float": "lr",
-    f"{ADAM}adam_betas": "adam_betas",
-    f"{ADAM}adam_eps": "adam_eps",
-    f"{ADAM}weight_decay": "weight_decay",
-    f"{SCHEDULE}warmup_updates": "warmup_updates",
 }
+# groups, and what is in them under our names
+GROUPS = {
+    "model.": """clone_batch embed_dim attention_dropout activation_dropout average_top_k_layers
+        loss_beta loss_scale batch_norm_target_layer instance_norm_target_layer
+        layer_norm_target_layer layer_norm_targets instance_norm_targets ema_decay ema_end_decay
+        ema_anneal_end_step""",
+    TEXT: "mask_prob mask_noise_std max_source_positions",
+    f"{TEXT}decoder.": "decoder_dim decoder_kernel decoder_layers decoder_groups decoder_residual",
+    ADAM: "adam_betas adam_eps weight_decay",
+    SCHEDULE: "warmup_updates",
+}
+OURS |= {group + name: name for group, names in GROUPS.items() for name in names.split()}
 # settings of the task that this model does not read
 UNREAD = ("task.mask_prob", "task.mask_multiple_length", "task.mask_stdev")
 # what the code takes where a file is silent, and our defaults are version 1's or the release's
@@ -79,11 +78,6 @@ BUILT_IN = {
     f"{TEXT}type": "TEXT",
     "model.d2v_loss": 1,
 }
-# names that version 1 has, too
-SAME_IN_BOTH = """embed_dim attention_dropout activation_dropout average_top_k_layers loss_beta
-    loss_scale batch_norm_target_layer instance_norm_target_layer layer_norm_target_layer
-    layer_norm_targets instance_norm_targets ema_decay ema_end_decay ema_anneal_end_step
-    seed""".split()
 # what is on, and off, in the release for text, in the whole model and in its text's part
 ON = "model.norm_affine model.ema_encoder_only task.skip_masking task.d2v2_multi".split()
 ON_OF_TEXT = ("learned_pos", "no_scale_embedding", "layernorm_embedding")
@@ -112,8 +106,7 @@ def spelled(flat: dict) -> dict:
     entries[f"{ADAM}adam_betas"] = list(flat["adam_betas"])
     entries["optimizer.dynamic_groups"] = True
     entries["model.max_update"] = flat["max_update"]
-    for name in SAME_IN_BOTH:
-        entries[f"model.{name}"] = flat[name]
+    entries["model.seed"] = flat["seed"]
     # from names with dots to groups in groups
     tree = {}
     for name, value in entries.items():

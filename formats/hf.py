@@ -222,7 +222,7 @@ def classification(entry: dict, width: int, path) -> Task:
     names = entry["labels"] or ["score"]
     layers = dict(dense=nn.Linear(width, width), out_proj=nn.Linear(width, len(names)))
     expected = nn.ModuleDict(layers)  # for names and shapes
-    head = checkpoint.own_state(entry["head"], expected, "the classification head", path)
+    head = checkpoint.own(entry["head"], expected.state_dict(), "the classification head", path)
     if not entry["labels"]:
         for name in ("out_proj.weight", "out_proj.bias"):
             head[name] *= entry["label_scale"]

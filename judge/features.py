@@ -15,14 +15,13 @@ from pathlib import Path
 from config import InputError, reading
 from run import checkpoint
 from run.progress import Bar
-from tasks.classifier import mean_state, outputs_of
+from tasks.classifier import Classifier, outputs_of
 from tasks.labelled import Split
-from text.binarized import BOS, EOS, PAD, UNK
+from text.binarized import BOS, EOS, UNK
 from text.files import LONGEST, lines_of, open_file, seen
 from text.tokens import warn_of_unknown
 
 import numpy as np
-import torch
 
 CHUNK = 1 << 18  # bytes of text that are read, sorted by length, and written at a time
 
@@ -66,14 +65,7 @@ def write(run, tokenize, source: str, out: str) -> dict:
         raise InputError(f"--out {out}: name a .npy file for the vectors, and not the text itself")
     begin = time.perf_counter()
     width = run.cfg.model.embed_dim
-    encoder = run.student.encoder.eval()
-
-    def means(tokens: torch.Tensor, is_padded: bool) -> torch.Tensor:
-        # fairseq's dictionary of words may find <pad> in the text, too
-        real = tokens != PAD  # (B, T)
-        states, _ = encoder(tokens, is_padded or not bool(real.all()))  # (B, T, C)
-        return mean_state(states, real)
-
+    model = Classifier(run.student.encoder, None).eval()
     lines = tokens = cut = unknown = 0
     # max_tokens alone limits a batch, and a block, too
     limits = dataclasses.replace(run.cfg.data, batch_size=CHUNK)
@@ -84,14 +76,14 @@ def write(run, tokenize, source: str, out: str) -> dict:
             rows = []
             for row in tokenize(chunk):
                 if 1 + len(row) > longest:
-                    row = np.append(row[: longest - 2], EOS)
+                    row = np.append(row[: longest - 2], EOS)  # and room for <s>
                     cut += 1
                 unknown += int((row == UNK).sum())
                 rows.append(np.insert(row, 0, BOS))
-            vectors = outputs_of(means, run.device, Split(rows, None), limits, sort=True)
+            vectors = outputs_of(model.features, run.device, Split(rows, None), limits, sort=True)
             file.write(vectors.numpy().tobytes())
             lines += len(rows)
-            tokens += sum(map(len, rows))
+            tokens += sum(map(len, rows))  # <s> and </s> among them
         if not lines:
             raise InputError(f"--features {source}: it has no lines")
         write_header(file, lines, width)

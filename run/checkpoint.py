@@ -288,13 +288,9 @@ def stripped(state: dict, prefix: str) -> dict:
     return {k.removeprefix(prefix): v for k, v in state.items() if str(k).startswith(prefix)}
 
 
-def shapes_of(module: torch.nn.Module) -> dict:
-    return {name: tensor.shape for name, tensor in module.state_dict().items()}
-
-
-def check_fits(state: dict, shapes: dict, what: str, path):
+def check_fits(state: dict, expected: dict, what: str, path):
     """Raise InputError that names the first tensor of another shape, or that is not ordinary."""
-    for name, shape in shapes.items():
+    for name, ours in expected.items():
         if name not in state:
             raise InputError(f"{path}: {what} has no {name}; other --layers, or another model?")
         tensor = state[name]
@@ -303,40 +299,35 @@ def check_fits(state: dict, shapes: dict, what: str, path):
             if not isinstance(tensor, torch.Tensor):
                 kind += f", but a {type(tensor).__name__}"
             raise InputError(f"{path}: {what} {name} is not {kind}")
-        if tensor.shape != shape:
-            sizes = f"{tuple(tensor.shape)}, this model's is {tuple(shape)}"
+        if tensor.shape != ours.shape:
+            sizes = f"{tuple(tensor.shape)}, this model's is {tuple(ours.shape)}"
             raise InputError(
                 f"{path}: {what} {name} is {sizes}; another architecture or dictionary"
             )
-    for name in sorted(map(str, set(state) - set(shapes))):
+    for name in sorted(map(str, set(state) - set(expected))):
         raise InputError(f"{path}: {what} has {name[:200]}, which this model has not")
 
 
-def own(state: dict, shapes: dict, what: str, path) -> dict:
+def own(state: dict, expected: dict, what: str, path) -> dict:
     """The tensors of a dict in memory of our own, as float32. Raises InputError (`check_fits`)."""
-    check_fits(state, shapes, what, path)
-    return {name: torch.empty(shapes[name]).copy_(state[name].detach()) for name in shapes}
-
-
-def own_state(state: dict, module: torch.nn.Module, what: str, path) -> dict:
-    """`own` of a state dict, which must fit the module."""
-    return own(state, shapes_of(module), what, path)
+    check_fits(state, expected, what, path)
+    return {k: torch.empty(ours.shape).copy_(state[k].detach()) for k, ours in expected.items()}
 
 
 def put(state: dict, module: torch.nn.Module, what: str, path):
     """Copy a state dict into the module. Raises InputError, as `check_fits`."""
-    check_fits(state, shapes_of(module), what, path)
+    check_fits(state, module.state_dict(), what, path)
     module.load_state_dict(state)
 
 
-def checked_moments(state: dict, shapes: list, path) -> dict:
-    """Adam's state of parameters with these shapes: {number: step, exp_avg, exp_avg_sq}, copied.
+def checked_moments(state: dict, weights: list, path) -> dict:
+    """Adam's state of parameters like these: {number: step, exp_avg, exp_avg_sq}, copied.
 
     An empty state, of an optimizer that has made no step, stays empty. Raises InputError. torch's
     fused kernels trust shapes and strides: a moment that is too small would have them write outside
     of it.
     """
-    expected = dict(enumerate(shapes)) if state else {}
+    expected = dict(enumerate(weights)) if state else {}
     checked = {i: {} for i in expected}
     for name in MOMENTS:
         what = f"the optimizer's {name} of parameter"

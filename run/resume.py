@@ -184,8 +184,8 @@ def refuse(path: Path, changed: dict, names, advice: str):
 def take(run, loaded: checkpoint.Loaded, path: Path):
     """Give a run the weights, the optimizer's state and the counts of a checkpoint."""
     run.load(loaded.student, loaded.teacher, path)
-    shapes = [p.shape for p in run.student.parameters()]
-    moments = checkpoint.checked_moments(loaded.content["optimizer"]["state"], shapes, path)
+    weights = list(run.student.parameters())
+    moments = checkpoint.checked_moments(loaded.content["optimizer"]["state"], weights, path)
     run.optimizer.load(moments, loaded.content["scaler"])
     run.device.set_rng_state(loaded.content["rng"])
 

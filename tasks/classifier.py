@@ -65,8 +65,8 @@ def epoch_batches(batches: list, seed: int, epoch: int) -> list:
 
 def pad(rows: list[np.ndarray]) -> tuple[np.ndarray, bool]:
     """Rows of tokens -> (B, T) int64, filled up with PAD on the right; whether any PAD is in it."""
-    lengths = np.array([len(row) for row in rows])
-    return padded(np.concatenate(rows), lengths, PAD), bool(lengths.min() < lengths.max())
+    tokens = padded(np.concatenate(rows), np.array([len(row) for row in rows]), PAD)
+    return tokens, bool((tokens == PAD).any())  # a dictionary of words may find <pad> in a text
 
 
 # --------------------------------------------------------------------------------- encoder and head

@@ -106,7 +106,7 @@ def load(path, attention_heads: int = 0) -> Pretrained:
         path=path,
         shape=shape,
         vocabulary=vocabulary,
-        weights=checkpoint.own_state(weights, expected, "the encoder", path),
+        weights=checkpoint.own(weights, expected.state_dict(), "the encoder", path),
         entry=entry,
         head=find_head(loaded, entry, path),
         dictionary=loaded.dictionary,
@@ -198,7 +198,7 @@ def fit_head(head: Head, new: nn.Module, names: list | None, scale: float, path:
     ours = names or [SCORE]
     theirs = classes_of(head, ours, path)
     expected = type(new)(new.out_proj.in_features, len(theirs))
-    state = checkpoint.own_state(head.weights, expected, "the classification head", path)
+    state = checkpoint.own(head.weights, expected.state_dict(), "the classification head", path)
     order = [theirs.index(name) for name in ours]
     for name in ("out_proj.weight", "out_proj.bias"):
         state[name] = state[name][order]

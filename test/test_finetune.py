@@ -10,7 +10,7 @@ from model import Data2VecText
 from run import checkpoint
 from run import flags as command_line
 from tasks import baselines, classifier, labelled
-from test.helpers import CPU, GOLDEN, SMALL, call, few, golden, small_content
+from test.helpers import CPU, GOLDEN, SMALL, call, few, golden, random_encoder, small_content
 
 import numpy as np
 import pytest
@@ -176,6 +176,20 @@ def test_an_update_is_the_mean_over_all_examples_of_its_batches(place, tmp_path)
     norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
     assert first["loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert first["gnorm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_a_text_with_the_word_for_padding_means_the_same_alone_and_in_a_batch():
+    rows = [np.array([0, 1, 9, 2]), np.array([0, 8, 9, 2]), np.array([0, 2])]
+    model, _ = random_encoder()
+    compute = classifier.Classifier(model.encoder, None).eval().features
+    cfg = finetune.FinetuneConfig()
+
+    def features(*rows):
+        return classifier.outputs_of(compute, CPU, labelled.Split(list(rows), None), cfg)
+
+    alone = torch.cat([features(row) for row in rows])
+    for some in (rows[:2], rows):
+        torch.testing.assert_close(features(*some), alone[: len(some)], rtol=1e-5, atol=1e-6)
 
 
 def test_a_bag_of_tokens_is_tf_idf_and_logistic_regression():

@@ -11,8 +11,8 @@ import pytest
 # 12,747 of tests. 0.4.0 gained data2vec 2.0 (about 1,000 and 600), and files and machines that
 # mean or do something else (850 and 1,050). Beside some stands the goal.
 LIMITS = {
-    "product lines": 12_442,  # 8,200 without data2vec 2.0
-    "test lines": 9_165,  # 6,500
+    "product lines": 12_412,  # 8,200 without data2vec 2.0
+    "test lines": 9_183,  # 6,500
     "lines that decide a number": 1217,  # 1,150
     "files of over 60 lines of code with under 8": 0,
     "lines over 100 columns": 0,

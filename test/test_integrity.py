@@ -184,7 +184,7 @@ def test_odd_tensors_are_refused_as_moments_and_as_weights(kind):
     for name in checkpoint.MOMENTS:
         state = {0: {"step": torch.tensor(1.0), "exp_avg": good, "exp_avg_sq": good, name: odd}}
         with pytest.raises(InputError, match=f"x.pt: the optimizer's {name} of parameter 0"):
-            checkpoint.checked_moments(state, [torch.Size(SHAPE)], "x.pt")
+            checkpoint.checked_moments(state, [good], "x.pt")
     with pytest.raises(InputError, match="x.pt: the student weight"):
         checkpoint.put({"weight": odd}, module, "the student", "x.pt")
 
@@ -194,13 +194,13 @@ STEPS = [None, float("nan"), float("inf"), -1, torch.zeros(2), torch.tensor(-1.0
 
 def test_moments_are_those_of_exactly_the_parameters_finite_and_in_memory_of_their_own():
     rows = torch.rand(8, 6, dtype=torch.float64)
-    shapes = [torch.Size(SHAPE)] * 2
+    weights = [torch.rand(SHAPE)] * 2
     state = {  # views that share memory, one of them transposed
         0: {"step": 3, "exp_avg": rows[:4], "exp_avg_sq": rows[4:].half()},
         1: {"step": torch.tensor([3.0]), "exp_avg": rows[:4], "exp_avg_sq": rows.T[:, :4].T},
     }
-    checked = checkpoint.checked_moments(state, shapes, "x.pt")
-    assert list(checked) == [0, 1] and checkpoint.checked_moments({}, shapes, "x.pt") == {}
+    checked = checkpoint.checked_moments(state, weights, "x.pt")
+    assert list(checked) == [0, 1] and checkpoint.checked_moments({}, weights, "x.pt") == {}
     memory = {rows.data_ptr()}
     for i, entry in checked.items():
         assert entry["step"].shape == () and entry["step"] == 3
@@ -221,4 +221,4 @@ def test_moments_are_those_of_exactly_the_parameters_finite_and_in_memory_of_the
         ),
     ):
         with pytest.raises(InputError, match=message):
-            checkpoint.checked_moments(wrong, shapes, "x.pt")
+            checkpoint.checked_moments(wrong, weights, "x.pt")

@@ -161,6 +161,10 @@ def test_a_bpe_is_trained_on_pieces_of_a_long_run_and_on_ordinary_text_as_it_is(
     # the same files as without the cut
     monkeypatch.setattr(tokenizers.pre_tokenizers, "Sequence", lambda parts: parts[0])
     assert trained == tokens.train_bpe([str(tmp_path / "t.txt")], vocab_size=300, sample_mb=1)
+    # one line that is longer than the sample
+    (tmp_path / "t.txt").write_text("one and all " * 100_000)
+    tokens.train_bpe([str(tmp_path / "t.txt")], vocab_size=260, sample_mb=1)
+    assert "260 tokens on 1,000,000 characters" in capsys.readouterr().out
 
 
 def test_ctrl_c_and_a_trainers_error_end_the_training_of_a_bpe(tokenizers, tmp_path, monkeypatch):

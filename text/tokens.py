@@ -117,6 +117,9 @@ def train_bpe(names: list[str], vocab_size: int, sample_mb: int) -> list[bytes]:
     for i, text in enumerate(read_all(names, "reading for the BPE")):
         if int((i + 1) * share) > int(i * share):
             sample += [line.strip() for line in lines_of(text)]
+    if not sample:  # pieces of a line each, all longer than the sample
+        text = next(read_all(names, "reading for the BPE"), "")
+        sample = lines_of(text[: int(sample_mb * 1e6)])
     if not any(sample):
         raise InputError(f"--train {' '.join(names)}: no text in it to train a BPE on")
 
