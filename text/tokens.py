@@ -111,15 +111,15 @@ def train_bpe(names: list[str], vocab_size: int, sample_mb: int) -> list[bytes]:
     sample_mb MB, spread evenly over the files.
     """
     tokenizers = need_tokenizers()
-    # every 1 / share-th piece of the text
-    share = min(1.0, sample_mb * 1e6 / max(1, text_size(names)))
+    size = sample_mb * 1_000_000
+    share = min(1.0, size / max(1, text_size(names)))  # every 1 / share-th piece is taken
     sample = []
     for i, text in enumerate(read_all(names, "reading for the BPE")):
         if int((i + 1) * share) > int(i * share):
             sample += [line.strip() for line in lines_of(text)]
-    if not sample:  # pieces of a line each, all longer than the sample
+    if not sample:  # a piece is whole lines, and these are longer than the sample
         text = next(read_all(names, "reading for the BPE"), "")
-        sample = lines_of(text[: int(sample_mb * 1e6)])
+        sample = lines_of(text[:size])
     if not any(sample):
         raise InputError(f"--train {' '.join(names)}: no text in it to train a BPE on")
 
